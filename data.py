@@ -1,0 +1,454 @@
+"""Images in, batches out: data sets, their splits, augmentation on the device, and downloads.
+
+A data set is three sets of images in memory, each one uint8 tensor [n, 3, H, W]. Everything that happens to a batch (crop,
+flip, resize, normalise) runs on the training device, and all its randomness comes from (seed, epoch, step): the same
+command draws the same crops, and a resumed run draws those that it would have drawn.
+
+Crop, flip and antialiased resize are linear and separable, so they are two small matrices per image:
+
+    out[S, S] = rows[S, H] · image[H, W] · cols[S, W]^T
+
+with the weights of Pillow's resize in them (Keys' cubic, a = -1/2, or the triangle). A flip reverses the columns' matrix.
+
+Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels that the network sees.
+"""
+import hashlib
+import http.client
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ASSETS = Path(__file__).parent / "assets"
+CIFAR = "https://www.cs.toronto.edu/~kriz/"
+
+
+@dataclass
+class Images:
+    """n images with their labels; `names` are file names, where they were files."""
+    pixels: Tensor  # uint8 [n, 3, H, W]
+    labels: Tensor  # int64 [n]
+    names: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> "Images":
+        return Images(self.pixels[index], self.labels[index], [self.names[i] for i in index.tolist()] if self.names else [])
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images on another device."""
+        return Images(self.pixels.to(device), self.labels.to(device), self.names)
+
+
+@dataclass
+class Dataset:
+    """Train, validation and test images and how they may be augmented.
+
+    `flip`: a mirror image keeps its label. `min_scale`: the smallest share of the area that a training crop may have.
+    `center`: the share of each side that evaluation looks at (the usual 224 of 256 for photos, all of a small image).
+    `pool`: how many images train and val had before `limit`.
+    """
+    name: str
+    classes: list[str]
+    train: Images
+    val: Images
+    test: Images
+    flip: bool
+    min_scale: float
+    center: float
+    pool: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A built-in data set: how to read it from the data folder into (training pool, test, classes), and its augmentation."""
+    read: object
+    flip: bool = True
+    min_scale: float = 0.08  # torchvision's default for RandomResizedCrop, which the paper uses
+    test_share: float = 0.0  # of the pool, for a set without a published test set
+
+
+def load_dataset(name: str, *, data_dir: str = "data", image_size: int = 224, seed: int = 0, limit: int = 0,
+                 offline: bool = False) -> Dataset:
+    """A data set by name or path, split into train, val and test.
+
+    The test set is the published one; where there is none (digits, plain class folders) it is a stratified 20 %, the same
+    for every seed. Validation is a stratified 10 % of the training pool, drawn by `seed` (the paper's protocol).
+
+    Args:
+        name: a key of DATASETS, or a folder of photos: class folders, or train/ and perhaps val/ and test/ with class
+            folders in each.
+        image_size: the network's; photos are stored at 8/7 of it (256 for 224), centre square.
+        limit: train on so many images only, classes in proportion, and choose by a quarter as many; 0 for all.
+
+    Raises:
+        ValueError: unknown name, missing or empty folder, corrupt file; says what to do.
+    """
+    photos = Path(name).is_dir() and name not in DATASETS
+    if not photos and name not in DATASETS:
+        raise ValueError(f"no data set {name!r}: choose {', '.join(DATASETS)} or give a folder of images")
+    source = Source(None, test_share=0.2) if photos else DATASETS[name]
+    if photos:
+        pool, val, test, classes = read_folder(Path(name), side=round(image_size * 8 / 7))
+    else:
+        pool, test, classes = source.read(Path(data_dir), offline)
+        val = None
+    if test is None:
+        order, cut = stratified_order(pool.labels, "test"), round(source.test_share * len(pool))
+        pool, test = pool[order[cut:]], pool[order[:cut]]
+    order, cut = stratified_order(pool.labels, f"val/{seed}"), 0 if val else max(1, round(0.1 * len(pool)))
+    train, val = pool[order[cut:]], val or pool[order[:cut]]
+    pool = (len(train), len(val))
+    if limit:
+        train = train[stratified_order(train.labels, f"limit/{seed}")[:limit]]
+        val = val[stratified_order(val.labels, f"limit/{seed}")[:max(1, limit // 4)]]
+    return Dataset(Path(name).resolve().name if photos else name, classes, train, val, test, source.flip, source.min_scale,
+                   7 / 8 if photos else 1.0, pool)
+
+
+def stratified_order(labels: Tensor, key: str) -> Tensor:
+    """A random order [n], fixed by `key`, whose every beginning holds the classes in proportion: cut it to split."""
+    shuffled = torch.randperm(len(labels), generator=generator(key))
+    place = torch.empty(len(labels))  # where an image stands in its own class, 0..1
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        place[members] = (torch.arange(len(members)) + 0.5) / len(members)
+    return shuffled[place[shuffled].argsort(stable=True)]
+
+
+def generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator seeded by a readable key such as "0/3/17" (seed, epoch, step). A generator on the CPU keeps only 32
+    bits of its seed, hence the checksum."""
+    return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
+
+
+# --------------------------------------------------------------------------------------------------- reading data sets
+
+
+def read_digits(data_dir: Path, offline: bool) -> tuple[Images, None, list[str]]:
+    """The 1,797 handwritten digits of UCI's optdigits test set that scikit-learn carries, 8 x 8, grey (assets/README.md)."""
+    with np.load(ASSETS / "digits.npz", allow_pickle=False) as file:
+        grey, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+    pixels = (grey.float() * (255 / 16)).round().byte()  # counts of 0..16 ink dots
+    return Images(pixels[:, None].expand(-1, 3, -1, -1).contiguous(), labels), None, [str(i) for i in range(10)]
+
+
+def read_cifar(data_dir: Path, offline: bool, *, folder: str, md5: str, train: list[str], test: str, meta: str,
+               key: str) -> tuple[Images, Images, list[str]]:
+    """CIFAR's python version (Krizhevsky 2009), from the extracted folder, else the archive, else the network."""
+    root = data_dir / folder
+    if not root.is_dir():
+        archive = data_dir / f"{folder.replace('-batches-py', '-python')}.tar.gz"
+        if not archive.exists():
+            if offline:
+                raise ValueError(f"no {root} and --offline given; put the published archive {archive.name} into {data_dir}")
+            download(CIFAR + archive.name, archive, checksum=("md5", md5))
+        elif file_hash(archive, "md5") != md5:
+            raise ValueError(f"{archive} is not the published archive (md5 differs); delete it to fetch it again")
+        with tempfile.TemporaryDirectory(dir=data_dir) as part, tarfile.open(archive) as tar:
+            tar.extractall(part, filter="data")
+            os.replace(Path(part) / folder, root)
+    labels_key = f"{key}labels".encode()
+
+    def images(files: list[str]) -> Images:
+        batches = [unpickle(root / file) for file in files]
+        pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        return Images(torch.from_numpy(pixels), torch.tensor([label for batch in batches for label in batch[labels_key]]))
+
+    names = unpickle(root / meta)[f"{key}label_names".encode()]
+    return images(train), images([test]), [name.decode() for name in names]
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that can build numpy arrays and nothing else, so that a data file can't run code."""
+    ALLOWED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+               ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+               ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]}
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.ALLOWED[module, name]
+
+
+def unpickle(path: Path) -> dict:
+    """A CIFAR pickle's dictionary (keys are bytes). Raises ValueError if it is damaged or wants more than arrays."""
+    try:
+        with open(path, "rb") as file:
+            return _ArraysOnly(file, encoding="bytes").load()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; delete its folder to extract the archive again") from error
+    except Exception as error:  # a broken pickle can raise nearly anything
+        raise ValueError(f"{path} was refused: {error}; delete its folder to extract the archive again") from error
+
+
+def read_folder(root: Path, *, side: int) -> tuple[Images, Images | None, Images | None, list[str]]:
+    """Photos in class folders, each decoded once to a centre square of `side` pixels. Needs Pillow."""
+    parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
+    if parts and "train" not in parts:
+        raise ValueError(f"{root} has {' and '.join(parts)} but no train folder")
+    parts = parts or {"train": root}
+    classes = sorted(folder.name for folder in parts["train"].iterdir() if folder.is_dir())
+    if len(classes) < 2:
+        raise ValueError(f"{parts['train']} has {len(classes)} class folders; at least 2 are needed, one for each class")
+    found = {part: list_photos(folder, classes) for part, folder in parts.items()}
+    images = {part: decode(paths, labels, side, root) for part, (paths, labels) in found.items()}
+    return images["train"], images.get("val"), images.get("test"), classes
+
+
+def list_photos(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
+    """The photos of a folder's class folders, sorted, and their labels. A class without photos or unknown is an error."""
+    if extra := sorted({each.name for each in folder.iterdir() if each.is_dir()} - set(classes)):
+        raise ValueError(f"{folder} has classes that train has not: {', '.join(extra[:3])}")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        photos = sorted(path for path in (folder / name).glob("*") if path.suffix.lower() in PHOTOS)
+        if not photos:
+            raise ValueError(f"no images in {folder / name}; {', '.join(sorted(PHOTOS))} are read")
+        paths += photos
+        labels += [label] * len(photos)
+    return paths, labels
+
+
+def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Images:
+    """Decode photos with Pillow on all cores: short side to `side` pixels (bicubic), centre square, RGB."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ValueError("image folders need Pillow to decode photos: pip install pillow") from error
+
+    def one(path: Path) -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
+                image = ImageOps.exif_transpose(image).convert("RGB")
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
+        edge = min(image.size)
+        left, top = (image.width - edge) / 2, (image.height - edge) / 2
+        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge)))
+
+    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, image in enumerate(pool.map(one, paths)):
+            pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
+            progress(f"decoding {root.name}", i + 1, len(paths))
+    return Images(pixels, torch.tensor(labels), [str(path.relative_to(root)) for path in paths])
+
+
+PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+DATASETS = {
+    "digits": Source(read_digits, flip=False, min_scale=0.6, test_share=0.2),
+    "cifar10": Source(lambda folder, offline: read_cifar(
+        folder, offline, folder="cifar-10-batches-py", md5="c58f30108f718f92721af3b95e74349a", key="",
+        train=[f"data_batch_{i}" for i in range(1, 6)], test="test_batch", meta="batches.meta")),
+    "cifar100": Source(lambda folder, offline: read_cifar(
+        folder, offline, folder="cifar-100-python", md5="eb9058c3a382ffc7106e4002c42a8d85", key="fine_",
+        train=["train"], test="test", meta="meta")),
+}
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def resample_matrix(start: Tensor, length: Tensor, old: int, new: int, interpolation: str) -> Tensor:
+    """Weights [B, new, old] that resize the stretch from `start` [B], `length` [B] long, of a line of `old` pixels.
+
+    Pillow's antialiased resampling: pixel centres at halves, the kernel widened when the line shrinks, weights sum to 1.
+    """
+    scale = (length / new)[:, None, None]  # [B, 1, 1]
+    pixels = torch.arange(old, device=start.device) + 0.5
+    centers = start[:, None, None] + (torch.arange(new, device=start.device)[:, None] + 0.5) * scale  # [B, new, 1]
+    x = ((pixels - centers) / scale.clamp(min=1)).abs()  # [B, new, old]
+    if interpolation == "bicubic":  # Keys 1981, a = -1/2
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    else:
+        weights = (1 - x).clamp(min=0)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def crop_resize(pixels: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None = None, interpolation: str = "bicubic") -> Tensor:
+    """Cut `boxes` [B, 4] (top, left, height, width in pixels) from uint8 [B, 3, H, W]; resize to floats [B, 3, S, S] in 0..1."""
+    H, W = pixels.shape[-2:]
+    rows = resample_matrix(boxes[:, 0], boxes[:, 2], H, size, interpolation)
+    cols = resample_matrix(boxes[:, 1], boxes[:, 3], W, size, interpolation)
+    if flip is not None:
+        cols = torch.where(flip[:, None, None], cols.flip(1), cols)
+    out = rows[:, None] @ (pixels.float() / 255) @ cols.transpose(1, 2)[:, None]  # [B, 1, S, H] [B, 3, H, W] [B, 1, W, S]
+    return out.clamp(0, 1)  # a cubic overshoots at edges
+
+
+def random_boxes(n: int, H: int, W: int, min_scale: float, rng: torch.Generator) -> Tensor:
+    """Boxes [n, 4] of RandomResizedCrop (Inception, https://arxiv.org/abs/1409.4842): area min_scale..1 of the image, aspect
+    3/4..4/3. A side longer than the image is cut to it, where torchvision draws again."""
+    u = torch.rand(4, n, generator=rng, device=rng.device)
+    area, ratio = H * W * (min_scale + (1 - min_scale) * u[0]), (4 / 3) ** (2 * u[1] - 1)
+    height, width = (area / ratio).sqrt().clamp(max=H), (area * ratio).sqrt().clamp(max=W)
+    return torch.stack([u[2] * (H - height), u[3] * (W - width), height, width], dim=1)
+
+
+def center_boxes(n: int, H: int, W: int, share: float, device: torch.device) -> Tensor:
+    """Boxes [n, 4] of the central square whose side is `share` of the shorter side."""
+    side = share * min(H, W)
+    return torch.tensor([[(H - side) / 2, (W - side) / 2, side, side]], device=device).expand(n, 4)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Turns images into what the network sees: [B, 3, S, S], normalised, on the device that the images are on."""
+    size: int
+    norm: tuple
+    interpolation: str
+    batch: int
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the mean and divide by the standard deviation of each channel."""
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in self.norm)
+        return (images - mean) / std
+
+    def count(self, images: Images) -> int:
+        """Batches in one pass; the last may be smaller."""
+        return -(-len(images) // self.batch)
+
+    def train(self, data: Dataset, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the training images in random order, cropped and flipped, fixed by (seed, epoch, step); from step
+        `first` on, to go on after an interruption."""
+        images, device = data.train, data.train.pixels.device
+        order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}")).to(device)
+        for step, index in list(enumerate(order.split(self.batch)))[first:]:
+            rng, pixels = generator(f"{seed}/{epoch}/{step}", device), images.pixels[index]
+            boxes = random_boxes(len(index), *pixels.shape[-2:], data.min_scale, rng)
+            flip = torch.rand(len(index), generator=rng, device=device) < 0.5 if data.flip else None
+            x = crop_resize(pixels, boxes, self.size, flip=flip, interpolation=self.interpolation)
+            yield self.normalise(x), images.labels[index]
+
+    def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, the central part of each."""
+        for pixels, labels in zip(images.pixels.split(self.batch), images.labels.split(self.batch), strict=True):
+            boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, pixels.device)
+            yield self.normalise(crop_resize(pixels, boxes, self.size, interpolation=self.interpolation)), labels
+
+
+# ----------------------------------------------------------------------------------------------------------- downloads
+
+
+def progress(what: str, done: int, total: int, started: float = 0.0) -> None:
+    """A line that rewrites itself, on a terminal only; it vanishes at the end."""
+    if sys.stderr.isatty():
+        left = f", {(time.time() - started) * (total - done) / done:.0f} s left" if started and done else ""
+        text = f"{what} {done:,} of {total:,}{left}" if done < total else ""
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def file_hash(path: Path, kind: str) -> str:
+    """A file's md5 or sha256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, keeps what the hub says of the file on the way, and takes no token to another host."""
+
+    def __init__(self):
+        self.stated: dict[str, str] = {}
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        self.stated.update({key.lower(): value for key, value in headers.items() if key.lower().startswith("x-linked-")})
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if new and urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
+            new.remove_header("Authorization")
+        return new
+
+
+def hub_file(url_path: str, *, offline: bool = False) -> Path:
+    """A file of the Hugging Face hub, such as "timm/NAME/resolve/main/model.safetensors", from the cache or the network.
+
+    HF_ENDPOINT and HF_TOKEN are honoured; files are kept in ADAPTERTUNE_CACHE or ~/.cache/adaptertune.
+    """
+    cache = Path(os.environ.get("ADAPTERTUNE_CACHE") or Path.home() / ".cache" / "adaptertune")
+    path = cache / url_path.replace("/resolve/main", "")
+    if not path.exists():
+        if offline:
+            raise ValueError(f"{path} is not there and --offline given; fetch it once without, or give --weights FILE")
+        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        download(f"{endpoint.rstrip('/')}/{url_path}", path, token=os.environ.get("HF_TOKEN", ""))
+    return path
+
+
+def download(url: str, path: Path, *, checksum: tuple[str, str] | None = None, token: str = "", tries: int = 5) -> None:
+    """Fetch `url` to `path`, which exists only once it is whole and its checksum right.
+
+    What has arrived stays in `path`.part: a cut connection is resumed at once, `tries` times, and by the next call after
+    that. Size and SHA-256 are checked against what the hub states (the headers X-Linked-Size and X-Linked-Etag of its
+    redirect, or an ETag of 64 hexadecimal digits), else against `checksum` (kind, hexadecimal digest).
+
+    Raises:
+        ValueError: not found, no network or a wrong checksum; says how to supply the file by hand.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, reason = path.with_name(path.name + ".part"), ""
+    by_hand = f"fetch {url} by other means and put it at {path}, or give a file by --weights"
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(0.2 * 2 ** attempt)
+        try:
+            size, stated = _fetch(url, part, token)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # the part is longer than the file
+                part.unlink(missing_ok=True)
+                continue
+            hint = "; a private file needs HF_TOKEN" if error.code in (401, 403) else ""
+            raise ValueError(f"{url} answered {error.code} {error.reason}{hint}; {by_hand}") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(getattr(error, "reason", error) or type(error).__name__)
+            continue
+        have = part.stat().st_size
+        if size and have < size:
+            reason = f"the connection was cut at {have:,} of {size:,} bytes"
+            continue
+        kind, digest = checksum or ("sha256", stated)
+        if (size and have != size) or (digest and file_hash(part, kind) != digest):
+            part.unlink()
+            raise ValueError(f"{url} arrived with a wrong {kind if have == size else 'size'} and was removed; try again, or {by_hand}")
+        os.replace(part, path)
+        return
+    raise ValueError(f"could not fetch {url}: {reason}; run again to go on, or {by_hand}")
+
+
+def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
+    """One request that appends to `part`. Returns the file's whole size and SHA-256 as stated (0 and "" if they aren't)."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "adaptertune"})
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    redirects = _Redirects()
+    with urllib.request.build_opener(redirects).open(request, timeout=30) as answer:
+        have = have if answer.status == 206 else 0  # a server that ignores Range sends the whole file again
+        headers = {key.lower(): value for key, value in answer.headers.items()} | redirects.stated
+        size = int(headers.get("x-linked-size") or have + int(headers.get("content-length") or 0))
+        etag = (headers.get("x-linked-etag") or headers.get("etag") or "").removeprefix("W/").strip('"')
+        started = time.time()
+        with open(part, "ab" if have else "wb") as file:
+            while block := answer.read(1 << 20):
+                file.write(block)
+                have += len(block)
+                progress(f"fetching {part.name.removesuffix('.part')}, MB", have >> 20, max(size, have + 1) >> 20, started)
+    return size, etag.lower() if len(etag) == 64 else ""

@@ -1,0 +1,465 @@
+"""The Vision Transformer: the network that stays frozen, and the loaders of its pretrained weights.
+
+An image is cut into N square patches, each patch becomes a token of width D, a class token (and perhaps R register
+tokens) joins them, and L equal blocks follow (ViT, https://arxiv.org/abs/2010.11929, equations 1 to 4):
+
+    h_0 = [class; registers; patches] + positions
+    h   <- h + Attention(LayerNorm(h))        every token looks at every other
+    h   <- h + MLP(LayerNorm(h))              every token by itself
+    logits = W · LayerNorm(h_L)[class]        or of the mean of the patch tokens
+
+Shapes: B images, N tokens, D width, H heads, R registers, L blocks.
+
+Module names are timm's (https://github.com/huggingface/pytorch-image-models), because most published files use them; the
+other layouts are translated by the table LAYOUTS. Loading is strict: each tensor must be found with its right shape and
+none may be left over, so that a network is either the pretrained one or an error.
+"""
+import json
+import math
+import pickle
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------- the network
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that fixes the shape and the function of a ViT, apart from its weights.
+
+    `hidden` is the MLP's width; 0 stands for the usual 4·D. `pool` says what the head reads: "token" is
+    norm(h)[class], "mean" is norm(mean of the patch tokens) (timm's `fc_norm`). `norm_pre`, `quick_gelu` and
+    `patch_bias=False` are CLIP's; `layer_scale` and `registers` DINOv2's (https://arxiv.org/abs/2309.16588).
+    """
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    image_size: int
+    hidden: int = 0
+    registers: int = 0
+    layer_scale: bool = False
+    norm_pre: bool = False
+    quick_gelu: bool = False
+    qkv_bias: bool = True
+    patch_bias: bool = True
+    pool: str = "token"
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} can't be split into {self.heads} heads; give the number by --heads")
+        if self.image_size % self.patch:
+            raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch}")
+        if self.pool not in ("token", "mean"):
+            raise ValueError(f"pool {self.pool!r}: choose token or mean")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), the approximation that OpenAI trained CLIP with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for query, key and value."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of [B, H, N, D/H]
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, D/H]
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden = config.hidden or 4 * config.width
+        self.fc1 = nn.Linear(config.width, hidden)
+        self.act = QuickGELU() if config.quick_gelu else nn.GELU()
+        self.fc2 = nn.Linear(hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch (CaiT, https://arxiv.org/abs/2103.17239)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block. `adapter`, if something was put there, is a map on the residual stream [B, N, D]
+    that runs after the block; the block knows no more about it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config.width) if config.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = MLP(config)
+        self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
+        self.adapter: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        return x if self.adapter is None else self.adapter(x)
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into patches and project each: a convolution whose stride is its kernel."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=config.patch_bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)  # [B, D, g, g] -> [B, g·g, D]
+
+
+class ViT(nn.Module):
+    """Images [B, 3, S, S], normalised, to logits [B, classes]; to features [B, D] when `classes` is 0."""
+
+    def __init__(self, config: Config, classes: int = 0):
+        super().__init__()
+        self.config, D = config, config.width
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, D)) if config.registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, D))
+        self.norm_pre = nn.LayerNorm(D, eps=config.eps) if config.norm_pre else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D, eps=config.eps)
+        self.head = nn.Linear(D, classes) if classes else nn.Identity()
+
+    def init_weights(self) -> None:
+        """Random weights to train from nothing (timm's choice: truncated normal of 0.02, biases 0)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for tokens in (self.cls_token, self.reg_token, self.pos_embed):
+            if tokens is not None:
+                nn.init.trunc_normal_(tokens, std=0.02)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images to the tokens [B, 1+R+g·g, D] that enter the first block. Registers have no position."""
+        B = len(images)
+        patches = self.patch_embed(images) + self.pos_embed[:, 1:]
+        first = [(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)]
+        if self.reg_token is not None:
+            first.append(self.reg_token.expand(B, -1, -1))
+        return self.norm_pre(torch.cat([*first, patches], dim=1))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images to what the head reads, [B, D]."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        x = x[:, 0] if self.config.pool == "token" else x[:, 1 + self.config.registers:].mean(dim=1)
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+# ------------------------------------------------------------------------------------------- the pretrained backbones
+
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained network by name: its shape, its input, and `repo`, the Hugging Face repository that publishes it.
+
+    `norm` is (mean, std) per channel for pixels in 0..1, `interpolation` how images are resized for it: both belong to the
+    backbone. With the wrong ones it still works, only worse, which is why nobody is asked to remember them.
+    """
+    repo: str
+    config: Config
+    norm: tuple = IMAGENET
+    interpolation: str = "bicubic"
+
+    @property
+    def url_path(self) -> str:
+        """Where `repo` keeps the weights, from the hub's address on."""
+        return f"{self.repo}/resolve/main/model.safetensors"
+
+
+def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
+    """The field's common shapes: 12 blocks (24 from width 1024 on) and heads of 64 channels."""
+    return Config(**{"width": width, "depth": 24 if width == 1024 else 12, "heads": width // 64, "patch": patch,
+                     "image_size": image_size, **more})
+
+
+_REG = {"layer_scale": True, "registers": 4}
+_CLIP = {"norm_pre": True, "quick_gelu": True, "patch_bias": False, "eps": 1e-5}
+
+# Repositories, normalisation and interpolation as in timm's registry (default_cfgs, timm 1.0), CLIP's as in OpenAI's clip.py.
+# DINOv2 was published for 518 px; 224 is what most use it at, and the positions are resized (--image-size 518 for the original).
+BACKBONES = {
+    "vit_ti16": Backbone("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", _vit(192, 16), HALF),
+    "vit_s16": Backbone("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", _vit(384, 16), HALF),
+    "vit_b16": Backbone("timm/vit_base_patch16_224.augreg_in21k_ft_in1k", _vit(768, 16), HALF),
+    "vit_l16": Backbone("timm/vit_large_patch16_224.augreg_in21k_ft_in1k", _vit(1024, 16), HALF),
+    "deit_ti16": Backbone("timm/deit_tiny_patch16_224.fb_in1k", _vit(192, 16)),
+    "deit_s16": Backbone("timm/deit_small_patch16_224.fb_in1k", _vit(384, 16)),
+    "deit_b16": Backbone("timm/deit_base_patch16_224.fb_in1k", _vit(768, 16)),
+    "dino_s16": Backbone("timm/vit_small_patch16_224.dino", _vit(384, 16)),
+    "dino_b16": Backbone("timm/vit_base_patch16_224.dino", _vit(768, 16)),
+    "dinov2_s14": Backbone("timm/vit_small_patch14_dinov2.lvd142m", _vit(384, 14, layer_scale=True)),
+    "dinov2_b14": Backbone("timm/vit_base_patch14_dinov2.lvd142m", _vit(768, 14, layer_scale=True)),
+    "dinov2_l14": Backbone("timm/vit_large_patch14_dinov2.lvd142m", _vit(1024, 14, layer_scale=True)),
+    "dinov2_s14_reg": Backbone("timm/vit_small_patch14_reg4_dinov2.lvd142m", _vit(384, 14, **_REG)),
+    "dinov2_b14_reg": Backbone("timm/vit_base_patch14_reg4_dinov2.lvd142m", _vit(768, 14, **_REG)),
+    "dinov2_l14_reg": Backbone("timm/vit_large_patch14_reg4_dinov2.lvd142m", _vit(1024, 14, **_REG)),
+    "mae_b16": Backbone("timm/vit_base_patch16_224.mae", _vit(768, 16)),
+    "clip_b32": Backbone("openai/clip-vit-base-patch32", _vit(768, 32, **_CLIP), CLIP),
+    "clip_b16": Backbone("openai/clip-vit-base-patch16", _vit(768, 16, **_CLIP), CLIP),
+    "clip_l14": Backbone("openai/clip-vit-large-patch14", _vit(1024, 14, **_CLIP), CLIP),
+    # Ours, in assets/: pretrained on CIFAR-100 by train.py --scratch, the command and its log beside it.
+    "vit_micro": Backbone("", _vit(128, 4, 32, depth=6, heads=4, hidden=256, pool="mean"), CIFAR100),
+}
+
+# ------------------------------------------------------------------------------------------ reading published weights
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one family of files names its tensors.
+
+    `tell` matches a key that only this family has. What stands before the match is a prefix: it is stripped, and a key
+    outside it is marked by a leading "../". `renames` (regular expressions, applied in order) lead to timm's names;
+    `ignored` are the parts known not to belong to an image backbone. Whatever else is left over is an error.
+    """
+    name: str
+    tell: str
+    eps: float
+    ignored: str
+    renames: dict[str, str]
+
+
+_HF_VIT = {
+    r"^(\.\./)?classifier\.": "head.", r"^encoder\.layer\.|^layers\.": "blocks.", r"^layernorm\.": "norm.",
+    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^embeddings\.cls_token$": "cls_token",
+    r"^embeddings\.position_embeddings$": "pos_embed",
+    r"^embeddings\.(register_tokens|distillation_token)$": "reg_token",
+    r"\.attention(\.attention)?\.(q|k|v)(uery|ey|alue|_proj)\.": r".attn.\2.",
+    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.", r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+    r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
+    r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.",
+}
+LAYOUTS = (
+    Layout("OpenAI CLIP, open_clip", r"(?<![\w.])(visual\.)?conv1\.weight$|(?<=visual\.)conv1\.weight$", 1e-5,
+           r"\.\./(transformer\.|token_embedding\.|positional_embedding$|ln_final\.|text|logit_|attn_mask$|"
+           r"input_resolution$|context_length$|vocab_size$)",
+           {r"^class_embedding$": "cls_token", r"^positional_embedding$": "pos_embed", r"^conv1\.": "patch_embed.proj.",
+            r"^ln_pre\.": "norm_pre.", r"^ln_post\.": "norm.", r"^proj$": "head.weight.T",
+            r"^transformer\.resblocks\.": "blocks.", r"\.ln_([12])\.": r".norm\1.", r"\.in_proj_": ".qkv.",
+            r"\.out_proj\.": ".proj.", r"\.c_fc\.": ".fc1.", r"\.c_proj\.": ".fc2."}),
+    Layout("Hugging Face CLIP", r"embeddings\.class_embedding$", 1e-5,
+           r"\.\./(text_|logit_scale$)|(\.\./)?(\w+\.)*embeddings\.position_ids$",
+           {r"^\.\./visual_projection\.": "head.", r"^encoder\.layers\.": "blocks.", r"\.layer_norm([12])\.": r".norm\1.",
+            r"\.self_attn\.([qkv])_proj\.": r".attn.\1.", r"\.self_attn\.out_proj\.": ".attn.proj.",
+            r"^pre_layrnorm\.": "norm_pre.", r"^post_layernorm\.": "norm.", r"^embeddings\.class_embedding$": "cls_token",
+            r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^embeddings\.position_embedding\.weight$": "pos_embed"}),
+    Layout("Hugging Face Dinov2", r"encoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, r"embeddings\.mask_token$", _HF_VIT),
+    Layout("Hugging Face ViT, DeiT", r"(encoder\.layer|layers)\.0\.layernorm_before\.weight$", 1e-12,
+           r"pooler\.|embeddings\.mask_token$|\.\./(decoder\.|(cls|distillation)_classifier\.)", _HF_VIT),
+    Layout("timm, DeiT, DINO, DINOv2, MAE", r"patch_embed\.proj\.weight$", 1e-6,
+           r"mask_token$|decoder_|head_dist\.|head\.(mlp|last_layer)|\.\./(text|logit_)|(\.\./)?visual\.(?!trunk)",
+           {r"^\.\./visual\.head\.proj\.": "head.", r"^fc_norm\.": "norm.", r"^(register_tokens|dist_token)$": "reg_token"}),
+)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """All tensors of a safetensors or `.pth` file, and the JSON that train.py leaves in a safetensors header (or {}).
+
+    A `.pth` is read with `weights_only=True`: one that would run code is refused. Wrappers such as {"model": …} are opened.
+
+    Raises:
+        ValueError: the file is missing, truncated, of another format, or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}; give a .safetensors or .pth file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
+                return {key: file.get_tensor(key) for key in file.keys()}, meta
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, or is no PyTorch file: refused, since a pickle can run code; "
+                         "save its state_dict as safetensors") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a whole PyTorch file; fetch it again") from error
+    while isinstance(tensors, dict):
+        inner = [tensors[name] for name in ("model", "state_dict", "teacher") if isinstance(tensors.get(name), dict)]
+        if not inner:
+            return {key: value for key, value in tensors.items() if isinstance(value, Tensor)}, {}
+        tensors = inner[0]
+    raise ValueError(f"{path} holds no dictionary of tensors")
+
+
+def to_timm(tensors: dict[str, Tensor], source: str = "the file") -> tuple[dict[str, Tensor], Layout]:
+    """Translate a published state dict of any of LAYOUTS to timm's names and this file's shapes.
+
+    Query, key and value are stacked to `qkv`; positions become [1, 1+N, D] (class token, patches). A position that a file
+    has for its registers, or for DeiT's distillation token, is added into those tokens, which is the same function.
+
+    Raises:
+        ValueError: no layout fits.
+    """
+    for layout in LAYOUTS:
+        prefixes = [key[:match.start()] for key in tensors if (match := re.search(layout.tell, key))]
+        if prefixes:
+            break
+    else:
+        raise ValueError(f"{source} is not a ViT in a known layout ({'; '.join(each.name for each in LAYOUTS)}): "
+                         f"its tensors begin with {', '.join(list(tensors)[:3]) or 'nothing'}")
+    found, prefix = {}, prefixes[0]
+    for key, value in tensors.items():
+        key = key[len(prefix):] if key.startswith(prefix) else "../" + key
+        if re.match(layout.ignored, key):
+            continue
+        for pattern, name in layout.renames.items():
+            key = re.sub(pattern, name, key)
+        found[key] = value.float()
+    for key in [key for key in found if ".attn.q." in key]:
+        found[key.replace(".q.", ".qkv.")] = torch.cat([found.pop(key.replace(".q.", f".{part}.")) for part in "qkv"])
+    if "head.weight.T" in found:
+        found["head.weight"] = found.pop("head.weight.T").T.contiguous()
+    if "cls_token" in found and "pos_embed" in found:
+        _normal_positions(found)
+    return found, layout
+
+
+def _normal_positions(found: dict[str, Tensor]) -> None:
+    """Bring class token and positions to [1, 1, D] and [1, 1+g·g, D], whatever the file counts among the positions."""
+    D = found["cls_token"].shape[-1]
+    found["cls_token"], positions = found["cls_token"].reshape(1, 1, D), found["pos_embed"].reshape(1, -1, D)
+    registers = found["reg_token"].shape[1] if "reg_token" in found else 0
+    rows = positions.shape[1]
+    extra = next((n for n in (1, 1 + registers, 0) if math.isqrt(rows - n) ** 2 == rows - n), 1)
+    if extra == 0:  # timm's DINOv2 with registers: the class token's position is already in the token
+        positions = torch.cat([torch.zeros(1, 1, D), positions], dim=1)
+    elif extra > 1:
+        found["reg_token"] = found["reg_token"] + positions[:, 1:extra]
+        positions = torch.cat([positions[:, :1], positions[:, extra:]], dim=1)
+    found["pos_embed"] = positions
+
+
+def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Config:
+    """The architecture of a translated state dict. What shapes can't tell is assumed: heads of 64 channels unless
+    `heads` is given, QuickGELU where there is a `norm_pre` (CLIP), mean pooling never.
+
+    Raises:
+        ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
+    """
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight")
+    if missing := [key for key in needed if key not in found]:
+        raise ValueError(f"missing {', '.join(missing)}")
+    width, patch = found["cls_token"].shape[-1], found["patch_embed.proj.weight"].shape[-1]
+    hidden = len(found["blocks.0.mlp.fc1.weight"])
+    if not heads and width % 64:
+        raise ValueError(f"width {width} is no multiple of the usual head width 64; give the number of heads by --heads")
+    return Config(
+        width=width, heads=heads or width // 64, patch=patch, hidden=0 if hidden == 4 * width else hidden, eps=eps,
+        depth=1 + max(int(key.split(".")[1]) for key in found if key.startswith("blocks.")),
+        image_size=patch * math.isqrt(found["pos_embed"].shape[1] - 1),
+        registers=found["reg_token"].shape[1] if "reg_token" in found else 0,
+        layer_scale="blocks.0.ls1.gamma" in found, norm_pre="norm_pre.weight" in found,
+        quick_gelu="norm_pre.weight" in found, qkv_bias="blocks.0.attn.qkv.bias" in found,
+        patch_bias="patch_embed.proj.bias" in found)
+
+
+def resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """Positions [1, 1+g·g, D] for a grid of `grid`² patches: bicubic, antialiased, fp32; the class token's is kept."""
+    old = math.isqrt(positions.shape[1] - 1)
+    if old == grid:
+        return positions
+    patches = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, D, g, g]
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 0, head: bool = False) -> tuple[ViT, Backbone]:
+    """A pretrained ViT from a file, in eval mode, and what it expects of its input.
+
+    Args:
+        name: a key of BACKBONES; then the file must have that shape. Without it the shape is read off the file, and the
+            normalisation is CLIP's for a CLIP tower, else what the file states, else ImageNet's.
+        image_size: pixels along one side, if not the backbone's own; positions are resized to it.
+        heads: attention heads, if they aren't 64 channels wide.
+        head: keep the file's own classifier (or CLIP's projection) instead of returning features [B, D].
+
+    Raises:
+        ValueError: unknown name, an unreadable file, missing, left-over or misshapen tensors; each is named.
+    """
+    tensors, meta = read_tensors(path)
+    found, layout = to_timm(tensors, str(path))
+    try:
+        config = Config(**meta["config"]) if "config" in meta else infer_config(found, eps=layout.eps, heads=heads)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    norm = meta.get("norm") or (CLIP if config.norm_pre else IMAGENET)
+    backbone = BACKBONES[name] if name else Backbone("", config, tuple(map(tuple, norm)))
+    config = replace(backbone.config, image_size=image_size or backbone.config.image_size)
+    if not head:
+        found = {key: value for key, value in found.items() if not key.startswith("head.")}
+    found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
+    with torch.device("meta"):  # no memory, no random numbers: what the file doesn't fill can't be used
+        model = ViT(config)
+        if "head.weight" in found:
+            model.head = nn.Linear(config.width, len(found["head.weight"]), bias="head.bias" in found)
+    check_tensors(model.state_dict(), found, f"{path} as {name or layout.name}")
+    model.load_state_dict(found, assign=True)
+    return model.eval(), replace(backbone, config=config)
+
+
+def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
+    """Raise a ValueError that names what is missing, left over or of another shape; return if all agree."""
+    faults = [("missing", [key for key in wanted if key not in found]),
+              ("left over", [key for key in found if key not in wanted]),
+              ("of another shape", [f"{key} {tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
+                                    for key in wanted if key in found and found[key].shape != wanted[key].shape])]
+    texts = [f"{len(keys)} {fault}: {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}" for fault, keys in faults if keys]
+    if texts:
+        raise ValueError(f"{what}: {'; '.join(texts)}")
