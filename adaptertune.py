@@ -48,7 +48,7 @@ class Adapter(nn.Module):
         return h + self.scale * self.up(self.dropout(self.act(self.down(h))))
 
 
-def placement(depth: int, *, every: int = 1, blocks: list[int] | None = None) -> list[int]:
+def choose_blocks(depth: int, *, every: int = 1, blocks: list[int] | None = None) -> list[int]:
     """The blocks that get an adapter, counted from 0: `blocks`, or every k-th, the last of each k.
 
     Raises:
@@ -60,9 +60,9 @@ def placement(depth: int, *, every: int = 1, blocks: list[int] | None = None) ->
     return chosen
 
 
-def add_adapters(model: nn.Module, *, rank: int, blocks: list[int], init: str = "zero", scale: float = 1.0,
+def add_adapters(model: nn.Module, *, rank: int, placement: list[int], init: str = "zero", scale: float = 1.0,
                  learn_scale: bool = False, dropout: float = 0.0) -> None:
-    """Put an adapter behind each of `blocks` of a vit.ViT.
+    """Put an adapter behind each block of a vit.ViT that `placement` names, counted from 0.
 
     Raises:
         ValueError: a rank below 1 or above the width, or an unknown init.
@@ -72,7 +72,7 @@ def add_adapters(model: nn.Module, *, rank: int, blocks: list[int], init: str = 
         raise ValueError(f"rank {rank}: choose from 1 to the backbone's width, {width}")
     if init not in ("zero", "small"):
         raise ValueError(f"init {init!r}: choose zero or small")
-    for index in blocks:
+    for index in placement:
         model.blocks[index].adapter = Adapter(width, rank, init=init, scale=scale, learn_scale=learn_scale, dropout=dropout)
 
 
@@ -106,10 +106,11 @@ def count(model: nn.Module) -> dict[str, int]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits (SHA-256) that identify a backbone: names, shapes and values of all but adapters and head."""
+    """16 hexadecimal digits (SHA-256) that identify a backbone: names, shapes and values of all its tensors but the positions,
+    which are resized to the image size in use."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not is_adapter(name):
+        if not is_adapter(name) and name != "pos_embed":
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -16,7 +16,6 @@ import hashlib
 import http.client
 import os
 import pickle
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -27,7 +26,8 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,64 +62,64 @@ class Dataset:
 
     `flip`: a mirror image keeps its label. `min_scale`: the smallest share of the area that a training crop may have.
     `center`: the share of each side that evaluation looks at (the usual 224 of 256 for photos, all of a small image).
-    `pool`: how many images train and val had before `limit`.
+    `val` and `test` are None as long as nobody has split them off. `whole`: sizes of train and val before any `limit`.
     """
     name: str
     classes: list[str]
     train: Images
-    val: Images
-    test: Images
-    flip: bool
-    min_scale: float
-    center: float
-    pool: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A built-in data set: how to read it from the data folder into (training pool, test, classes), and its augmentation."""
-    read: object
+    val: Images | None
+    test: Images | None
     flip: bool = True
     min_scale: float = 0.08  # torchvision's default for RandomResizedCrop, which the paper uses
-    test_share: float = 0.0  # of the pool, for a set without a published test set
+    center: float = 1.0
+    whole: tuple[int, int] = (0, 0)
+
+    def to(self, device: torch.device) -> "Dataset":
+        """The same data set on another device."""
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
 
-def load_dataset(name: str, *, data_dir: str = "data", image_size: int = 224, seed: int = 0, limit: int = 0,
-                 offline: bool = False) -> Dataset:
-    """A data set by name or path, split into train, val and test.
-
-    The test set is the published one; where there is none (digits, plain class folders) it is a stratified 20 %, the same
-    for every seed. Validation is a stratified 10 % of the training pool, drawn by `seed` (the paper's protocol).
+def read(name: str, data_dir: str = "data", image_size: int = 224, offline: bool = False) -> Dataset:
+    """A data set by name or path, as published.
 
     Args:
         name: a key of DATASETS, or a folder of photos: class folders, or train/ and perhaps val/ and test/ with class
             folders in each.
         image_size: the network's; photos are stored at 8/7 of it (256 for 224), centre square.
-        limit: train on so many images only, classes in proportion, and choose by a quarter as many; 0 for all.
 
     Raises:
         ValueError: unknown name, missing or empty folder, corrupt file; says what to do.
     """
-    photos = Path(name).is_dir() and name not in DATASETS
-    if not photos and name not in DATASETS:
-        raise ValueError(f"no data set {name!r}: choose {', '.join(DATASETS)} or give a folder of images")
-    source = Source(None, test_share=0.2) if photos else DATASETS[name]
-    if photos:
-        pool, val, test, classes = read_folder(Path(name), side=round(image_size * 8 / 7))
-    else:
-        pool, test, classes = source.read(Path(data_dir), offline)
-        val = None
+    if name in DATASETS:
+        return DATASETS[name](Path(data_dir), offline)
+    if not Path(name).is_dir():
+        raise ValueError(f"no data set or folder {name!r}: choose {', '.join(DATASETS)} or give a folder of images")
+    return read_folder(Path(name), side=round(image_size * 8 / 7))
+
+
+def split(data: Dataset, *, seed: int = 0, limit: int = 0) -> Dataset:
+    """Split off what is missing. Where there is no published test set (digits, plain class folders) it is a stratified
+    20 %, the same for every seed; validation is a stratified 10 % of the rest, drawn by `seed` (the paper's protocol).
+
+    Args:
+        limit: train on so many images only, classes in proportion, and choose by a quarter as many; 0 for all.
+    """
+    train, val, test = data.train, data.val, data.test
     if test is None:
-        order, cut = stratified_order(pool.labels, "test"), round(source.test_share * len(pool))
-        pool, test = pool[order[cut:]], pool[order[:cut]]
-    order, cut = stratified_order(pool.labels, f"val/{seed}"), 0 if val else max(1, round(0.1 * len(pool)))
-    train, val = pool[order[cut:]], val or pool[order[:cut]]
-    pool = (len(train), len(val))
+        test, train = cut(train, 0.2, "test")
+    if val is None:
+        val, train = cut(train, 0.1, f"val/{seed}")
+    whole = (len(train), len(val))
     if limit:
         train = train[stratified_order(train.labels, f"limit/{seed}")[:limit]]
         val = val[stratified_order(val.labels, f"limit/{seed}")[:max(1, limit // 4)]]
-    return Dataset(Path(name).resolve().name if photos else name, classes, train, val, test, source.flip, source.min_scale,
-                   7 / 8 if photos else 1.0, pool)
+    return replace(data, train=train, val=val, test=test, whole=whole)
+
+
+def cut(images: Images, share: float, key: str) -> tuple[Images, Images]:
+    """A stratified `share` of the images, drawn by `key`, and the rest."""
+    order, size = stratified_order(images.labels, key), max(1, round(share * len(images)))
+    return images[order[:size]], images[order[size:]]
 
 
 def stratified_order(labels: Tensor, key: str) -> Tensor:
@@ -135,23 +135,30 @@ def stratified_order(labels: Tensor, key: str) -> Tensor:
 def generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator seeded by a readable key such as "0/3/17" (seed, epoch, step). A generator on the CPU keeps only 32
     bits of its seed, hence the checksum."""
-    return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
+    return torch.Generator(device).manual_seed(checksum(key))
+
+
+def checksum(key: str) -> int:
+    """32 bits to seed a generator with."""
+    return zlib.crc32(key.encode())
 
 
 # --------------------------------------------------------------------------------------------------- reading data sets
 
 
-def read_digits(data_dir: Path, offline: bool) -> tuple[Images, None, list[str]]:
+def read_digits(data_dir: Path, offline: bool) -> Dataset:
     """The 1,797 handwritten digits of UCI's optdigits test set that scikit-learn carries, 8 x 8, grey (assets/README.md)."""
     with np.load(ASSETS / "digits.npz", allow_pickle=False) as file:
         grey, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
     pixels = (grey.float() * (255 / 16)).round().byte()  # counts of 0..16 ink dots
-    return Images(pixels[:, None].expand(-1, 3, -1, -1).contiguous(), labels), None, [str(i) for i in range(10)]
+    images = Images(pixels[:, None].expand(-1, 3, -1, -1).contiguous(), labels)
+    return Dataset("digits", [str(i) for i in range(10)], images, None, None, flip=False, min_scale=0.6)
 
 
-def read_cifar(data_dir: Path, offline: bool, *, folder: str, md5: str, train: list[str], test: str, meta: str,
-               key: str) -> tuple[Images, Images, list[str]]:
+def read_cifar(data_dir: Path, offline: bool, *, name: str, md5: str, train: list[str], test: str, meta: str,
+               key: str) -> Dataset:
     """CIFAR's python version (Krizhevsky 2009), from the extracted folder, else the archive, else the network."""
+    folder = "cifar-10-batches-py" if name == "cifar10" else "cifar-100-python"
     root = data_dir / folder
     if not root.is_dir():
         archive = data_dir / f"{folder.replace('-batches-py', '-python')}.tar.gz"
@@ -172,7 +179,7 @@ def read_cifar(data_dir: Path, offline: bool, *, folder: str, md5: str, train: l
         return Images(torch.from_numpy(pixels), torch.tensor([label for batch in batches for label in batch[labels_key]]))
 
     names = unpickle(root / meta)[f"{key}label_names".encode()]
-    return images(train), images([test]), [name.decode() for name in names]
+    return Dataset(name, [each.decode() for each in names], images(train), None, images([test]))
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -190,7 +197,7 @@ class _ArraysOnly(pickle.Unpickler):
 def unpickle(path: Path) -> dict:
     """A CIFAR pickle's dictionary (keys are bytes). Raises ValueError if it is damaged or wants more than arrays."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             return _ArraysOnly(file, encoding="bytes").load()
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; delete its folder to extract the archive again") from error
@@ -198,7 +205,7 @@ def unpickle(path: Path) -> dict:
         raise ValueError(f"{path} was refused: {error}; delete its folder to extract the archive again") from error
 
 
-def read_folder(root: Path, *, side: int) -> tuple[Images, Images | None, Images | None, list[str]]:
+def read_folder(root: Path, *, side: int) -> Dataset:
     """Photos in class folders, each decoded once to a centre square of `side` pixels. Needs Pillow."""
     parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     if parts and "train" not in parts:
@@ -209,7 +216,7 @@ def read_folder(root: Path, *, side: int) -> tuple[Images, Images | None, Images
         raise ValueError(f"{parts['train']} has {len(classes)} class folders; at least 2 are needed, one for each class")
     found = {part: list_photos(folder, classes) for part, folder in parts.items()}
     images = {part: decode(paths, labels, side, root) for part, (paths, labels) in found.items()}
-    return images["train"], images.get("val"), images.get("test"), classes
+    return Dataset(root.resolve().name, classes, images["train"], images.get("val"), images.get("test"), center=7 / 8)
 
 
 def list_photos(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
@@ -244,23 +251,21 @@ def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Image
         left, top = (image.width - edge) / 2, (image.height - edge) / 2
         return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge)))
 
-    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    pixels, started = torch.empty(len(paths), 3, side, side, dtype=torch.uint8), time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, image in enumerate(pool.map(one, paths)):
             pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
-            progress(f"decoding {root.name}", i + 1, len(paths))
+            progress(f"decoding {root.name}", i + 1, len(paths), started)
     return Images(pixels, torch.tensor(labels), [str(path.relative_to(root)) for path in paths])
 
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 DATASETS = {
-    "digits": Source(read_digits, flip=False, min_scale=0.6, test_share=0.2),
-    "cifar10": Source(lambda folder, offline: read_cifar(
-        folder, offline, folder="cifar-10-batches-py", md5="c58f30108f718f92721af3b95e74349a", key="",
-        train=[f"data_batch_{i}" for i in range(1, 6)], test="test_batch", meta="batches.meta")),
-    "cifar100": Source(lambda folder, offline: read_cifar(
-        folder, offline, folder="cifar-100-python", md5="eb9058c3a382ffc7106e4002c42a8d85", key="fine_",
-        train=["train"], test="test", meta="meta")),
+    "digits": read_digits,
+    "cifar10": partial(read_cifar, name="cifar10", md5="c58f30108f718f92721af3b95e74349a", key="", meta="batches.meta",
+                       train=[f"data_batch_{i}" for i in range(1, 6)], test="test_batch"),
+    "cifar100": partial(read_cifar, name="cifar100", md5="eb9058c3a382ffc7106e4002c42a8d85", key="fine_", meta="meta",
+                        train=["train"], test="test"),
 }
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -283,8 +288,10 @@ def resample_matrix(start: Tensor, length: Tensor, old: int, new: int, interpola
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def crop_resize(pixels: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None = None, interpolation: str = "bicubic") -> Tensor:
-    """Cut `boxes` [B, 4] (top, left, height, width in pixels) from uint8 [B, 3, H, W]; resize to floats [B, 3, S, S] in 0..1."""
+def crop_resize(pixels: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None = None,
+                interpolation: str = "bicubic") -> Tensor:
+    """Cut `boxes` [B, 4] (top, left, height, width in pixels) from uint8 [B, 3, H, W], resize them to floats [B, 3, S, S]
+    in 0..1, and mirror those that `flip` [B] marks."""
     H, W = pixels.shape[-2:]
     rows = resample_matrix(boxes[:, 0], boxes[:, 2], H, size, interpolation)
     cols = resample_matrix(boxes[:, 1], boxes[:, 3], W, size, interpolation)
@@ -348,17 +355,18 @@ class Batches:
 # ----------------------------------------------------------------------------------------------------------- downloads
 
 
-def progress(what: str, done: int, total: int, started: float = 0.0) -> None:
-    """A line that rewrites itself, on a terminal only; it vanishes at the end."""
+def progress(what: str, done: int, total: int, started: float, first: int = 0) -> None:
+    """A line on a terminal that rewrites itself and vanishes at the end: how much is done, of it `first` before `started`
+    (time.perf_counter), and how long the rest will take."""
     if sys.stderr.isatty():
-        left = f", {(time.time() - started) * (total - done) / done:.0f} s left" if started and done else ""
-        text = f"{what} {done:,} of {total:,}{left}" if done < total else ""
+        left = (time.perf_counter() - started) * (total - done) / max(1, done - first)
+        text = f"{what} {done:,} of {total:,}, {left:.0f} s left" if done < total else ""
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def file_hash(path: Path, kind: str) -> str:
     """A file's md5 or sha256 in hexadecimal."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
@@ -376,18 +384,18 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return new
 
 
-def hub_file(url_path: str, *, offline: bool = False) -> Path:
-    """A file of the Hugging Face hub, such as "timm/NAME/resolve/main/model.safetensors", from the cache or the network.
+def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
+    """A file of a Hugging Face repository, from the cache or the network.
 
     HF_ENDPOINT and HF_TOKEN are honoured; files are kept in ADAPTERTUNE_CACHE or ~/.cache/adaptertune.
     """
     cache = Path(os.environ.get("ADAPTERTUNE_CACHE") or Path.home() / ".cache" / "adaptertune")
-    path = cache / url_path.replace("/resolve/main", "")
+    path = cache / repo / name
     if not path.exists():
         if offline:
             raise ValueError(f"{path} is not there and --offline given; fetch it once without, or give --weights FILE")
         endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        download(f"{endpoint.rstrip('/')}/{url_path}", path, token=os.environ.get("HF_TOKEN", ""))
+        download(f"{endpoint.rstrip('/')}/{repo}/resolve/main/{name}", path, token=os.environ.get("HF_TOKEN", ""))
     return path
 
 
@@ -445,8 +453,8 @@ def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
         headers = {key.lower(): value for key, value in answer.headers.items()} | redirects.stated
         size = int(headers.get("x-linked-size") or have + int(headers.get("content-length") or 0))
         etag = (headers.get("x-linked-etag") or headers.get("etag") or "").removeprefix("W/").strip('"')
-        started = time.time()
-        with open(part, "ab" if have else "wb") as file:
+        started = time.perf_counter()
+        with part.open("ab" if have else "wb") as file:
             while block := answer.read(1 << 20):
                 file.write(block)
                 have += len(block)

@@ -213,10 +213,9 @@ class Backbone:
     norm: tuple = IMAGENET
     interpolation: str = "bicubic"
 
-    @property
-    def url_path(self) -> str:
-        """Where `repo` keeps the weights, from the hub's address on."""
-        return f"{self.repo}/resolve/main/model.safetensors"
+    def at(self, image_size: int) -> "Backbone":
+        """The same for images of another size in pixels; 0 for its own."""
+        return replace(self, config=replace(self.config, image_size=image_size or self.config.image_size))
 
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
@@ -439,9 +438,9 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
         config = Config(**meta["config"]) if "config" in meta else infer_config(found, eps=layout.eps, heads=heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    norm = meta.get("norm") or (CLIP if config.norm_pre else IMAGENET)
-    backbone = BACKBONES[name] if name else Backbone("", config, tuple(map(tuple, norm)))
-    config = replace(backbone.config, image_size=image_size or backbone.config.image_size)
+    norm = (meta["mean"], meta["std"]) if "mean" in meta else CLIP if config.norm_pre else IMAGENET
+    backbone = (BACKBONES[name] if name else Backbone("", config, norm)).at(image_size)
+    config = backbone.config
     if not head:
         found = {key: value for key, value in found.items() if not key.startswith("head.")}
     found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
@@ -451,7 +450,7 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
             model.head = nn.Linear(config.width, len(found["head.weight"]), bias="head.bias" in found)
     check_tensors(model.state_dict(), found, f"{path} as {name or layout.name}")
     model.load_state_dict(found, assign=True)
-    return model.eval(), replace(backbone, config=config)
+    return model.eval(), backbone
 
 
 def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
