@@ -18,7 +18,7 @@ import json
 import math
 import pickle
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -224,11 +224,11 @@ def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
                      "image_size": image_size, **more})
 
 
-_REG = {"layer_scale": True, "registers": 4}
+_DINOV2, _REG = {"layer_scale": True}, {"layer_scale": True, "registers": 4}
 _CLIP = {"norm_pre": True, "quick_gelu": True, "patch_bias": False, "eps": 1e-5}
 
-# Repositories, normalisation and interpolation as in timm's registry (default_cfgs, timm 1.0), CLIP's as in OpenAI's clip.py.
-# DINOv2 was published for 518 px; 224 is what most use it at, and the positions are resized (--image-size 518 for the original).
+# Repositories, normalisation and interpolation as in timm's registry (default_cfgs, timm 1.0), CLIP's as in OpenAI's
+# clip.py. DINOv2 was published for 518 px; 224 is what most use it at (--image-size 518 for the original).
 BACKBONES = {
     "vit_ti16": Backbone("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", _vit(192, 16), HALF),
     "vit_s16": Backbone("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", _vit(384, 16), HALF),
@@ -239,9 +239,9 @@ BACKBONES = {
     "deit_b16": Backbone("timm/deit_base_patch16_224.fb_in1k", _vit(768, 16)),
     "dino_s16": Backbone("timm/vit_small_patch16_224.dino", _vit(384, 16)),
     "dino_b16": Backbone("timm/vit_base_patch16_224.dino", _vit(768, 16)),
-    "dinov2_s14": Backbone("timm/vit_small_patch14_dinov2.lvd142m", _vit(384, 14, layer_scale=True)),
-    "dinov2_b14": Backbone("timm/vit_base_patch14_dinov2.lvd142m", _vit(768, 14, layer_scale=True)),
-    "dinov2_l14": Backbone("timm/vit_large_patch14_dinov2.lvd142m", _vit(1024, 14, layer_scale=True)),
+    "dinov2_s14": Backbone("timm/vit_small_patch14_dinov2.lvd142m", _vit(384, 14, **_DINOV2)),
+    "dinov2_b14": Backbone("timm/vit_base_patch14_dinov2.lvd142m", _vit(768, 14, **_DINOV2)),
+    "dinov2_l14": Backbone("timm/vit_large_patch14_dinov2.lvd142m", _vit(1024, 14, **_DINOV2)),
     "dinov2_s14_reg": Backbone("timm/vit_small_patch14_reg4_dinov2.lvd142m", _vit(384, 14, **_REG)),
     "dinov2_b14_reg": Backbone("timm/vit_base_patch14_reg4_dinov2.lvd142m", _vit(768, 14, **_REG)),
     "dinov2_l14_reg": Backbone("timm/vit_large_patch14_reg4_dinov2.lvd142m", _vit(1024, 14, **_REG)),
@@ -249,59 +249,42 @@ BACKBONES = {
     "clip_b32": Backbone("openai/clip-vit-base-patch32", _vit(768, 32, **_CLIP), CLIP),
     "clip_b16": Backbone("openai/clip-vit-base-patch16", _vit(768, 16, **_CLIP), CLIP),
     "clip_l14": Backbone("openai/clip-vit-large-patch14", _vit(1024, 14, **_CLIP), CLIP),
-    # Ours, in assets/: pretrained on CIFAR-100 by train.py --scratch, the command and its log beside it.
+    # Ours, in assets/: pretrained on CIFAR-100 by train.py --scratch, the commands and their log beside it.
     "vit_micro": Backbone("", _vit(128, 4, 32, depth=6, heads=4, hidden=256, pool="mean"), CIFAR100),
 }
 
 # ------------------------------------------------------------------------------------------ reading published weights
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one family of files names its tensors.
-
-    `tell` matches a key that only this family has. What stands before the match is a prefix: it is stripped, and a key
-    outside it is marked by a leading "../". `renames` (regular expressions, applied in order) lead to timm's names;
-    `ignored` are the parts known not to belong to an image backbone. Whatever else is left over is an error.
-    """
-    name: str
-    tell: str
-    eps: float
-    ignored: str
-    renames: dict[str, str]
-
-
-_HF_VIT = {
-    r"^(\.\./)?classifier\.": "head.", r"^encoder\.layer\.|^layers\.": "blocks.", r"^layernorm\.": "norm.",
-    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.", r"^embeddings\.cls_token$": "cls_token",
-    r"^embeddings\.position_embeddings$": "pos_embed",
-    r"^embeddings\.(register_tokens|distillation_token)$": "reg_token",
-    r"\.attention(\.attention)?\.(q|k|v)(uery|ey|alue|_proj)\.": r".attn.\2.",
-    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.", r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
-    r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
-    r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.",
+# A family of files is told by a key that only it has, given here by its end. What stands before that end is a prefix: it is
+# stripped from all keys, and those without it are marked by "../". Then come the LayerNorms' eps, which no file states, and
+# the parts that are known not to belong to an image backbone; whatever else is left over is an error.
+LAYOUTS = {
+    "OpenAI CLIP, open_clip": (r"\bconv1\.weight$", 1e-5, r"\.\./(transformer\.|token_embedding\.|positional_embedding$|"
+                               r"ln_final\.|text|logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)"),
+    "Hugging Face CLIP": (r"\bembeddings\.class_embedding$", 1e-5,
+                          r"(.*\.)?embeddings\.position_ids$|\.\./(text_|logit_scale$)"),
+    "Hugging Face Dinov2": (r"\bencoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, r"embeddings\.mask_token$"),
+    "Hugging Face ViT, DeiT": (r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$", 1e-12,
+                               r"pooler\.|embeddings\.mask_token$|\.\./(decoder\.|(cls|distillation)_classifier\.)"),
+    "timm, DeiT, DINO, DINOv2, MAE": (r"\bpatch_embed\.proj\.weight$", 1e-6, r"mask_token$|decoder_|head_dist\.|"
+                                      r"head\.(mlp|last_layer)|\.\./(text|logit_)|(\.\./)?visual\.(?!trunk)"),
 }
-LAYOUTS = (
-    Layout("OpenAI CLIP, open_clip", r"(?<![\w.])(visual\.)?conv1\.weight$|(?<=visual\.)conv1\.weight$", 1e-5,
-           r"\.\./(transformer\.|token_embedding\.|positional_embedding$|ln_final\.|text|logit_|attn_mask$|"
-           r"input_resolution$|context_length$|vocab_size$)",
-           {r"^class_embedding$": "cls_token", r"^positional_embedding$": "pos_embed", r"^conv1\.": "patch_embed.proj.",
-            r"^ln_pre\.": "norm_pre.", r"^ln_post\.": "norm.", r"^proj$": "head.weight.T",
-            r"^transformer\.resblocks\.": "blocks.", r"\.ln_([12])\.": r".norm\1.", r"\.in_proj_": ".qkv.",
-            r"\.out_proj\.": ".proj.", r"\.c_fc\.": ".fc1.", r"\.c_proj\.": ".fc2."}),
-    Layout("Hugging Face CLIP", r"embeddings\.class_embedding$", 1e-5,
-           r"\.\./(text_|logit_scale$)|(\.\./)?(\w+\.)*embeddings\.position_ids$",
-           {r"^\.\./visual_projection\.": "head.", r"^encoder\.layers\.": "blocks.", r"\.layer_norm([12])\.": r".norm\1.",
-            r"\.self_attn\.([qkv])_proj\.": r".attn.\1.", r"\.self_attn\.out_proj\.": ".attn.proj.",
-            r"^pre_layrnorm\.": "norm_pre.", r"^post_layernorm\.": "norm.", r"^embeddings\.class_embedding$": "cls_token",
-            r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^embeddings\.position_embedding\.weight$": "pos_embed"}),
-    Layout("Hugging Face Dinov2", r"encoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, r"embeddings\.mask_token$", _HF_VIT),
-    Layout("Hugging Face ViT, DeiT", r"(encoder\.layer|layers)\.0\.layernorm_before\.weight$", 1e-12,
-           r"pooler\.|embeddings\.mask_token$|\.\./(decoder\.|(cls|distillation)_classifier\.)", _HF_VIT),
-    Layout("timm, DeiT, DINO, DINOv2, MAE", r"patch_embed\.proj\.weight$", 1e-6,
-           r"mask_token$|decoder_|head_dist\.|head\.(mlp|last_layer)|\.\./(text|logit_)|(\.\./)?visual\.(?!trunk)",
-           {r"^\.\./visual\.head\.proj\.": "head.", r"^fc_norm\.": "norm.", r"^(register_tokens|dist_token)$": "reg_token"}),
-)
+# Regular expressions that lead to timm's names, applied in order to every key of every family.
+RENAMES = {
+    r"^(\.\./)?classifier\.|^\.\./visual_projection\.|^\.\./visual\.head\.proj\.": "head.", r"^proj$": "head.weight.T",
+    r"^(embeddings\.)?class_embedding$|^embeddings\.cls_token$": "cls_token",
+    r"^positional_embedding$|^embeddings\.position_embedding(\.weight|s)$": "pos_embed",
+    r"^(embeddings\.)?(register_tokens|distillation_token)$|^dist_token$": "reg_token",
+    r"^(conv1|embeddings\.patch_embeddings\.projection|embeddings\.patch_embedding)\.": "patch_embed.proj.",
+    r"^(ln_pre|pre_layrnorm)\.": "norm_pre.", r"^(ln_post|post_layernorm|layernorm)\.": "norm.",
+    r"^(encoder\.layers?|layers|transformer\.resblocks)\.": "blocks.",
+    r"\.(ln_|layer_norm)([12])\.": r".norm\2.", r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.",
+    r"\.(self_attn|attention(?:\.attention)?)\.([qkv])(uery|ey|alue|_proj)\.": r".attn.\2.",
+    r"\.(self_attn\.out_proj|attention\.output\.dense|attention\.o_proj|attn\.out_proj)\.": ".attn.proj.",
+    r"\.attn\.in_proj_": ".attn.qkv.", r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+    r"\.(mlp\.c_fc|intermediate\.dense)\.": ".mlp.fc1.", r"\.(mlp\.c_proj|output\.dense)\.": ".mlp.fc2.",
+}
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -315,20 +298,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no weights at {path}; give a .safetensors or .pth file")
-    if path.suffix == ".safetensors":
-        try:
+    try:
+        if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, meta
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-    try:
+                return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 (not a dict)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors, or is no PyTorch file: refused, since a pickle can run code; "
                          "save its state_dict as safetensors") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole PyTorch file; fetch it again") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({str(error).splitlines()[0]}); fetch it again") from error
     while isinstance(tensors, dict):
         inner = [tensors[name] for name in ("model", "state_dict", "teacher") if isinstance(tensors.get(name), dict)]
         if not inner:
@@ -337,37 +317,38 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     raise ValueError(f"{path} holds no dictionary of tensors")
 
 
-def to_timm(tensors: dict[str, Tensor], source: str = "the file") -> tuple[dict[str, Tensor], Layout]:
-    """Translate a published state dict of any of LAYOUTS to timm's names and this file's shapes.
+def to_timm(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """Translate a published state dict of any of LAYOUTS to timm's names and this file's shapes, and give its eps.
 
-    Query, key and value are stacked to `qkv`; positions become [1, 1+N, D] (class token, patches). A position that a file
-    has for its registers, or for DeiT's distillation token, is added into those tokens, which is the same function.
+    Query, key and value are stacked to `qkv`; positions become [1, 1+g·g, D] (class token, patches). A position that a
+    file has for its registers, or for DeiT's distillation token, is added into those tokens, which is the same function.
 
     Raises:
         ValueError: no layout fits.
     """
-    for layout in LAYOUTS:
-        prefixes = [key[:match.start()] for key in tensors if (match := re.search(layout.tell, key))]
-        if prefixes:
+    for tell, eps, ignored in LAYOUTS.values():  # noqa: B007 (used after the break)
+        if prefixes := [key[:match.start()] for key in tensors if (match := re.search(tell, key))]:
             break
     else:
-        raise ValueError(f"{source} is not a ViT in a known layout ({'; '.join(each.name for each in LAYOUTS)}): "
+        raise ValueError(f"not a ViT in a known layout ({'; '.join(LAYOUTS)}): "
                          f"its tensors begin with {', '.join(list(tensors)[:3]) or 'nothing'}")
     found, prefix = {}, prefixes[0]
     for key, value in tensors.items():
         key = key[len(prefix):] if key.startswith(prefix) else "../" + key
-        if re.match(layout.ignored, key):
+        if re.match(ignored, key):
             continue
-        for pattern, name in layout.renames.items():
+        for pattern, name in RENAMES.items():
             key = re.sub(pattern, name, key)
         found[key] = value.float()
-    for key in [key for key in found if ".attn.q." in key]:
-        found[key.replace(".q.", ".qkv.")] = torch.cat([found.pop(key.replace(".q.", f".{part}.")) for part in "qkv"])
+    for q in [key for key in found if ".attn.q." in key]:
+        k, v = q.replace(".q.", ".k."), q.replace(".q.", ".v.")
+        if k in found and v in found:
+            found[q.replace(".q.", ".qkv.")] = torch.cat([found.pop(q), found.pop(k), found.pop(v)])
     if "head.weight.T" in found:
         found["head.weight"] = found.pop("head.weight.T").T.contiguous()
     if "cls_token" in found and "pos_embed" in found:
         _normal_positions(found)
-    return found, layout
+    return found, eps
 
 
 def _normal_positions(found: dict[str, Tensor]) -> None:
@@ -376,7 +357,7 @@ def _normal_positions(found: dict[str, Tensor]) -> None:
     found["cls_token"], positions = found["cls_token"].reshape(1, 1, D), found["pos_embed"].reshape(1, -1, D)
     registers = found["reg_token"].shape[1] if "reg_token" in found else 0
     rows = positions.shape[1]
-    extra = next((n for n in (1, 1 + registers, 0) if math.isqrt(rows - n) ** 2 == rows - n), 1)
+    extra = next((n for n in (1, 1 + registers, 0) if rows > n and math.isqrt(rows - n) ** 2 == rows - n), 1)
     if extra == 0:  # timm's DINOv2 with registers: the class token's position is already in the token
         positions = torch.cat([torch.zeros(1, 1, D), positions], dim=1)
     elif extra > 1:
@@ -387,26 +368,26 @@ def _normal_positions(found: dict[str, Tensor]) -> None:
 
 def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Config:
     """The architecture of a translated state dict. What shapes can't tell is assumed: heads of 64 channels unless
-    `heads` is given, QuickGELU where there is a `norm_pre` (CLIP), mean pooling never.
+    `heads` is given, and OpenAI's QuickGELU where there is a `norm_pre` (CLIP).
 
     Raises:
         ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight")
     if missing := [key for key in needed if key not in found]:
-        raise ValueError(f"missing {', '.join(missing)}")
+        raise ValueError(f"not a whole ViT: missing {', '.join(missing)}")
     width, patch = found["cls_token"].shape[-1], found["patch_embed.proj.weight"].shape[-1]
-    hidden = len(found["blocks.0.mlp.fc1.weight"])
+    hidden, clip = len(found["blocks.0.mlp.fc1.weight"]), "norm_pre.weight" in found
     if not heads and width % 64:
         raise ValueError(f"width {width} is no multiple of the usual head width 64; give the number of heads by --heads")
     return Config(
-        width=width, heads=heads or width // 64, patch=patch, hidden=0 if hidden == 4 * width else hidden, eps=eps,
+        width=width, heads=heads or width // 64, patch=patch, hidden=0 if hidden == 4 * width else hidden,
         depth=1 + max(int(key.split(".")[1]) for key in found if key.startswith("blocks.")),
-        image_size=patch * math.isqrt(found["pos_embed"].shape[1] - 1),
+        image_size=patch * math.isqrt(found["pos_embed"].shape[1] - 1), eps=1e-5 if clip else eps,
         registers=found["reg_token"].shape[1] if "reg_token" in found else 0,
-        layer_scale="blocks.0.ls1.gamma" in found, norm_pre="norm_pre.weight" in found,
-        quick_gelu="norm_pre.weight" in found, qkv_bias="blocks.0.attn.qkv.bias" in found,
-        patch_bias="patch_embed.proj.bias" in found)
+        layer_scale="blocks.0.ls1.gamma" in found, norm_pre=clip, quick_gelu=clip,
+        qkv_bias="blocks.0.attn.qkv.bias" in found, patch_bias="patch_embed.proj.bias" in found,
+        pool="mean" if "fc_norm.weight" in found else "token")
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
@@ -424,41 +405,51 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
 
     Args:
         name: a key of BACKBONES; then the file must have that shape. Without it the shape is read off the file, and the
-            normalisation is CLIP's for a CLIP tower, else what the file states, else ImageNet's.
+            normalisation is what the file states, else CLIP's for a CLIP tower, else ImageNet's.
         image_size: pixels along one side, if not the backbone's own; positions are resized to it.
         heads: attention heads, if they aren't 64 channels wide.
         head: keep the file's own classifier (or CLIP's projection) instead of returning features [B, D].
 
     Raises:
-        ValueError: unknown name, an unreadable file, missing, left-over or misshapen tensors; each is named.
+        ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
     tensors, meta = read_tensors(path)
-    found, layout = to_timm(tensors, str(path))
     try:
-        config = Config(**meta["config"]) if "config" in meta else infer_config(found, eps=layout.eps, heads=heads)
+        found, eps = to_timm(tensors)
+        backbone = BACKBONES.get(name)
+        config = Config(**meta["config"]) if "config" in meta else infer_config(
+            found, eps=eps, heads=heads or (backbone.config.heads if backbone else 0))
+        norm = (meta["mean"], meta["std"]) if "mean" in meta else CLIP if config.norm_pre else IMAGENET
+        if backbone:
+            compare(config, backbone.config, name)
+        backbone = (backbone or Backbone("", config, norm)).at(image_size)
+        config = backbone.config
+        found = {key.replace("fc_norm.", "norm."): value for key, value in found.items() if head or key[:5] != "head."}
+        found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
+        with torch.device("meta"):  # no memory, no random numbers: what the file doesn't fill can't be used
+            model = ViT(config)
+            if "head.weight" in found:
+                model.head = nn.Linear(config.width, len(found["head.weight"]), bias="head.bias" in found)
+        check_tensors(model.state_dict(), found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    norm = (meta["mean"], meta["std"]) if "mean" in meta else CLIP if config.norm_pre else IMAGENET
-    backbone = (BACKBONES[name] if name else Backbone("", config, norm)).at(image_size)
-    config = backbone.config
-    if not head:
-        found = {key: value for key, value in found.items() if not key.startswith("head.")}
-    found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
-    with torch.device("meta"):  # no memory, no random numbers: what the file doesn't fill can't be used
-        model = ViT(config)
-        if "head.weight" in found:
-            model.head = nn.Linear(config.width, len(found["head.weight"]), bias="head.bias" in found)
-    check_tensors(model.state_dict(), found, f"{path} as {name or layout.name}")
     model.load_state_dict(found, assign=True)
     return model.eval(), backbone
 
 
-def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
+def compare(config: Config, wanted: Config, name: str) -> None:
+    """Raise a ValueError that names each property of a file's network in which it isn't the named backbone."""
+    have, silent = asdict(config), ("image_size", "eps", "quick_gelu")
+    if faults := [f"{key} {have[key]}, not {value}" for key, value in asdict(wanted).items()
+                  if have[key] != value and key not in silent]:
+        raise ValueError(f"not a {name}: {'; '.join(faults)}; leave out --backbone to use it as it is")
+
+
+def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """Raise a ValueError that names what is missing, left over or of another shape; return if all agree."""
     faults = [("missing", [key for key in wanted if key not in found]),
               ("left over", [key for key in found if key not in wanted]),
               ("of another shape", [f"{key} {tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
                                     for key in wanted if key in found and found[key].shape != wanted[key].shape])]
-    texts = [f"{len(keys)} {fault}: {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}" for fault, keys in faults if keys]
-    if texts:
-        raise ValueError(f"{what}: {'; '.join(texts)}")
+    if texts := [f"{len(keys)} {fault}: {', '.join(keys[:3])}{' …' * (len(keys) > 3)}" for fault, keys in faults if keys]:
+        raise ValueError("; ".join(texts))

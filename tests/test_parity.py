@@ -1,0 +1,82 @@
+"""vit.py against the libraries that published the weights: kept outputs of tiny networks (golden files), the same networks
+built live, and every variant of the table at full size."""
+import json
+from pathlib import Path
+
+import pytest
+import references
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import vit
+
+LIMIT = 1e-4
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+
+
+@torch.inference_mode()
+def difference(path, expected, images, **options):
+    """Largest |ours - expected|."""
+    model, _ = vit.load(path, **options)
+    got = model(images)
+    assert got.shape == expected.shape
+    return (got - expected).abs().max().item()
+
+
+def test_every_family_has_a_golden_file():
+    assert {path.stem for path in GOLDEN} == set(references.FAMILIES)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden(path, tmp_path):
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        options = json.loads(file.metadata()["options"])
+    images, expected = tensors.pop("golden.input"), tensors.pop("golden.output")
+    save_file(tensors, tmp_path / "w.safetensors")
+    torch.save(tensors, tmp_path / "w.pth")
+    assert expected.abs().mean() > 0.05
+    for name in ("w.safetensors", "w.pth"):
+        assert difference(tmp_path / name, expected, images, **options) < LIMIT
+
+
+@pytest.mark.parametrize("name", references.FAMILIES)
+def test_live(name, tmp_path):
+    pytest.importorskip({"hf": "transformers", "open": "open_clip"}.get(name.split("_")[0], "timm"))
+    state, reference, options = references.FAMILIES[name]()
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "w.safetensors")
+    images = references.images()
+    with torch.no_grad():
+        expected = reference(images)
+    assert difference(tmp_path / "w.safetensors", expected, images, **options) < LIMIT
+
+
+@pytest.mark.parametrize("name", [name for name, backbone in vit.BACKBONES.items() if backbone.repo.startswith("timm/")])
+def test_table_against_timm(name, tmp_path):
+    """Each row's repository names a timm model of that very shape, size, normalisation and interpolation."""
+    timm = pytest.importorskip("timm")
+    row = vit.BACKBONES[name]
+    model = references.randomise(timm.create_model(row.repo.removeprefix("timm/"), num_classes=0))
+    cfg = model.pretrained_cfg
+    assert (tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]) == (*row.norm, row.interpolation)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    size = cfg["input_size"][-1]
+    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+    assert difference(tmp_path / "w.safetensors", expected, images, name=name, image_size=size) < LIMIT * expected.abs().max()
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("clip_b32", "ViT-B-32-quickgelu"), ("clip_b16", "ViT-B-16-quickgelu"),
+                                                    ("clip_l14", "ViT-L-14-quickgelu")])
+def test_table_against_open_clip(name, architecture, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    model = references.randomise(open_clip.create_model(architecture))
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.encode_image(images)
+    row = vit.BACKBONES[name]
+    assert (tuple(model.visual.image_mean), tuple(model.visual.image_std)) == row.norm
+    assert difference(tmp_path / "w.safetensors", expected, images, name=name, head=True) < LIMIT * expected.abs().max()
