@@ -15,7 +15,8 @@ def randomise(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = torch.randn(parameter.shape, generator=generator) * 0.2 + (1.0 if is_factor(name) else 0.0)
+            fan_in = parameter[0].numel() if parameter.ndim > 1 and len(parameter) > 1 else 25  # matrices; else 0.2
+            value = torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5 + (1.0 if is_factor(name) else 0.0)
             parameter.copy_(value.half().float())
     return model.eval()
 
