@@ -76,6 +76,13 @@ def add_adapters(model: nn.Module, *, rank: int, placement: list[int], init: str
         model.blocks[index].adapter = Adapter(width, rank, init=init, scale=scale, learn_scale=learn_scale, dropout=dropout)
 
 
+def add_head(model: nn.Module, classes: int) -> None:
+    """Give a vit.ViT a new linear classifier, weights from a normal distribution of 0.02, biases 0 (timm's choice)."""
+    model.head = nn.Linear(model.config.width, classes)
+    nn.init.trunc_normal_(model.head.weight, std=0.02)
+    nn.init.zeros_(model.head.bias)
+
+
 def is_adapter(name: str) -> bool:
     """Does a parameter of this name belong to the adapters or to the head? All that differs between adapting and not
     (freezing, counting, the optimiser, the file) is decided here."""
@@ -91,6 +98,14 @@ def freeze(model: nn.Module, *, everything: bool = False) -> None:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """What an optimiser gets: the trained matrices with `weight_decay`, and biases, norms, scales and tokens without."""
+    parts = {True: [], False: []}
+    for name, parameter in trained(model).items():
+        parts[name.endswith("weight") and parameter.ndim > 1].append(parameter)
+    return [{"params": parts[True], "weight_decay": weight_decay}, {"params": parts[False], "weight_decay": 0.0}]
 
 
 def count(model: nn.Module) -> dict[str, int]:

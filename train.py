@@ -20,7 +20,6 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -32,26 +31,22 @@ import adaptertune
 import data
 import vit
 
-# Learning rates that suit a batch of 128; the first is the paper's for adapters.
+# Learning rates for batches of 128. The first is the paper's; README.md shows how the others were chosen.
 LEARNING_RATES = {"adaptertune": 1e-3, "head": 1e-3, "full": 1e-4, "scratch": 1e-3}
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 
 
-class Stopped(Exception):  # noqa: N818 (not an error)
-    """Ctrl-C or a termination signal, taken up between two steps."""
-
-
 @dataclass
 class State:
-    """How far a run has come: with weights and optimiser all that --resume needs."""
+    """How far a run has come: with weights and optimiser all that --resume needs. Times in seconds."""
     epoch: int = 1
-    step: int = 0  # steps done in this epoch
-    loss: float = 0.0  # summed over the images of this epoch so far
-    hits: int = 0
-    seen: int = 0
-    train_time: float = 0.0  # seconds
-    eval_time: float = 0.0
+    step: int = 0  # steps done in this epoch, and of them:
+    seen: int = 0  # images
+    hits: int = 0  # right answers
+    loss: float = 0.0  # summed over the images
     epoch_time: float = 0.0
+    train_time: float = 0.0
+    eval_time: float = 0.0
     rows: list[list[str]] = field(default_factory=list)
     best_epoch: int = 0
     best_val: float = -1.0  # percent
@@ -60,7 +55,7 @@ class State:
 
 @dataclass
 class Run:
-    """Everything that one training run works with."""
+    """Everything that one training run works with; `meta` goes into adapters.safetensors."""
     options: argparse.Namespace
     seed: int
     folder: Path
@@ -69,12 +64,13 @@ class Run:
     batches: data.Batches
     device: torch.device
     bf16: bool
-    meta: dict  # goes into adapters.safetensors
+    meta: dict
     state: State = field(default_factory=State)
 
-    def autocast(self) -> torch.autocast:
-        """The precision that forward passes run in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def logits(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to logits [B, classes], in the run's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model(images).float()
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -84,60 +80,66 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; wrong usage prints one line and exits with status 2."""
     parser = argparse.ArgumentParser(
         description="Adapt a frozen Vision Transformer by zero-initialised low-rank adapters.", allow_abbrev=False,
-        epilog="Without arguments: the embedded digits on the embedded vit_micro, offline, in half a minute.")
+        epilog="Without arguments: the embedded digits on the embedded vit_micro, offline, within a minute.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; python train.py --help lists all options\n")
     add = parser.add_argument_group("task").add_argument
-    add("--dataset", default="digits", metavar="NAME|FOLDER",
-        help=f"{', '.join(data.DATASETS)}, or a folder of class folders, or one with train/, val/, test/ (default digits)")
-    add("--data-dir", default="data", metavar="DIR", help="where data sets are kept or downloaded to (default data)")
-    add("--limit", type=count, default=0, metavar="N", help="a quick look: train on N images, choose by N/4 (default 0, all)")
+    add("--dataset", default="digits", metavar="NAME", help=f"{', '.join(data.DATASETS)} (default digits), or a folder of class "
+        "folders, or one with train/, val/ and test/")
+    add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to (default data)")
+    add("--limit", type=int, default=0, metavar="N", help="a quick look: train on N images, choose by N/4 (default 0, all)")
     add("--offline", action="store_true", help="never use the network")
-
     add = parser.add_argument_group("backbone").add_argument
-    add("--backbone", choices=vit.BACKBONES, metavar="NAME", default="",
-        help=f"{', '.join(vit.BACKBONES)} (default vit_s16; vit_micro for digits)")
-    add("--weights", default="", metavar="FILE", help="a .safetensors or .pth file instead of the download; its shape is "
-        "read off it, unless --backbone names it")
-    add("--heads", type=count, default=0, metavar="N", help="attention heads, if not 64 channels wide (default 0, by width)")
-    add("--image-size", type=count, default=0, metavar="PIXELS", help="side of the network's input (default 0, its own)")
-    add("--scratch", action="store_true", help="train --backbone whole from random weights, nothing loaded")
-
+    add("--backbone", choices=vit.BACKBONES, metavar="NAME", default="", help=f"{', '.join(vit.BACKBONES)} (default vit_s16; "
+        "vit_micro for digits)")
+    add("--weights", default="", metavar="FILE", help="a .safetensors or .pth file instead of the download; its shape is read "
+        "off it, unless --backbone names it")
+    add("--heads", type=int, default=0, metavar="N", help="attention heads of --weights (default 0: 64 channels each)")
+    add("--image-size", type=int, default=0, metavar="PIXELS", help="side of the input (default 0: the backbone's own)")
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=("adaptertune", "head", "full"), default="adaptertune", metavar="NAME",
         help="adaptertune (default), head (linear probe) or full (fine-tune everything)")
+    add("--scratch", dest="method", action="store_const", const="scratch", help="train all of --backbone from random weights")
     add("--rank", type=int, default=8, metavar="R", help="width of the adapters' bottleneck (default 8)")
     add("--every", type=int, default=1, metavar="K", help="an adapter after every K-th block (default 1)")
-    add("--blocks", type=integers, default=None, metavar="I,J,…", help="adapters after these blocks, from 0 (default all)")
+    add("--blocks", type=integers, metavar="I,J,…", help="adapters after these blocks, counted from 0 (default all)")
     add("--init", choices=("zero", "small"), default="zero", help="up-projection: zeros (default) or N(0, 1e-4²)")
     add("--scale", type=float, default=1.0, metavar="S", help="factor of the adapters' output (default 1)")
     add("--learn-scale", action="store_true", help="train that factor, one for each adapter")
-    add("--dropout", type=float, default=0.0, metavar="P", help="dropout inside the adapters, 0 to 1 (default 0, off)")
-
+    add("--dropout", type=float, default=0.0, metavar="P", help="dropout inside the adapters (default 0, off)")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count, default=0, metavar="N", help="passes over the training images (default 10; digits 30)")
-    add("--batch", type=positive, default=128, metavar="N", help="images in a step (default 128)")
+    add("--epochs", type=int, default=0, metavar="N", help="passes over the training images (default 10; digits 30)")
+    add("--batch", type=int, default=128, metavar="N", help="images in a step (default 128)")
     add("--lr", type=float, default=0.0, metavar="LR", help="peak learning rate (default by method: "
-        + ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items()) + ")")
-    add("--weight-decay", type=float, default=0.05, metavar="W", help="on weight matrices only (default 0.05)")
+        f"{', '.join(f'{method} {rate:g}' for method, rate in LEARNING_RATES.items())})")
+    add("--weight-decay", type=float, default=0.05, metavar="W", help="on weight matrices only (default 0.05; 0 for off)")
     add("--label-smoothing", type=float, default=0.0, metavar="P", help="0 to 1 (default 0, off)")
-    add("--min-scale", type=float, default=0.0, metavar="A", help="smallest area of a training crop, 0 to 1, 1 for no crop "
-        "(default by data set: 0.08, digits 0.6)")
-    add("--seeds", type=integers, default=[0], metavar="I,J,…", help="one run for each, mean and spread last (default 0)")
-    add("--amp", choices=("auto", "bf16", "off"), default="auto",
-        help="mixed precision: bf16 where it is faster (CUDA, CPUs with AMX), always, or never (default auto)")
-    add("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default auto: cuda if there is one)")
-
+    add("--min-scale", type=float, default=0.0, metavar="A", help="least area of a training crop, 1 for no crop (default by "
+        "data set: 0.08, digits 0.6)")
+    add("--seeds", type=integers, default=[0], metavar="I,J,…", help="a run for each, mean and spread at the end (default 0)")
+    add("--amp", choices=("auto", "bf16", "off"), default="auto", help="bf16 where it is faster (default), always or never")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 (default auto: cuda if there is one)")
     add = parser.add_argument_group("run").add_argument
-    add("--name", default="", metavar="NAME", help="folder below runs/ (default from data set, method, rank and seed)")
-    add("--resume", action="store_true", help="go on with a stopped run; finished ones are kept as they are")
+    add("--name", default="", help="folder below runs/ (default from data set, method, rank and seed)")
+    add("--resume", action="store_true", help="go on with stopped runs; finished ones are kept as they are")
     add("--eval", default="", metavar="runs/NAME", help="don't train: load a finished run and read its test set again")
     options = parser.parse_args(arguments)
     if options.eval:  # the run's own options, unless the command line says otherwise
-        parser.set_defaults(**read_config(Path(options.eval), parser.error))
+        if not (saved := Path(options.eval) / "config.json").is_file():
+            parser.error(f"no run in {options.eval}: {saved} is missing")
+        parser.set_defaults(**json.loads(saved.read_text()))
         options = parser.parse_args(arguments)
-    if options.scratch and (options.weights or options.method != parser.get_default("method")):
-        parser.error("--scratch starts from random weights and trains all of them; leave out --weights and --method")
-    options.method = "scratch" if options.scratch else options.method
+    return complete(options, parser)
+
+
+def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Fill in the defaults that depend on other options, and refuse what can't be."""
+    ranges = {"limit": (0, 1e9), "heads": (0, 1e4), "image_size": (0, 1e5), "epochs": (0, 1e6), "batch": (1, 1e6), "lr": (0, 1e3),
+              "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "min_scale": (0, 1), "dropout": (0, 1)}
+    for name, (low, high) in ranges.items():
+        if not low <= (value := getattr(options, name)) <= high:
+            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high:,.0f}")
+    if options.method == "scratch" and options.weights:
+        parser.error("--scratch starts from random weights; leave out --weights, or use --method full")
     if not options.backbone and not options.weights:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
     options.lr = options.lr or LEARNING_RATES[options.method]
@@ -145,39 +147,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def read_config(folder: Path, error: Callable) -> dict:
-    """The options of a run."""
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return error(f"no run in {folder}")
-
-
 def integers(text: str) -> list[int]:
     """Option type: integers with commas between."""
     return [int(part) for part in text.split(",")]
-
-
-def count(text: str) -> int:
-    """Option type: an integer from 0 on."""
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
-
-
-def positive(text: str) -> int:
-    """Option type: an integer from 1 on."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------ setting things up
 
 
 def choose_device(name: str, amp: str) -> tuple[torch.device, bool]:
-    """The device, and whether to use bf16 there. On a CPU that needs AMX tiles: with AVX-512 alone a bf16 step takes
-    twice as long as one in fp32 (tests/bench_amp.py)."""
+    """The device, and whether to use bf16 there. A CPU needs AMX for that: with AVX-512 alone a step in bf16 takes longer
+    than one in fp32 (tests/bench_amp.py)."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(0, device=device)
@@ -187,26 +167,19 @@ def choose_device(name: str, amp: str) -> tuple[torch.device, bool]:
     return device, amp == "bf16" or (amp == "auto" and fast)
 
 
-def load_backbone(*, backbone: str, weights: str, heads: int, image_size: int, offline: bool) -> tuple[vit.ViT, vit.Backbone]:
-    """The pretrained network by name or from a file, and what it wants of its input."""
-    if weights:
-        path = Path(weights)
-    elif backbone == "vit_micro":
+def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
+    """The network that `options` name, and what it wants of its input: random for --scratch, else pretrained."""
+    name, path = options.backbone, Path(options.weights)
+    if options.method == "scratch":
+        backbone = vit.BACKBONES[name].at(options.image_size)
+        model = vit.ViT(backbone.config)
+        model.init_weights()
+        return model, backbone
+    if name == "vit_micro" and not options.weights:
         path = data.ASSETS / "vit_micro.safetensors"
-    else:
-        path = data.hub_file(vit.BACKBONES[backbone].repo, "model.safetensors", offline=offline)
-    return vit.load(path, name=backbone, heads=heads, image_size=image_size)
-
-
-def add_trainable(model: vit.ViT, meta: dict) -> None:
-    """Give the network what the method trains: adapters and a new head, as `meta` describes them, with the rest frozen."""
-    if meta["method"] == "adaptertune":
-        keys = ("rank", "placement", "init", "scale", "learn_scale", "dropout")
-        adaptertune.add_adapters(model, **{key: meta[key] for key in keys})
-    model.head = nn.Linear(model.config.width, len(meta["classes"]))
-    nn.init.trunc_normal_(model.head.weight, std=0.02)
-    nn.init.zeros_(model.head.bias)
-    adaptertune.freeze(model, everything=meta["method"] in ("full", "scratch"))
+    elif not options.weights:
+        path = data.hub_file(vit.BACKBONES[name].repo, "model.safetensors", offline=options.offline)
+    return vit.load(path, name=name, heads=options.heads, image_size=options.image_size)
 
 
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds of one command split the same images
@@ -214,81 +187,64 @@ read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds of one com
 
 def prepare(options: argparse.Namespace, seed: int) -> Run:
     """Load everything, so that all that can be wrong is found before the run's folder is made."""
-    device, bf16 = choose_device(options.device, options.amp)
+    folder, (device, bf16) = run_folder(options, seed), choose_device(options.device, options.amp)
     torch.manual_seed(data.checksum(f"{seed}/init"))
-    method = options.method
-    if method == "scratch":
-        backbone = vit.BACKBONES[options.backbone].at(options.image_size)
-        model = vit.ViT(backbone.config)
-        model.init_weights()
-    else:
-        model, backbone = load_backbone(backbone=options.backbone, weights=options.weights, heads=options.heads,
-                                        image_size=options.image_size, offline=options.offline)
-    images = data.split(read_dataset(options.dataset, options.data_dir, backbone.config.image_size, options.offline),
-                        seed=seed, limit=options.limit)
-    meta = {"method": method, "backbone": options.backbone or Path(options.weights).stem, 
-            "fingerprint": "" if method == "scratch" else adaptertune.fingerprint(model),
-            "image_size": backbone.config.image_size, "mean": backbone.norm[0], "std": backbone.norm[1],
-            "interpolation": backbone.interpolation, "center": images.center, "dataset": images.name,
-            "classes": images.classes, "seed": seed, "limit": options.limit}
-    if method == "adaptertune":
-        blocks = adaptertune.choose_blocks(backbone.config.depth, every=options.every, blocks=options.blocks)
-        meta |= {"rank": options.rank, "placement": blocks, "init": options.init, "scale": options.scale,
-                 "learn_scale": options.learn_scale, "dropout": options.dropout}
-    elif method != "head":
-        meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
-    add_trainable(model, meta)
+    model, backbone = load_backbone(options)
+    size, whole = backbone.config.image_size, options.method in ("full", "scratch")
+    images = read_dataset(options.dataset, options.data_dir, size, options.offline)
+    images = data.split(images, seed=seed, limit=options.limit).to(device)
     images.min_scale = options.min_scale or images.min_scale
-    return Run(options, seed, run_folder(options, seed), images.to(device), model.to(device),
-               data.Batches(backbone.config.image_size, backbone.norm, backbone.interpolation, options.batch),
-               device, bf16, meta)
+    meta = {"method": options.method, "backbone": options.backbone or Path(options.weights).stem,
+            "fingerprint": "" if options.method == "scratch" else adaptertune.fingerprint(model),
+            "image_size": size, "mean": backbone.norm[0], "std": backbone.norm[1], "interpolation": backbone.interpolation,
+            "center": images.center, "dataset": images.name, "classes": images.classes, "seed": seed, "limit": options.limit}
+    if options.method == "adaptertune":
+        placement = adaptertune.choose_blocks(backbone.config.depth, every=options.every, blocks=options.blocks)
+        adapters = {"rank": options.rank, "placement": placement, "init": options.init, "scale": options.scale,
+                    "learn_scale": options.learn_scale, "dropout": options.dropout}
+        adaptertune.add_adapters(model, **adapters)
+        meta |= adapters
+    elif whole:
+        meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
+    adaptertune.add_head(model, len(images.classes))
+    adaptertune.freeze(model, everything=whole)
+    batches = data.Batches(size, backbone.norm, backbone.interpolation, options.batch)
+    return Run(options, seed, folder, images, model.to(device), batches, device, bf16, meta)
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
     """runs/NAME; an unfinished run or another run's results in it are never overwritten."""
     parts = [Path(options.dataset).resolve().name, options.method]
     parts += [f"r{options.rank}"] * (options.method == "adaptertune") + [f"n{options.limit}"] * bool(options.limit)
-    name = options.name or "-".join(parts)
-    folder = Path("runs") / (name if options.name and len(options.seeds) == 1 else f"{name}-s{seed}")
-    if options.resume or not (folder / "config.json").exists():
-        return folder
-    if (folder / "state.pt").exists():
-        raise ValueError(f"{folder} holds an unfinished run; go on with --resume, or delete the folder")
-    if json.loads((folder / "config.json").read_text()) != config(options, seed):
-        raise ValueError(f"{folder} holds a run with other options; give this one a --name, or delete the folder")
+    several = f"-s{seed}" if len(options.seeds) > 1 or not options.name else ""
+    folder = Path("runs") / ((options.name or "-".join(parts)) + several)
+    if options.eval:
+        return Path(options.eval)
+    if (folder / "config.json").exists():
+        if json.loads((folder / "config.json").read_text()) != config(options, seed):
+            raise ValueError(f"{folder} holds a run with other options; give this one a --name, or delete that folder")
+        if (folder / "state.pt").exists() and not options.resume:
+            raise ValueError(f"{folder} holds an unfinished run; go on with --resume, or delete that folder")
     return folder
 
 
 def config(options: argparse.Namespace, seed: int) -> dict:
-    """What config.json holds: every option, as JSON gives it back."""
-    return {key: value for key, value in vars(options).items() if key not in ("resume", "eval")} | {"seeds": [seed]}
+    """What config.json holds: every option."""
+    return {key: value for key, value in vars(options).items() if key not in ("resume", "eval", "name")} | {"seeds": [seed]}
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on what is trained; decay on matrices and convolutions only, not on biases, norms, scales, tokens, positions."""
-    groups = {True: [], False: []}
-    for name, parameter in adaptertune.trained(model).items():
-        groups[name.endswith("weight") and parameter.ndim > 1].append(parameter)
-    return torch.optim.AdamW([{"params": groups[True], "weight_decay": weight_decay},
-                              {"params": groups[False], "weight_decay": 0.0}], lr=lr)
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """Ctrl-C or a termination signal, taken up between two steps, where weights and optimiser agree."""
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rate at a step counted from 0: up a line for a tenth of the steps, down a cosine to 0."""
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-stop_asked: list[int] = []  # signals received; looked at between two steps, so that weights and optimiser agree
+stop_asked: list[int] = []
 
 
 def ask_stop(number: int, frame: object) -> None:
-    """Signal handler: note the signal; the second one stops at once."""
+    """Signal handler: note the signal for check_stop; a second one stops at once."""
     if stop_asked:
         raise KeyboardInterrupt
     stop_asked.append(number)
@@ -300,29 +256,36 @@ def check_stop() -> None:
         raise Stopped
 
 
+def schedule(step: int, steps: int) -> float:
+    """Factor of the learning rate at a step counted from 0: up a line for a tenth of the steps, down a cosine to 0."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """The rest of the epoch that run.state stands in; loss and hits are of the augmented images as they pass."""
     state, options, started = run.state, run.options, time.perf_counter()
     count, first = run.batches.count(run.data.train), run.state.step
-    run.model.train()
     loss_sum, hits = torch.zeros(2, dtype=torch.float64, device=run.device)
+    parameters = list(adaptertune.trained(run.model).values())
+    run.model.train()
     try:
         for images, labels in run.batches.train(run.data, run.seed, state.epoch, first=first):
             check_stop()
             torch.manual_seed(data.checksum(f"{run.seed}/{state.epoch}/{state.step}"))  # for the adapters' dropout
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * schedule((state.epoch - 1) * count + state.step, options.epochs * count)
-            with run.autocast():
-                logits = run.model(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=options.label_smoothing)
+            logits = run.logits(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(adaptertune.trained(run.model).values(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             loss_sum += loss.detach() * len(labels)
             hits += (logits.argmax(dim=-1) == labels).sum()
-            state.seen += len(labels)
-            state.step += 1
+            state.seen, state.step = state.seen + len(labels), state.step + 1
             data.progress(f"epoch {state.epoch}/{options.epochs}, step", state.step, count, started, first)
     finally:
         state.loss, state.hits = state.loss + loss_sum.item(), state.hits + int(hits)
@@ -334,12 +297,11 @@ def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
 @torch.inference_mode()
 def evaluate(run: Run, images: data.Images, what: str) -> float:
     """Top-1 accuracy in percent."""
-    run.model.eval()
     hits, seen, started = torch.zeros((), dtype=torch.long, device=run.device), 0, time.perf_counter()
+    run.model.eval()
     for x, labels in run.batches.eval(images, run.data.center):
         check_stop()
-        with run.autocast():
-            hits += (run.model(x).argmax(dim=-1) == labels).sum()
+        hits += (run.logits(x).argmax(dim=-1) == labels).sum()
         seen += len(labels)
         data.progress(what, seen, len(images), started)
     run.state.eval_time += time.perf_counter() - started
@@ -347,48 +309,52 @@ def evaluate(run: Run, images: data.Images, what: str) -> float:
 
 
 def fit(run: Run) -> None:
-    """Train to the last epoch, keep the weights that did best on validation, and save the state after every epoch."""
-    state, options = run.state, run.options
-    optimizer = make_optimizer(run.model, options.lr, options.weight_decay)
+    """Train to the last epoch, saving the state after each; put back the weights that did best on val, and read test."""
+    state, parameters = run.state, adaptertune.trained(run.model)
+    optimizer = torch.optim.AdamW(adaptertune.groups(run.model, run.options.weight_decay), lr=run.options.lr)
     if (run.folder / "state.pt").exists():
         load_state(run, optimizer)
-    parameters = adaptertune.trained(run.model)
     describe(run)
+    print()
+    for row in (COLUMNS, *state.rows):
+        print_row(row)
     try:
-        while state.epoch <= options.epochs:
+        while state.epoch <= run.options.epochs:
             train_epoch(run, optimizer)
             val = evaluate(run, run.data.val, "validation")
             if val > state.best_val:
                 state.best_epoch, state.best_val = state.epoch, val
                 state.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-            state.train_time += state.epoch_time
-            elapsed = state.train_time + state.eval_time
-            state.rows.append([str(state.epoch), f"{state.loss / state.seen:.3f}", f"{100 * state.hits / state.seen:.2f}",
-                               f"{val:.2f}", f"{state.seen / state.epoch_time:,.0f}", clock(elapsed),
-                               clock(elapsed / state.epoch * (options.epochs - state.epoch))])
-            print_row(state.rows[-1])
-            state.epoch, state.step, state.loss, state.hits, state.seen, state.epoch_time = state.epoch + 1, 0, 0.0, 0, 0, 0.0
+            end_epoch(state, val, run.options.epochs)
             save_state(run, optimizer)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state.best[name])
-        run.meta |= {"epoch": state.best_epoch, "val_accuracy": state.best_val,
-                     "test_accuracy": evaluate(run, run.data.test, "test")}
+        test = evaluate(run, run.data.test, "test")
+        run.meta |= {"epoch": state.best_epoch, "val_accuracy": state.best_val, "test_accuracy": test}
     except Stopped:
         save_state(run, optimizer)
         raise
 
 
+def end_epoch(state: State, val: float, epochs: int) -> None:
+    """Print the epoch's row and stand at the start of the next."""
+    state.train_time += state.epoch_time
+    elapsed = state.train_time + state.eval_time
+    state.rows.append([str(state.epoch), f"{state.loss / state.seen:.3f}", f"{100 * state.hits / state.seen:.2f}", f"{val:.2f}",
+                       f"{state.seen / state.epoch_time:.0f}", clock(elapsed), clock(elapsed / state.epoch * (epochs - state.epoch))])
+    print_row(state.rows[-1])
+    state.epoch, state.step, state.seen, state.hits, state.loss, state.epoch_time = state.epoch + 1, 0, 0, 0, 0.0, 0.0
+
+
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Write state.pt (weights, optimiser, State), config.json, metrics.csv and, for photos, who was in which split."""
-    weights = {name: parameter.detach() for name, parameter in adaptertune.trained(run.model).items()}
-    state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
+    """Write state.pt (weights, optimiser, State), config.json, metrics.csv and, for photos, who is in which split."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, run.folder / "state.part")
+    weights = {name: parameter.detach() for name, parameter in adaptertune.trained(run.model).items()}
+    torch.save(vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}, run.folder / "state.part")
     (run.folder / "state.part").replace(run.folder / "state.pt")
     (run.folder / "config.json").write_text(json.dumps(config(run.options, run.seed), indent=1) + "\n")
-    rows = [row[:4] + [row[4].replace(",", "")] + row[5:] for row in run.state.rows]
-    (run.folder / "metrics.csv").write_text("".join(",".join(row) + "\n" for row in [list(COLUMNS), *rows]))
+    (run.folder / "metrics.csv").write_text("".join(",".join(row) + "\n" for row in (COLUMNS, *run.state.rows)))
     if run.data.train.names:
         names = {part: getattr(run.data, part).names for part in ("train", "val", "test")}
         (run.folder / "split.json").write_text(json.dumps(names, indent=1) + "\n")
@@ -396,13 +362,9 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Stand where the stopped run stood."""
-    if json.loads((run.folder / "config.json").read_text()) != config(run.options, run.seed):
-        raise ValueError(f"{run.folder} was started with other options ({run.folder / 'config.json'}); resume with the same")
     saved = torch.load(run.folder / "state.pt", map_location=run.device, weights_only=True)
     optimizer.load_state_dict(saved.pop("optimizer"))
-    with torch.no_grad():
-        for name, tensor in saved.pop("weights").items():
-            adaptertune.trained(run.model)[name].copy_(tensor)
+    run.model.load_state_dict(saved.pop("weights"), strict=False)
     for key, value in saved.items():
         setattr(run.state, key, value)
 
@@ -423,23 +385,18 @@ def print_row(cells: list[str] | tuple[str, ...]) -> None:
 
 def describe(run: Run) -> None:
     """The lines above the table: where it runs, what is frozen, what is trained, on what."""
-    numbers, whole = adaptertune.count(run.model), run.data.whole
+    numbers, images = adaptertune.count(run.model), run.data
     where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"env      torch {torch.__version__} · {run.device.type} {where} · {'bf16' if run.bf16 else 'fp32'} · seed {run.seed}")
+    precision = "bf16" if run.bf16 else "fp32"
+    print(f"env      torch {torch.__version__} · {run.device.type} {where} · {precision} · seed {run.seed}")
     print(f"backbone {run.meta['backbone']} {run.meta['image_size']}px, {numbers['frozen']:,} frozen")
     parts = ", ".join(f"{part} {numbers[part]:,}" for part in ("adapters", "head", "backbone") if numbers[part])
     total = sum(numbers.values()) - numbers["frozen"]
     print(f"trained  {total:,} ({100 * total / sum(numbers.values()):.2f} %): {parts}")
-    sizes = [f"{len(images):,}" + (f" of {n:,}" if len(images) < n else "") + f" {part}"
-             for images, n, part in zip((run.data.train, run.data.val, run.data.test), (*whole, 0), ("train", "val", "test"),
-                                        strict=True)]
-    print(f"data     {run.data.name}: {' / '.join(sizes)}, {len(run.data.classes)} classes")
-    if run.options.limit:
-        print("limit    a quick look at part of the training images; not the data set's result")
-    print()
-    print_row(COLUMNS)
-    for row in run.state.rows:
-        print_row(row)
+    train, val = (f"{len(part):,} of {n:,}" if len(part) < n else f"{n:,}" for part, n in
+                  zip((images.train, images.val), images.whole, strict=True))
+    print(f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, {len(images.classes)} classes"
+          + (" (--limit: a quick look, not the data set's result)" if run.options.limit else ""))
 
 
 def finish(run: Run) -> None:
@@ -459,35 +416,30 @@ def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
     if sys.platform == "win32":
-        return "unknown"
-    import resource  # not on Windows
+        return "memory not measured on Windows"
+    import resource  # Unix only
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 
 
 def curves(rows: list[list[str]], best: int) -> str:
-    """Loss and accuracy against epochs, as an SVG picture; a line marks the epoch that was kept."""
-    width, height, parts = 320, 200, []
-
-    def panel(left: int, title: str, lines: dict[str, tuple[int, str]]) -> None:
-        values = {name: [float(row[column]) for row in rows] for name, (column, _) in lines.items()}
+    """An SVG picture of loss (left) and accuracy (right) against epochs; the dashed line marks the epoch that was kept."""
+    parts = []
+    for left, title, columns in ((60, "training loss", {1: "#d62728"}), (460, "accuracy in %: train red, val blue",
+                                                                         {2: "#d62728", 3: "#1f77b4"})):
+        values = {column: [float(row[column]) for row in rows] for column in columns}
         low, high = min(map(min, values.values())), max(map(max, values.values()))
-        spread = high - low or 1.0
-        xs = [left + width * (int(row[0]) - 0.5) / len(rows) for row in rows]
-        parts.append(f'<rect x="{left}" y="30" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
-                     f'<text x="{left}" y="20">{title}: {", ".join(lines)}</text>'
-                     f'<text x="{left - 6}" y="36" text-anchor="end">{high:g}</text>'
-                     f'<text x="{left - 6}" y="{30 + height}" text-anchor="end">{low:g}</text>'
-                     f'<text x="{left + width}" y="{48 + height}" text-anchor="end">epoch {rows[-1][0]}</text>'
-                     f'<path d="M{xs[best - 1]:.1f} 30v{height}" stroke="#bbb" stroke-dasharray="3"/>')
-        for name, (_, colour) in lines.items():
-            points = " ".join(f"{x:.1f},{30 + height * (high - y) / spread:.1f}" for x, y in zip(xs, values[name], strict=True))
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"><title>{name}</title></polyline>')
-
-    panel(60, "loss", {"train": (1, "#d62728")})
-    panel(460, "accuracy, %", {"train (red)": (2, "#d62728"), "val (blue)": (3, "#1f77b4")})
-    return ('<svg xmlns="http://www.w3.org/2000/svg" width="800" height="270" font-family="sans-serif" font-size="12">'
-            '<rect width="800" height="270" fill="#fff"/>' + "".join(parts) + "</svg>\n")
+        xs = [left + 320 * (i + 0.5) / len(rows) for i in range(len(rows))]
+        parts.append(f'<rect x="{left}" y="30" width="320" height="200" fill="none" stroke="#bbb"/>'
+                     f'<path d="M{xs[best - 1]:.1f} 30v200" stroke="#bbb" stroke-dasharray="4"/><text x="{left}" y="20">{title}'
+                     f'</text><text x="{left + 320}" y="246" text-anchor="end">epoch {len(rows)}</text><g text-anchor="end">'
+                     f'<text x="{left - 5}" y="40">{high:g}</text><text x="{left - 5}" y="230">{low:g}</text></g>')
+        for column, colour in columns.items():
+            points = " ".join(f"{x:.1f},{230 - 200 * (y - low) / (high - low or 1):.1f}"
+                              for x, y in zip(xs, values[column], strict=True))
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" width="800" height="260" font-family="sans-serif" font-size="12">'
+            f'<rect width="800" height="260" fill="#fff"/>{"".join(parts)}</svg>\n')
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -495,12 +447,11 @@ def curves(rows: list[list[str]], best: int) -> str:
 
 def train(options: argparse.Namespace, seed: int) -> float:
     """One run from loading to the report; returns its test accuracy in percent."""
+    path = run_folder(options, seed) / "adapters.safetensors"
+    if options.resume and path.exists() and not path.with_name("state.pt").exists():
+        print(f"kept     {path}, finished before")
+        return vit.read_tensors(path)[1]["test_accuracy"]
     run = prepare(options, seed)
-    path = run.folder / "adapters.safetensors"
-    if options.resume and path.exists() and not (run.folder / "state.pt").exists():
-        accuracy = vit.read_tensors(path)[1]["test_accuracy"]
-        print(f"kept     {path}, finished before with test {accuracy:.2f} %")
-        return accuracy
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_stop)
     fit(run)
@@ -509,15 +460,15 @@ def train(options: argparse.Namespace, seed: int) -> float:
 
 
 def open_run(options: argparse.Namespace) -> Run:
-    """A finished run as `--eval` names it: its data, and its network with the trained tensors in place.
+    """The finished run that `--eval` names: its data, and its network with the trained tensors in place.
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that the file was trained on.
     """
-    run = prepare(options, options.seeds[0])
     tensors, meta = vit.read_tensors(Path(options.eval) / "adapters.safetensors")
+    run = prepare(options, options.seeds[0])
     adaptertune.load(run.model, tensors, meta, backbone=run.meta["fingerprint"], name=run.meta["backbone"])
-    return replace(run, folder=Path(options.eval), meta=meta)
+    return replace(run, meta=meta)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -533,14 +484,13 @@ def main(arguments: list[str] | None = None) -> int:
         if len(results) > 1:
             print(f"seeds    {len(results)}: test {statistics.mean(results):.2f} ± {statistics.stdev(results):.2f} % "
                   "(mean ± standard deviation)")
-        return 0
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (Stopped, KeyboardInterrupt):
-        again = "" if "--resume" in sys.argv else " --resume"
-        print(f"\nstopped; go on with: python {shlex.join(sys.argv)}{again}", file=sys.stderr)
+        print(f"\nstopped; to go on: python {shlex.join(sys.argv)}{' --resume' * ('--resume' not in sys.argv)}", file=sys.stderr)
         return 130
+    return 0
 
 
 if __name__ == "__main__":
