@@ -411,18 +411,20 @@ def download(url: str, path: Path, *, checksum: tuple[str, str] | None = None, t
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, reason = path.with_name(path.name + ".part"), ""
-    by_hand = f"fetch {url} by other means and put it at {path}, or give a file by --weights"
+    by_hand = f"fetch {url} by other means and put it at {path}" + (" or give it by --weights" if path.suffix != ".gz" else "")
     for attempt in range(tries):
         if attempt:
             time.sleep(0.2 * 2 ** attempt)
         try:
             size, stated = _fetch(url, part, token)
         except urllib.error.HTTPError as error:
+            reason = f"{error.code} {error.reason}"
             if error.code == 416:  # the part is longer than the file
                 part.unlink(missing_ok=True)
-                continue
-            hint = "; a private file needs HF_TOKEN" if error.code in (401, 403) else ""
-            raise ValueError(f"{url} answered {error.code} {error.reason}{hint}; {by_hand}") from error
+            elif error.code < 500:
+                hint = "; a private file needs HF_TOKEN" if error.code in (401, 403) else ""
+                raise ValueError(f"{url} answered {reason}{hint}; {by_hand}") from error
+            continue
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error) or type(error).__name__)
             continue

@@ -1,0 +1,103 @@
+"""Fixtures: a tiny backbone file, a small HTTP server, photos."""
+import dataclasses
+import http.server
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import vit
+
+ROOT = Path(__file__).parent.parent
+REAL = os.environ.get("ADAPTERTUNE_REAL")  # a folder with the published weights and data that test_real.py names
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory):
+    """A ViT of 2 blocks and width 32 for 16 px images, random, in a file that states its own shape."""
+    return write_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors", seed=0)
+
+
+def write_tiny(path, *, seed, **changes):
+    config = vit.Config(**{"width": 32, "depth": 2, "heads": 2, "patch": 4, "image_size": 16, "hidden": 64, **changes})
+    torch.manual_seed(seed)
+    model = vit.ViT(config)
+    model.init_weights()
+    meta = {"config": dataclasses.asdict(config), "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_file(model.state_dict(), path, metadata={"adaptertune": json.dumps(meta)})
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of class folders with 20 PNG photos in each of three classes, told apart by their colour."""
+    image = pytest.importorskip("PIL.Image")
+    generator = torch.Generator().manual_seed(0)
+    for channel, name in enumerate(("apple", "leaf", "sky")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = torch.randint(0, 120, (30 + i, 40, 3), generator=generator, dtype=torch.uint8)
+            pixels[..., channel] += 120
+            image.fromarray(pixels.numpy()).save(tmp_path / "photos" / name / f"{i:02}.png")
+    return tmp_path / "photos"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.files {path: bytes}, with ranges; server.cut closes the connection after so many bytes, once for each
+    entry; server.errors are answered first; server.headers {path: headers} are added; server.redirects {path: url}.
+    Requests are noted in server.seen."""
+
+    def do_GET(self):  # noqa: N802
+        server = self.server
+        server.seen.append((self.path, dict(self.headers)))
+        if server.errors:
+            self.send_error(server.errors.pop(0))
+            return
+        if self.path in server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects[self.path])
+            for key, value in server.headers.get(self.path, {}).items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if self.path not in server.files:
+            self.send_error(404)
+            return
+        body, start = server.files[self.path], 0
+        if (asked := self.headers.get("Range")) and server.ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                self.send_error(416)
+                return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        for key, value in server.headers.get(self.path, {}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        end = server.cut.pop(0) if server.cut else len(body)
+        self.wfile.write(body[start:end])
+        if end < len(body):
+            self.wfile.flush()
+            self.connection.close()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    """A server on 127.0.0.1; `url` is its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.headers, server.redirects, server.seen = {}, {}, {}, []
+    server.cut, server.errors, server.ranges = [], [], True
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,130 @@
+"""The adapter: what it computes, where it stands, what is trained, what is saved."""
+import pytest
+import torch
+from conftest import write_tiny
+from safetensors import safe_open
+
+import adaptertune
+import vit
+
+IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def adapted(path, **options):
+    model, _ = vit.load(path)
+    adaptertune.add_adapters(model, **{"rank": 4, "placement": [0, 1], **options})
+    adaptertune.add_head(model, 5)
+    adaptertune.freeze(model)
+    return model
+
+
+def test_equation():
+    adapter = adaptertune.Adapter(8, 3, init="small", scale=0.7)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_()
+    h, V, U = torch.randn(2, 5, 8), adapter.down.weight, adapter.up.weight
+    inner = torch.nn.functional.gelu(torch.einsum("rd,bnd->bnr", V, h) + adapter.down.bias)
+    expected = h + 0.7 * (torch.einsum("dr,bnr->bnd", U, inner) + adapter.up.bias)
+    assert torch.allclose(adapter(h), expected, atol=1e-5)
+
+
+def test_zero_init_is_the_backbone_bit_for_bit(tiny_weights):
+    plain, _ = vit.load(tiny_weights)
+    with torch.no_grad():
+        assert torch.equal(adapted(tiny_weights).features(IMAGES), plain(IMAGES))
+        assert not torch.equal(adapted(tiny_weights, init="small").features(IMAGES), plain(IMAGES))
+
+
+def test_start_values():
+    torch.manual_seed(0)
+    zero, small = adaptertune.Adapter(256, 64), adaptertune.Adapter(256, 64, init="small")
+    assert zero.down.weight.abs().max() <= (6 / (256 + 64)) ** 0.5  # Xavier's bound
+    assert zero.down.weight.std() > 0.9 * (2 / (256 + 64)) ** 0.5
+    assert not any(tensor.any() for tensor in (zero.down.bias, zero.up.weight, zero.up.bias, small.down.bias))
+    assert 0.9e-4 < small.up.weight.std() < 1.1e-4
+    assert small.up.bias.any()
+
+
+@pytest.mark.parametrize("learn_scale", [False, True])
+def test_counts(tiny_weights, learn_scale):
+    model = adapted(tiny_weights, learn_scale=learn_scale)
+    D, r = 32, 4
+    assert adaptertune.count(model) == {
+        "frozen": sum(p.numel() for p in vit.load(tiny_weights)[0].parameters()),
+        "adapters": 2 * (2 * D * r + r + D + learn_scale), "head": D * 5 + 5, "backbone": 0}
+
+
+def test_the_predicate_is_all_that_is_trained(tiny_weights):
+    model = adapted(tiny_weights)
+    model.head(model.features(IMAGES)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == adaptertune.is_adapter(name)
+        assert (parameter.grad is not None) == adaptertune.is_adapter(name)
+
+
+def test_decay_on_matrices_alone(tiny_weights):
+    model = adapted(tiny_weights, learn_scale=True)
+    adaptertune.freeze(model, everything=True)
+    decayed = {id(parameter) for parameter in adaptertune.groups(model, 0.05)[0]["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert {"head.weight", "patch_embed.proj.weight", "blocks.1.adapter.up.weight", "blocks.0.attn.qkv.weight"} <= names
+    assert not [name for name in names if "norm" in name or "token" in name or "pos" in name or "bias" in name or "scale" in name]
+    assert adaptertune.groups(model, 0.05)[1]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize(("options", "chosen"), [({}, [0, 1, 2, 3, 4, 5]), ({"every": 2}, [1, 3, 5]), ({"every": 4}, [3]),
+                                                 ({"blocks": [5, 0, 5]}, [0, 5])])
+def test_placement(options, chosen):
+    assert adaptertune.choose_blocks(6, **options) == chosen
+
+
+@pytest.mark.parametrize("options", [{"every": 7}, {"every": 0}, {"blocks": [6]}, {"blocks": [-1]}])
+def test_placement_that_cant_be(options):
+    with pytest.raises(ValueError, match="choose from 0 to 5"):
+        adaptertune.choose_blocks(6, **options)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 33])
+def test_rank_that_cant_be(tiny_weights, rank):
+    with pytest.raises(ValueError, match=f"rank {rank}: choose from 1 to the backbone's width, 32"):
+        adapted(tiny_weights, rank=rank)
+
+
+def test_file_holds_adapters_and_head_alone(tiny_weights, tmp_path):
+    model = adapted(tiny_weights)
+    with torch.no_grad():
+        for parameter in adaptertune.trained(model).values():
+            parameter.normal_()
+    fingerprint = adaptertune.fingerprint(model)
+    adaptertune.save(tmp_path / "a.safetensors", model, {"fingerprint": fingerprint, "backbone": "tiny"})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        keys = set(file.keys())
+    assert keys == {"head.weight", "head.bias"} | {f"blocks.{block}.adapter.{part}.{kind}" for block in (0, 1)
+                                                  for part in ("down", "up") for kind in ("weight", "bias")}
+    again = adapted(tiny_weights)
+    tensors, meta = vit.read_tensors(tmp_path / "a.safetensors")
+    adaptertune.load(again, tensors, meta, backbone=adaptertune.fingerprint(again), name="tiny")
+    with torch.no_grad():
+        assert torch.equal(again(IMAGES), model(IMAGES))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_another_backbone_is_refused_by_name(tiny_weights, tmp_path):
+    model, other = adapted(tiny_weights), adapted(write_tiny(tmp_path / "other.safetensors", seed=1))
+    adaptertune.save(tmp_path / "a.safetensors", model, {"fingerprint": adaptertune.fingerprint(model), "backbone": "tiny"})
+    before = adaptertune.fingerprint(other)
+    with pytest.raises(ValueError, match=r"trained on tiny \([0-9a-f]{16}\), not on other \([0-9a-f]{16}\)"):
+        adaptertune.load(other, *vit.read_tensors(tmp_path / "a.safetensors"), backbone=before, name="other")
+
+
+def test_fingerprint(tiny_weights):
+    model = adapted(tiny_weights)
+    first = adaptertune.fingerprint(model)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+        model.blocks[0].adapter.up.weight.add_(1)
+    assert adaptertune.fingerprint(model) == first == adaptertune.fingerprint(vit.load(tiny_weights, image_size=32)[0])
+    with torch.no_grad():
+        model.blocks[1].norm2.bias[3] += 1e-6
+    assert adaptertune.fingerprint(model) != first
