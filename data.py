@@ -90,11 +90,16 @@ def read(name: str, data_dir: str = "data", image_size: int = 224, offline: bool
     Raises:
         ValueError: unknown name, missing or empty folder, corrupt file; says what to do.
     """
+    check_name(name)
     if name in DATASETS:
         return DATASETS[name](Path(data_dir), offline)
-    if not Path(name).is_dir():
-        raise ValueError(f"no data set or folder {name!r}: choose {', '.join(DATASETS)} or give a folder of images")
     return read_folder(Path(name), side=round(image_size * 8 / 7))
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError unless `name` is a data set or a folder."""
+    if name not in DATASETS and not Path(name).is_dir():
+        raise ValueError(f"no data set or folder {name!r}: choose {', '.join(DATASETS)} or give a folder of images")
 
 
 def split(data: Dataset, *, seed: int = 0, limit: int = 0) -> Dataset:

@@ -187,6 +187,7 @@ read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds of one com
 
 def prepare(options: argparse.Namespace, seed: int) -> Run:
     """Load everything, so that all that can be wrong is found before the run's folder is made."""
+    data.check_name(options.dataset)  # before a backbone is downloaded
     folder, (device, bf16) = run_folder(options, seed), choose_device(options.device, options.amp)
     torch.manual_seed(data.checksum(f"{seed}/init"))
     model, backbone = load_backbone(options)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------- the network
@@ -268,7 +268,7 @@ LAYOUTS = {
     "Hugging Face ViT, DeiT": (r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$", 1e-12,
                                r"pooler\.|embeddings\.mask_token$|\.\./(decoder\.|(cls|distillation)_classifier\.)"),
     "timm, DeiT, DINO, DINOv2, MAE": (r"\bpatch_embed\.proj\.weight$", 1e-6, r"mask_token$|decoder_|head_dist\.|"
-                                      r"head\.(mlp|last_layer)|\.\./(text|logit_)|(\.\./)?visual\.(?!trunk)"),
+                                      r"(\.\./)?head\.(mlp|last_layer)|\.\./(text|logit_)|(\.\./)?visual\.(?!trunk)"),
 }
 # Regular expressions that lead to timm's names, applied in order to every key of every family.
 RENAMES = {
@@ -307,8 +307,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors, or is no PyTorch file: refused, since a pickle can run code; "
                          "save its state_dict as safetensors") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({str(error).splitlines()[0]}); fetch it again") from error
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged or cut short ({reason}); fetch it again") from error
     while isinstance(tensors, dict):
         inner = [tensors[name] for name in ("model", "state_dict", "teacher") if isinstance(tensors.get(name), dict)]
         if not inner:

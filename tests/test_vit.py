@@ -44,7 +44,7 @@ def test_a_pth_that_calls_something_is_refused(tmp_path, monkeypatch):
             return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Evil()}, tmp_path / "w.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in ("w.pth", "plain.pth"):
         with pytest.raises(ValueError, match=f"{name} holds more than tensors.*refused"):
             vit.load(tmp_path / name)
