@@ -440,7 +440,8 @@ def download(url: str, path: Path, *, checksum: tuple[str, str] | None = None, t
         kind, digest = checksum or ("sha256", stated)
         if (size and have != size) or (digest and file_hash(part, kind) != digest):
             part.unlink()
-            raise ValueError(f"{url} arrived with a wrong {kind if have == size else 'size'} and was removed; try again, or {by_hand}")
+            wrong = kind if have == size else "size"
+            raise ValueError(f"{url} arrived with a wrong {wrong} and was removed; try again, or {by_hand}")
         os.replace(part, path)
         return
     raise ValueError(f"could not fetch {url}: {reason}; run again to go on, or {by_hand}")

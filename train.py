@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import math
+import re
 import shlex
 import signal
 import statistics
@@ -83,8 +84,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Without arguments: the embedded digits on the embedded vit_micro, offline, within a minute.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; python train.py --help lists all options\n")
     add = parser.add_argument_group("task").add_argument
-    add("--dataset", default="digits", metavar="NAME", help=f"{', '.join(data.DATASETS)} (default digits), or a folder of class "
-        "folders, or one with train/, val/ and test/")
+    add("--dataset", default="digits", metavar="NAME", help=f"{', '.join(data.DATASETS)} (default digits), or a folder of "
+        "class folders, or one with train/, val/ and test/")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to (default data)")
     add("--limit", type=int, default=0, metavar="N", help="a quick look: train on N images, choose by N/4 (default 0, all)")
     add("--offline", action="store_true", help="never use the network")
@@ -133,8 +134,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Fill in the defaults that depend on other options, and refuse what can't be."""
-    ranges = {"limit": (0, 1e9), "heads": (0, 1e4), "image_size": (0, 1e5), "epochs": (0, 1e6), "batch": (1, 1e6), "lr": (0, 1e3),
-              "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "min_scale": (0, 1), "dropout": (0, 1)}
+    ranges = {"limit": (0, 1e9), "heads": (0, 1e4), "image_size": (0, 1e5), "epochs": (0, 1e6), "batch": (1, 1e6),
+              "lr": (0, 1e3), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "min_scale": (0, 1), "dropout": (0, 1)}
     for name, (low, high) in ranges.items():
         if not low <= (value := getattr(options, name)) <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high:,.0f}")
@@ -237,24 +238,19 @@ def config(options: argparse.Namespace, seed: int) -> dict:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-class Stopped(Exception):  # noqa: N818 (not an error)
-    """Ctrl-C or a termination signal, taken up between two steps, where weights and optimiser agree."""
-
-
 stop_asked: list[int] = []
 
 
 def ask_stop(number: int, frame: object) -> None:
-    """Signal handler: note the signal for check_stop; a second one stops at once."""
-    if stop_asked:
-        raise KeyboardInterrupt
+    """Signal handler: note the signal for check_stop. A second one kills."""
     stop_asked.append(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 def check_stop() -> None:
-    """Raise Stopped once a signal has come."""
+    """Stop, if asked to, here between two steps, where weights and optimiser agree."""
     if stop_asked:
-        raise Stopped
+        raise KeyboardInterrupt
 
 
 def schedule(step: int, steps: int) -> float:
@@ -333,7 +329,7 @@ def fit(run: Run) -> None:
                 parameter.copy_(state.best[name])
         test = evaluate(run, run.data.test, "test")
         run.meta |= {"epoch": state.best_epoch, "val_accuracy": state.best_val, "test_accuracy": test}
-    except Stopped:
+    except KeyboardInterrupt:
         save_state(run, optimizer)
         raise
 
@@ -342,8 +338,9 @@ def end_epoch(state: State, val: float, epochs: int) -> None:
     """Print the epoch's row and stand at the start of the next."""
     state.train_time += state.epoch_time
     elapsed = state.train_time + state.eval_time
-    state.rows.append([str(state.epoch), f"{state.loss / state.seen:.3f}", f"{100 * state.hits / state.seen:.2f}", f"{val:.2f}",
-                       f"{state.seen / state.epoch_time:.0f}", clock(elapsed), clock(elapsed / state.epoch * (epochs - state.epoch))])
+    left = elapsed / state.epoch * (epochs - state.epoch)
+    state.rows.append([str(state.epoch), f"{state.loss / state.seen:.3f}", f"{100 * state.hits / state.seen:.2f}",
+                       f"{val:.2f}", f"{state.seen / state.epoch_time:.0f}", clock(elapsed), clock(left)])
     print_row(state.rows[-1])
     state.epoch, state.step, state.seen, state.hits, state.loss, state.epoch_time = state.epoch + 1, 0, 0, 0, 0.0, 0.0
 
@@ -394,10 +391,10 @@ def describe(run: Run) -> None:
     parts = ", ".join(f"{part} {numbers[part]:,}" for part in ("adapters", "head", "backbone") if numbers[part])
     total = sum(numbers.values()) - numbers["frozen"]
     print(f"trained  {total:,} ({100 * total / sum(numbers.values()):.2f} %): {parts}")
-    train, val = (f"{len(part):,} of {n:,}" if len(part) < n else f"{n:,}" for part, n in
-                  zip((images.train, images.val), images.whole, strict=True))
+    train, val = (f"{len(part):,} of {n:,}" if len(part) < n else f"{n:,}"
+                  for part, n in zip((images.train, images.val), images.whole, strict=True))
     print(f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, {len(images.classes)} classes"
-          + (" (--limit: a quick look, not the data set's result)" if run.options.limit else ""))
+          + " (--limit: a quick look, not the data set's result)" * bool(run.options.limit))
 
 
 def finish(run: Run) -> None:
@@ -407,20 +404,18 @@ def finish(run: Run) -> None:
     (run.folder / "curves.svg").write_text(curves(state.rows, state.best_epoch))
     (run.folder / "state.pt").unlink()
     print(f"\ntest     {run.meta['test_accuracy']:.2f} %   (epoch {state.best_epoch}, chosen on val; test read once)")
-    print(f"cost     {clock(state.train_time)} training, {clock(state.eval_time)} evaluation, peak {peak_memory(run.device)}")
+    print(f"cost     {clock(state.train_time)} training, {clock(state.eval_time)} evaluation{peak_memory(run.device)}")
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
     print(f"next     python train.py --eval {run.folder}")
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory in use so far: the GPU's, else the process's."""
+    """The most memory in use so far: the GPU's, else the process's (Linux)."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
-    if sys.platform == "win32":
-        return "memory not measured on Windows"
-    import resource  # Unix only
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+        return f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return f", peak {int(peak[1]) / 2**20:.1f} GiB" if peak else ""
 
 
 def curves(rows: list[list[str]], best: int) -> str:
@@ -488,8 +483,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (Stopped, KeyboardInterrupt):
-        print(f"\nstopped; to go on: python {shlex.join(sys.argv)}{' --resume' * ('--resume' not in sys.argv)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        again = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
+        print(f"\nstopped; to go on: python {again}", file=sys.stderr)
         return 130
     return 0
 

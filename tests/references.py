@@ -54,7 +54,8 @@ def timm_dinov2_reg():
 def timm_deit_distilled():
     import timm
     model = randomise(timm.models.deit.VisionTransformerDistilled(
-        img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=2, num_heads=HEADS, mlp_ratio=HIDDEN / WIDTH, num_classes=CLASSES))
+        img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=2, num_heads=HEADS, mlp_ratio=HIDDEN / WIDTH,
+        num_classes=CLASSES))
     return model.state_dict(), lambda images: model.head(model.forward_features(images)[:, 0]), {"heads": HEADS, "head": True}
 
 

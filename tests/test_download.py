@@ -146,8 +146,8 @@ def test_train_downloads_a_backbone(server, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "HF_ENDPOINT": server.url}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "backbone deit_ti16 32px, 5," in done.stdout
-    failed = subprocess.run([*command, "--backbone", "deit_s16", "--name", "other"], cwd=tmp_path, env={**os.environ, "HF_ENDPOINT": server.url},
-                            capture_output=True, text=True)
+    failed = subprocess.run([*command, "--backbone", "deit_s16", "--name", "other"], cwd=tmp_path, capture_output=True,
+                            env={**os.environ, "HF_ENDPOINT": server.url}, text=True)
     assert failed.returncode == 1
     assert failed.stderr.count("\n") == 1
     assert failed.stderr.startswith("error: ")

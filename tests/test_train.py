@@ -42,8 +42,8 @@ def run(capsys, monkeypatch, tmp_path):
 
 def process(*arguments, cwd, **env):
     """The same in a process of its own: (status, output, errors)."""
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, **env}, timeout=300)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=cwd, capture_output=True,
+                          text=True, env={**os.environ, **env}, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -101,7 +101,7 @@ def test_heads(tmp_path):
     with pytest.raises(ValueError, match="width 128 can't be split into 3 heads"):
         vit.load(path, heads=3)
     save_file(vit.ViT(vit.Config(width=32, depth=1, heads=2, patch=4, image_size=16)).state_dict(), path)
-    with pytest.raises(ValueError, match="width 32 is no multiple of the usual head width 64; give the number of heads by --heads"):
+    with pytest.raises(ValueError, match="width 32 is no multiple of the usual head width 64; give the number of heads"):
         vit.load(path)
 
 
