@@ -157,7 +157,7 @@ def read_digits(data_dir: Path, offline: bool) -> Dataset:
         grey, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
     pixels = (grey.float() * (255 / 16)).round().byte()  # counts of 0..16 ink dots
     images = Images(pixels[:, None].expand(-1, 3, -1, -1).contiguous(), labels)
-    return Dataset("digits", [str(i) for i in range(10)], images, None, None, flip=False, min_scale=0.6)
+    return Dataset("digits", [str(i) for i in range(10)], images, None, None, flip=False, min_scale=0.85)
 
 
 def read_cifar(data_dir: Path, offline: bool, *, name: str, md5: str, train: list[str], test: str, meta: str,
