@@ -48,9 +48,9 @@ def test_deit_tiny_on_imagenet_photos(photos):
 def test_zero_init_is_bit_identical(photos, path):
     """Logits of DeiT-tiny and embeddings of CLIP's image tower, with untrained adapters and without."""
     model, backbone = vit.load(path, head=True)
-    x, _ = next(prepared(photos, backbone))
+    x = next(prepared(photos, backbone))[0][:8]
     plain = model(x)
-    assert plain.shape == (50, 1000 if path == DEIT else 512)
+    assert plain.shape == (8, 1000 if path == DEIT else 512)
     blocks = adaptertune.choose_blocks(backbone.config.depth)
     adaptertune.add_adapters(model, rank=8, placement=blocks)
     assert torch.equal(model(x), plain)
@@ -82,14 +82,16 @@ def test_cifar100_as_published():
 
 
 def test_flowers_on_deit_tiny(tmp_path, monkeypatch, capsys):
-    """Twelve kinds of flowers from 600 photos in two epochs, far above chance, from train/ and test/ folders."""
+    """Twelve kinds of flowers in two epochs over 200 photos, from train/ and test/ folders, and the same test accuracy again
+    from the file."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["--dataset", str(REAL / "data" / "flowers12"), "--weights", str(DEIT), "--epochs", "2", "--name", "flowers"]
+    arguments = ["--dataset", str(REAL / "data" / "flowers12"), "--weights", str(DEIT), "--epochs", "2", "--limit", "200",
+                 "--lr", "3e-3", "--name", "flowers"]
     assert train.main(arguments) == 0
     out = capsys.readouterr().out
     print(out)
     assert "240 test, 12 classes" in out
     _, meta = vit.read_tensors(tmp_path / "runs" / "flowers" / "adapters.safetensors")
-    assert meta["test_accuracy"] > 80
+    assert meta["test_accuracy"] > 60
     assert train.main(["--eval", "runs/flowers"]) == 0
     assert capsys.readouterr().out.count(f"{meta['test_accuracy']:.2f} %") == 2

@@ -164,7 +164,7 @@ def test_scratch_leaves_a_backbone(run, tmp_path):
     assert backbone.config == vit.BACKBONES["vit_micro"].config
     assert model.head.weight.shape == (10, 128)
     out = run("--weights", weights, "--epochs", 1, "--limit", 64, "--name", "next")
-    assert "backbone adapters 32px, 8" in out
+    assert "backbone base 32px, 809,856 frozen" in out
 
 
 def test_photos(run, photos, tiny_weights, tmp_path):
