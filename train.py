@@ -110,7 +110,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--learn-scale", action="store_true", help="train that factor, one for each adapter")
     add("--dropout", type=float, default=0.0, metavar="P", help="dropout inside the adapters (default 0, off)")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=10, metavar="N", help="passes over the training images (default 10)")
+    add("--epochs", type=int, default=0, metavar="N", help="passes over the training images (default 10; digits 12)")
     add("--batch", type=int, default=0, metavar="N", help="images in a step (default 128; 32 if there are less than 5,000)")
     add("--lr", type=float, default=0.0, metavar="LR", help="peak learning rate (default by method: "
         f"{', '.join(f'{method} {rate:g}' for method, rate in RATES.items())})")
@@ -136,7 +136,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Fill in the defaults that depend on other options, and refuse what can't be."""
-    ranges = {"limit": (0, 1e9), "heads": (0, 1e4), "image_size": (0, 1e5), "epochs": (1, 1e6), "batch": (0, 1e6),
+    ranges = {"limit": (0, 1e9), "heads": (0, 1e4), "image_size": (0, 1e5), "epochs": (0, 1e6), "batch": (0, 1e6),
               "lr": (0, 1e3), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "min_scale": (0, 1), "dropout": (0, 1)}
     for name, (low, high) in ranges.items():
         if not low <= (value := getattr(options, name)) <= high:
@@ -145,6 +145,7 @@ def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> ar
         parser.error("--scratch starts from random weights; leave out --weights, or use --method full")
     if not options.backbone and not options.weights:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
+    options.epochs = options.epochs or (12 if options.dataset == "digits" else 10)
     options.lr = options.lr or (MICRO_RATES if options.backbone == "vit_micro" else RATES)[options.method]
     return options
 
@@ -323,7 +324,7 @@ def fit(run: Run) -> None:
         while state.epoch <= run.options.epochs:
             train_epoch(run, optimizer)
             val = evaluate(run, run.data.val, "validation")
-            if val > state.best_val:
+            if val >= state.best_val:  # of equals the later one, which has seen more
                 state.best_epoch, state.best_val = state.epoch, val
                 state.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             end_epoch(state, val, run.options.epochs)

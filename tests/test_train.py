@@ -65,7 +65,7 @@ def test_a_run(run, tiny_weights, tmp_path):
     assert "data     digits: 200 of 1,294 train / 50 of 144 val / 359 test, 10 classes (--limit: a quick look" in out
     rows = re.findall(r"^ +(\d) +(\d\.\d{3}) +(\d+\.\d\d) +(\d+\.\d\d) +(\d+) +(\d+:\d\d) +(\d+:\d\d)$", out, re.M)
     assert [list(row[:4]) for row in rows] == metrics(folder)[1:]
-    best = max(rows, key=lambda row: float(row[3]))
+    best = max(rows, key=lambda row: (float(row[3]), row[0]))
     assert re.search(rf"^test     \d+\.\d\d %   \(epoch {best[0]}, chosen on val; test read once\)$", out, re.M)
     assert out.rstrip().endswith(f"next     python train.py --eval {folder.relative_to(tmp_path)}")
     assert {path.name for path in folder.iterdir()} == {"adapters.safetensors", "metrics.csv", "config.json", "curves.svg"}
@@ -223,7 +223,7 @@ def lacking(path, tiny):
     (["--every", "3"], 1, "choose from 0 to 1, or every 1 to 2"),
     (["--blocks", "2"], 1, r"adapters in blocks \[2\]"),
     (["--batch", "-1"], 2, "--batch -1 is not between 0 and"),
-    (["--epochs", "0"], 2, "--epochs 0 is not between"),
+    (["--epochs", "-1"], 2, "--epochs -1 is not between"),
     (["--dropout", "2"], 2, "--dropout 2.0 is not between 0 and 1"),
     (["--image-size", "18"], 1, "image size 18 is not a multiple of the patch size 4"),
     (["--scratch"], 2, "leave out --weights"),
