@@ -268,7 +268,7 @@ LAYOUTS = {
     "Hugging Face ViT, DeiT": (r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$", 1e-12,
                                r"pooler\.|embeddings\.mask_token$|\.\./(decoder\.|(cls|distillation)_classifier\.)"),
     "timm, DeiT, DINO, DINOv2, MAE": (r"\bpatch_embed\.proj\.weight$", 1e-6, r"mask_token$|decoder_|head_dist\.|"
-                                      r"(\.\./)?head\.(mlp|last_layer)|\.\./(text|logit_)|(\.\./)?visual\.(?!trunk)"),
+                                      r"(\.\./)?head\.(mlp|last_layer)|\.\./(text|logit_)"),
 }
 # Regular expressions that lead to timm's names, applied in order to every key of every family.
 RENAMES = {

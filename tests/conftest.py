@@ -3,9 +3,11 @@ import dataclasses
 import http.server
 import json
 import os
+import pickle
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -30,6 +32,17 @@ def write_tiny(path, *, seed, **changes):
     meta = {"config": dataclasses.asdict(config), "mean": [0.5] * 3, "std": [0.5] * 3}
     save_file(model.state_dict(), path, metadata={"adaptertune": json.dumps(meta)})
     return path
+
+
+def write_cifar10(data_dir):
+    """CIFAR-10's extracted folder in miniature: ten images in each of the published files, batch i all of value i."""
+    folder = data_dir / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        batch = {b"data": np.full((10, 3072), i, dtype=np.uint8), b"labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=3))
+    names = [f"class {i}".encode() for i in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=3))
 
 
 @pytest.fixture

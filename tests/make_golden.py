@@ -16,6 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
+    torch.set_num_threads(1)  # so that the files come out the same each time
     made_with = {name: version(name) for name in ("torch", "timm", "transformers", "open_clip_torch")}
     for name, build in references.FAMILIES.items():
         state, reference, options = build()

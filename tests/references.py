@@ -162,9 +162,28 @@ def open_clip_openai():
     return model.state_dict(), model.encode_image, {"heads": HEADS, "head": True}
 
 
+def open_clip_timm():
+    """open_clip around a timm tower: its keys begin with visual.trunk, the projection is visual.head.proj."""
+    import open_clip
+    import timm
+
+    def tiny_for_open_clip(pretrained=False, num_classes=0, global_pool="token", img_size=SIZE, **_):
+        model = timm.models.vision_transformer.VisionTransformer(
+            img_size=img_size, patch_size=PATCH, embed_dim=WIDTH, depth=2, num_heads=HEADS, mlp_ratio=HIDDEN / WIDTH,
+            num_classes=num_classes, global_pool=global_pool)
+        model.default_cfg = model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        return model
+    timm.models.register_model(tiny_for_open_clip)
+    vision = open_clip.CLIPVisionCfg(timm_model_name="tiny_for_open_clip", timm_pool="token", timm_proj="linear",
+                                     image_size=SIZE)
+    text = open_clip.CLIPTextCfg(context_length=6, vocab_size=20, width=16, heads=2, layers=1)
+    model = randomise(open_clip.CustomTextCLIP(embed_dim=CLASSES, vision_cfg=vision, text_cfg=text))
+    return model.state_dict(), model.encode_image, {"heads": HEADS, "head": True}
+
+
 FAMILIES = {build.__name__: build for build in (
     timm_vit, timm_mean, timm_clip, timm_dinov2_reg, timm_deit_distilled, facebook_dinov2_reg, hf_vit, hf_deit, hf_dinov2,
-    hf_dinov2_reg, hf_clip_vision, hf_clip_vision_features, hf_clip_both, open_clip_openai)}
+    hf_dinov2_reg, hf_clip_vision, hf_clip_vision_features, hf_clip_both, open_clip_openai, open_clip_timm)}
 
 
 def images(count=3):

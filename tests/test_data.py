@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import write_cifar10
 
 import data
 
@@ -167,6 +168,15 @@ def test_pickle_is_refused(tmp_path, monkeypatch, content):
     with pytest.raises(ValueError, match="batch was refused: .*; delete its folder"):
         data.unpickle(tmp_path / "batch")
     assert not (tmp_path / "evil").exists()
+
+
+def test_cifar10_folder(tmp_path):
+    """CIFAR-10's own file names and keys."""
+    write_cifar10(tmp_path)
+    images = data.read("cifar10", str(tmp_path), offline=True)
+    assert images.train.pixels[:, 0, 0, 0].tolist() == sorted([*range(5)] * 10)
+    assert (images.test.pixels.unique().item(), images.test.labels.tolist()) == (5, list(range(10)))
+    assert images.classes[:2] == ["class 0", "class 1"]
 
 
 def test_missing_batch_is_named(tmp_path):

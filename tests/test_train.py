@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, write_tiny
+from conftest import ROOT, write_cifar10, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -79,6 +79,18 @@ def test_a_run(run, tiny_weights, tmp_path):
     assert expected.items() <= meta.items()
     assert f"{meta['test_accuracy']:.2f} %   (epoch" in out
     assert meta["fingerprint"] == adaptertune.fingerprint(vit.load(tiny_weights)[0])
+
+
+def test_the_embedded_default_learns(run, tmp_path):
+    """No option but fewer epochs: digits on vit_micro, which is at most 2 million parameters and 4 MB."""
+    out = run("--epochs", 2)
+    assert float(re.search(r"^test +([\d.]+) %", out, re.M)[1]) > 85
+    assert (tmp_path / "runs/digits-adaptertune-r8-s0/adapters.safetensors").stat().st_size < 300_000
+    weights = ROOT / "assets" / "vit_micro.safetensors"
+    assert weights.stat().st_size <= 4_000_000
+    model, backbone = vit.load(weights, name="vit_micro")
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 2_000_000
+    assert vit.load(weights)[1].config == backbone.config
 
 
 def test_same_command_same_metrics(run, tiny_weights, tmp_path):
@@ -257,11 +269,13 @@ def test_bad_photos(run, photos, tiny_weights, tmp_path):
 
 
 def test_without_pillow(photos, tiny_weights, tmp_path):
-    """Digits train; a folder of photos says what to install."""
+    """Digits and CIFAR train; a folder of photos says what to install."""
     (tmp_path / "hide" / "PIL").mkdir(parents=True)
     (tmp_path / "hide" / "PIL" / "__init__.py").write_text("raise ImportError('hidden')")
     hidden = {"PYTHONPATH": str(tmp_path / "hide")}
-    assert process(*quick(tiny_weights), cwd=tmp_path, **hidden)[0] == 0
+    write_cifar10(tmp_path / "data")
+    for dataset in ("digits", "cifar10"):
+        assert process("--dataset", dataset, *quick(tiny_weights), cwd=tmp_path, **hidden)[0] == 0
     status, _, error = process("--dataset", photos, "--weights", tiny_weights, cwd=tmp_path, **hidden)
     assert status == 1
     assert re.fullmatch("error: image folders need Pillow to decode photos: pip install pillow\n", error)
