@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 VERSION = 1  # of the adapter file's format
@@ -139,7 +139,7 @@ def save(path: str | Path, model: nn.Module, meta: dict) -> None:
     path = Path(path)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained(model).items()}
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"format": "pt", "adaptertune": json.dumps({"version": VERSION, **meta})})
+    part.write_bytes(serialise(tensors, {"format": "pt", "adaptertune": json.dumps({"version": VERSION, **meta})}))
     part.replace(path)
 
 
@@ -150,8 +150,10 @@ def load(model: nn.Module, tensors: dict[str, Tensor], meta: dict, *, backbone: 
         backbone, name: fingerprint and name of the backbone as it was loaded, before anything was trained.
 
     Raises:
-        ValueError: the file was made on another backbone, or its tensors aren't the model's; both are named.
+        ValueError: the file isn't train.py's or was made on another backbone, or its tensors aren't the model's.
     """
+    if meta.get("version") != VERSION:
+        raise ValueError(f"no adapter file that train.py wrote (version {meta.get('version')}, expected {VERSION})")
     if meta["fingerprint"] != backbone:
         raise ValueError(f"the adapters were trained on {meta['backbone']} ({meta['fingerprint']}), "
                          f"not on {name} ({backbone}); give that backbone by --backbone or --weights")

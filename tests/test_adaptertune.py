@@ -118,6 +118,12 @@ def test_another_backbone_is_refused_by_name(tiny_weights, tmp_path):
         adaptertune.load(other, *vit.read_tensors(tmp_path / "a.safetensors"), backbone=before, name="other")
 
 
+@pytest.mark.parametrize("meta", [{}, {"version": 2, "fingerprint": "", "backbone": "tiny"}])
+def test_a_file_of_another_kind_is_refused(tiny_weights, meta):
+    with pytest.raises(ValueError, match="no adapter file that train.py wrote"):
+        adaptertune.load(adapted(tiny_weights), {}, meta, backbone="", name="tiny")
+
+
 def test_fingerprint(tiny_weights):
     model = adapted(tiny_weights)
     first = adaptertune.fingerprint(model)
