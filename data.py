@@ -216,7 +216,7 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     if parts and "train" not in parts:
         raise ValueError(f"{root} has {' and '.join(parts)} but no train folder")
     parts = parts or {"train": root}
-    classes = sorted(folder.name for folder in parts["train"].iterdir() if folder.is_dir())
+    classes = class_folders(parts["train"])
     if len(classes) < 2:
         raise ValueError(f"{parts['train']} has {len(classes)} class folders; at least 2 are needed, one for each class")
     found = {part: list_photos(folder, classes) for part, folder in parts.items()}
@@ -224,13 +224,18 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     return Dataset(root.resolve().name, classes, images["train"], images.get("val"), images.get("test"), center=7 / 8)
 
 
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders inside, sorted, without hidden ones."""
+    return sorted(each.name for each in folder.glob("[!.]*") if each.is_dir())
+
+
 def list_photos(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
     """The photos of a folder's class folders, sorted, and their labels. A class without photos or unknown is an error."""
-    if extra := sorted({each.name for each in folder.iterdir() if each.is_dir()} - set(classes)):
+    if extra := sorted(set(class_folders(folder)) - set(classes)):
         raise ValueError(f"{folder} has classes that train has not: {', '.join(extra[:3])}")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        photos = sorted(path for path in (folder / name).glob("*") if path.suffix.lower() in PHOTOS)
+        photos = sorted(path for path in (folder / name).glob("[!.]*") if path.suffix.lower() in PHOTOS)
         if not photos:
             raise ValueError(f"no images in {folder / name}; {', '.join(sorted(PHOTOS))} are read")
         paths += photos

@@ -228,7 +228,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     if options.eval:
         return Path(options.eval)
     if (folder / "config.json").exists():
-        if json.loads((folder / "config.json").read_text()) != config(options, seed):
+        saved, here = json.loads((folder / "config.json").read_text()), ("data_dir", "offline", "device")
+        if any(saved.get(key) != value for key, value in config(options, seed).items() if key not in here):
             raise ValueError(f"{folder} holds a run with other options; give this one a --name, or delete that folder")
         if (folder / "state.pt").exists() and not options.resume:
             raise ValueError(f"{folder} holds an unfinished run; go on with --resume, or delete that folder")

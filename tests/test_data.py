@@ -115,6 +115,13 @@ def test_folder(photos):
     assert sorted(names) == sorted(pool.train.names)
 
 
+def test_hidden_files_are_no_photos(photos):
+    (photos / ".cache").mkdir()
+    (photos / "leaf" / "._00.png").write_bytes(b"resource fork")
+    (photos / "leaf" / "notes.txt").write_text("x")
+    assert len(data.read(str(photos), image_size=28).train) == 60
+
+
 def test_folder_with_published_parts(photos):
     for part in ("train", "test"):
         (photos / part).mkdir()
