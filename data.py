@@ -258,7 +258,7 @@ def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Image
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
         edge = min(image.size)
-        left, top = (image.width - edge) / 2, (image.height - edge) / 2
+        left, top = (image.width - edge) // 2, (image.height - edge) // 2  # whole pixels: no blur where nothing is resized
         return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge)))
 
     pixels, started = torch.empty(len(paths), 3, side, side, dtype=torch.uint8), time.perf_counter()

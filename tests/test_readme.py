@@ -9,8 +9,8 @@ import train
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [line.removeprefix("$ ").split("  #")[0].strip() for kind, block in BLOCKS for line in block.splitlines()
-            if line.removeprefix("$ ").startswith("python train.py")]
+COMMANDS = [command.strip() for command in re.findall(r"(?:^|`|&& |next +)(python train\.py[^`\n#]*)", README, re.M)
+            if "…" not in command]
 
 
 def test_there_are_commands():
