@@ -51,10 +51,6 @@ class Images:
     def __getitem__(self, index: Tensor) -> "Images":
         return Images(self.pixels[index], self.labels[index], [self.names[i] for i in index.tolist()] if self.names else [])
 
-    def to(self, device: torch.device) -> "Images":
-        """The same images on another device."""
-        return Images(self.pixels.to(device), self.labels.to(device), self.names)
-
 
 @dataclass
 class Dataset:
@@ -73,10 +69,6 @@ class Dataset:
     min_scale: float = 0.08  # torchvision's default for RandomResizedCrop, which the paper uses
     center: float = 1.0
     whole: tuple[int, int] = (0, 0)
-
-    def to(self, device: torch.device) -> "Dataset":
-        """The same data set on another device."""
-        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
 
 def read(name: str, data_dir: str = "data", image_size: int = 224, offline: bool = False) -> Dataset:
@@ -167,9 +159,9 @@ def read_cifar(data_dir: Path, offline: bool, *, name: str, md5: str, train: lis
     root = data_dir / folder
     if not root.is_dir():
         archive = data_dir / f"{folder.replace('-batches-py', '-python')}.tar.gz"
+        if not archive.exists() and offline:
+            raise ValueError(f"no {root} and --offline given; put the published archive {archive.name} into {data_dir}")
         if not archive.exists():
-            if offline:
-                raise ValueError(f"no {root} and --offline given; put the published archive {archive.name} into {data_dir}")
             download(CIFAR + archive.name, archive, checksum=("md5", md5))
         elif file_hash(archive, "md5") != md5:
             raise ValueError(f"{archive} is not the published archive (md5 differs); delete it to fetch it again")
@@ -204,8 +196,6 @@ def unpickle(path: Path) -> dict:
     try:
         with path.open("rb") as file:
             return _ArraysOnly(file, encoding="bytes").load()
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; delete its folder to extract the archive again") from error
     except Exception as error:  # a broken pickle can raise nearly anything
         raise ValueError(f"{path} was refused: {error}; delete its folder to extract the archive again") from error
 
@@ -328,16 +318,17 @@ def center_boxes(n: int, H: int, W: int, share: float, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Batches:
-    """Turns images into what the network sees: [B, 3, S, S], normalised, on the device that the images are on."""
+    """Turns images into what the network sees: [B, 3, S, S], normalised, on `device`; only raw bytes travel there."""
     size: int
     norm: tuple
     interpolation: str
     batch: int
+    device: torch.device
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Subtract the mean and divide by the standard deviation of each channel."""
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in self.norm)
-        return (images - mean) / std
+    def finish(self, pixels: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
+        """Crop, flip, resize and normalise a batch of pixels uint8 [B, 3, H, W]."""
+        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in self.norm)
+        return (crop_resize(pixels, boxes, self.size, flip=flip, interpolation=self.interpolation) - mean) / std
 
     def count(self, images: Images) -> int:
         """Batches in one pass; the last may be smaller."""
@@ -346,20 +337,18 @@ class Batches:
     def train(self, data: Dataset, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the training images in random order, cropped and flipped, fixed by (seed, epoch, step); from step
         `first` on, to go on after an interruption."""
-        images, device = data.train, data.train.pixels.device
-        order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}")).to(device)
+        order = torch.randperm(len(data.train), generator=generator(f"{seed}/{epoch}"))
         for step, index in list(enumerate(order.split(self.batch)))[first:]:
-            rng, pixels = generator(f"{seed}/{epoch}/{step}", device), images.pixels[index]
+            rng, pixels = generator(f"{seed}/{epoch}/{step}", self.device), data.train.pixels[index].to(self.device)
             boxes = random_boxes(len(index), *pixels.shape[-2:], data.min_scale, rng)
-            flip = torch.rand(len(index), generator=rng, device=device) < 0.5 if data.flip else None
-            x = crop_resize(pixels, boxes, self.size, flip=flip, interpolation=self.interpolation)
-            yield self.normalise(x), images.labels[index]
+            flip = torch.rand(len(index), generator=rng, device=self.device) < 0.5 if data.flip else None
+            yield self.finish(pixels, boxes, flip), data.train.labels[index].to(self.device)
 
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the central part of each."""
         for pixels, labels in zip(images.pixels.split(self.batch), images.labels.split(self.batch), strict=True):
-            boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, pixels.device)
-            yield self.normalise(crop_resize(pixels, boxes, self.size, interpolation=self.interpolation)), labels
+            boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, self.device)
+            yield self.finish(pixels.to(self.device), boxes), labels.to(self.device)
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads

@@ -196,7 +196,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     model, backbone = load_backbone(options)
     size, whole = backbone.config.image_size, options.method in ("full", "scratch")
     images = read_dataset(options.dataset, options.data_dir, size, options.offline)
-    images = data.split(images, seed=seed, limit=options.limit).to(device)
+    images = data.split(images, seed=seed, limit=options.limit)
     images.min_scale = options.min_scale or images.min_scale
     weights = Path(options.weights)
     name = options.backbone or (weights.parent.name if weights.stem == "adapters" else weights.stem)
@@ -215,7 +215,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     adaptertune.add_head(model, len(images.classes))
     adaptertune.freeze(model, everything=whole)
     batch = options.batch or (32 if len(images.train) < 5000 else 128)  # a small set needs its steps
-    batches = data.Batches(size, backbone.norm, backbone.interpolation, batch)
+    batches = data.Batches(size, backbone.norm, backbone.interpolation, batch, device)
     return Run(options, seed, folder, images, model.to(device), batches, device, bf16, meta)
 
 

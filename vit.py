@@ -18,7 +18,7 @@ import json
 import math
 import pickle
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,8 +57,6 @@ class Config:
             raise ValueError(f"width {self.width} can't be split into {self.heads} heads; give the number by --heads")
         if self.image_size % self.patch:
             raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch}")
-        if self.pool not in ("token", "mean"):
-            raise ValueError(f"pool {self.pool!r}: choose token or mean")
 
     @property
     def grid(self) -> int:
@@ -417,16 +415,18 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
     tensors, meta = read_tensors(path)
     try:
         found, eps = to_timm(tensors)
-        backbone = BACKBONES.get(name)
-        config = Config(**meta["config"]) if "config" in meta else infer_config(
-            found, eps=eps, heads=heads or (backbone.config.heads if backbone else 0))
-        norm = (meta["mean"], meta["std"]) if "mean" in meta else CLIP if config.norm_pre else IMAGENET
-        if backbone:
-            compare(config, backbone.config, name)
-        backbone = (backbone or Backbone("", config, norm)).at(image_size)
-        config = backbone.config
-        found = {key.replace("fc_norm.", "norm."): value for key, value in found.items() if head or key[:5] != "head."}
-        found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
+        if name:
+            backbone = BACKBONES[name]
+        else:
+            config = Config(**meta["config"]) if "config" in meta else infer_config(found, eps=eps, heads=heads)
+            norm = (meta["mean"], meta["std"]) if "mean" in meta else CLIP if config.norm_pre else IMAGENET
+            backbone = Backbone("", config, norm)
+        backbone, config = backbone.at(image_size), backbone.at(image_size).config
+        if config.pool == "mean":
+            found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
+        found = {key: value for key, value in found.items() if head or not key.startswith("head.")}
+        if "pos_embed" in found:
+            found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
         with torch.device("meta"):  # no memory, no random numbers: what the file doesn't fill can't be used
             model = ViT(config)
             if "head.weight" in found:
@@ -436,14 +436,6 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
         raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(found, assign=True)
     return model.eval(), backbone
-
-
-def compare(config: Config, wanted: Config, name: str) -> None:
-    """Raise a ValueError that names each property of a file's network in which it isn't the named backbone."""
-    have, silent = asdict(config), ("image_size", "eps", "quick_gelu")
-    if faults := [f"{key} {have[key]}, not {value}" for key, value in asdict(wanted).items()
-                  if have[key] != value and key not in silent]:
-        raise ValueError(f"not a {name}: {'; '.join(faults)}; leave out --backbone to use it as it is")
 
 
 def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
