@@ -139,7 +139,7 @@ def save(path: str | Path, model: nn.Module, meta: dict) -> None:
     path = Path(path)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained(model).items()}
     part = path.with_name(path.name + ".part")
-    part.write_bytes(serialise(tensors, {"format": "pt", "adaptertune": json.dumps({"version": VERSION, **meta})}))
+    part.write_bytes(serialise(tensors, {"adaptertune": json.dumps({"version": VERSION, **meta})}))
     part.replace(path)
 
 

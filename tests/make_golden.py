@@ -26,5 +26,5 @@ if __name__ == "__main__":
                    for key, value in state.items()}
         tensors |= {"golden.input": references.images(), "golden.output": output.contiguous()}
         save_file(tensors, GOLDEN / f"{name}.safetensors",
-                  metadata={"options": json.dumps(options), "made_with": json.dumps(made_with)})
+                  metadata={"golden": json.dumps({"options": options, "made_with": made_with})})
         print(f"{name:24} {tuple(output.shape)}  |output| {output.abs().mean():.2f}")

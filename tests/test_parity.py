@@ -32,7 +32,7 @@ def test_every_family_has_a_golden_file():
 def test_golden(path, tmp_path):
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        options = json.loads(file.metadata()["options"])
+        options = json.loads(file.metadata()["golden"])["options"]
     images, expected = tensors.pop("golden.input"), tensors.pop("golden.output")
     save_file(tensors, tmp_path / "w.safetensors")
     torch.save(tensors, tmp_path / "w.pth")
