@@ -415,13 +415,13 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
     tensors, meta = read_tensors(path)
     try:
         found, eps = to_timm(tensors)
-        if name:
-            backbone = BACKBONES[name]
-        else:
+        backbone = BACKBONES.get(name)
+        if not name:
             config = Config(**meta["config"]) if "config" in meta else infer_config(found, eps=eps, heads=heads)
             norm = (meta["mean"], meta["std"]) if "mean" in meta else CLIP if config.norm_pre else IMAGENET
             backbone = Backbone("", config, norm)
-        backbone, config = backbone.at(image_size), backbone.at(image_size).config
+        backbone = backbone.at(image_size)
+        config = backbone.config
         if config.pool == "mean":
             found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
         found = {key: value for key, value in found.items() if head or not key.startswith("head.")}

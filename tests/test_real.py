@@ -44,6 +44,22 @@ def test_deit_tiny_on_imagenet_photos(photos):
 
 
 @torch.inference_mode()
+def test_deit_tiny_as_timm_runs_it(photos):
+    """timm's own network on the same pixels: the same logits and as many right."""
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("deit_tiny_patch16_224.fb_in1k").eval()
+    theirs.load_state_dict(vit.read_tensors(DEIT)[0])
+    model, backbone = vit.load(DEIT, head=True)
+    right = torch.zeros(2, dtype=torch.long)
+    for x, labels in prepared(photos, backbone):
+        ours, expected = model(x), theirs(x)
+        assert (ours - expected).abs().max() < 1e-4
+        right += torch.stack([(logits.argmax(dim=1) == labels).sum() for logits in (ours, expected)])
+    print(f"ours {right[0]}, timm {right[1]} right")
+    assert right[0] == right[1]
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("path", [DEIT, CLIP], ids=["DeiT-tiny", "CLIP"])
 def test_zero_init_is_bit_identical(photos, path):
     """Logits of DeiT-tiny and embeddings of CLIP's image tower, with untrained adapters and without."""
