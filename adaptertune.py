@@ -1,16 +1,21 @@
 """AdapterTune: adapt a frozen Vision Transformer by low-rank adapters that start as nothing.
 
-After block l a small bottleneck adds a correction to the residual stream (https://arxiv.org/abs/2603.14706):
+A small bottleneck adds a correction to the residual stream h behind a block:
 
-    h <- h + s · (U · GELU(V · h + v) + u)        V [r, D], v [r], U [D, r], u [D]
+    h <- h + s · (U · act(V · z + v) + u)        V [r, D], v [r], U [D, r], u [D]
 
-V starts as Xavier's uniform; v, U and u start at zero. So the correction is exactly zero before the first step: training
-starts at the pretrained function, bit for bit, and moves away only as far as the data ask. Only adapters and the
-classifier ("head") are trained, 2Dr + r + D numbers for each adapted block; all else stays frozen, norms included.
-The adapter is nonlinear and sits on the residual stream, so it can't be folded into the backbone's own weights.
+AdapterTune (https://arxiv.org/abs/2603.14706) reads z = h, the block's own output, through a GELU. AdaptFormer
+(https://arxiv.org/abs/2205.13535) works beside the MLP: z is the MLP's input x, through a ReLU, with s = 0.1.
+v, U and u start at zero. So the correction is exactly zero before the first step: training starts at the pretrained
+function, bit for bit, and moves away only as far as the data ask. Only adapters and the classifier ("head") are trained,
+2Dr + r + D numbers for each adapted block; all else stays frozen, norms included.
+
+An adapter is nonlinear, so it can't be folded into the backbone's weights, with one exception: one that reads LayerNorm(x)
+through the MLP's own activation is nothing but r more hidden units of that MLP (`merge`).
 
 Shapes: B images, N tokens, D width, r rank, L blocks.
 """
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -22,30 +27,45 @@ from torch import Tensor, nn
 VERSION = 1  # of the adapter file's format
 
 
+# What each method puts behind a block unless told otherwise, as published. `reads` is z in the equation, by its place in the
+# block: "block" its output, "raw" what enters LayerNorm and MLP, "ln" that LayerNorm's output, "mlp" the MLP's output.
+# AdaptFormer's paper writes LN(x) in its equation, its code reads the raw x (adapter_layernorm_option="none"), and so do we.
+METHODS = {
+    "adaptertune": {"rank": 8, "reads": "block", "act": "gelu", "scale": 1.0, "dropout": 0.0},
+    "adaptformer": {"rank": 64, "reads": "raw", "act": "relu", "scale": 0.1, "dropout": 0.1},
+}
+READS = ("block", "raw", "ln", "mlp")
+ACTS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
 class Adapter(nn.Module):
-    """The residual bottleneck h + s · (U · GELU(V·h + v) + u), on [B, N, D].
+    """The bottleneck s · (U · act(V·z + v) + u), from z [B, N, D] to the correction [B, N, D] that the block adds.
 
     Args:
-        init: "zero" (U = 0, u = 0: the identity) or "small" (both from N(0, 1e-4²), the paper's ablation).
+        reads: which z the block hands in (see METHODS).
+        act: a new module, the nonlinearity.
+        init: "zero" (U = 0, u = 0: no correction) or "small" (both from N(0, 1e-4²), AdapterTune's ablation).
+        kaiming: V from Kaiming's uniform with a = √5 (AdaptFormer) instead of Xavier's (AdapterTune).
         scale: s. `learn_scale` makes it a trained number.
         dropout: probability of dropping a hidden unit in training; 0 for off.
     """
 
-    def __init__(self, width: int, rank: int, *, init: str = "zero", scale: float = 1.0, learn_scale: bool = False,
-                 dropout: float = 0.0):
+    def __init__(self, width: int, rank: int, *, reads: str = "block", act: nn.Module | None = None, init: str = "zero",
+                 kaiming: bool = False, scale: float = 1.0, learn_scale: bool = False, dropout: float = 0.0):
         super().__init__()
+        self.reads = reads
         self.down = nn.Linear(width, rank)
-        self.act = nn.GELU()
+        self.act = act or nn.GELU()
         self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(rank, width)
         self.scale = nn.Parameter(torch.tensor(float(scale))) if learn_scale else float(scale)
-        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.kaiming_uniform_(self.down.weight, a=5 ** 0.5) if kaiming else nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
         for up in (self.up.weight, self.up.bias):
             nn.init.zeros_(up) if init == "zero" else nn.init.normal_(up, std=1e-4)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.scale * self.up(self.dropout(self.act(self.down(h))))
+    def forward(self, z: Tensor) -> Tensor:
+        return self.scale * self.up(self.dropout(self.act(self.down(z))))
 
 
 def choose_blocks(depth: int, *, every: int = 1, blocks: list[int] | None = None) -> list[int]:
@@ -60,20 +80,60 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: list[int] | None = None
     return chosen
 
 
-def add_adapters(model: nn.Module, *, rank: int, placement: list[int], init: str = "zero", scale: float = 1.0,
-                 learn_scale: bool = False, dropout: float = 0.0) -> None:
+def add_adapters(model: nn.Module, *, method: str = "adaptertune", placement: list[int], rank: int, reads: str = "block",
+                 act: str = "gelu", init: str = "zero", **more) -> None:
     """Put an adapter behind each block of a vit.ViT that `placement` names, counted from 0.
 
+    Args:
+        act: "gelu", "relu" or "mlp", the activation that the block's MLP has.
+        more: `scale`, `learn_scale` and `dropout` of Adapter.
+
     Raises:
-        ValueError: a rank below 1 or above the width, or an unknown init.
+        ValueError: a rank below 1 or above the width; unknown reads, act or init.
     """
     width = model.config.width
     if not 1 <= rank <= width:
         raise ValueError(f"rank {rank}: choose from 1 to the backbone's width, {width}")
-    if init not in ("zero", "small"):
-        raise ValueError(f"init {init!r}: choose zero or small")
+    for name, value, choices in (("init", init, ("zero", "small")), ("reads", reads, READS), ("act", act, (*ACTS, "mlp"))):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r}: choose {', '.join(choices)}")
     for index in placement:
-        model.blocks[index].adapter = Adapter(width, rank, init=init, scale=scale, learn_scale=learn_scale, dropout=dropout)
+        block = model.blocks[index]
+        module = ACTS[act]() if act in ACTS else type(block.mlp.act)()
+        block.adapter = Adapter(width, rank, reads=reads, act=module, init=init, kaiming=method == "adaptformer", **more)
+
+
+def merge(model: nn.Module) -> int:
+    """Turn every adapter that can be into r more hidden units of its block's MLP, and return how many could.
+
+    That is exact for an adapter that reads "ln" through the MLP's own activation: fc1' = [W1; V], fc2' = [W2, sU/γ],
+    b2' = b2 + su/γ, with γ the block's LayerScale, if it has one.
+    """
+    merged = 0
+    for block in model.blocks:
+        adapter, fc1, fc2 = block.adapter, block.mlp.fc1, block.mlp.fc2
+        if adapter is None or adapter.reads != "ln" or type(adapter.act) is not type(block.mlp.act):
+            continue
+        scale = (adapter.scale / getattr(block.ls2, "gamma", torch.ones(1)))[:, None]  # [D, 1] or [1, 1]
+        down, up = adapter.down, adapter.up
+        for layer, tensors in ((fc1, (torch.cat([fc1.weight, down.weight]), torch.cat([fc1.bias, down.bias]))),
+                               (fc2, (torch.cat([fc2.weight, scale * up.weight], dim=1), fc2.bias + scale[:, 0] * up.bias))):
+            layer.weight, layer.bias = (nn.Parameter(tensor.detach(), requires_grad=False) for tensor in tensors)
+        fc1.out_features = fc2.in_features = len(fc1.bias)
+        block.adapter, merged = None, merged + 1
+    return merged
+
+
+def neutral(model: nn.Module, *, reads: str, act: str) -> nn.Module:
+    """A copy of an adapted ViT that is its backbone again, but has a place for any adapter of a kind: all-zero ones of rank 1
+    in every block, and for a head the identity, which gives the features [B, D]."""
+    plain = copy.deepcopy(model)
+    add_adapters(plain, placement=range(len(plain.blocks)), rank=1, reads=reads, act=act)
+    add_head(plain, plain.config.width)
+    for block in plain.blocks:
+        nn.init.zeros_(block.adapter.down.weight)
+    nn.init.eye_(plain.head.weight)
+    return plain.requires_grad_(False)
 
 
 def add_head(model: nn.Module, classes: int) -> None:

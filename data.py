@@ -311,9 +311,9 @@ def random_boxes(n: int, H: int, W: int, min_scale: float, rng: torch.Generator)
 
 
 def center_boxes(n: int, H: int, W: int, share: float, device: torch.device) -> Tensor:
-    """Boxes [n, 4] of the central square whose side is `share` of the shorter side."""
-    side = share * min(H, W)
-    return torch.tensor([[(H - side) / 2, (W - side) / 2, side, side]], device=device).expand(n, 4)
+    """Boxes [n, 4] of the central square whose side is `share` of the shorter side, in whole pixels: no blur."""
+    side = round(share * min(H, W))
+    return torch.tensor([[(H - side) // 2, (W - side) // 2, side, side]], device=device).expand(n, 4)
 
 
 @dataclass(frozen=True)

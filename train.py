@@ -34,8 +34,8 @@ import vit
 
 # Peak learning rates. The paper's for adapters is 1e-3, for thousands of steps; the head's is from DeiT-tiny on 2,000 images
 # of CIFAR-100 (README.md), and vit_micro's are from the validation images of digits (assets/results/digits-rates.txt).
-RATES = {"adaptertune": 1e-3, "head": 1e-2, "full": 1e-4, "scratch": 1e-3}
-MICRO_RATES = {"adaptertune": 5e-3, "head": 1e-2, "full": 5e-4, "scratch": 1e-3}
+RATES = {"adaptertune": 1e-3, "adaptformer": 1e-3, "head": 1e-2, "full": 1e-4, "scratch": 1e-3}
+MICRO_RATES = {"adaptertune": 5e-3, "adaptformer": 5e-3, "head": 1e-2, "full": 5e-4, "scratch": 1e-3}
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 
 
@@ -99,16 +99,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=0, metavar="N", help="attention heads of --weights (default 0: 64 channels each)")
     add("--image-size", type=int, default=0, metavar="PIXELS", help="side of the input (default 0: the backbone's own)")
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=("adaptertune", "head", "full"), default="adaptertune", metavar="NAME",
-        help="adaptertune (default), head (linear probe) or full (fine-tune everything)")
+    add("--method", choices=(*adaptertune.METHODS, "head", "full"), default="adaptertune", metavar="NAME",
+        help="adaptertune (default), adaptformer, head (linear probe) or full (fine-tune everything)")
     add("--scratch", dest="method", action="store_const", const="scratch", help="train all of --backbone from random weights")
-    add("--rank", type=int, default=8, metavar="R", help="width of the adapters' bottleneck (default 8)")
-    add("--every", type=int, default=1, metavar="K", help="an adapter after every K-th block (default 1)")
-    add("--blocks", type=integers, metavar="I,J,…", help="adapters after these blocks, counted from 0 (default all)")
+    add("--rank", type=int, metavar="R", help=f"width of the adapters' bottleneck ({by_method('rank')})")
+    add("--every", type=int, default=1, metavar="K", help="an adapter in every K-th block (default 1)")
+    add("--blocks", type=integers, metavar="I,J,…", help="adapters in these blocks, counted from 0 (default all)")
+    add("--adapter-input", dest="reads", choices=adaptertune.READS, help="what adapters read: the block's output, the MLP's "
+        f"input before or after its LayerNorm, or the MLP's output ({by_method('reads')})")
+    add("--adapter-act", dest="act", choices=(*adaptertune.ACTS, "mlp"), help="their nonlinearity; mlp for the one of the "
+        f"block's own MLP ({by_method('act')}). What reads ln through the MLP's own costs nothing once exported")
     add("--init", choices=("zero", "small"), default="zero", help="up-projection: zeros (default) or N(0, 1e-4²)")
-    add("--scale", type=float, default=1.0, metavar="S", help="factor of the adapters' output (default 1)")
+    add("--scale", type=float, metavar="S", help=f"factor of the adapters' output ({by_method('scale')})")
     add("--learn-scale", action="store_true", help="train that factor, one for each adapter")
-    add("--dropout", type=float, default=0.0, metavar="P", help="dropout inside the adapters (default 0, off)")
+    add("--dropout", type=float, metavar="P", help=f"dropout inside the adapters, 0 for off ({by_method('dropout')})")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=0, metavar="N", help="passes over the training images (default 10; digits 12)")
     add("--batch", type=int, default=0, metavar="N", help="images in a step (default 128; 32 if there are less than 5,000)")
@@ -134,10 +138,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return complete(options, parser)
 
 
+def by_method(name: str) -> str:
+    """The defaults of an adapter option, for its help."""
+    return "default " + ", ".join(f"{method} {values[name]}" for method, values in adaptertune.METHODS.items())
+
+
 def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Fill in the defaults that depend on other options, and refuse what can't be."""
     ranges = {"limit": (0, 1e9), "heads": (0, 1e4), "image_size": (0, 1e5), "epochs": (0, 1e6), "batch": (0, 1e6),
               "lr": (0, 1e3), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "min_scale": (0, 1), "dropout": (0, 1)}
+    for name, value in adaptertune.METHODS.get(options.method, {"dropout": 0.0}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     for name, (low, high) in ranges.items():
         if not low <= (value := getattr(options, name)) <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high:,.0f}")
@@ -200,15 +212,15 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     images.min_scale = options.min_scale or images.min_scale
     weights = Path(options.weights)
     name = options.backbone or (weights.parent.name if weights.stem == "adapters" else weights.stem)
-    meta = {"method": options.method, "backbone": name,
+    meta = {"method": options.method, "backbone": name, "license": backbone.license,
             "fingerprint": "" if options.method == "scratch" else adaptertune.fingerprint(model),
             "image_size": size, "mean": backbone.norm[0], "std": backbone.norm[1], "interpolation": backbone.interpolation,
             "center": images.center, "dataset": images.name, "classes": images.classes, "seed": seed, "limit": options.limit}
-    if options.method == "adaptertune":
-        placement = adaptertune.choose_blocks(backbone.config.depth, every=options.every, blocks=options.blocks)
-        adapters = {"rank": options.rank, "placement": placement, "init": options.init, "scale": options.scale,
-                    "learn_scale": options.learn_scale, "dropout": options.dropout}
-        adaptertune.add_adapters(model, **adapters)
+    if options.method in adaptertune.METHODS:
+        names = ("rank", "reads", "act", "init", "scale", "learn_scale", "dropout")
+        adapters = {name: getattr(options, name) for name in names}
+        adapters["placement"] = adaptertune.choose_blocks(backbone.config.depth, every=options.every, blocks=options.blocks)
+        adaptertune.add_adapters(model, method=options.method, **adapters)
         meta |= adapters
     elif whole:
         meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
@@ -222,7 +234,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
     """runs/NAME; an unfinished run or another run's results in it are never overwritten."""
     parts = [Path(options.dataset).resolve().name, options.method]
-    parts += [f"r{options.rank}"] * (options.method == "adaptertune") + [f"n{options.limit}"] * bool(options.limit)
+    parts += [f"r{options.rank}"] * (options.method in adaptertune.METHODS) + [f"n{options.limit}"] * bool(options.limit)
     several = f"-s{seed}" if len(options.seeds) > 1 or not options.name else ""
     folder = Path("runs") / ((options.name or "-".join(parts)) + several)
     if options.eval:
@@ -412,7 +424,7 @@ def finish(run: Run) -> None:
     print(f"\ntest     {run.meta['test_accuracy']:.2f} %   (epoch {state.best_epoch}, chosen on val; test read once)")
     print(f"cost     {clock(state.train_time)} training, {clock(state.eval_time)} evaluation{peak_memory(run.device)}")
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
-    print(f"next     python train.py --eval {run.folder}")
+    print(f"next     python export.py {run.folder}")
 
 
 def peak_memory(device: torch.device) -> str:
@@ -470,7 +482,7 @@ def open_run(options: argparse.Namespace) -> Run:
     tensors, meta = vit.read_tensors(Path(options.eval) / "adapters.safetensors")
     run = prepare(options, options.seeds[0])
     adaptertune.load(run.model, tensors, meta, backbone=run.meta["fingerprint"], name=run.meta["backbone"])
-    return replace(run, meta=meta)
+    return replace(run, meta=run.meta | meta)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -114,8 +114,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block. `adapter`, if something was put there, is a map on the residual stream [B, N, D]
-    that runs after the block; the block knows no more about it."""
+    """One pre-norm transformer block. `adapter`, if something was put there, is a map [B, N, D] to [B, N, D] whose result is
+    added at the end; its attribute `reads` says what it reads. The block knows no more about it."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -129,8 +129,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
-        x = x + self.ls2(self.mlp(self.norm2(x)))
-        return x if self.adapter is None else self.adapter(x)
+        z = self.norm2(x)
+        y = self.ls2(self.mlp(z))
+        h = x + y
+        return h if self.adapter is None else h + self.adapter({"block": h, "raw": x, "ln": z, "mlp": y}[self.adapter.reads])
 
 
 class PatchEmbed(nn.Module):
@@ -201,7 +203,8 @@ CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pretrained network by name: its shape, its input, and `repo`, the Hugging Face repository that publishes it.
+    """A pretrained network by name: its shape, its input, and `repo`, the Hugging Face repository that publishes it under
+    `license`.
 
     `norm` is (mean, std) per channel for pixels in 0..1, `interpolation` how images are resized for it: both belong to the
     backbone. With the wrong ones it still works, only worse, which is why nobody is asked to remember them.
@@ -210,6 +213,7 @@ class Backbone:
     config: Config
     norm: tuple = IMAGENET
     interpolation: str = "bicubic"
+    license: str = "Apache-2.0"
 
     def at(self, image_size: int) -> "Backbone":
         """The same for images of another size in pixels; 0 for its own."""
@@ -225,7 +229,7 @@ def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
 _DINOV2, _REG = {"layer_scale": True}, {"layer_scale": True, "registers": 4}
 _CLIP = {"norm_pre": True, "quick_gelu": True, "patch_bias": False, "eps": 1e-5}
 
-# Repositories, normalisation and interpolation as in timm's registry (default_cfgs, timm 1.0), CLIP's as in OpenAI's
+# Repositories, normalisation, interpolation and license as in timm's registry (default_cfgs, timm 1.0), CLIP's as in OpenAI's
 # clip.py. DINOv2 was published for 518 px; 224 is what most use it at (--image-size 518 for the original).
 BACKBONES = {
     "vit_ti16": Backbone("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", _vit(192, 16), HALF),
@@ -243,12 +247,13 @@ BACKBONES = {
     "dinov2_s14_reg": Backbone("timm/vit_small_patch14_reg4_dinov2.lvd142m", _vit(384, 14, **_REG)),
     "dinov2_b14_reg": Backbone("timm/vit_base_patch14_reg4_dinov2.lvd142m", _vit(768, 14, **_REG)),
     "dinov2_l14_reg": Backbone("timm/vit_large_patch14_reg4_dinov2.lvd142m", _vit(1024, 14, **_REG)),
-    "mae_b16": Backbone("timm/vit_base_patch16_224.mae", _vit(768, 16)),
-    "clip_b32": Backbone("openai/clip-vit-base-patch32", _vit(768, 32, **_CLIP), CLIP),
-    "clip_b16": Backbone("openai/clip-vit-base-patch16", _vit(768, 16, **_CLIP), CLIP),
-    "clip_l14": Backbone("openai/clip-vit-large-patch14", _vit(1024, 14, **_CLIP), CLIP),
+    "mae_b16": Backbone("timm/vit_base_patch16_224.mae", _vit(768, 16), license="CC-BY-NC-4.0"),
+    "clip_b32": Backbone("openai/clip-vit-base-patch32", _vit(768, 32, **_CLIP), CLIP, license="MIT"),
+    "clip_b16": Backbone("openai/clip-vit-base-patch16", _vit(768, 16, **_CLIP), CLIP, license="MIT"),
+    "clip_l14": Backbone("openai/clip-vit-large-patch14", _vit(1024, 14, **_CLIP), CLIP, license="MIT"),
     # Ours, in assets/: pretrained on CIFAR-100 by train.py --scratch, the commands and their log beside it.
-    "vit_micro": Backbone("", _vit(128, 4, 32, depth=6, heads=4, hidden=256, pool="mean"), CIFAR100),
+    "vit_micro": Backbone("", _vit(128, 4, 32, depth=6, heads=4, hidden=256, pool="mean"), CIFAR100,
+                          license="MIT"),
 }
 
 # ------------------------------------------------------------------------------------------ reading published weights
@@ -419,7 +424,7 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
         if not name:
             config = Config(**meta["config"]) if "config" in meta else infer_config(found, eps=eps, heads=heads)
             norm = (meta["mean"], meta["std"]) if "mean" in meta else CLIP if config.norm_pre else IMAGENET
-            backbone = Backbone("", config, norm)
+            backbone = Backbone("", config, norm, license=meta.get("license", "not stated"))
         backbone = backbone.at(image_size)
         config = backbone.config
         if config.pool == "mean":

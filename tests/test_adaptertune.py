@@ -18,21 +18,82 @@ def adapted(path, **options):
     return model
 
 
-def test_equation():
-    adapter = adaptertune.Adapter(8, 3, init="small", scale=0.7)
+def randomise(model):
     with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.normal_()
-    h, V, U = torch.randn(2, 5, 8), adapter.down.weight, adapter.up.weight
-    inner = torch.nn.functional.gelu(torch.einsum("rd,bnd->bnr", V, h) + adapter.down.bias)
-    expected = h + 0.7 * (torch.einsum("dr,bnr->bnd", U, inner) + adapter.up.bias)
-    assert torch.allclose(adapter(h), expected, atol=1e-5)
+        for name, parameter in model.named_parameters():
+            if adaptertune.is_adapter(name):
+                parameter.normal_(std=0.3)
+    return model
 
 
-def test_zero_init_is_the_backbone_bit_for_bit(tiny_weights):
+def by_the_equations(model, images, method):
+    """Features of an adapted ViT, written from the papers' equations with LayerNorm, attention and MLP as given."""
+    x, gelu, relu = model.embed(images), torch.nn.functional.gelu, torch.relu
+    for block in model.blocks:
+        adapter, scale1, scale2 = block.adapter, block.ls1, block.ls2
+        V, v, U, u = adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias
+
+        def bottleneck(z, act, V=V, v=v, U=U, u=u):
+            return torch.einsum("dr,bnr->bnd", U, act(torch.einsum("rd,bnd->bnr", V, z) + v)) + u
+
+        x = x + scale1(block.attn(block.norm1(x)))
+        mlp = scale2(block.mlp(block.norm2(x)))
+        if method == "adaptertune":  # arXiv 2603.14706: on the residual stream, after the block
+            h = x + mlp
+            x = h + adapter.scale * bottleneck(h, gelu)
+        elif method == "adaptformer":  # arXiv 2205.13535, its code: parallel to the MLP, raw input
+            x = x + mlp + adapter.scale * bottleneck(x, relu)
+        elif method == "ln":  # its equation
+            x = x + mlp + adapter.scale * bottleneck(block.norm2(x), relu)
+        else:  # its ablation: sequential
+            x = x + (mlp + adapter.scale * bottleneck(mlp, relu))
+    return model.norm(x[:, 0])
+
+
+METHODS = {"adaptertune": {"scale": 0.7}, "adaptformer": {"reads": "raw", "act": "relu", "scale": 0.1},
+           "ln": {"reads": "ln", "act": "relu", "scale": 0.1}, "sequential": {"reads": "mlp", "act": "relu", "scale": 0.1}}
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_equation(tmp_path, method, layer_scale):
+    """Outputs and all gradients."""
+    path = write_tiny(tmp_path / "w.safetensors", seed=0, layer_scale=layer_scale)
+    model = randomise(adapted(path, **METHODS[method])).double()
+    ours, expected = model.features(IMAGES.double()), by_the_equations(model, IMAGES.double(), method)
+    assert torch.allclose(ours, expected, atol=1e-10)
+    parameters = [parameter for name, parameter in model.named_parameters() if ".adapter." in name]
+    for got, wanted in zip(*(torch.autograd.grad(x.square().sum(), parameters) for x in (ours, expected)), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer_scale": True}, {"quick_gelu": True}])
+def test_merge_is_exact(tmp_path, changes):
+    path = write_tiny(tmp_path / "w.safetensors", seed=0, **changes)
+    model = randomise(adapted(path, reads="ln", act="mlp", scale=0.3)).double()
+    for block in model.blocks:
+        if changes.get("layer_scale"):
+            torch.nn.init.uniform_(block.ls2.gamma, 0.1, 2)
+    with torch.no_grad():
+        before = model(IMAGES.double())
+        assert adaptertune.merge(model) == 2
+        assert all(block.adapter is None and block.mlp.fc1.out_features == 64 + 4 == len(block.mlp.fc1.bias)
+                   for block in model.blocks)
+        assert torch.allclose(model(IMAGES.double()), before, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"reads": "ln", "act": "relu"}, {"reads": "raw", "act": "gelu"}])
+def test_what_cant_be_merged_is_left(tiny_weights, options):
+    model = adapted(tiny_weights, **options)
+    assert adaptertune.merge(model) == 0
+    assert all(block.adapter is not None for block in model.blocks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_init_is_the_backbone_bit_for_bit(tiny_weights, method):
     plain, _ = vit.load(tiny_weights)
     with torch.no_grad():
-        assert torch.equal(adapted(tiny_weights).features(IMAGES), plain(IMAGES))
+        assert torch.equal(adapted(tiny_weights, **METHODS[method]).features(IMAGES), plain(IMAGES))
         assert not torch.equal(adapted(tiny_weights, init="small").features(IMAGES), plain(IMAGES))
 
 
@@ -83,6 +144,19 @@ def test_placement(options, chosen):
 def test_placement_that_cant_be(options):
     with pytest.raises(ValueError, match="choose from 0 to 5"):
         adaptertune.choose_blocks(6, **options)
+
+
+def test_adaptformer_starts_from_kaiming(tiny_weights):
+    torch.manual_seed(0)
+    model = adapted(tiny_weights, method="adaptformer", rank=32)
+    bound = 1 / 32 ** 0.5  # sqrt(6 / ((1 + 5) D)); Xavier's would be sqrt(6 / (D + r))
+    assert 0.95 * bound < model.blocks[0].adapter.down.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("options", [{"reads": "after"}, {"act": "silu"}, {"init": "one"}])
+def test_choices(tiny_weights, options):
+    with pytest.raises(ValueError, match="'(after|silu|one)': choose (block, raw, ln, mlp|gelu, relu, mlp|zero, small)"):
+        adapted(tiny_weights, **options)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 33])

@@ -67,7 +67,7 @@ def test_a_run(run, tiny_weights, tmp_path):
     assert [list(row[:4]) for row in rows] == metrics(folder)[1:]
     best = max(rows, key=lambda row: (float(row[3]), row[0]))
     assert re.search(rf"^test     \d+\.\d\d %   \(epoch {best[0]}, chosen on val; test read once\)$", out, re.M)
-    assert out.rstrip().endswith(f"next     python train.py --eval {folder.relative_to(tmp_path)}")
+    assert out.rstrip().endswith(f"next     python export.py {folder.relative_to(tmp_path)}")
     assert {path.name for path in folder.iterdir()} == {"adapters.safetensors", "metrics.csv", "config.json", "curves.svg"}
     assert (folder / "curves.svg").read_text().count("<polyline") == 3
     with safe_open(folder / "adapters.safetensors", "pt") as file:

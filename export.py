@@ -1,0 +1,574 @@
+"""Export: a run becomes one ONNX graph, proven equal to torch on real images before the file exists.
+
+    python export.py runs/NAME                          runs/NAME/model.onnx: backbone, adapters, head and class names
+    python export.py runs/NAME --input uint8 --resize   takes photos of any size as they are
+    python export.py runs/NAME --precision int8         a quarter of the size, half the time
+    python export.py runs/NAME --swappable              runs/backbone.onnx, and runs/NAME.onnx_adapter for this task
+    python export.py --run model.onnx photo.jpg         labels photos by onnxruntime alone, without torch
+
+The graph is written node by node and reads like vit.py, top to bottom; each value is named after the torch module that it
+comes out of. What is the same for every image is worked out here, and not on the device (exact but for rounding):
+
+    1/√d of the attention goes into the query's weights. The bias of k adds the same to all scores of a query, which softmax
+    doesn't see; softmax's rows sum to 1, so the bias of v passes through proj unchanged into proj's bias.
+    LayerScale goes into proj and fc2, an adapter's s into U; s·u goes into fc2's bias b (b' = b + su), and v' = v - V·su
+    where the adapter reads what fc2 gave. An adapter that is r more hidden units of the MLP is merged into it.
+    After the last attention only the class token goes on, where the head reads nothing else.
+    Pixels 0..255: 1/(255 std) goes into the patch embedding, and its bias, with -mean/std in it, into the positions.
+
+Shapes: B images (batch), N tokens, D width, H heads, d = D/H, r rank, S pixels along a side, R registers.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import logging
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime
+
+if TYPE_CHECKING:  # torch, onnx and our own modules are imported where a graph is made: --run does without them
+    import onnx
+    import torch
+
+    import train
+    import vit
+
+# The IR version that came with each opset (onnx/docs/Versioning.md): a newer one is refused by older runtimes.
+IR = {17: 8, 18: 8, 20: 9, 23: 11}
+LIMIT = {False: 1e-4, True: 1e-3}  # largest |difference| from torch in fp32, and with --resize, where pixels differ by 1e-5
+AGREE = 98.0  # least percentage of images on which fp16 or int8 must give fp32's top-1
+# What a swappable backbone says of itself; the rest travels with the adapter.
+SHARED = ("backbone", "fingerprint", "license", "image_size", "mean", "std", "interpolation", "input", "resize", "output",
+          "top_k", "batch", "opset", "precision", "version")
+INPUT = "image"
+# What --swappable makes an input of the graph, by the end of its name, and which of its dimensions is the task's own (rank or
+# classes). The biases u of the up-projections have gone into fc2's.
+SWAPPED = {"adapter.down.weight": 1, "adapter.down.bias": 0, "adapter.up.weight": 0, "mlp.fc2.bias": None, "head.weight": 1,
+           "head.bias": 0}
+
+# ----------------------------------------------------------------------------------------------------------- the graph
+
+
+class Graph:
+    """Nodes and constants as they are collected. Each method adds what its name says and returns the name of the result."""
+
+    def __init__(self, opset: int, dtype: str = "float32"):
+        self.opset, self.dtype = opset, dtype
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, np.ndarray] = {}
+
+    def __call__(self, op: str, *inputs: str, name: str, outputs: tuple = (), **attributes) -> str:
+        from onnx import helper
+        self.nodes.append(helper.make_node(op, inputs, outputs or [name], name=name, **attributes))
+        return name
+
+    def constant(self, name: str, value: torch.Tensor | np.ndarray | list | float, dtype: str = "") -> str:
+        """Floats become the graph's type, or `dtype`; integers int64."""
+        value = np.asarray(value)
+        self.constants[name] = value.astype(dtype or (np.int64 if value.dtype.kind == "i" else self.dtype), order="C")
+        return name
+
+    def linear(self, name: str, x: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
+        """x [..., in] by weight [out, in] and bias [out]: MatMul and Add, which run faster than Gemm."""
+        x = self("MatMul", x, self.constant(f"{name}.weight", weight.T), name=name if bias is None else f"{name}.matmul")
+        return x if bias is None else self("Add", x, self.constant(f"{name}.bias", bias), name=name)
+
+    def layer_norm(self, name: str, x: str, norm: torch.nn.LayerNorm) -> str:
+        weight, bias = self.constant(f"{name}.weight", norm.weight), self.constant(f"{name}.bias", norm.bias)
+        return self("LayerNormalization", x, weight, bias, name=name, axis=-1, epsilon=norm.eps)
+
+    def activation(self, name: str, x: str, kind: str) -> str:
+        """GELU below opset 20 is spelt out, in the one form that runtimes recognise and fuse."""
+        if kind == "ReLU":
+            return self("Relu", x, name=name)
+        if kind == "QuickGELU":
+            y = self("Mul", x, self.constant("1.702", 1.702), name=f"{name}.mul")
+            return self("Mul", x, self("Sigmoid", y, name=f"{name}.sigmoid"), name=name)
+        if self.opset >= 20:
+            return self("Gelu", x, name=name)
+        y = self("Erf", self("Div", x, self.constant("sqrt2", 2 ** 0.5), name=f"{name}.div"), name=f"{name}.erf")
+        y = self("Mul", x, self("Add", y, self.constant("one", 1.0), name=f"{name}.add"), name=f"{name}.mul")
+        return self("Mul", y, self.constant("half", 0.5), name=name)
+
+
+def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
+    """The graph's input, uint8 [B, H, W, 3], as floats [B, 3, S, S] from 0 to 255. With --resize as data.decode does it: the
+    centre square, to S / center pixels, of which the middle S."""
+    x = g("Transpose", g("Cast", INPUT, name="image.float", to=1), name="image.channels_first", perm=[0, 3, 1, 2])
+    if not meta["resize"]:
+        return x
+    S, side = config.image_size, round(config.image_size / meta["center"])
+    edge = g("ReduceMin", g("Shape", x, name="image.shape", start=2), name="image.edge")  # of height and width
+    x = g("CenterCropPad", x, g("Concat", edge, edge, name="image.edges", axis=0), name="image.square", axes=[2, 3])
+    x = g("Resize", x, "", "", g.constant("image.side", [side, side]), name="image.resize", axes=[2, 3], antialias=1,
+          mode={"bicubic": "cubic", "bilinear": "linear"}[meta["interpolation"]], cubic_coeff_a=-0.5, exclude_outside=1)
+    x = g("CenterCropPad", x, g.constant("image.size", [S, S]), name="image.middle", axes=[2, 3])
+    low, high = g.constant("image.low", 0.0, "float32"), g.constant("image.high", 255.0, "float32")
+    return g("Clip", x, low, high, name="image.pixels")  # a cubic overshoots at edges
+
+
+def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
+    """The input to the tokens [B, N, D] that enter the first block. Zeros are put before the patches, and one addition
+    brings class token, registers, positions and biases: any batch, and no shape worked out at run time."""
+    config, weight, bias = model.config, model.patch_embed.proj.weight, model.patch_embed.proj.bias
+    image, bias = INPUT, weight.new_zeros(config.width) if bias is None else bias
+    if meta["input"] == "uint8":
+        image = write_pixels(g, config, meta)
+        mean, std = (weight.new_tensor(meta[key])[None, :, None, None] for key in ("mean", "std"))  # [1, 3, 1, 1]
+        weight, bias = weight / (255 * std), bias - (weight * (mean / std)).sum(dim=(1, 2, 3))
+    patch, first, N = [config.patch] * 2, 1 + config.registers, config.grid ** 2
+    x = g("Conv", image, g.constant("patch_embed.proj.weight", weight, "float32"), name="patch_embed.proj",
+          kernel_shape=patch, strides=patch)  # [B, D, g, g]
+    if g.dtype != "float32":
+        x = g("Cast", x, name="patch_embed.cast", to=10)
+    x = g("Reshape", x, g.constant("patch_embed.shape", [0, config.width, N]), name="patch_embed.flatten")
+    x = g("Transpose", x, name="patch_embed", perm=[0, 2, 1])  # [B, g·g, D]
+    x = g("Pad", x, g.constant("tokens.pads", [0, first, 0, 0, 0, 0]), name="tokens.pad")
+    tokens = [model.cls_token + model.pos_embed[:, :1], model.pos_embed[:, 1:] + bias]
+    if model.reg_token is not None:
+        tokens.insert(1, model.reg_token)
+    x = g("Add", x, g.constant("tokens.positions", np.concatenate(tokens, axis=1)), name="tokens")
+    return g.layer_norm("norm_pre", x, model.norm_pre) if config.norm_pre else x
+
+
+def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str) -> str:
+    """Multi-head attention of `query` (x, or its first token) over x [B, N, D]."""
+    qkv, proj, H = block.attn.qkv, block.attn.proj, block.attn.heads
+    D = proj.out_features
+    scale, gamma = (D // H) ** -0.5, getattr(block.ls1, "gamma", proj.bias.new_ones(D))
+    q_weight, k_weight, v_weight = qkv.weight.split(D)
+    q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else qkv.bias.split(D)
+    bias = proj.bias if v_bias is None else proj.bias + proj.weight @ v_bias
+    q = g.linear(f"{name}.qkv.q", query, q_weight * scale, None if q_bias is None else q_bias * scale)
+    k, v = g.linear(f"{name}.qkv.k", x, k_weight), g.linear(f"{name}.qkv.v", x, v_weight)
+    if g.opset >= 23:
+        y = g("Attention", q, k, v, name=f"{name}.heads", q_num_heads=H, kv_num_heads=H, scale=1.0)
+    else:
+        split, join = g.constant("heads", [0, -1, H, D // H]), g.constant("tokens.shape", [0, -1, D])  # 0: B, whatever it is
+        q, k, v = (g("Transpose", g("Reshape", part, split, name=f"{part}.split"), name=f"{part}.heads", perm=perm)
+                   for part, perm in ((q, [0, 2, 1, 3]), (k, [0, 2, 3, 1]), (v, [0, 2, 1, 3])))
+        y = g("Softmax", g("MatMul", q, k, name=f"{name}.scores"), name=f"{name}.softmax", axis=-1)  # [B, H, N, N]
+        y = g("Transpose", g("MatMul", y, v, name=f"{name}.mix"), name=f"{name}.mix.transpose", perm=[0, 2, 1, 3])
+        y = g("Reshape", y, join, name=f"{name}.heads")  # [B, N, H, d] -> [B, N, D]
+    return g.linear(f"{name}.proj", y, proj.weight * gamma[:, None], bias * gamma)
+
+
+def write_block(g: Graph, name: str, block: vit.Block, x: str, last: bool) -> str:
+    """One block with its adapter; the `last` gives the class token alone, [B, 1, D]."""
+    fc1, fc2, adapter = block.mlp.fc1, block.mlp.fc2, block.adapter
+    gamma = getattr(block.ls2, "gamma", fc2.bias.new_ones(fc2.out_features))
+    z = query = g.layer_norm(f"{name}.norm1", x, block.norm1)
+    if last:
+        where = [g.constant(each, [int(each[-1])]) for each in ("axis0", "axis1", "axis1")]  # from 0 to 1 along axis 1
+        query, x = g("Slice", z, *where, name=f"{name}.norm1.class"), g("Slice", x, *where, name=f"{name}.class")
+    x = g("Add", x, write_attention(g, f"{name}.attn", block, query, z), name=f"{name}.attn.add")
+    z = g.layer_norm(f"{name}.norm2", x, block.norm2)
+    su = 0.0 if adapter is None else adapter.scale * adapter.up.bias
+    y = g.activation(f"{name}.mlp.act", g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias), type(block.mlp.act).__name__)
+    y = g.linear(f"{name}.mlp.fc2", y, fc2.weight * gamma[:, None], fc2.bias * gamma + su)
+    h = g("Add", x, y, name=f"{name}.mlp.add" if adapter else name)
+    if adapter is None:
+        return h
+    z, V, v = {"block": h, "raw": x, "ln": z, "mlp": y}[adapter.reads], adapter.down.weight, adapter.down.bias
+    c = g.linear(f"{name}.adapter.down", z, V, v - V @ su if adapter.reads in ("block", "mlp") else v)
+    c = g.activation(f"{name}.adapter.act", c, type(adapter.act).__name__)
+    return g("Add", h, g.linear(f"{name}.adapter.up", c, adapter.scale * adapter.up.weight), name=name)
+
+
+def write_vit(g: Graph, model: vit.ViT, meta: dict) -> list[str]:
+    """The whole network; returns the names of its outputs."""
+    config, blocks = model.config, list(model.blocks)
+    x = write_embedding(g, model, meta)
+    for i, block in enumerate(blocks):
+        x = write_block(g, f"blocks.{i}", block, x, last=config.pool == "token" and block is blocks[-1])
+    if config.pool == "mean":  # of the patch tokens: a row of 1/N, zero for the tokens before them
+        row = np.repeat([[0.0, 1 / config.grid ** 2]], [1 + config.registers, config.grid ** 2], axis=1)
+        x = g("MatMul", g.constant("pool.weights", row), x, name="pool")
+    x = g("Squeeze", g.layer_norm("norm", x, model.norm), g.constant("axis1", [1]), name="features")  # [B, 1, D] -> [B, D]
+    if meta["output"] != "embedding":
+        x = g.linear("head", x, model.head.weight, model.head.bias)
+    if g.dtype != "float32":
+        x = g("Cast", x, name="cast", to=1)
+    if meta["output"] == "probabilities":
+        x = g("Softmax", x, name="softmax", axis=-1)
+    if not meta["top_k"]:
+        g.nodes[-1].output[0] = meta["output"]
+        return [meta["output"]]
+    g("TopK", x, g.constant("k", [meta["top_k"]]), name="top_k", outputs=("scores", "labels"), axis=-1)
+    return ["scores", "labels"]
+
+
+def swapped(g: Graph) -> dict[str, list[int | str]]:
+    """The constants that --swappable makes inputs, and their dimensions. Ranks may differ from block to block."""
+    found = {}
+    for name, value in g.constants.items():
+        for end, free in SWAPPED.items():
+            if name.endswith(end):
+                symbol = "classes" if end.startswith("head") else f"{name.split('.adapter')[0]}.rank"
+                found[name] = [symbol if i == free else n for i, n in enumerate(value.shape)]
+    return found
+
+
+def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
+    """The network as an ONNX model with `meta` in its metadata_props.
+
+    If `meta` has a "swappable", a name that only adapters for this backbone know, adapters and head become inputs with
+    defaults, for onnxruntime's adapters to set; one more input of that name, unused, makes the runtime refuse all others.
+    """
+    from onnx import helper, numpy_helper
+    names, S, B = write_vit(g, model, meta), model.config.image_size, meta["batch"] or "batch"
+    side, swap = ("height", "width") if meta["resize"] else (S, S), meta.get("swappable", "")
+    image = (2, [B, *side, 3]) if meta["input"] == "uint8" else (1, [B, 3, S, S])
+    inputs = {INPUT: image} | ({name: (1, dims) for name, dims in swapped(g).items()} | {swap: (2, ["bytes"])} if swap else {})
+    if swap:
+        g.constants[swap] = np.zeros(0, np.uint8)
+    width = meta["top_k"] or (model.config.width if meta["output"] == "embedding" else "classes" if swap else
+                              model.head.out_features)
+    inputs = [helper.make_tensor_value_info(name, *info) for name, info in inputs.items()]
+    outputs = [helper.make_tensor_value_info(name, 7 if name == "labels" else 1, [B, width]) for name in names]
+    constants = [numpy_helper.from_array(value, name) for name, value in g.constants.items()]
+    proto = helper.make_model(helper.make_graph(g.nodes, meta["backbone"], inputs, outputs, constants), ir_version=IR[g.opset],
+                              opset_imports=[helper.make_opsetid("", g.opset)], producer_name="adaptertune")
+    helper.set_model_props(proto, {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()})
+    return proto
+
+
+# ----------------------------------------------------------------------------------------------------------- the check
+
+
+def session(model: str | Path) -> onnxruntime.InferenceSession:
+    """onnxruntime's session on the CPU. Raises ValueError for a file that it can't load."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of every input that has a default
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds derive from nothing else
+        raise ValueError(f"onnxruntime can't load {model}: {str(error).splitlines()[0]}") from error
+
+
+def in_onnxruntime(graph: onnxruntime.InferenceSession, adapter: str | Path = "") -> Callable:
+    """A function from what the graph takes to its outputs, with an .onnx_adapter file active if one is given."""
+    options, lora = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
+    if adapter:
+        lora.Load(str(adapter))
+        options.add_active_adapter(lora)
+    return lambda image, _=None, keep=lora: graph.run(None, {INPUT: image}, options)  # the options don't keep the adapter alive
+
+
+def in_torch(model: vit.ViT, meta: dict) -> Callable:
+    """The same outputs by torch, from normalised images [B, 3, S, S]."""
+    import torch
+
+    @torch.inference_mode()
+    def outputs(_, images: torch.Tensor) -> list[np.ndarray]:
+        x = model.features(images) if meta["output"] == "embedding" else model(images)
+        x = x.softmax(dim=-1) if meta["output"] == "probabilities" else x
+        return [part.numpy() for part in (x.topk(meta["top_k"]) if meta["top_k"] else [x])]
+
+    return outputs
+
+
+def pictures(run: train.Run, meta: dict, count: int) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
+    """`count` test images (0 for all), evenly over the set, as the graph takes them, as torch takes them, and their labels:
+    eight one by one, then seven at a time, or in the graph's own batch."""
+    import torch
+
+    import data
+    images, (mean, std) = run.data.test, (torch.tensor(values).view(3, 1, 1) for values in run.batches.norm)
+    index, N = torch.linspace(0, len(images) - 1, min(count or len(images), len(images))).long(), meta["batch"]
+    for part in index.split(N) if N else (*index[:8].split(1), *index[8:].split(7)):
+        part = part[torch.arange(N or len(part)) % len(part)]  # a fixed batch is filled up
+        pixels, labels = images.pixels[part], images.labels[part].numpy()
+        x = run.batches.finish(pixels, data.center_boxes(len(part), *pixels.shape[-2:], run.data.center, pixels.device))
+        if meta["input"] == "uint8" and not meta["resize"]:  # whole numbers, for both
+            pixels = ((x * std + mean) * 255).round().byte()
+            x = (pixels / 255 - mean) / std
+        yield x.numpy() if meta["input"] == "float" else np.ascontiguousarray(pixels.permute(0, 2, 3, 1)), x, labels
+
+
+def verify(exact: Callable, graph: Callable, run: train.Run, meta: dict, count: int, what: str, least: float = 100) -> None:
+    """Print how far two functions agree on test images. An embedding's top-1 is what the run's head makes of it.
+
+    Raises:
+        ValueError: less than `least` percent with the same top-1, or, where that is all of them, a |difference| above LIMIT.
+    """
+    import data
+    worst, seen, hits, started, head = np.float32(0), 0, np.zeros(3), time.perf_counter(), run.model.head
+    limit, total = LIMIT[meta["resize"]], min(count or len(run.data.test), len(run.data.test))
+
+    def top1(first: np.ndarray, *labels: np.ndarray) -> np.ndarray:
+        if meta["output"] == "embedding":
+            first = first @ head.weight.numpy().T + head.bias.numpy()
+        return labels[0][:, 0] if labels else first.argmax(axis=1)
+
+    for image, x, labels in pictures(run, meta, count):
+        one, two = exact(image, x), graph(image, x)
+        worst, seen = np.maximum(worst, np.abs(one[0] - two[0]).max()), seen + len(labels)  # maximum keeps a NaN
+        hits += [(a == b).sum() for a, b in itertools.combinations((top1(*one), top1(*two), labels), 2)]
+        data.progress("checking, image", seen, total, started)
+    same, before, after = 100 * hits / seen
+    text = f"{what}, {seen:,} test images: max |diff| {worst:.1e}" + f" (limit {limit:.0e})".replace("-0", "-") * (least == 100)
+    text += f", top-1 agreement {same:.4g} %" + f", accuracy {after:.2f} %, before {before:.2f} %" * (least < 100)
+    if not (same >= least and (worst <= limit or least < 100)):
+        hint = f"; at least {least:g} % is wanted, --force writes it all the same" if least < 100 else ""
+        raise ValueError(f"{text}: no file was written{hint}")
+    print(f"check    {text} ok", flush=True)
+
+
+def speed(graph: Callable, other: Callable, name: str, run: train.Run, meta: dict, rounds: int = 50) -> None:
+    """Print the median milliseconds of a batch, the two called in turn after a warm-up."""
+    image, x, _ = next(pictures(run, meta, meta["batch"] or 1))
+    times = ([], [])
+    for i in range(rounds + 5):
+        for each, function in zip(times, (graph, other), strict=True):
+            started = time.perf_counter()
+            function(image, x)
+            each += [1000 * (time.perf_counter() - started)] * (i >= 5)
+    fast, slow = map(statistics.median, times)
+    print(f"speed    batch {len(image)}: {fast:.1f} ms onnxruntime, {slow:.1f} ms {name}, ratio {fast / slow:.2f} "
+          f"(median of {rounds}, CPU, {os.cpu_count()} threads)")
+
+
+# ------------------------------------------------------------------------------------------------------ from run to file
+
+
+def about(run: train.Run, options: argparse.Namespace) -> dict:
+    """What travels with the graph, so that the file is enough by itself."""
+    if options.top_k > len(run.meta["classes"]):
+        raise ValueError(f"--top-k {options.top_k}: there are {len(run.meta['classes'])} classes")
+    names = ("input", "resize", "output", "top_k", "batch", "opset", "precision")
+    meta = {key: value for key, value in run.meta.items() if key not in ("config", "learn_scale", "init", "dropout")}
+    return meta | {name: getattr(options, name) for name in names}
+
+
+def checked(proto: onnx.ModelProto, part: Path, more: str = "") -> onnxruntime.InferenceSession:
+    """Save the model, describe it, put it to ONNX's own checker and load it."""
+    import onnx
+    opset = proto.opset_import[0].version
+    onnx.save(proto, part)
+    onnx.checker.check_model(part, full_check=True)
+    image, *outputs = (f"{value.name} {onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)} ["
+                       + ", ".join(dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim) + "]"
+                       for value in (proto.graph.input[0], *proto.graph.output))
+    print(f"graph    opset {opset}, {len(proto.graph.node)} nodes, {image} -> {', '.join(outputs)}{more}")
+    print("check    onnx.checker ok")
+    return session(part)
+
+
+def quantise(proto: onnx.ModelProto, part: Path) -> onnx.ModelProto:
+    """The same with the blocks' matrices in int8, by output channel, and what they multiply quantised as it comes. Adapters,
+    head and patch embedding stay in fp32."""
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+    logging.disable(logging.WARNING)  # it asks for a pre-processing that changes nothing here
+    names = [node.name for node in proto.graph.node if re.search(r"\.attn\.(qkv|proj)|\.mlp\.fc", node.name)]
+    quantize_dynamic(proto, part, op_types_to_quantize=["MatMul"], nodes_to_quantize=names, per_channel=True)
+    return onnx.load(part)
+
+
+def export(run: train.Run, options: argparse.Namespace) -> None:
+    """Write, check, and only then put in place runs/NAME/model.onnx."""
+    import adaptertune
+    path = Path(options.o or run.folder / "model.onnx")
+    path = path / "model.onnx" if path.is_dir() else path
+    part, meta, model = path.with_name(path.name + ".part"), about(run, options), copy.deepcopy(run.model)
+    merged, count = adaptertune.merge(model), options.images
+    more = f", {merged} adapters merged into the MLPs" if merged else ""
+    try:
+        proto = to_model(Graph(options.opset), model, meta)
+        exact, in_fp32 = in_onnxruntime(checked(proto, part, more)), part.stat().st_size
+        verify(in_torch(run.model, meta), exact, run, meta, 64 if count is None else count, "onnxruntime against torch")
+        if options.precision == "fp32":
+            speed(exact, in_torch(run.model, meta), "torch", run, meta)
+        else:
+            proto = quantise(proto, part) if options.precision == "int8" else \
+                to_model(Graph(options.opset, "float16"), model, meta)
+            small = in_onnxruntime(checked(proto, part, f", {options.precision}"))
+            verify(exact, small, run, meta, 1000 if count is None else count, f"{options.precision} against fp32",
+                   0 if options.force else AGREE)
+            print(f"size     {part.stat().st_size / 1e6:.3g} MB, {in_fp32 / 1e6:.3g} MB fp32")
+            speed(small, exact, "fp32", run, meta)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"saved    {path} ({path.stat().st_size / 1e6:.3g} MB)")
+
+
+def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
+    """Write, check and put in place backbone.onnx, unless it is there, and NAME.onnx_adapter beside it."""
+    import adaptertune
+    meta, folder = about(run, options), Path(options.o or run.folder.parent)
+    if meta["method"] not in (*adaptertune.METHODS, "head"):
+        raise ValueError(f"a {meta['method']} run changed the backbone itself; --swappable wants adapters or a head")
+    kind = {name: meta.get(name, adaptertune.METHODS["adaptertune"][name]) for name in ("reads", "act")}
+    key = ".".join(["for", meta["fingerprint"], f"{meta['image_size']}px", *kind.values()])
+    shared = {name: meta[name] for name in SHARED} | {"swappable": key}
+    g, own, plain = Graph(options.opset), Graph(options.opset), adaptertune.neutral(run.model, **kind)
+    count = 64 if options.images is None else options.images
+    proto = to_model(g, plain, shared)
+    write_vit(own, run.model, meta)
+    values = {name: own.constants[name] for name in swapped(own) if not np.array_equal(own.constants[name], g.constants[name])}
+    values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
+    paths = folder / "backbone.onnx", folder / f"{run.folder.name}.onnx_adapter"
+    parts = [path.with_name(path.name + ".part") for path in paths]
+    try:
+        graph = session(paths[0]) if paths[0].exists() else checked(proto, parts[0], ", adapters and head to be swapped")
+        if graph.get_modelmeta().custom_metadata_map != {prop.key: prop.value for prop in proto.metadata_props}:
+            raise ValueError(f"{paths[0]} is of another backbone or has other options; give another folder by -o")
+        file = onnxruntime.AdapterFormat()
+        file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+        file.export_adapter(str(parts[1]))
+        verify(in_torch(plain, meta), in_onnxruntime(graph), run, meta, count, "without adapter, against the torch backbone")
+        verify(in_torch(run.model, meta), in_onnxruntime(graph, parts[1]), run, meta, count, "with adapter, against torch")
+        for part, path in zip(parts, paths, strict=True):
+            if part.exists():
+                part.replace(path)
+                print(f"saved    {path} ({path.stat().st_size / 1e6:.3g} MB)")
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------- on the device, no torch
+
+
+def read_photo(path: Path, meta: dict) -> np.ndarray:
+    """A photo, or pixels saved by numpy, as the graph takes them, [1, …]: data.decode's steps, so that nothing differs from
+    training. Needs Pillow, unless pixels come as the graph takes them.
+
+    Raises:
+        ValueError: no image, or pixels that aren't uint8 [H, W, 3].
+    """
+    S, side = json.loads(meta["image_size"]), round(json.loads(meta["image_size"]) / json.loads(meta["center"]))
+    try:
+        if path.suffix == ".npy":
+            pixels = np.load(path, allow_pickle=False)
+        else:
+            from PIL import Image, ImageOps
+            with Image.open(path) as image:
+                image.draft("RGB", (2 * side, 2 * side))
+                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except ImportError:
+        raise
+    except Exception as error:  # decoders raise many kinds
+        raise ValueError(f"can't read {path} as an image ({error})") from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"{path} holds {pixels.dtype} {list(pixels.shape)}; pixels must be uint8 [height, width, 3]")
+    if meta["resize"] == "false" and pixels.shape[:2] != (S, S):  # the centre square to `side` pixels, and the middle of that
+        from PIL import Image
+        edge, cut = min(pixels.shape[:2]), (side - S) // 2
+        top, left = (pixels.shape[0] - edge) // 2, (pixels.shape[1] - edge) // 2
+        square = Image.fromarray(pixels).resize((side, side), Image.Resampling[meta["interpolation"].upper()],
+                                                box=(left, top, left + edge, top + edge))
+        pixels = np.asarray(square)[cut:cut + S, cut:cut + S]
+    if meta["input"] == "uint8":
+        return pixels[None]
+    mean, std = (np.array(json.loads(meta[key]), np.float32) for key in ("mean", "std"))
+    return ((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1)[None]
+
+
+def label(model: str, photos: list[str], adapter: str) -> None:
+    """Print the three likeliest labels of each photo, or the graph's own top k."""
+    graph = session(model)
+    meta = graph.get_modelmeta().custom_metadata_map
+    if adapter:
+        try:
+            tensors = onnxruntime.AdapterFormat.read_adapter(adapter).get_parameters()
+        except Exception as error:
+            raise ValueError(f"{adapter} is no adapter that onnxruntime can read") from error
+        key = next((name for name in tensors if name.startswith("for.")), "of another program")
+        if key != meta.get("swappable"):
+            raise ValueError(f"{adapter} is {key}; {model} takes adapters {meta.get('swappable', 'of no kind')}")
+        task = json.loads(tensors[key].numpy().tobytes())
+        meta |= {name: json.dumps(task[name]) for name in ("classes", "center")}
+    if "classes" not in meta or meta["output"] == "embedding":
+        raise ValueError(f"{model} gives no labels" + "; give the task's --adapter" * ("swappable" in meta))
+    classes, run, batch = json.loads(meta["classes"]), in_onnxruntime(graph, adapter), json.loads(meta["batch"]) or 1
+    for photo in photos:
+        scores, *labels = (each[0] for each in run(np.repeat(read_photo(Path(photo), meta), batch, axis=0)))
+        if meta["output"] == "logits" and not labels:
+            scores = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+        best = zip(labels[0], scores, strict=True) if labels else [(i, scores[i]) for i in (-scores).argsort()[:3]]
+        form = "{:.2f}" if meta["output"] == "logits" and labels else "{:.1%}"
+        print(photo, *(f"{classes[i]} {form.format(score)}" for i, score in best), sep="  ")
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and those that are train.py's; wrong usage prints one line and exits with status 2."""
+    parser = argparse.ArgumentParser(
+        description="Turn a run of train.py into one verified ONNX graph.", allow_abbrev=False,
+        usage="export.py runs/NAME [options]  or  export.py --run model.onnx photo.jpg …",
+        epilog="Options of train.py that say where things are now (--weights, --dataset, --data-dir, --offline) may follow.")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; python export.py --help lists all options\n")
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="the run's folder; with --run, photos (or .npy, uint8 [height, width, 3])")
+    add("-o", metavar="PATH", help="where to: a file or, with --swappable, a folder (default: in or beside the run's folder)")
+    add("--opset", type=int, choices=sorted(IR), help="17 runs nearly everywhere (default; 18 with --resize), 20 has Gelu, 23 "
+        "Attention")
+    add("--batch", type=int, default=0, metavar="N", help="images in every call (default 0: as many as come)")
+    add("--input", choices=("float", "uint8"), help="normalised [batch, 3, S, S] (float, default) or pixels [batch, S, S, 3]")
+    add("--resize", action="store_true", help="take uint8 pixels of any size, and bring them to S as in training")
+    add("--output", choices=("logits", "probabilities", "embedding"), default="logits", help="default logits; embedding is "
+        "what the head reads")
+    add("--top-k", type=int, default=0, metavar="K", help="give the K best alone, as scores and labels (default 0: all)")
+    add("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of the weights (default fp32); int8 for CPUs")
+    add("--swappable", action="store_true", help="one backbone.onnx for all tasks, and one .onnx_adapter for each")
+    add("--images", type=int, metavar="N", help="test images to check with, 0 for all (default 64; 1,000 for fp16 and int8)")
+    add("--force", action="store_true", help=f"keep fp16 or int8 even if less than {AGREE:g} %% of the labels stay the same")
+    add("--run", metavar="MODEL", help="label photos with this graph by onnxruntime alone")
+    add("--adapter", default="", metavar="FILE", help="with --run and a swappable graph: the task's .onnx_adapter")
+    options, more = parser.parse_known_args(arguments)
+    options.input = options.input or ("uint8" if options.resize else "float")
+    options.opset = options.opset or (18 if options.resize else 17)
+    for wrong, message in {
+            "--resize needs --opset 18 or later": options.resize and options.opset < 18,
+            "--resize takes pixels; leave out --input float": options.resize and options.input == "float",
+            "--top-k picks labels, and an embedding has none": options.top_k and options.output == "embedding",
+            "--swappable goes without --precision and --resize": options.swappable and (options.precision, options.resize) !=
+            ("fp32", False),
+            "--batch, --top-k and --images count from 0": min(options.batch, options.top_k, options.images or 0) < 0,
+            f"one run at a time, not {', '.join(options.paths)}": not options.run and len(options.paths) > 1}.items():
+        if message:
+            parser.error(wrong)
+    return options, more
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
+    options, more = parse(arguments)
+    try:
+        if options.run:
+            label(options.run, options.paths, options.adapter)
+            return 0
+        import train
+        run = train.open_run(train.parse(["--eval", options.paths[0], "--device", "cpu", *more]))
+        run.model.eval().requires_grad_(False)
+        rank = f" rank {run.meta['rank']}" if "rank" in run.meta else ""
+        print(f"model    {run.meta['backbone']}, {run.meta['method']}{rank}, {len(run.meta['classes'])} classes")
+        (export_swappable if options.swappable else export)(run, options)
+    except (ValueError, OSError, ImportError) as error:
+        pillow = "; pip install pillow" if "PIL" in str(error) else ""
+        print(f"error: {error}{pillow}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
