@@ -174,7 +174,7 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to the tokens [B, 1+R+g·g, D] that enter the first block. Registers have no position."""
-        B = len(images)
+        B = images.shape[0]  # not len(), which torch.export would take for a constant
         patches = self.patch_embed(images) + self.pos_embed[:, 1:]
         first = [(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)]
         if self.reg_token is not None:

@@ -1,0 +1,133 @@
+"""How fast the exported graph is: DeiT-tiny's shape, rank-8 adapters in every block, 100 classes, random weights (which don't
+change the time). One thread, CPU time of the process; all variants are called in turn, round after round, after a warm-up;
+the figures are medians and ratios of medians. torch's own exporter takes part where onnxscript is installed.
+
+    python tests/bench_export.py [--batch 1] [--rounds 100] [--rank 8]
+"""
+import argparse
+import copy
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import adaptertune  # noqa: E402
+import export  # noqa: E402
+import vit  # noqa: E402
+
+META = {"input": "float", "resize": False, "output": "logits", "top_k": 0, "batch": 0, "backbone": "deit_ti16"}
+
+
+def network(rank, **kind):
+    """The adapted network, with adapters that do something; no adapters for rank 0."""
+    torch.manual_seed(0)
+    model = vit.ViT(vit.BACKBONES["deit_ti16"].config)
+    model.init_weights()
+    if rank:
+        adaptertune.add_adapters(model, rank=rank, placement=range(12), **kind)
+    adaptertune.add_head(model, 100)
+    for name, parameter in model.named_parameters():
+        if adaptertune.is_adapter(name):
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval().requires_grad_(False)
+
+
+def runner(model, adapter=None):
+    """A function of the image by onnxruntime on one thread; `model` is a proto or a path."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(model if isinstance(model, str) else model.SerializeToString(), options,
+                                           providers=["CPUExecutionProvider"])
+    run_options, lora = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
+    if adapter:
+        lora.Load(adapter)
+        run_options.add_active_adapter(lora)
+    return lambda image, keep=lora: session.run(None, {"image": image}, run_options)
+
+
+def swappable(model, folder):
+    """The swappable graph with this model's adapter active."""
+    meta, g, own = META | {"swappable": "for.bench"}, export.Graph(17), export.Graph(17)
+    proto = export.to_model(g, adaptertune.neutral(model, reads="block", act="gelu"), meta)
+    export.write_vit(own, model, META)
+    file = onnxruntime.AdapterFormat()
+    file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(own.constants[name]) for name in export.swapped(own)})
+    file.export_adapter(f"{folder}/a.onnx_adapter")
+    return runner(proto, f"{folder}/a.onnx_adapter")
+
+
+def by_torchs_exporter(model, folder):
+    """torch.onnx.export, or None without onnxscript."""
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.zeros(2, 3, 224, 224),), f"{folder}/dynamo.onnx", dynamo=True, opset_version=18,
+                          input_names=["image"], verbose=False, dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    return runner(f"{folder}/dynamo.onnx")
+
+
+def variants(rank, folder):
+    """Name: function."""
+    def proto(model, opset=17):
+        return export.to_model(export.Graph(opset), model, META)
+
+    model, merged = network(rank), network(rank, reads="ln", act="mlp")
+    adaptertune.merge(merged)
+
+    @torch.inference_mode()
+    def eager(image):
+        return [model(torch.from_numpy(image)).numpy()]
+
+    found = {"ours, opset 17": runner(proto(model)), "ours, opset 20": runner(proto(model, 20)),
+             "ours, opset 23": runner(proto(model, 23)), "swappable": swappable(model, folder),
+             "no adapters": runner(proto(network(0))), "merged adaptformer": runner(proto(merged)),
+             "int8": runner(export.quantise(proto(model), Path(folder) / "q.onnx")), "torch eager": eager,
+             "torch.onnx.export": by_torchs_exporter(copy.deepcopy(model), folder)}
+    return {name: function for name, function in found.items() if function}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rank", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    image = np.random.default_rng(0).standard_normal((options.batch, 3, 224, 224), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        functions = variants(options.rank, folder)
+        expected = functions["torch eager"](image)[0]
+        for name in ("ours, opset 17", "ours, opset 20", "ours, opset 23", "swappable", "torch.onnx.export"):
+            assert name not in functions or np.abs(functions[name](image)[0] - expected).max() < 1e-4, name
+        times, names = {name: [] for name in functions}, list(functions)
+        for i in range(options.rounds + 3):
+            for name in names[i % len(names):] + names[:i % len(names)]:  # nobody always runs after the same one
+                started = time.process_time()
+                functions[name](image)
+                if i >= 3:
+                    times[name].append(time.process_time() - started)
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}, 1 thread, batch "
+          f"{options.batch}, rank {options.rank}, median of {options.rounds} rounds, CPU time")
+    for name, base, what in [
+            ("ours, opset 17", "no adapters", "over the bare backbone"), ("ours, opset 20", "ours, opset 17", "over opset 17"),
+            ("ours, opset 23", "ours, opset 17", "over opset 17"), ("swappable", "ours, opset 17", "over baked in"),
+            ("merged adaptformer", "no adapters", "over the bare backbone"), ("int8", "ours, opset 17", "over fp32"),
+            ("torch.onnx.export", "ours, opset 17", "over ours"), ("torch eager", "ours, opset 17", "over ours")]:
+        if name in medians:
+            print(f"{name:20} {1000 * medians[name]:8.2f} ms   {medians[name] / medians[base]:.3f} {what}")
+
+
+if __name__ == "__main__":
+    main()
