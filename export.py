@@ -6,25 +6,25 @@
     python export.py runs/NAME --swappable              runs/backbone.onnx, and runs/NAME.onnx_adapter for this task
     python export.py --run model.onnx photo.jpg         labels photos by onnxruntime alone, without torch
 
-The graph is written node by node and reads like vit.py, top to bottom; each value is named after the torch module that it
-comes out of. What is the same for every image is worked out here, and not on the device (exact but for rounding):
+The graph reads like vit.py, top to bottom, and each value is named after the torch module that it comes out of. What is the
+same for every image is worked out here and not on the device (exact but for rounding):
 
-    1/√d of the attention goes into the query's weights. The bias of k adds the same to all scores of a query, which softmax
-    doesn't see; softmax's rows sum to 1, so the bias of v passes through proj unchanged into proj's bias.
-    LayerScale goes into proj and fc2, an adapter's s into U; s·u goes into fc2's bias b (b' = b + su), and v' = v - V·su
-    where the adapter reads what fc2 gave. An adapter that is r more hidden units of the MLP is merged into it.
-    After the last attention only the class token goes on, where the head reads nothing else.
-    Pixels 0..255: 1/(255 std) goes into the patch embedding, and its bias, with -mean/std in it, into the positions.
+    attention's 1/√d goes into the query; the bias of k shifts all scores of a query alike, which softmax doesn't see; softmax's
+    rows sum to 1, so the bias of v goes through proj into its bias; LayerScale goes into proj and fc2
+    an adapter's s goes into U, su into fc2's bias, and v' = v - V·su where it reads what fc2 gave; an adapter that is nothing but
+    more hidden units of the MLP is merged into it
+    after the last attention the class token goes on alone, where the head reads nothing else
+    1/(255 std) of pixels goes into the patch embedding, whose bias goes, with -mean/std in it, into the positions
 
-Shapes: B images (batch), N tokens, D width, H heads, d = D/H, r rank, S pixels along a side, R registers.
+Shapes: B images (batch), N tokens, D width, H heads, d = D/H, r rank, S pixels along a side.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
-import logging
 import os
 import re
 import statistics
@@ -48,12 +48,10 @@ if TYPE_CHECKING:  # torch, onnx and our own modules are imported where a graph 
 IR = {17: 8, 18: 8, 20: 9, 23: 11}
 LIMIT = {False: 1e-4, True: 1e-3}  # largest |difference| from torch in fp32, and with --resize, where pixels differ by 1e-5
 AGREE = 98.0  # least percentage of images on which fp16 or int8 must give fp32's top-1
-# What a swappable backbone says of itself; the rest travels with the adapter.
-SHARED = ("backbone", "fingerprint", "license", "image_size", "mean", "std", "interpolation", "input", "resize", "output",
-          "top_k", "batch", "opset", "precision", "version")
-INPUT = "image"
-# What --swappable makes an input of the graph, by the end of its name, and which of its dimensions is the task's own (rank or
-# classes). The biases u of the up-projections have gone into fc2's.
+INPUT, CHOICES = "image", ("input", "resize", "output", "top_k", "batch", "opset", "precision")
+# What a swappable backbone says of itself (the rest travels with the adapter); the ends of the names that become inputs, and
+# which of their dimensions is the task's own, rank or classes. The biases u have gone into fc2's.
+SHARED = ("backbone", "fingerprint", "license", "image_size", "mean", "std", "interpolation", "version", *CHOICES)
 SWAPPED = {"adapter.down.weight": 1, "adapter.down.bias": 0, "adapter.up.weight": 0, "mlp.fc2.bias": None, "head.weight": 1,
            "head.bias": 0}
 
@@ -61,10 +59,13 @@ SWAPPED = {"adapter.down.weight": 1, "adapter.down.bias": 0, "adapter.up.weight"
 
 
 class Graph:
-    """Nodes and constants as they are collected. Each method adds what its name says and returns the name of the result."""
+    """Nodes and constants as they are collected. Each method adds what its name says and returns the name of the result.
 
-    def __init__(self, opset: int, dtype: str = "float32"):
-        self.opset, self.dtype = opset, dtype
+    `grams` (see calibrated) names the modules whose matrices are to be int8; adapters, head and patch embedding never are.
+    """
+
+    def __init__(self, opset: int, dtype: str = "float32", grams: dict[str, np.ndarray] | None = None):
+        self.opset, self.dtype, self.grams = opset, dtype, grams or {}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
 
@@ -81,8 +82,21 @@ class Graph:
 
     def linear(self, name: str, x: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
         """x [..., in] by weight [out, in] and bias [out]: MatMul and Add, which run faster than Gemm."""
-        x = self("MatMul", x, self.constant(f"{name}.weight", weight.T), name=name if bias is None else f"{name}.matmul")
+        result, module = name if bias is None else f"{name}.matmul", re.sub(r"\.[qkv]$", "", name)
+        if module in self.grams:
+            x = self.int8_matmul(result, f"{name}.weight", x, *to_int8(np.asarray(weight), self.grams[module]))
+        else:
+            x = self("MatMul", x, self.constant(f"{name}.weight", weight.T), name=result)
         return x if bias is None else self("Add", x, self.constant(f"{name}.bias", bias), name=name)
+
+    def int8_matmul(self, name: str, weight: str, x: str, integers: np.ndarray, scale: np.ndarray) -> str:
+        """x, rounded to 8 bits between its least and greatest value, by integers [out, in] · scale [out, 1], transposed."""
+        parts = (f"{x}.int8", f"{x}.scale", f"{x}.zero")
+        if not any(parts[0] in node.output for node in self.nodes):  # q, k and v read the same
+            self("DynamicQuantizeLinear", x, name=parts[0], outputs=parts)
+        y = self("MatMulInteger", parts[0], self.constant(weight, integers.T, "int8"), parts[2], name=f"{name}.int32")
+        scale = self("Mul", parts[1], self.constant(f"{weight}.scale", scale[:, 0]), name=f"{name}.scale")
+        return self("Mul", self("Cast", y, name=f"{name}.float", to=1), scale, name=name)
 
     def layer_norm(self, name: str, x: str, norm: torch.nn.LayerNorm) -> str:
         weight, bias = self.constant(f"{name}.weight", norm.weight), self.constant(f"{name}.bias", norm.bias)
@@ -347,62 +361,85 @@ def about(run: train.Run, options: argparse.Namespace) -> dict:
     """What travels with the graph, so that the file is enough by itself."""
     if options.top_k > len(run.meta["classes"]):
         raise ValueError(f"--top-k {options.top_k}: there are {len(run.meta['classes'])} classes")
-    names = ("input", "resize", "output", "top_k", "batch", "opset", "precision")
     meta = {key: value for key, value in run.meta.items() if key not in ("config", "learn_scale", "init", "dropout")}
-    return meta | {name: getattr(options, name) for name in names}
+    return meta | {name: getattr(options, name) for name in CHOICES}
 
 
 def checked(proto: onnx.ModelProto, part: Path, more: str = "") -> onnxruntime.InferenceSession:
-    """Save the model, describe it, put it to ONNX's own checker and load it."""
+    """Save the model, put it to ONNX's own checker, load and describe it."""
     import onnx
-    opset = proto.opset_import[0].version
     onnx.save(proto, part)
     onnx.checker.check_model(part, full_check=True)
-    image, *outputs = (f"{value.name} {onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)} ["
-                       + ", ".join(dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim) + "]"
-                       for value in (proto.graph.input[0], *proto.graph.output))
-    print(f"graph    opset {opset}, {len(proto.graph.node)} nodes, {image} -> {', '.join(outputs)}{more}")
-    print("check    onnx.checker ok")
-    return session(part)
+    graph = session(part)
+    image, *outputs = (f"{each.name} {each.type[7:-1].replace('float', 'float32')} [{', '.join(map(str, each.shape))}]"
+                       for each in (*graph.get_inputs(), *graph.get_outputs()))
+    opset, nodes = proto.opset_import[0].version, len(proto.graph.node)
+    print(f"graph    opset {opset}, {nodes} nodes, {image} -> {', '.join(outputs)}{more}\ncheck    onnx.checker ok", flush=True)
+    return graph
 
 
-def quantise(proto: onnx.ModelProto, part: Path) -> onnx.ModelProto:
-    """The same with the blocks' matrices in int8, by output channel, and what they multiply quantised as it comes. Adapters,
-    head and patch embedding stay in fp32."""
-    import onnx
-    from onnxruntime.quantization import quantize_dynamic
-    logging.disable(logging.WARNING)  # it asks for a pre-processing that changes nothing here
-    names = [node.name for node in proto.graph.node if re.search(r"\.attn\.(qkv|proj)|\.mlp\.fc", node.name)]
-    quantize_dynamic(proto, part, op_types_to_quantize=["MatMul"], nodes_to_quantize=names, per_channel=True)
-    return onnx.load(part)
+@contextlib.contextmanager
+def staged(*paths: Path) -> Iterator[list[Path]]:
+    """Where to write meanwhile: what stands there is moved to `paths` if all goes well, and removed if not."""
+    parts = [path.with_name(path.name + ".part") for path in paths]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield parts
+        for part, path in zip(parts, paths, strict=True):
+            if part.exists():
+                part.replace(path)
+                print(f"saved    {path} ({path.stat().st_size / 1e6:.3g} MB)")
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def to_int8(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Integers -127..127 [out, in] and a scale for each row [out, 1] whose product replaces a weight with little change of what
+    it gives for the inputs with XᵀX = `gram`: GPTQ (https://arxiv.org/abs/2210.17323, algorithm 1 without blocks), which lets
+    the columns not yet rounded make up for the error of each that is."""
+    weight, scale = weight.astype(np.float64), np.abs(weight).max(axis=1, keepdims=True) / 127
+    order = np.argsort(-gram.diagonal())  # the loudest inputs first
+    damped = gram[order][:, order].astype(np.float64) + 0.01 * gram.diagonal().mean() * np.eye(len(gram))
+    inverse, left, integers = np.linalg.cholesky(np.linalg.inv(damped)).T, weight[:, order], np.zeros_like(weight)
+    for i, column in enumerate(order):
+        integers[:, column] = np.clip(np.rint(left[:, i] / scale[:, 0]), -127, 127)
+        error = (left[:, i] - integers[:, column] * scale[:, 0]) / inverse[i, i]
+        left[:, i:] -= np.outer(error, inverse[i, i:])
+    return integers.astype(np.int8), scale
+
+
+def calibrated(run: train.Run, model: vit.ViT, count: int = 64) -> dict[str, np.ndarray]:
+    """Equalise a model for int8, and say what enters its matrices then: XᵀX by module, over `count` training images."""
+    import torch
+
+    import adaptertune
+    index = torch.linspace(0, len(run.data.train) - 1, min(count, len(run.data.train))).long()
+    images = torch.cat([x for x, _ in run.batches.eval(run.data.train[index], run.data.center)])
+    adaptertune.equalise(model, images)
+    return {name: gram.numpy() for name, (_, _, gram) in adaptertune.observe(model, images).items()}
 
 
 def export(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check, and only then put in place runs/NAME/model.onnx."""
     import adaptertune
     path = Path(options.o or run.folder / "model.onnx")
-    path = path / "model.onnx" if path.is_dir() else path
-    part, meta, model = path.with_name(path.name + ".part"), about(run, options), copy.deepcopy(run.model)
-    merged, count = adaptertune.merge(model), options.images
+    meta, model, precision = about(run, options), copy.deepcopy(run.model), options.precision
+    merged, count, in_pytorch = adaptertune.merge(model), options.images, in_torch(run.model, meta)
     more = f", {merged} adapters merged into the MLPs" if merged else ""
-    try:
+    with staged(path / "model.onnx" if path.is_dir() else path) as (part,):
         proto = to_model(Graph(options.opset), model, meta)
-        exact, in_fp32 = in_onnxruntime(checked(proto, part, more)), part.stat().st_size
-        verify(in_torch(run.model, meta), exact, run, meta, 64 if count is None else count, "onnxruntime against torch")
-        if options.precision == "fp32":
-            speed(exact, in_torch(run.model, meta), "torch", run, meta)
-        else:
-            proto = quantise(proto, part) if options.precision == "int8" else \
-                to_model(Graph(options.opset, "float16"), model, meta)
-            small = in_onnxruntime(checked(proto, part, f", {options.precision}"))
-            verify(exact, small, run, meta, 1000 if count is None else count, f"{options.precision} against fp32",
-                   0 if options.force else AGREE)
-            print(f"size     {part.stat().st_size / 1e6:.3g} MB, {in_fp32 / 1e6:.3g} MB fp32")
-            speed(small, exact, "fp32", run, meta)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    print(f"saved    {path} ({path.stat().st_size / 1e6:.3g} MB)")
+        exact, size = in_onnxruntime(checked(proto, part, more)), part.stat().st_size
+        verify(in_pytorch, exact, run, meta, 64 if count is None else count, "onnxruntime against torch")
+        if precision == "fp32":
+            speed(exact, in_pytorch, "torch", run, meta)
+            return
+        lower = Graph(options.opset, "float16") if precision == "fp16" else Graph(options.opset, grams=calibrated(run, model))
+        proto = to_model(lower, model, meta)
+        small, least = in_onnxruntime(checked(proto, part, f", {precision}")), 0 if options.force else AGREE
+        verify(exact, small, run, meta, 1000 if count is None else count, f"{precision} against fp32", least)
+        print(f"size     {part.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32")
+        speed(small, exact, "fp32", run, meta)
 
 
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
@@ -413,31 +450,21 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
         raise ValueError(f"a {meta['method']} run changed the backbone itself; --swappable wants adapters or a head")
     kind = {name: meta.get(name, adaptertune.METHODS["adaptertune"][name]) for name in ("reads", "act")}
     key = ".".join(["for", meta["fingerprint"], f"{meta['image_size']}px", *kind.values()])
-    shared = {name: meta[name] for name in SHARED} | {"swappable": key}
     g, own, plain = Graph(options.opset), Graph(options.opset), adaptertune.neutral(run.model, **kind)
-    count = 64 if options.images is None else options.images
-    proto = to_model(g, plain, shared)
+    proto, count = to_model(g, plain, {name: meta[name] for name in SHARED} | {"swappable": key}), options.images
     write_vit(own, run.model, meta)
     values = {name: own.constants[name] for name in swapped(own) if not np.array_equal(own.constants[name], g.constants[name])}
-    values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
-    paths = folder / "backbone.onnx", folder / f"{run.folder.name}.onnx_adapter"
-    parts = [path.with_name(path.name + ".part") for path in paths]
-    try:
-        graph = session(paths[0]) if paths[0].exists() else checked(proto, parts[0], ", adapters and head to be swapped")
+    values[key], count = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy(), 64 if count is None else count
+    backbone, adapter = folder / "backbone.onnx", folder / f"{run.folder.name}.onnx_adapter"
+    with staged(backbone, adapter) as (backbone_part, adapter_part):
+        graph = session(backbone) if backbone.exists() else checked(proto, backbone_part, ", adapters and head to be swapped")
         if graph.get_modelmeta().custom_metadata_map != {prop.key: prop.value for prop in proto.metadata_props}:
-            raise ValueError(f"{paths[0]} is of another backbone or has other options; give another folder by -o")
+            raise ValueError(f"{backbone} is of another backbone or has other options; give another folder by -o")
         file = onnxruntime.AdapterFormat()
         file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
-        file.export_adapter(str(parts[1]))
+        file.export_adapter(str(adapter_part))
         verify(in_torch(plain, meta), in_onnxruntime(graph), run, meta, count, "without adapter, against the torch backbone")
-        verify(in_torch(run.model, meta), in_onnxruntime(graph, parts[1]), run, meta, count, "with adapter, against torch")
-        for part, path in zip(parts, paths, strict=True):
-            if part.exists():
-                part.replace(path)
-                print(f"saved    {path} ({path.stat().st_size / 1e6:.3g} MB)")
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+        verify(in_torch(run.model, meta), in_onnxruntime(graph, adapter_part), run, meta, count, "with adapter, against torch")
 
 
 # ----------------------------------------------------------------------------------------------- on the device, no torch
@@ -451,16 +478,15 @@ def read_photo(path: Path, meta: dict) -> np.ndarray:
         ValueError: no image, or pixels that aren't uint8 [H, W, 3].
     """
     S, side = json.loads(meta["image_size"]), round(json.loads(meta["image_size"]) / json.loads(meta["center"]))
+    if path.suffix != ".npy":
+        from PIL import Image, ImageOps
     try:
         if path.suffix == ".npy":
             pixels = np.load(path, allow_pickle=False)
         else:
-            from PIL import Image, ImageOps
             with Image.open(path) as image:
                 image.draft("RGB", (2 * side, 2 * side))
                 pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except ImportError:
-        raise
     except Exception as error:  # decoders raise many kinds
         raise ValueError(f"can't read {path} as an image ({error})") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
@@ -500,8 +526,7 @@ def label(model: str, photos: list[str], adapter: str) -> None:
         if meta["output"] == "logits" and not labels:
             scores = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         best = zip(labels[0], scores, strict=True) if labels else [(i, scores[i]) for i in (-scores).argsort()[:3]]
-        form = "{:.2f}" if meta["output"] == "logits" and labels else "{:.1%}"
-        print(photo, *(f"{classes[i]} {form.format(score)}" for i, score in best), sep="  ")
+        print(photo, *(f"{classes[i]} {score:.3f}" for i, score in best), sep="  ")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -517,13 +542,11 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="the run's folder; with --run, photos (or .npy, uint8 [height, width, 3])")
     add("-o", metavar="PATH", help="where to: a file or, with --swappable, a folder (default: in or beside the run's folder)")
-    add("--opset", type=int, choices=sorted(IR), help="17 runs nearly everywhere (default; 18 with --resize), 20 has Gelu, 23 "
-        "Attention")
+    add("--opset", type=int, choices=sorted(IR), help="17 runs nearly everywhere (default; 18 with --resize); 23 is newest")
     add("--batch", type=int, default=0, metavar="N", help="images in every call (default 0: as many as come)")
     add("--input", choices=("float", "uint8"), help="normalised [batch, 3, S, S] (float, default) or pixels [batch, S, S, 3]")
     add("--resize", action="store_true", help="take uint8 pixels of any size, and bring them to S as in training")
-    add("--output", choices=("logits", "probabilities", "embedding"), default="logits", help="default logits; embedding is "
-        "what the head reads")
+    add("--output", choices=("logits", "probabilities", "embedding"), default="logits", help="default logits")
     add("--top-k", type=int, default=0, metavar="K", help="give the K best alone, as scores and labels (default 0: all)")
     add("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of the weights (default fp32); int8 for CPUs")
     add("--swappable", action="store_true", help="one backbone.onnx for all tasks, and one .onnx_adapter for each")
@@ -538,8 +561,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
             "--resize needs --opset 18 or later": options.resize and options.opset < 18,
             "--resize takes pixels; leave out --input float": options.resize and options.input == "float",
             "--top-k picks labels, and an embedding has none": options.top_k and options.output == "embedding",
-            "--swappable goes without --precision and --resize": options.swappable and (options.precision, options.resize) !=
-            ("fp32", False),
+            "--swappable is fp32, without --resize": options.swappable and (options.resize or options.precision != "fp32"),
             "--batch, --top-k and --images count from 0": min(options.batch, options.top_k, options.images or 0) < 0,
             f"one run at a time, not {', '.join(options.paths)}": not options.run and len(options.paths) > 1}.items():
         if message:
@@ -561,8 +583,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"model    {run.meta['backbone']}, {run.meta['method']}{rank}, {len(run.meta['classes'])} classes")
         (export_swappable if options.swappable else export)(run, options)
     except (ValueError, OSError, ImportError) as error:
-        pillow = "; pip install pillow" if "PIL" in str(error) else ""
-        print(f"error: {error}{pillow}", file=sys.stderr)
+        print(f"error: {error}" + "; pip install pillow" * ("PIL" in str(error)), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; nothing was written", file=sys.stderr)

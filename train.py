@@ -86,16 +86,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Without arguments: the embedded digits on the embedded vit_micro, offline, within a minute.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; python train.py --help lists all options\n")
     add = parser.add_argument_group("task").add_argument
-    add("--dataset", default="digits", metavar="NAME", help=f"{', '.join(data.DATASETS)} (default digits), or a folder of "
-        "class folders, or one with train/, val/ and test/")
+    add("--dataset", default="digits", metavar="NAME", help=f"{', '.join(data.DATASETS)}, or a folder (default digits)")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to (default data)")
     add("--limit", type=int, default=0, metavar="N", help="a quick look: train on N images, choose by N/4 (default 0, all)")
     add("--offline", action="store_true", help="never use the network")
     add = parser.add_argument_group("backbone").add_argument
     add("--backbone", choices=vit.BACKBONES, metavar="NAME", default="", help=f"{', '.join(vit.BACKBONES)} (default vit_s16; "
         "vit_micro for digits)")
-    add("--weights", default="", metavar="FILE", help="a .safetensors or .pth file instead of the download; its shape is read "
-        "off it, unless --backbone names it")
+    add("--weights", default="", metavar="FILE", help="a .safetensors or .pth file instead of the download")
     add("--heads", type=int, default=0, metavar="N", help="attention heads of --weights (default 0: 64 channels each)")
     add("--image-size", type=int, default=0, metavar="PIXELS", help="side of the input (default 0: the backbone's own)")
     add = parser.add_argument_group("method").add_argument
@@ -106,9 +104,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--every", type=int, default=1, metavar="K", help="an adapter in every K-th block (default 1)")
     add("--blocks", type=integers, metavar="I,J,…", help="adapters in these blocks, counted from 0 (default all)")
     add("--adapter-input", dest="reads", choices=adaptertune.READS, help="what adapters read: the block's output, the MLP's "
-        f"input before or after its LayerNorm, or the MLP's output ({by_method('reads')})")
-    add("--adapter-act", dest="act", choices=(*adaptertune.ACTS, "mlp"), help="their nonlinearity; mlp for the one of the "
-        f"block's own MLP ({by_method('act')}). What reads ln through the MLP's own costs nothing once exported")
+        f"input before (raw) or after its LayerNorm (ln), or the MLP's output ({by_method('reads')})")
+    add("--adapter-act", dest="act", choices=(*adaptertune.ACTS, "mlp"), help="their nonlinearity, mlp for that of the "
+        f"block's MLP ({by_method('act')}); adapters that read ln through it cost next to nothing once exported")
     add("--init", choices=("zero", "small"), default="zero", help="up-projection: zeros (default) or N(0, 1e-4²)")
     add("--scale", type=float, metavar="S", help=f"factor of the adapters' output ({by_method('scale')})")
     add("--learn-scale", action="store_true", help="train that factor, one for each adapter")
@@ -116,12 +114,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=0, metavar="N", help="passes over the training images (default 10; digits 12)")
     add("--batch", type=int, default=0, metavar="N", help="images in a step (default 128; 32 if there are less than 5,000)")
-    add("--lr", type=float, default=0.0, metavar="LR", help="peak learning rate (default by method: "
-        f"{', '.join(f'{method} {rate:g}' for method, rate in RATES.items())}; vit_micro has its own)")
+    add("--lr", type=float, default=0.0, metavar="LR", help="peak learning rate (default by method and backbone)")
     add("--weight-decay", type=float, default=0.05, metavar="W", help="on weight matrices only (default 0.05; 0 for off)")
     add("--label-smoothing", type=float, default=0.0, metavar="P", help="0 to 1 (default 0, off)")
-    add("--min-scale", type=float, default=0.0, metavar="A", help="least area of a training crop, 1 for no crop (default by "
-        "data set: 0.08, digits 0.85)")
+    add("--min-scale", type=float, default=0.0, metavar="A", help="least area of a training crop (default 0.08, digits 0.85)")
     add("--seeds", type=integers, default=[0], metavar="I,J,…", help="a run for each, mean and spread at the end (default 0)")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="bf16 where it is faster (default), always or never")
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default auto: cuda if there is one)")
@@ -217,8 +213,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
             "image_size": size, "mean": backbone.norm[0], "std": backbone.norm[1], "interpolation": backbone.interpolation,
             "center": images.center, "dataset": images.name, "classes": images.classes, "seed": seed, "limit": options.limit}
     if options.method in adaptertune.METHODS:
-        names = ("rank", "reads", "act", "init", "scale", "learn_scale", "dropout")
-        adapters = {name: getattr(options, name) for name in names}
+        adapters = {name: getattr(options, name) for name in adaptertune.OPTIONS}
         adapters["placement"] = adaptertune.choose_blocks(backbone.config.depth, every=options.every, blocks=options.blocks)
         adaptertune.add_adapters(model, method=options.method, **adapters)
         meta |= adapters
@@ -260,15 +255,9 @@ stop_asked: list[int] = []
 
 
 def ask_stop(number: int, frame: object) -> None:
-    """Signal handler: note the signal for check_stop. A second one kills."""
+    """Signal handler: note the signal. A second one kills."""
     stop_asked.append(number)
     signal.signal(number, signal.SIG_DFL)
-
-
-def check_stop() -> None:
-    """Stop, if asked to, here between two steps, where weights and optimiser agree."""
-    if stop_asked:
-        raise KeyboardInterrupt
 
 
 def schedule(step: int, steps: int) -> float:
@@ -288,7 +277,8 @@ def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
     run.model.train()
     try:
         for images, labels in run.batches.train(run.data, run.seed, state.epoch, first=first):
-            check_stop()
+            if stop_asked:  # here, between two steps, weights and optimiser agree
+                raise KeyboardInterrupt
             torch.manual_seed(data.checksum(f"{run.seed}/{state.epoch}/{state.step}"))  # for the adapters' dropout
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * schedule((state.epoch - 1) * count + state.step, options.epochs * count)
@@ -315,7 +305,8 @@ def evaluate(run: Run, images: data.Images, what: str) -> float:
     hits, seen, started = torch.zeros((), dtype=torch.long, device=run.device), 0, time.perf_counter()
     run.model.eval()
     for x, labels in run.batches.eval(images, run.data.center):
-        check_stop()
+        if stop_asked:
+            raise KeyboardInterrupt
         hits += (run.logits(x).argmax(dim=-1) == labels).sum()
         seen += len(labels)
         data.progress(what, seen, len(images), started)
@@ -342,9 +333,7 @@ def fit(run: Run) -> None:
                 state.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             end_epoch(state, val, run.options.epochs)
             save_state(run, optimizer)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state.best[name])
+        run.model.load_state_dict(state.best, strict=False)
         test = evaluate(run, run.data.test, "test")
         run.meta |= {"epoch": state.best_epoch, "val_accuracy": state.best_val, "test_accuracy": test}
     except KeyboardInterrupt:

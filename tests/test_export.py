@@ -363,14 +363,28 @@ def test_labels_without_torch_are_torchs(photo_run, monkeypatch, capsys, options
         path, *labels = line.split("  ")
         assert path == f"photos/{name}"
         assert len(labels) == 3
-        shown = {part.split()[0]: float(part.split()[1].rstrip("%")) for part in labels}
-        tolerance = 1.0 if "--resize" in options else 0.1  # in percent; with --resize no rounding to whole pixel values
-        assert all(abs(shown[label] - 100 * p) < tolerance for label, p in zip(task.data.classes, wanted.tolist(), strict=True))
+        shown = {part.split()[0]: float(part.split()[1]) for part in labels}
+        tolerance = 0.01 if "--resize" in options else 0.001  # with --resize there is no rounding to whole pixel values
+        assert all(abs(shown[label] - p) < tolerance for label, p in zip(task.data.classes, wanted.tolist(), strict=True))
+
+
+def test_the_ten_lines_of_the_readme(photo_run, monkeypatch, capsys, tmp_path):
+    """README's Python, as it stands there and without torch, says what export.py --run says."""
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(photo_run)
+    assert export.main(["runs/p", "--resize", "--output", "probabilities", "-o", str(tmp_path)]) == 0
+    photos = [str(path) for path in sorted((photo_run / "photos").rglob("*.png"))[::7]]
+    script = "import sys; sys.modules.update(dict.fromkeys(['torch', 'onnx'])); exec(sys.argv.pop(1))"
+    done = subprocess.run([sys.executable, "-c", script, code, *photos], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, out, _ = without_torch("--run", tmp_path / "model.onnx", *photos, cwd=tmp_path)
+    assert [line.split() for line in done.stdout.splitlines()] == [line.split()[:3] for line in out.splitlines()]
 
 
 def test_top_k_labels(run, runs, tmp_path):
     np.save(tmp_path / "x.npy", np.arange(768, dtype=np.uint8).reshape(16, 16, 3))
-    for options, form in (["--output", "probabilities"], r"[\d.]+%"), ([], r"-?\d+\.\d\d"):
+    for options, form in (["--output", "probabilities"], r"0\.\d{3}"), ([], r"-?\d+\.\d{3}"):
         run("runs/a", "-o", tmp_path / "m.onnx", "--top-k", 2, *options)
         assert re.fullmatch(rf"\S+x.npy  \d {form}  \d {form}\n", run("--run", tmp_path / "m.onnx", tmp_path / "x.npy"))
 
@@ -400,7 +414,7 @@ def test_images_that_arent(run, tmp_path, array, message):
     (["runs/a", "--top-k", "2", "--output", "embedding"], 2, "an embedding has none"),
     (["runs/a", "--batch", "-1"], 2, "count from 0"),
     (["runs/a", "--top-k", "11"], 1, "--top-k 11: there are 10 classes"),
-    (["runs/a", "--swappable", "--precision", "int8"], 2, "--swappable goes without"),
+    (["runs/a", "--swappable", "--precision", "int8"], 2, "--swappable is fp32"),
     (["runs/a", "--bogus"], 2, "unrecognized arguments: --bogus"),
     (["runs/a", "--weights", "gone.safetensors"], 1, "no weights at gone.safetensors"),
     (["runs/a", "-o", "/proc/nowhere/model.onnx"], 1, "/proc/nowhere"),

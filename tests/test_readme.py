@@ -5,21 +5,27 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import export
 import train
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [command.strip() for command in re.findall(r"(?:^|`|&& |next +)(python train\.py[^`\n#]*)", README, re.M)
+COMMANDS = [command.strip() for command in re.findall(r"(?:^|`|&& |next +)(python (?:train|export)\.py[^`\n#]*)", README, re.M)
             if "…" not in command]
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) > 5
+    assert len([command for command in COMMANDS if "train.py" in command]) > 5
+    assert len([command for command in COMMANDS if "export.py" in command]) > 3
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command, monkeypatch, tmp_path):
-    arguments = shlex.split(command)[2:]
+    _, program, *arguments = shlex.split(command)
+    if program == "export.py":
+        _, more = export.parse(arguments)
+        assert not more
+        return
     if "--eval" in arguments:
         folder = tmp_path / arguments[arguments.index("--eval") + 1]
         folder.mkdir(parents=True)

@@ -99,8 +99,8 @@ def browse(folder, page, timeout=300):
     web = folder / "node_modules/onnxruntime-web"
     web.mkdir(parents=True, exist_ok=True)
     shutil.copytree(WEB, web / "dist", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.map", "*webgpu*", "*jsep*"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
     browser = subprocess.Popen([CHROMIUM, *flags, f"http://127.0.0.1:{server.server_port}/{page}"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
