@@ -9,10 +9,10 @@
 The graph reads like vit.py, top to bottom, and each value is named after the torch module that it comes out of. What is the
 same for every image is worked out here and not on the device (exact but for rounding):
 
-    attention's 1/√d goes into the query; the bias of k shifts all scores of a query alike, which softmax doesn't see; softmax's
-    rows sum to 1, so the bias of v goes through proj into its bias; LayerScale goes into proj and fc2
-    an adapter's s goes into U, su into fc2's bias, and v' = v - V·su where it reads what fc2 gave; an adapter that is nothing but
-    more hidden units of the MLP is merged into it
+    attention's 1/√d goes into the query; the bias of k shifts all scores of a query alike, which softmax doesn't see;
+    softmax's rows sum to 1, so the bias of v goes through proj into its bias; LayerScale goes into proj and fc2
+    an adapter's s goes into U, su into fc2's bias, and v' = v - V·su where it reads what fc2 gave; an adapter that is only more
+    hidden units of the MLP is merged into it
     after the last attention the class token goes on alone, where the head reads nothing else
     1/(255 std) of pixels goes into the patch embedding, whose bias goes, with -mean/std in it, into the positions
 
@@ -61,10 +61,10 @@ SWAPPED = {"adapter.down.weight": 1, "adapter.down.bias": 0, "adapter.up.weight"
 class Graph:
     """Nodes and constants as they are collected. Each method adds what its name says and returns the name of the result.
 
-    `grams` (see calibrated) names the modules whose matrices are to be int8; adapters, head and patch embedding never are.
+    `grams` (adaptertune.equalise) has the modules whose matrices become int8; adapters, head and patch embedding never do.
     """
 
-    def __init__(self, opset: int, dtype: str = "float32", grams: dict[str, np.ndarray] | None = None):
+    def __init__(self, opset: int, dtype: str = "float32", grams: dict[str, torch.Tensor] | None = None):
         self.opset, self.dtype, self.grams = opset, dtype, grams or {}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
@@ -84,18 +84,20 @@ class Graph:
         """x [..., in] by weight [out, in] and bias [out]: MatMul and Add, which run faster than Gemm."""
         result, module = name if bias is None else f"{name}.matmul", re.sub(r"\.[qkv]$", "", name)
         if module in self.grams:
-            x = self.int8_matmul(result, f"{name}.weight", x, *to_int8(np.asarray(weight), self.grams[module]))
+            x = self.int8_matmul(result, f"{name}.weight", x, weight, self.grams[module])
         else:
             x = self("MatMul", x, self.constant(f"{name}.weight", weight.T), name=result)
         return x if bias is None else self("Add", x, self.constant(f"{name}.bias", bias), name=name)
 
-    def int8_matmul(self, name: str, weight: str, x: str, integers: np.ndarray, scale: np.ndarray) -> str:
-        """x, rounded to 8 bits between its least and greatest value, by integers [out, in] · scale [out, 1], transposed."""
-        parts = (f"{x}.int8", f"{x}.scale", f"{x}.zero")
-        if not any(parts[0] in node.output for node in self.nodes):  # q, k and v read the same
+    def int8_matmul(self, name: str, constant: str, x: str, weight: torch.Tensor, gram: torch.Tensor) -> str:
+        """x, rounded to 8 bits between its least and greatest value, by the weight in int8."""
+        import adaptertune
+        integers, scale = adaptertune.to_int8(weight, gram)  # [out, in], [out]
+        parts = [f"{x}.int8", f"{x}.scale", f"{x}.zero"]
+        if parts not in (list(node.output) for node in self.nodes):  # q, k and v read the same
             self("DynamicQuantizeLinear", x, name=parts[0], outputs=parts)
-        y = self("MatMulInteger", parts[0], self.constant(weight, integers.T, "int8"), parts[2], name=f"{name}.int32")
-        scale = self("Mul", parts[1], self.constant(f"{weight}.scale", scale[:, 0]), name=f"{name}.scale")
+        y = self("MatMulInteger", parts[0], self.constant(constant, integers.T, "int8"), parts[2], name=f"{name}.int32")
+        scale = self("Mul", parts[1], self.constant(f"{constant}.scale", scale), name=f"{name}.scale")
         return self("Mul", self("Cast", y, name=f"{name}.float", to=1), scale, name=name)
 
     def layer_norm(self, name: str, x: str, norm: torch.nn.LayerNorm) -> str:
@@ -394,49 +396,28 @@ def staged(*paths: Path) -> Iterator[list[Path]]:
             part.unlink(missing_ok=True)
 
 
-def to_int8(weight: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Integers -127..127 [out, in] and a scale for each row [out, 1] whose product replaces a weight with little change of what
-    it gives for the inputs with XᵀX = `gram`: GPTQ (https://arxiv.org/abs/2210.17323, algorithm 1 without blocks), which lets
-    the columns not yet rounded make up for the error of each that is."""
-    weight, scale = weight.astype(np.float64), np.abs(weight).max(axis=1, keepdims=True) / 127
-    order = np.argsort(-gram.diagonal())  # the loudest inputs first
-    damped = gram[order][:, order].astype(np.float64) + 0.01 * gram.diagonal().mean() * np.eye(len(gram))
-    inverse, left, integers = np.linalg.cholesky(np.linalg.inv(damped)).T, weight[:, order], np.zeros_like(weight)
-    for i, column in enumerate(order):
-        integers[:, column] = np.clip(np.rint(left[:, i] / scale[:, 0]), -127, 127)
-        error = (left[:, i] - integers[:, column] * scale[:, 0]) / inverse[i, i]
-        left[:, i:] -= np.outer(error, inverse[i, i:])
-    return integers.astype(np.int8), scale
-
-
-def calibrated(run: train.Run, model: vit.ViT, count: int = 64) -> dict[str, np.ndarray]:
-    """Equalise a model for int8, and say what enters its matrices then: XᵀX by module, over `count` training images."""
-    import torch
-
-    import adaptertune
-    index = torch.linspace(0, len(run.data.train) - 1, min(count, len(run.data.train))).long()
-    images = torch.cat([x for x, _ in run.batches.eval(run.data.train[index], run.data.center)])
-    adaptertune.equalise(model, images)
-    return {name: gram.numpy() for name, (_, _, gram) in adaptertune.observe(model, images).items()}
-
-
 def export(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check, and only then put in place runs/NAME/model.onnx."""
+    import torch
+
     import adaptertune
     path = Path(options.o or run.folder / "model.onnx")
     meta, model, precision = about(run, options), copy.deepcopy(run.model), options.precision
     merged, count, in_pytorch = adaptertune.merge(model), options.images, in_torch(run.model, meta)
     more = f", {merged} adapters merged into the MLPs" if merged else ""
     with staged(path / "model.onnx" if path.is_dir() else path) as (part,):
-        proto = to_model(Graph(options.opset), model, meta)
-        exact, size = in_onnxruntime(checked(proto, part, more)), part.stat().st_size
+        exact = in_onnxruntime(checked(to_model(Graph(options.opset), model, meta), part, more))
+        size = part.stat().st_size
         verify(in_pytorch, exact, run, meta, 64 if count is None else count, "onnxruntime against torch")
         if precision == "fp32":
             speed(exact, in_pytorch, "torch", run, meta)
             return
-        lower = Graph(options.opset, "float16") if precision == "fp16" else Graph(options.opset, grams=calibrated(run, model))
-        proto = to_model(lower, model, meta)
-        small, least = in_onnxruntime(checked(proto, part, f", {precision}")), 0 if options.force else AGREE
+        lower, least = Graph(options.opset, "float16"), 0 if options.force else AGREE
+        if precision == "int8":  # 64 training images show what enters the matrices
+            few = run.data.train[torch.linspace(0, len(run.data.train) - 1, 64).long()]
+            images = torch.cat([x for x, _ in run.batches.eval(few, run.data.center)])
+            lower = Graph(options.opset, grams=adaptertune.equalise(model, images))
+        small = in_onnxruntime(checked(to_model(lower, model, meta), part, f", {precision}"))
         verify(exact, small, run, meta, 1000 if count is None else count, f"{precision} against fp32", least)
         print(f"size     {part.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32")
         speed(small, exact, "fp32", run, meta)

@@ -42,6 +42,9 @@ META = {"input": "float", "resize": False, "output": "logits", "top_k": 0, "batc
         "interpolation": "bicubic", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
 
 
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
 def network(adapters=None, **changes):
     """A small adapted ViT with nothing near zero."""
     torch.manual_seed(0)
@@ -258,6 +261,19 @@ def test_precision(run, runs, tmp_path, precision, monkeypatch):
     assert not list(tmp_path.glob("m.onnx*"))
 
 
+def test_int8_stands_where_it_should(run, runs, tmp_path):
+    """The blocks' matrices alone are int8; q, k and v share one rounding of their input."""
+    run("runs/a", "-o", tmp_path / "m.onnx", "--precision", "int8", "--force")
+    proto = onnx.load(tmp_path / "m.onnx")
+    integers = {each.name for each in proto.graph.initializer if each.data_type == onnx.TensorProto.INT8}
+    assert integers == {f"blocks.{i}.{name}.weight" for i in (0, 1)
+                        for name in ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    rounded = [node.input[0] for node in proto.graph.node if node.op_type == "DynamicQuantizeLinear"]
+    assert [name for name in rounded if name.startswith("blocks.0")] == [f"blocks.0.{name}" for name in (
+        "norm1", "attn.heads", "norm2", "mlp.act")]
+    assert (proto.ir_version, proto.opset_import[0].version) == (8, 17)
+
+
 @pytest.mark.parametrize("damage", [0.01, float("nan")])
 def test_a_missed_limit_leaves_no_file(run, runs, tmp_path, monkeypatch, damage):
     """A graph that isn't the network, even by a hundredth in one logit."""
@@ -273,15 +289,15 @@ def test_a_missed_limit_leaves_no_file(run, runs, tmp_path, monkeypatch, damage)
 # ------------------------------------------------------------------------------------------------------ swappable adapters
 
 
-def test_one_session_serves_two_tasks(run, runs, tmp_path):
+def test_one_session_serves_two_tasks(run, runs, tmp_path, monkeypatch):
     """Rank 4 in every block, rank 8 in every second and a head alone, on one session: each as its own torch model."""
     out = run("runs/a", "--swappable", "-o", tmp_path)
     assert f"saved    {tmp_path}/backbone.onnx" in out
     assert out.count("top-1 agreement 100 % ok") == 2
-    before = (tmp_path / "backbone.onnx").stat()
+    before = (tmp_path / "backbone.onnx").stat().st_mtime_ns
     for name in ("b", "head"):
         assert "backbone.onnx (" not in run(f"runs/{name}", "--swappable", "-o", tmp_path)
-    assert (tmp_path / "backbone.onnx").stat() == before
+    assert (tmp_path / "backbone.onnx").stat().st_mtime_ns == before
     session = export.session(tmp_path / "backbone.onnx")
     models = {name: train.open_run(train.parse(["--eval", f"runs/{name}"])) for name in ("a", "b", "head")}
     x = next(models["a"].batches.eval(models["a"].data.test, 1.0))[0]
@@ -291,6 +307,12 @@ def test_one_session_serves_two_tasks(run, runs, tmp_path):
             assert np.abs(got - models[name].model.eval()(x).numpy()).max() < 1e-4
         bare = export.in_onnxruntime(session)(x.numpy())[0]
         assert np.abs(bare - vit.load(models["a"].options.weights)[0](x).numpy()).max() < 1e-4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.onnx_adapter").rename("flowers.onnx_adapter")
+    scope = {"onnxruntime": onnxruntime, "image": x.numpy()}
+    exec(SNIPPETS[1], scope)  # README's lines
+    assert np.abs(scope["logits"] - models["b"].model(x).detach().numpy()).max() < 1e-4
+    (tmp_path / "flowers.onnx_adapter").rename("b.onnx_adapter")
     for name in ("a", "b", "head"):
         path = tmp_path / f"{name}.onnx_adapter"
         parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
@@ -370,7 +392,7 @@ def test_labels_without_torch_are_torchs(photo_run, monkeypatch, capsys, options
 
 def test_the_ten_lines_of_the_readme(photo_run, monkeypatch, capsys, tmp_path):
     """README's Python, as it stands there and without torch, says what export.py --run says."""
-    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    code = SNIPPETS[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(photo_run)
     assert export.main(["runs/p", "--resize", "--output", "probabilities", "-o", str(tmp_path)]) == 0
