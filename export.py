@@ -295,25 +295,25 @@ def in_torch(model: vit.ViT, meta: dict) -> Callable:
     return outputs
 
 
-def pictures(run: train.Run, meta: dict, count: int) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
+def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
     """`count` test images (0 for all), evenly over the set, as the graph takes them, as torch takes them, and their labels:
     eight one by one, then seven at a time, or in the graph's own batch."""
     import torch
 
     import data
     images, (mean, std) = run.data.test, (torch.tensor(values).view(3, 1, 1) for values in run.batches.norm)
-    index, N = torch.linspace(0, len(images) - 1, min(count or len(images), len(images))).long(), meta["batch"]
+    index, N = torch.linspace(0, len(images) - 1, min(count or len(images), len(images))).long(), run.meta["batch"]
     for part in index.split(N) if N else (*index[:8].split(1), *index[8:].split(7)):
         part = part[torch.arange(N or len(part)) % len(part)]  # a fixed batch is filled up
         pixels, labels = images.pixels[part], images.labels[part].numpy()
         x = run.batches.finish(pixels, data.center_boxes(len(part), *pixels.shape[-2:], run.data.center, pixels.device))
-        if meta["input"] == "uint8" and not meta["resize"]:  # whole numbers, for both
+        if run.meta["input"] == "uint8" and not run.meta["resize"]:  # whole numbers, for both
             pixels = ((x * std + mean) * 255).round().byte()
             x = (pixels / 255 - mean) / std
-        yield x.numpy() if meta["input"] == "float" else np.ascontiguousarray(pixels.permute(0, 2, 3, 1)), x, labels
+        yield x.numpy() if run.meta["input"] == "float" else np.ascontiguousarray(pixels.permute(0, 2, 3, 1)), x, labels
 
 
-def verify(exact: Callable, graph: Callable, run: train.Run, meta: dict, count: int, what: str, least: float = 100) -> None:
+def verify(exact: Callable, graph: Callable, run: train.Run, count: int, what: str, least: float = 100) -> None:
     """Print how far two functions agree on test images. An embedding's top-1 is what the run's head makes of it.
 
     Raises:
@@ -321,14 +321,14 @@ def verify(exact: Callable, graph: Callable, run: train.Run, meta: dict, count: 
     """
     import data
     worst, seen, hits, started, head = np.float32(0), 0, np.zeros(3), time.perf_counter(), run.model.head
-    limit, total = LIMIT[meta["resize"]], min(count or len(run.data.test), len(run.data.test))
+    limit, total = LIMIT[run.meta["resize"]], min(count or len(run.data.test), len(run.data.test))
 
     def top1(first: np.ndarray, *labels: np.ndarray) -> np.ndarray:
-        if meta["output"] == "embedding":
+        if run.meta["output"] == "embedding":
             first = first @ head.weight.numpy().T + head.bias.numpy()
         return labels[0][:, 0] if labels else first.argmax(axis=1)
 
-    for image, x, labels in pictures(run, meta, count):
+    for image, x, labels in pictures(run, count):
         one, two = exact(image, x), graph(image, x)
         worst, seen = np.maximum(worst, np.abs(one[0] - two[0]).max()), seen + len(labels)  # maximum keeps a NaN
         hits += [(a == b).sum() for a, b in itertools.combinations((top1(*one), top1(*two), labels), 2)]
@@ -342,9 +342,9 @@ def verify(exact: Callable, graph: Callable, run: train.Run, meta: dict, count: 
     print(f"check    {text} ok", flush=True)
 
 
-def speed(graph: Callable, other: Callable, name: str, run: train.Run, meta: dict, rounds: int = 50) -> None:
+def speed(graph: Callable, other: Callable, name: str, run: train.Run, rounds: int = 50) -> None:
     """Print the median milliseconds of a batch, the two called in turn after a warm-up."""
-    image, x, _ = next(pictures(run, meta, meta["batch"] or 1))
+    image, x, _ = next(pictures(run, run.meta["batch"] or 1))
     times = ([], [])
     for i in range(rounds + 5):
         for each, function in zip(times, (graph, other), strict=True):
@@ -357,14 +357,6 @@ def speed(graph: Callable, other: Callable, name: str, run: train.Run, meta: dic
 
 
 # ------------------------------------------------------------------------------------------------------ from run to file
-
-
-def about(run: train.Run, options: argparse.Namespace) -> dict:
-    """What travels with the graph, so that the file is enough by itself."""
-    if options.top_k > len(run.meta["classes"]):
-        raise ValueError(f"--top-k {options.top_k}: there are {len(run.meta['classes'])} classes")
-    meta = {key: value for key, value in run.meta.items() if key not in ("config", "learn_scale", "init", "dropout")}
-    return meta | {name: getattr(options, name) for name in CHOICES}
 
 
 def checked(proto: onnx.ModelProto, part: Path, more: str = "") -> onnxruntime.InferenceSession:
@@ -401,41 +393,41 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
     import torch
 
     import adaptertune
-    path = Path(options.o or run.folder / "model.onnx")
-    meta, model, precision = about(run, options), copy.deepcopy(run.model), options.precision
-    merged, count, in_pytorch = adaptertune.merge(model), options.images, in_torch(run.model, meta)
-    more = f", {merged} adapters merged into the MLPs" if merged else ""
+    path, count = Path(options.o or run.folder / "model.onnx"), options.images
+    model, precision, in_pytorch = copy.deepcopy(run.model), options.precision, in_torch(run.model, run.meta)
+    merged = adaptertune.merge(model)
     with staged(path / "model.onnx" if path.is_dir() else path) as (part,):
-        exact = in_onnxruntime(checked(to_model(Graph(options.opset), model, meta), part, more))
-        size = part.stat().st_size
-        verify(in_pytorch, exact, run, meta, 64 if count is None else count, "onnxruntime against torch")
+        more = f", {merged} adapters merged into the MLPs" * bool(merged)
+        exact = in_onnxruntime(checked(to_model(Graph(options.opset), model, run.meta), part, more))
+        verify(in_pytorch, exact, run, 64 if count is None else count, "onnxruntime against torch")
         if precision == "fp32":
-            speed(exact, in_pytorch, "torch", run, meta)
+            speed(exact, in_pytorch, "torch", run)
             return
-        lower, least = Graph(options.opset, "float16"), 0 if options.force else AGREE
+        lower, size = Graph(options.opset, "float16"), part.stat().st_size
         if precision == "int8":  # 64 training images show what enters the matrices
             few = run.data.train[torch.linspace(0, len(run.data.train) - 1, 64).long()]
             images = torch.cat([x for x, _ in run.batches.eval(few, run.data.center)])
             lower = Graph(options.opset, grams=adaptertune.equalise(model, images))
-        small = in_onnxruntime(checked(to_model(lower, model, meta), part, f", {precision}"))
-        verify(exact, small, run, meta, 1000 if count is None else count, f"{precision} against fp32", least)
+        small = in_onnxruntime(checked(to_model(lower, model, run.meta), part, f", {precision}"))
+        count, least = 1000 if count is None else count, 0 if options.force else AGREE
+        verify(exact, small, run, count, f"{precision} against fp32", least)
         print(f"size     {part.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32")
-        speed(small, exact, "fp32", run, meta)
+        speed(small, exact, "fp32", run)
 
 
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check and put in place backbone.onnx, unless it is there, and NAME.onnx_adapter beside it."""
     import adaptertune
-    meta, folder = about(run, options), Path(options.o or run.folder.parent)
+    meta, folder, count = run.meta, Path(options.o or run.folder.parent), 64 if options.images is None else options.images
     if meta["method"] not in (*adaptertune.METHODS, "head"):
         raise ValueError(f"a {meta['method']} run changed the backbone itself; --swappable wants adapters or a head")
     kind = {name: meta.get(name, adaptertune.METHODS["adaptertune"][name]) for name in ("reads", "act")}
     key = ".".join(["for", meta["fingerprint"], f"{meta['image_size']}px", *kind.values()])
     g, own, plain = Graph(options.opset), Graph(options.opset), adaptertune.neutral(run.model, **kind)
-    proto, count = to_model(g, plain, {name: meta[name] for name in SHARED} | {"swappable": key}), options.images
+    proto = to_model(g, plain, {name: meta[name] for name in SHARED} | {"swappable": key})
     write_vit(own, run.model, meta)
     values = {name: own.constants[name] for name in swapped(own) if not np.array_equal(own.constants[name], g.constants[name])}
-    values[key], count = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy(), 64 if count is None else count
+    values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
     backbone, adapter = folder / "backbone.onnx", folder / f"{run.folder.name}.onnx_adapter"
     with staged(backbone, adapter) as (backbone_part, adapter_part):
         graph = session(backbone) if backbone.exists() else checked(proto, backbone_part, ", adapters and head to be swapped")
@@ -444,8 +436,8 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
         file = onnxruntime.AdapterFormat()
         file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
         file.export_adapter(str(adapter_part))
-        verify(in_torch(plain, meta), in_onnxruntime(graph), run, meta, count, "without adapter, against the torch backbone")
-        verify(in_torch(run.model, meta), in_onnxruntime(graph, adapter_part), run, meta, count, "with adapter, against torch")
+        verify(in_torch(plain, meta), in_onnxruntime(graph), run, count, "without adapter, against the torch backbone")
+        verify(in_torch(run.model, meta), in_onnxruntime(graph, adapter_part), run, count, "with adapter, against torch")
 
 
 # ----------------------------------------------------------------------------------------------- on the device, no torch
@@ -560,6 +552,11 @@ def main(arguments: list[str] | None = None) -> int:
         import train
         run = train.open_run(train.parse(["--eval", options.paths[0], "--device", "cpu", *more]))
         run.model.eval().requires_grad_(False)
+        if options.top_k > len(run.meta["classes"]):
+            raise ValueError(f"--top-k {options.top_k}: there are {len(run.meta['classes'])} classes")
+        for name in ("config", "learn_scale", "init", "dropout"):  # of no use any more; the rest travels with the graph
+            run.meta.pop(name, None)
+        run.meta.update({name: getattr(options, name) for name in CHOICES})
         rank = f" rank {run.meta['rank']}" if "rank" in run.meta else ""
         print(f"model    {run.meta['backbone']}, {run.meta['method']}{rank}, {len(run.meta['classes'])} classes")
         (export_swappable if options.swappable else export)(run, options)

@@ -5,12 +5,14 @@ clip_vitb16_visual.safetensors (the image tower of openai/clip-vit-base-patch16)
 import os
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from conftest import REAL
 
 import adaptertune
 import data
+import export
 import train
 import vit
 
@@ -112,3 +114,56 @@ def test_flowers_on_deit_tiny(tmp_path, monkeypatch, capsys):
     assert train.main(["--eval", "runs/flowers"]) == 0
     stated = f"{meta['test_accuracy']:.2f} %"
     assert capsys.readouterr().out.endswith(f"test     {stated}   (its file says {stated})\n")
+
+
+def export_meta(backbone, **more):
+    return {"input": "float", "resize": False, "output": "logits", "top_k": 0, "batch": 0, "backbone": "real", "center": 7 / 8,
+            "interpolation": "bicubic", "mean": backbone.norm[0], "std": backbone.norm[1], **more}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("opset", [17, 20, 23])
+@pytest.mark.parametrize("path", [DEIT, CLIP], ids=["DeiT-tiny", "CLIP"])
+def test_export_of_real_weights(photos, path, opset):
+    """Adapters that do something on DeiT-tiny and on CLIP's image tower: the same logits and labels of photos."""
+    model, backbone = vit.load(path, head=True)
+    torch.manual_seed(0)
+    adaptertune.add_adapters(model, rank=8, placement=range(12))
+    for block in model.blocks:
+        torch.nn.init.normal_(block.adapter.up.weight, std=0.05)
+    model.requires_grad_(False)
+    if model.head.bias is None:  # CLIP's projection
+        model.head.bias = torch.nn.Parameter(torch.zeros(len(model.head.weight)), requires_grad=False)
+    proto = export.to_model(export.Graph(opset), model, export_meta(backbone))
+    graph = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = next(prepared(photos, backbone))[0][:20 if path == DEIT else 6]
+    got, expected = graph.run(None, {"image": x.numpy()})[0], model(x).numpy()
+    assert abs(got - expected).max() < 1e-4
+    assert (got.argmax(axis=1) == expected.argmax(axis=1)).all()
+
+
+def test_two_tasks_on_one_deit_tiny(tmp_path, monkeypatch, capsys):
+    """Flowers (rank 4, 12 classes) and digits (rank 16, 10 classes) from one session, swapped per call, each as its own torch
+    model; the adapters' files are hardly larger than what is in them."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--weights", str(DEIT), "--epochs", "1", "--lr", "3e-3"]
+    for name, dataset, rank in (("flowers", str(REAL / "data/flowers12"), "4"), ("digits", "digits", "16")):
+        assert train.main([*common, "--dataset", dataset, "--rank", rank, "--limit", "120", "--name", name]) == 0
+        assert export.main([f"runs/{name}", "--swappable"]) == 0
+    print(capsys.readouterr().out)
+    session = export.session("runs/backbone.onnx")
+    runs = {name: train.open_run(train.parse(["--eval", f"runs/{name}"])) for name in ("flowers", "digits")}
+    graphs = {name: export.in_onnxruntime(session, f"runs/{name}.onnx_adapter") for name in runs}
+    for start in (0, 8, 16):
+        for name, run in runs.items():
+            images = run.data.test[torch.arange(start, start + 8)]
+            x = next(run.batches.eval(images, run.data.center))[0]
+            with torch.inference_mode():
+                expected = run.model.eval()(x).numpy()
+            got = graphs[name](x.numpy())[0]
+            assert got.shape == (8, {"flowers": 12, "digits": 10}[name])
+            assert abs(got - expected).max() < 1e-4
+    for name in runs:
+        path = tmp_path / "runs" / f"{name}.onnx_adapter"
+        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        assert path.stat().st_size < 1.1 * sum(value.numpy().nbytes for value in parameters.values())
