@@ -249,8 +249,8 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
     inputs = {INPUT: image} | ({name: (1, dims) for name, dims in swapped(g).items()} | {swap: (2, ["bytes"])} if swap else {})
     if swap:
         g.constants[swap] = np.zeros(0, np.uint8)
-    width = meta["top_k"] or (model.config.width if meta["output"] == "embedding" else "classes" if swap else
-                              model.head.out_features)
+    classes = "classes" if swap else model.head.out_features
+    width = meta["top_k"] or (model.config.width if meta["output"] == "embedding" else classes)
     inputs = [helper.make_tensor_value_info(name, *info) for name, info in inputs.items()]
     outputs = [helper.make_tensor_value_info(name, 7 if name == "labels" else 1, [B, width]) for name in names]
     constants = [numpy_helper.from_array(value, name) for name, value in g.constants.items()]
@@ -267,6 +267,7 @@ def session(model: str | Path) -> onnxruntime.InferenceSession:
     """onnxruntime's session on the CPU. Raises ValueError for a file that it can't load."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of every input that has a default
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the cores to others
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds derive from nothing else
@@ -314,11 +315,8 @@ def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Ten
 
 
 def verify(exact: Callable, graph: Callable, run: train.Run, count: int, what: str, least: float = 100) -> None:
-    """Print how far two functions agree on test images. An embedding's top-1 is what the run's head makes of it.
-
-    Raises:
-        ValueError: less than `least` percent with the same top-1, or, where that is all of them, a |difference| above LIMIT.
-    """
+    """Print how far two functions agree on test images; ValueError if less than `least` percent have the same top-1 or, where
+    that is all of them, a |difference| is above LIMIT. An embedding's top-1 is what the run's head makes of it."""
     import data
     worst, seen, hits, started, head = np.float32(0), 0, np.zeros(3), time.perf_counter(), run.model.head
     limit, total = LIMIT[run.meta["resize"]], min(count or len(run.data.test), len(run.data.test))
@@ -444,12 +442,8 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
 
 
 def read_photo(path: Path, meta: dict) -> np.ndarray:
-    """A photo, or pixels saved by numpy, as the graph takes them, [1, …]: data.decode's steps, so that nothing differs from
-    training. Needs Pillow, unless pixels come as the graph takes them.
-
-    Raises:
-        ValueError: no image, or pixels that aren't uint8 [H, W, 3].
-    """
+    """A photo, or pixels saved by numpy, as the graph takes them, [1, …], by data.decode's steps, so that nothing differs from
+    training. Needs Pillow, unless the pixels have the graph's size. ValueError for what isn't uint8 [H, W, 3]."""
     S, side = json.loads(meta["image_size"]), round(json.loads(meta["image_size"]) / json.loads(meta["center"]))
     if path.suffix != ".npy":
         from PIL import Image, ImageOps

@@ -203,8 +203,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     torch.manual_seed(data.checksum(f"{seed}/init"))
     model, backbone = load_backbone(options)
     size, whole = backbone.config.image_size, options.method in ("full", "scratch")
-    images = read_dataset(options.dataset, options.data_dir, size, options.offline)
-    images = data.split(images, seed=seed, limit=options.limit)
+    images = data.split(read_dataset(options.dataset, options.data_dir, size, options.offline), seed=seed, limit=options.limit)
     images.min_scale = options.min_scale or images.min_scale
     weights = Path(options.weights)
     name = options.backbone or (weights.parent.name if weights.stem == "adapters" else weights.stem)
