@@ -405,7 +405,9 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
         if precision == "int8":  # 64 training images show what enters the matrices
             few = run.data.train[torch.linspace(0, len(run.data.train) - 1, 64).long()]
             images = torch.cat([x for x, _ in run.batches.eval(few, run.data.center)])
-            lower = Graph(options.opset, grams=adaptertune.equalise(model, images))
+            grams = adaptertune.equalise(model, images)
+            del grams["blocks.0.mlp.fc2"]  # its input spans most: in fp32 it saves an eighth of the error for 1 % of the time
+            lower = Graph(options.opset, grams=grams)
         small = in_onnxruntime(checked(to_model(lower, model, run.meta), part, f", {precision}"))
         count, least = 1000 if count is None else count, 0 if options.force else AGREE
         verify(exact, small, run, count, f"{precision} against fp32", least)

@@ -52,12 +52,11 @@ def variants(run):
 
     return {"fp32": proto(plain), "onnxruntime's quantiser": by_onnxruntime(proto(plain)),
             "rounded only": proto(plain, grams["plain"]), "equalised only": by_onnxruntime(proto(equal)),
-            "equalised and rounded (ours)": proto(equal, grams["equal"]),
-            "ours without fc2 of block 0": proto(equal, grams["equal"], r"blocks\.0\.mlp\.fc2"),
-            "ours without fc2 of 0 and 8": proto(equal, grams["equal"], r"blocks\.[08]\.mlp\.fc2"),
-            "ours without any fc2": proto(equal, grams["equal"], "fc2"),
-            "ours without any fc1": proto(equal, grams["equal"], "fc1"),
-            "ours without any qkv": proto(equal, grams["equal"], "qkv")}
+            "equalised and rounded": proto(equal, grams["equal"]),
+            "ours: without fc2 of block 0": proto(equal, grams["equal"], r"blocks\.0\.mlp\.fc2"),
+            "without fc2 of blocks 0 and 8": proto(equal, grams["equal"], r"blocks\.[08]\.mlp\.fc2"),
+            "without any fc2": proto(equal, grams["equal"], "fc2"), "without any fc1": proto(equal, grams["equal"], "fc1"),
+            "without any qkv": proto(equal, grams["equal"], "qkv")}
 
 
 def session(proto, threads):
