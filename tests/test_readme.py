@@ -22,6 +22,8 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command, monkeypatch, tmp_path):
     _, program, *arguments = shlex.split(command)
+    if "--help" in arguments:
+        return
     if program == "export.py":
         _, more = export.parse(arguments)
         assert not more
