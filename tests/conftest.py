@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import pickle
+import re
 import threading
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def photos(tmp_path):
             pixels[..., channel] += 120
             image.fromarray(pixels.numpy()).save(tmp_path / "photos" / name / f"{i:02}.png")
     return tmp_path / "photos"
+
+
+def runner(main, capsys):
+    """A function that runs a command line's `main` with its arguments and gives the output; an error must be one line."""
+    def run(*arguments, status=0):
+        try:
+            got = main(list(map(str, arguments)))
+        except SystemExit as stop:
+            got = stop.code
+        out, error = capsys.readouterr()
+        assert got == status, out + error
+        if status:
+            assert re.fullmatch(r"error: [^\n]+\n", error), error
+        return error if status else out
+
+    return run
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

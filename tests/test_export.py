@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, write_tiny
+from conftest import ROOT, runner, write_tiny
 
 import adaptertune
 import data
@@ -191,19 +191,7 @@ def runs(tmp_path_factory, tiny_weights):
 def run(runs, monkeypatch, capsys):
     """Runs export.py's main where the runs are and gives its output; an error must be one line."""
     monkeypatch.chdir(runs)
-
-    def run(*arguments, status=0):
-        try:
-            got = export.main(list(map(str, arguments)))
-        except SystemExit as stop:
-            got = stop.code
-        out, error = capsys.readouterr()
-        assert got == status, out + error
-        if status:
-            assert re.fullmatch(r"error: [^\n]+\n", error), error
-        return error if status else out
-
-    return run
+    return runner(export.main, capsys)
 
 
 def metadata(path):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, write_cifar10, write_tiny
+from conftest import ROOT, runner, write_cifar10, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,20 +22,8 @@ import vit
 def run(capsys, monkeypatch, tmp_path):
     """Runs train.py's main with these arguments in an empty folder and gives its output; an error must be one line."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, status=0):
-        try:
-            got = train.main(list(map(str, arguments)))
-        except SystemExit as stop:
-            got = stop.code
-        out, error = capsys.readouterr()
-        assert got == status, out + error
-        if status:
-            assert re.fullmatch(r"error: [^\n]+\n", error), error
-        return error if status else out
-
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield run
+    yield runner(train.main, capsys)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
