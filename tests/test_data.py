@@ -192,7 +192,8 @@ def test_missing_batch_is_named(tmp_path):
         data.read("cifar100", str(tmp_path))
 
 
-@pytest.mark.parametrize(("height", "width", "share", "box"), [(32, 32, 1.0, [0, 0, 32, 32]), (183, 183, 7 / 8, [11, 11, 160, 160]),
-                                                               (256, 256, 7 / 8, [16, 16, 224, 224]), (9, 14, 1.0, [0, 2, 9, 9])])
+@pytest.mark.parametrize(("height", "width", "share", "box"), [
+    (32, 32, 1.0, [0, 0, 32, 32]), (183, 183, 7 / 8, [11, 11, 160, 160]), (256, 256, 7 / 8, [16, 16, 224, 224]),
+    (14, 9, 1.0, [2, 0, 9, 9])])
 def test_the_centre_is_cut_at_whole_pixels(height, width, share, box):
     assert data.center_boxes(2, height, width, share, torch.device("cpu")).tolist() == [box, box]
