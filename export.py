@@ -314,10 +314,11 @@ def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Ten
         yield x.numpy() if run.meta["input"] == "float" else np.ascontiguousarray(pixels.permute(0, 2, 3, 1)), x, labels
 
 
-def verify(exact: Callable, graph: Callable, run: train.Run, count: int, what: str, least: float = 100) -> None:
+def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, what: str, least: float = 100) -> None:
     """Print how far two functions agree on test images; ValueError if less than `least` percent have the same top-1 or, where
     that is all of them, a |difference| is above LIMIT. An embedding's top-1 is what the run's head makes of it."""
     import data
+    count = (64 if least == 100 else 1000) if count is None else count
     worst, seen, hits, started, head = np.float32(0), 0, np.zeros(3), time.perf_counter(), run.model.head
     limit, total = LIMIT[run.meta["resize"]], min(count or len(run.data.test), len(run.data.test))
 
@@ -391,13 +392,13 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
     import torch
 
     import adaptertune
-    path, count = Path(options.o or run.folder / "model.onnx"), options.images
+    path = Path(options.o or run.folder / "model.onnx")
     model, precision, in_pytorch = copy.deepcopy(run.model), options.precision, in_torch(run.model, run.meta)
     merged = adaptertune.merge(model)
     with staged(path / "model.onnx" if path.is_dir() else path) as (part,):
         more = f", {merged} adapters merged into the MLPs" * bool(merged)
         exact = in_onnxruntime(checked(to_model(Graph(options.opset), model, run.meta), part, more))
-        verify(in_pytorch, exact, run, 64 if count is None else count, "onnxruntime against torch")
+        verify(in_pytorch, exact, run, options.images, "onnxruntime against torch")
         if precision == "fp32":
             speed(exact, in_pytorch, "torch", run)
             return
@@ -409,8 +410,7 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
             del grams["blocks.0.mlp.fc2"]  # its input spans most: in fp32 it saves an eighth of the error for 1 % of the time
             lower = Graph(options.opset, grams=grams)
         small = in_onnxruntime(checked(to_model(lower, model, run.meta), part, f", {precision}"))
-        count, least = 1000 if count is None else count, 0 if options.force else AGREE
-        verify(exact, small, run, count, f"{precision} against fp32", least)
+        verify(exact, small, run, options.images, f"{precision} against fp32", 0 if options.force else AGREE)
         print(f"size     {part.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32")
         speed(small, exact, "fp32", run)
 
@@ -418,7 +418,7 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check and put in place backbone.onnx, unless it is there, and NAME.onnx_adapter beside it."""
     import adaptertune
-    meta, folder, count = run.meta, Path(options.o or run.folder.parent), 64 if options.images is None else options.images
+    meta, folder, count = run.meta, Path(options.o or run.folder.parent), options.images
     if meta["method"] not in (*adaptertune.METHODS, "head"):
         raise ValueError(f"a {meta['method']} run changed the backbone itself; --swappable wants adapters or a head")
     kind = {name: meta.get(name, adaptertune.METHODS["adaptertune"][name]) for name in ("reads", "act")}
