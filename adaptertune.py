@@ -17,8 +17,11 @@ Shapes: B images, N tokens, D width, r rank, L blocks.
 """
 import copy
 import hashlib
+import html
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -28,14 +31,20 @@ from torch import Tensor, nn
 VERSION = 1  # of the adapter file's format
 
 
-# What each method puts behind a block unless told otherwise, as published. `reads` is z in the equation, by its place in the
-# block: "block" its output, "raw" what enters LayerNorm and MLP, "ln" that LayerNorm's output, "mlp" the MLP's output.
+# Each method's own options and what they are unless told otherwise, as published. `reads` is z in the equation, by its place in
+# the block: "block" its output, "raw" what enters LayerNorm and MLP, "ln" that LayerNorm's output, "mlp" the MLP's output.
 # AdaptFormer's paper writes LN(x) in its equation, its code reads the raw x (adapter_layernorm_option="none"), and so do we.
+# VPT searches 1 to 200 prompts; CLIP-Adapter's ratio is 0.2 for generic photos and 0.6 for fine-grained ones.
 METHODS = {
-    "adaptertune": {"rank": 8, "reads": "block", "act": "gelu", "scale": 1.0, "dropout": 0.0},
-    "adaptformer": {"rank": 64, "reads": "raw", "act": "relu", "scale": 0.1, "dropout": 0.1},
+    "adaptertune": {"rank": 8, "reads": "block", "act": "gelu", "init": "zero", "scale": 1.0, "learn_scale": False,
+                    "dropout": 0.0},
+    "adaptformer": {"rank": 64, "reads": "raw", "act": "relu", "init": "zero", "scale": 0.1, "learn_scale": False,
+                    "dropout": 0.1},
+    "vpt": {"prompts": 10, "deep": True},
+    "clip-adapter": {"rank": 0, "ratio": 0.2, "text_ratio": 0.0, "learn_ratio": False, "classifier": "text"},
+    "zero-shot": {"classifier": "text"},
+    "head": {}, "full": {}, "scratch": {},
 }
-OPTIONS = ("rank", "reads", "act", "init", "scale", "learn_scale", "dropout")  # of add_adapters
 READS = ("block", "raw", "ln", "mlp")
 ACTS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -68,6 +77,56 @@ class Adapter(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.scale * self.up(self.dropout(self.act(self.down(z))))
+
+
+class ClipHead(nn.Module):
+    """CLIP's classifier: cosines to the classes' embeddings, with CLIP-Adapter's bottlenecks on either side or both
+    (https://arxiv.org/abs/2110.04544, section 3.2):
+
+        f' = a · A(f) + (1 - a) · f      W' = b · A'(W) + (1 - b) · W      logits = scale · norm(f') · norm(W')ᵀ
+        A(x) = ReLU(U · ReLU(V · x)), no biases
+
+    f [B, E] is CLIP's image embedding (features [B, D] through its projection), W [K, E] one embedding for each class: of its
+    name, or the mean of its images. With a = b = 0 this is zero-shot CLIP, bit for bit.
+
+    Args:
+        projection: CLIP's own, [E, D]; frozen.
+        rank: width of the bottlenecks; 0 for E/4, the published one.
+        ratio, text_ratio: a and b; a side whose ratio is 0 gets no bottleneck. `learn_ratio` makes them trained numbers.
+    """
+
+    def __init__(self, projection: Tensor, classes: int, *, rank: int = 0, ratio: float = 0.0, text_ratio: float = 0.0,
+                 learn_ratio: bool = False):
+        super().__init__()
+        E, self.out_features = len(projection), classes
+        self.register_buffer("projection", projection.detach().clone(), persistent=False)  # the backbone's, not the task's
+        self.register_buffer("classes", torch.zeros(classes, E))  # W, which the task brings
+        self.register_buffer("scale", torch.tensor(100.0))  # CLIP's exp(t), where it stood when training ended
+        for side, share in (("image", ratio), ("text", text_ratio)):
+            bottleneck = nn.Sequential(nn.Linear(E, rank or E // 4, bias=False), nn.ReLU(),
+                                       nn.Linear(rank or E // 4, E, bias=False), nn.ReLU()) if share else None
+            setattr(self, side, bottleneck)
+            setattr(self, f"{side}_ratio", nn.Parameter(torch.tensor(float(share))) if learn_ratio and share else float(share))
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Features [B, D] to f' [B, E]."""
+        f = features @ self.projection.T
+        return f if self.image is None else self.image_ratio * self.image(f) + (1 - self.image_ratio) * f
+
+    def weights(self) -> Tensor:
+        """W' [K, E], normalised and scaled: what f' / |f'| is multiplied by."""
+        W = self.classes
+        W = W if self.text is None else self.text_ratio * self.text(W) + (1 - self.text_ratio) * W
+        return self.scale * nn.functional.normalize(W, dim=-1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.normalize(self.embed(features), dim=-1) @ self.weights().T
+
+
+def prototypes(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Class means [K, E] of normalised embeddings [n, E]: a class matrix where there is no text."""
+    embeddings = nn.functional.normalize(embeddings, dim=-1)
+    return torch.stack([embeddings[labels == label].mean(dim=0) for label in range(int(labels.max()) + 1)])
 
 
 def choose_blocks(depth: int, *, every: int = 1, blocks: list[int] | None = None) -> list[int]:
@@ -105,6 +164,29 @@ def add_adapters(model: nn.Module, *, method: str = "adaptertune", placement: li
         block.adapter = Adapter(width, rank, reads=reads, act=module, init=init, kaiming=method == "adaptformer", **more)
 
 
+def add_prompts(model: nn.Module, *, prompts: int, deep: bool) -> None:
+    """Visual Prompt Tuning (https://arxiv.org/abs/2203.12119): `prompts` trained tokens more in each block, or in the first
+    alone, from where they go on (shallow). They stand after the image's own tokens, which attention can't tell.
+
+    Uniform in ±√(6 / (3·patch² + D)), as in its code. So, unlike adapters, prompts change the function before the first step.
+    """
+    if prompts < 1:
+        raise ValueError(f"{prompts} prompts: at least one is needed")
+    bound = (6 / (3 * model.config.patch ** 2 + model.config.width)) ** 0.5
+    for block in model.blocks if deep else model.blocks[:1]:
+        block.prompts = nn.Parameter(torch.empty(prompts, model.config.width).uniform_(-bound, bound))
+
+
+def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy the adapters of a file into a model's, instead of zeros: ours, or AdaptFormer's own with its published names,
+    `blocks.0.adaptmlp.down_proj.weight`. Raises ValueError for those that are missing or of another shape."""
+    found = {re.sub(r"\.adaptmlp\.(?:(down|up)_proj\b)?", r".adapter.\1", name): value for name, value in tensors.items()}
+    wanted = {name: value for name, value in model.named_parameters() if ".adapter." in name}
+    if faults := [name for name in wanted if name not in found or found[name].numel() != wanted[name].numel()]:
+        raise ValueError(f"the file has no {', '.join(faults[:3])} of the right shape; is it of another rank or placement?")
+    model.load_state_dict({name: found[name].reshape(value.shape) for name, value in wanted.items()}, strict=False)
+
+
 def merge(model: nn.Module) -> int:
     """Turn every adapter that can be into r more hidden units of its block's MLP, and return how many could.
 
@@ -138,16 +220,15 @@ def neutral(model: nn.Module, *, reads: str, act: str) -> nn.Module:
     return plain.requires_grad_(False)
 
 
-def observe(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """What enters each matrix of a ViT's blocks when it sees `images` [n, 3, S, S]: the lowest and the highest value of every
-    channel [in], and XᵀX [in, in] over all tokens. Keys are the modules' names."""
+def observe(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The lowest and the highest value of every channel, [2, in], of what enters each matrix of a ViT's blocks when it sees
+    `images` [n, 3, S, S]. Keys are the modules' names."""
     seen, hooks = {}, []
     for name, module in model.named_modules():
-        if re.search(r"\.(attn\.(qkv|proj)|mlp\.fc[12])$", name):
+        if re.search(r"\.(attn\.(qkv|proj)|mlp\.fc1)$", name):
             def note(_, inputs: tuple[Tensor], name: str = name) -> None:
-                x = inputs[0].flatten(0, -2)
-                low, high, gram = seen.get(name, (x[0], x[0], 0))
-                seen[name] = torch.minimum(low, x.amin(dim=0)), torch.maximum(high, x.amax(dim=0)), gram + x.T @ x
+                x = torch.cat([inputs[0].flatten(0, -2), seen.get(name, inputs[0][0])])
+                seen[name] = torch.stack([x.amin(dim=0), x.amax(dim=0)])
             hooks.append(module.register_forward_pre_hook(note))
     with torch.no_grad():
         for batch in images.split(16):
@@ -158,9 +239,9 @@ def observe(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor,
 
 
 @torch.no_grad()
-def equalise(model: nn.Module, images: Tensor, share: float = 0.7) -> dict[str, Tensor]:
+def equalise(model: nn.Module, images: Tensor, share: float = 0.7) -> None:
     """Rewrite a ViT into the same function with activations that 8 bits hold better: what LayerNorm and attention hand on is
-    centred and scaled per channel, and the next matrix undoes it. Returns what enters the matrices then, as XᵀX by name.
+    centred and scaled per channel, and the next matrix undoes it.
 
     SmoothQuant (https://arxiv.org/abs/2211.10438) with the shift of Outlier Suppression+ (https://arxiv.org/abs/2304.09145).
     `share` of a channel's range, as seen on `images`, moves into the weights; 0.7 gave the least error on DeiT-tiny.
@@ -175,7 +256,7 @@ def equalise(model: nn.Module, images: Tensor, share: float = 0.7) -> dict[str, 
         qkv, proj, fc1, adapter = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.adapter
         by_adapter = [adapter.down] if adapter is not None and adapter.reads == "ln" else []
         for norm, name, readers in ((block.norm1, "attn.qkv", [qkv]), (block.norm2, "mlp.fc1", [fc1, *by_adapter])):
-            low, high, _ = seen[f"blocks.{i}.{name}"]
+            low, high = seen[f"blocks.{i}.{name}"]
             middle = (low + high) / 2 if readers[0].bias is not None else torch.zeros(D)
             factor = factors(torch.maximum(high - middle, middle - low), torch.cat([each.weight for each in readers]))
             for each in readers:
@@ -189,30 +270,9 @@ def equalise(model: nn.Module, images: Tensor, share: float = 0.7) -> dict[str, 
             qkv.bias[2 * D:] = 0
     seen = observe(model, images)
     for i, block in enumerate(model.blocks):
-        low, high, _ = seen[f"blocks.{i}.attn.proj"]
-        factor = factors(torch.maximum(high, -low), block.attn.proj.weight)
+        factor = factors(seen[f"blocks.{i}.attn.proj"].abs().amax(dim=0), block.attn.proj.weight)
         block.attn.qkv.weight[2 * D:] /= factor[:, None]
         block.attn.proj.weight *= factor
-    return {name: gram for name, (_, _, gram) in observe(model, images).items()}
-
-
-@torch.no_grad()
-def to_int8(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers -127..127 [out, in] and a scale for each row [out] whose product replaces `weight` with little change in what it
-    gives for inputs with XᵀX = `gram` [in, in].
-
-    GPTQ (https://arxiv.org/abs/2210.17323, algorithm 1 without its blocks): the columns that are yet to be rounded make up for
-    the error of each one that is.
-    """
-    scale, order = weight.double().abs().amax(dim=1) / 127, gram.diagonal().argsort(descending=True)  # the loudest first
-    left, integers, gram = weight.double()[:, order], torch.zeros_like(weight, dtype=torch.int8), gram.double()[order][:, order]
-    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-    inverse = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
-    for i, column in enumerate(order):
-        integers[:, column] = (left[:, i] / scale).round().clamp(-127, 127).to(torch.int8)
-        error = (left[:, i] - integers[:, column] * scale) / inverse[i, i]
-        left[:, i:] -= error[:, None] * inverse[i, i:]
-    return integers, scale
 
 
 def add_head(model: nn.Module, classes: int) -> None:
@@ -223,9 +283,9 @@ def add_head(model: nn.Module, classes: int) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Does a parameter of this name belong to the adapters or to the head? All that differs between adapting and not
-    (freezing, counting, the optimiser, the file) is decided here."""
-    return ".adapter." in name or name.startswith("head.")
+    """Does a parameter of this name belong to the adapters, the prompts or the head? All that differs between adapting and
+    not (freezing, counting, the optimiser, the file) is decided here."""
+    return ".adapter." in name or name.endswith(".prompts") or name.startswith("head.")
 
 
 def freeze(model: nn.Module, *, everything: bool = False) -> None:
@@ -237,6 +297,12 @@ def freeze(model: nn.Module, *, everything: bool = False) -> None:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def kept(model: nn.Module) -> dict[str, Tensor]:
+    """What the file holds: all that is trained, and the class matrix of a ClipHead."""
+    head = {f"head.{name}": value for name, value in model.head.state_dict().items() if name in ("classes", "scale")}
+    return trained(model) | head
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -271,12 +337,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save(path: str | Path, model: nn.Module, meta: dict) -> None:
-    """Write the trained tensors, and `meta` as JSON in the safetensors header under "adaptertune".
+    """Write what `kept` gives, and `meta` as JSON in the safetensors header under "adaptertune".
 
     The file appears whole or not at all: it is written beside its place and moved there.
     """
     path = Path(path)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained(model).items()}
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in kept(model).items()}
     part = path.with_name(path.name + ".part")
     part.write_bytes(serialise(tensors, {"adaptertune": json.dumps({"version": VERSION, **meta})}))
     part.replace(path)
@@ -296,7 +362,100 @@ def load(model: nn.Module, tensors: dict[str, Tensor], meta: dict, *, backbone: 
     if meta["fingerprint"] != backbone:
         raise ValueError(f"the adapters were trained on {meta['backbone']} ({meta['fingerprint']}), "
                          f"not on {name} ({backbone}); give that backbone by --backbone or --weights")
-    wanted = trained(model)
+    wanted = kept(model)
     if faults := sorted(set(wanted) ^ set(tensors)) or [key for key in wanted if wanted[key].shape != tensors[key].shape]:
         raise ValueError(f"the adapter file doesn't fit its own description: {', '.join(faults[:3])}")
     model.load_state_dict(tensors, strict=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
+
+
+def flatten(features: Tensor) -> Tensor:
+    """Features [n, D] as points [n, 2] to look at: t-SNE's where scikit-learn is installed, else two principal components."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        centred = features - features.mean(dim=0)
+        return centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
+    return torch.from_numpy(TSNE(random_state=0, perplexity=min(30, len(features) / 4)).fit_transform(features.numpy()))
+
+
+class Axis:
+    """A scale from numbers to pixels, with a margin; `log` in powers of ten."""
+
+    def __init__(self, values: list[float], start: float, length: float, log: bool = False):
+        self.log, self.start, self.length = log, start, length
+        values = [self.value(x) for x in values if not math.isnan(x)] or [0.0]
+        low, high = min(values), max(values)
+        margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        self.low, self.high = low - margin, high + margin
+
+    def value(self, x: float) -> float:
+        return math.log10(max(x, 1)) if self.log else x
+
+    def __call__(self, x: float) -> float:
+        return round(self.start + self.length * (self.value(x) - self.low) / (self.high - self.low), 1)
+
+    def ticks(self) -> list[float]:
+        """Powers of ten, or two to six round numbers."""
+        size = self.high - self.low
+        step = 10.0 ** math.floor(math.log10(size / 2))
+        step = 1 if self.log else step * next(m for m in (0.5, 1, 2, 5) if size / (step * m) <= 6)
+        values = [round(step * i, 12) for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [10.0 ** x for x in values] if self.log else values
+
+
+def words(x: float, y: float, text: str, anchor: str = "middle", more: str = "") -> str:
+    """Text in an SVG picture."""
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" {more}>{html.escape(text)}</text>'
+
+
+def svg(panels: list[dict]) -> str:
+    """Panels side by side as a picture.
+
+    A panel has a `title` and `series` or `cells` (counts [K, K], the darker the more, with `names` of the K), and perhaps `x`
+    (what is along that axis; without it there are no axes), `log` (x in powers of ten) and `mark` (an x to draw a dashed line
+    at). A series has lists `x` and `y`, and perhaps a `name`, `error` (a list, ±) and `line` (its points are joined).
+    """
+    parts, W, H, top = [], 330, 260, 30
+    for i, panel in enumerate(panels):
+        left, series, axes = 60 + i * (W + 80), panel.get("series", []), "x" in panel
+        parts.append(words(left, 20, panel["title"], "start", 'font-weight="bold"') +
+                     f'<rect x="{left}" y="{top}" width="{W}" height="{H}" fill="none" stroke="#ccc"/>')
+        for row, counts in enumerate(cells := panel.get("cells", [])):
+            w, h = W / len(cells), H / len(cells)
+            parts += [f'<rect x="{left + w * k:.2f}" y="{top + h * row:.2f}" width="{w:.2f}" height="{h:.2f}" '
+                      f'fill="{COLOURS[row != k]}" fill-opacity="{n / sum(counts):.3f}"/>' for k, n in enumerate(counts) if n]
+            if len(cells) <= 20:
+                parts.append(words(left - 4, top + h * (row + 0.5) + 4, panel["names"][row][:8], "end"))
+        errors = [(each, each.get("error") or [0.0] * len(each["y"])) for each in series]
+        x = Axis([v for each in series for v in each["x"]], left, W, panel.get("log", False))
+        y = Axis([v + e for each, error in errors for v, e in zip(each["y"] * 2, error + [-e for e in error], strict=True)],
+                 top + H, -H)
+        if axes:
+            parts += [f'<path d="M{left} {y(v)}h{W}" stroke="#eee"/>' + words(left - 6, y(v) + 4, f"{v:g}", "end")
+                      for v in y.ticks()]
+            parts += [f'<path d="M{x(v)} {top + H}v4" stroke="#999"/>{words(x(v), H + 47, f"{v:,g}")}' for v in x.ticks()]
+            parts.append(words(left + W / 2, H + 66, panel["x"]))
+        if "mark" in panel:
+            parts.append(f'<path d="M{x(panel["mark"])} {top}v{H}" stroke="#999" stroke-dasharray="4"/>')
+        for k, (each, error) in enumerate(errors):
+            colour = COLOURS[k % len(COLOURS)]
+            points = [(x(a), y(b), y(b - e), y(b + e)) for a, b, e in zip(each["x"], each["y"], error, strict=True) if b == b]
+            parts += [f'<path d="M{a} {low}V{high}" stroke="{colour}"/>' for a, _, low, high in points if low != high]
+            if each.get("line"):
+                line = " ".join(f"{a},{b}" for a, b, *_ in points)
+                parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            else:
+                r = 4 if axes else 2.5
+                parts += [f'<circle cx="{a}" cy="{b}" r="{r}" fill="{colour}" fill-opacity="0.7"/>' for a, b, *_ in points]
+            if points and each.get("name") and axes:
+                parts.append(words(points[-1][0] + 7, points[-1][1] + 4, each["name"], "start", f'fill="{colour}"'))
+            elif points and each.get("name") and len(series) <= 40:  # amid the points, on white
+                a, b = (statistics.median(point[i] for point in points) for i in (0, 1))
+                parts.append(words(a, b + 4, each["name"], more='paint-order="stroke" stroke="#fff" stroke-width="3"'))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(panels) * (W + 80) + 80}" height="{H + 80}" '
+            f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n')

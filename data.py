@@ -12,14 +12,18 @@ with the weights of Pillow's resize in them (Keys' cubic, a = -1/2, or the trian
 
 Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels that the network sees.
 """
+import gzip
 import hashlib
+import html
 import http.client
 import os
 import pickle
+import re
 import sys
 import tarfile
 import tempfile
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -28,6 +32,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,16 +99,28 @@ def check_name(name: str) -> None:
         raise ValueError(f"no data set or folder {name!r}: choose {', '.join(DATASETS)} or give a folder of images")
 
 
-def split(data: Dataset, *, seed: int = 0, limit: int = 0) -> Dataset:
+def split(data: Dataset, *, seed: int = 0, limit: int = 0, shots: int = 0, test_share: float = 0.0) -> Dataset:
     """Split off what is missing. Where there is no published test set (digits, plain class folders) it is a stratified
     20 %, the same for every seed; validation is a stratified 10 % of the rest, drawn by `seed` (the paper's protocol).
 
     Args:
         limit: train on so many images only, classes in proportion, and choose by a quarter as many; 0 for all.
+        shots: train on so many images of each class, drawn by `seed`, and choose by as many others, 4 at most (the few-shot
+            protocol of CoOp, https://arxiv.org/abs/2109.01134) or as there are, perhaps none; 0 for all.
+        test_share: the share of a missing test set; then it is drawn by `seed`.
+
+    Raises:
+        ValueError: a class has fewer images than `shots`.
     """
     train, val, test = data.train, data.val, data.test
     if test is None:
-        test, train = cut(train, 0.2, "test")
+        test, train = cut(train, test_share or 0.2, f"test/{seed}" if test_share else "test")
+    if shots:
+        whole = (len(train), 0 if val is None else len(val))
+        train, rest = draw(train, shots, f"shots/{seed}")
+        if int(torch.bincount(train.labels, minlength=len(data.classes)).min()) < shots:
+            raise ValueError(f"--shots {shots}: a class of {data.name} has fewer images to train on; give a smaller number")
+        return replace(data, train=train, val=draw(val or rest, min(shots, 4), f"shots/{seed}")[0], test=test, whole=whole)
     if val is None:
         val, train = cut(train, 0.1, f"val/{seed}")
     whole = (len(train), len(val))
@@ -117,6 +134,14 @@ def cut(images: Images, share: float, key: str) -> tuple[Images, Images]:
     """A stratified `share` of the images, drawn by `key`, and the rest."""
     order, size = stratified_order(images.labels, key), max(1, round(share * len(images)))
     return images[order[:size]], images[order[size:]]
+
+
+def draw(images: Images, shots: int, key: str) -> tuple[Images, Images]:
+    """At most `shots` images of each class, drawn by `key`, and the rest."""
+    order = stratified_order(images.labels, key)
+    place = (images.labels[order] == images.labels.unique()[:, None]).cumsum(dim=1)  # [classes, n]: how many up to here
+    first = place.gather(0, images.labels.unique(return_inverse=True)[1][order][None])[0] <= shots
+    return images[order[first]], images[order[~first]]
 
 
 def stratified_order(labels: Tensor, key: str) -> Tensor:
@@ -259,6 +284,21 @@ def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Image
     return Images(pixels, torch.tensor(labels), [str(path.relative_to(root)) for path in paths])
 
 
+# One sentence for each class, by how a data set's name begins: CLIP-Adapter's and CoOp's (CUSTOM_TEMPLATES in CoOp's
+# trainers/zsclip.py); for digits that of CLIP's prompts for MNIST.
+TEMPLATES = {"pets": "a photo of a {}, a type of pet.", "flowers": "a photo of a {}, a type of flower.",
+             "aircraft": "a photo of a {}, a type of aircraft.", "food": "a photo of {}, a type of food.",
+             "digits": 'a photo of the number: "{}".', "": "a photo of a {}."}
+
+
+def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
+    """What CLIP's text tower reads of a data set's classes: the `template`, or the published one, with each name in it."""
+    template = template or next(text for start, text in TEMPLATES.items() if name.lower().startswith(start))
+    if "{}" not in template:
+        raise ValueError(f"--template {template!r} has no {{}} where the class's name goes")
+    return [template.replace("{}", each.replace("_", " ")) for each in classes]
+
+
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 DATASETS = {
     "digits": read_digits,
@@ -340,6 +380,9 @@ class Batches:
         order = torch.randperm(len(data.train), generator=generator(f"{seed}/{epoch}"))
         for step, index in list(enumerate(order.split(self.batch)))[first:]:
             rng, pixels = generator(f"{seed}/{epoch}/{step}", self.device), data.train.pixels[index].to(self.device)
+            if pixels.ndim == 2:  # features [B, D] in the place of images
+                yield pixels, data.train.labels[index].to(self.device)
+                continue
             boxes = random_boxes(len(index), *pixels.shape[-2:], data.min_scale, rng)
             flip = torch.rand(len(index), generator=rng, device=self.device) < 0.5 if data.flip else None
             yield self.finish(pixels, boxes, flip), data.train.labels[index].to(self.device)
@@ -347,8 +390,57 @@ class Batches:
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the central part of each."""
         for pixels, labels in zip(images.pixels.split(self.batch), images.labels.split(self.batch), strict=True):
-            boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, self.device)
-            yield self.finish(pixels.to(self.device), boxes), labels.to(self.device)
+            pixels = pixels.to(self.device)
+            if pixels.ndim > 2:
+                pixels = self.finish(pixels, center_boxes(len(pixels), *pixels.shape[-2:], center, self.device))
+            yield pixels, labels.to(self.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+class Tokenizer:
+    """CLIP's byte-level byte-pair encoding (https://arxiv.org/abs/2103.00020, section 2.4; OpenAI's simple_tokenizer.py, less
+    ftfy's repairs; marks such as <|endoftext|> in a text are plain text). Each byte has an id, and another (+ 256) where it
+    ends a word; each merge of two ids has the next, so that an id is also a rank: the lowest merge comes first. The start and
+    the end mark are last. `size` counts all ids, the tower's vocabulary. `path` is the published bpe_simple_vocab_16e6.txt.gz
+    or Hugging Face's merges.txt; a ValueError says if it is missing or damaged."""
+
+    def __init__(self, path: str | Path):
+        shown = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that the file writes as such characters;
+        order = sorted(range(256), key=lambda byte: (byte not in shown, byte))  # the others come last, as characters from 256
+        symbols = [chr(byte if byte in shown else 256 + i - len(shown)) for i, byte in enumerate(order)]
+        self.bytes, self.merges = {byte: i for i, byte in enumerate(order)}, {}
+        ids = {symbol: i for i, symbol in enumerate(symbols + [f"{symbol}</w>" for symbol in symbols])}
+        try:
+            raw = Path(path).read_bytes()
+            head, *lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().splitlines()
+            head.index("#version")
+            for left, right in map(str.split, lines[:48894]):  # as many as CLIP has; the published list goes on
+                self.merges[ids[left], ids[right]] = ids[left + right] = len(ids)
+        except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+            raise ValueError(f"{path} is missing, damaged or no vocabulary of CLIP's; give the published "
+                             "bpe_simple_vocab_16e6.txt.gz or a merges.txt") from error
+        self.size = len(ids) + 2
+
+    def __call__(self, texts: list[str], length: int = 77) -> Tensor:
+        """Ids int64 [n, length]: start, the text's, end, zeros. Of too long a text the end is cut off, but not the mark."""
+        ids = [[self.size - 2, *self.encode(text)][:length - 1] + [self.size - 1] for text in texts]
+        return torch.tensor([row + [0] * (length - len(row)) for row in ids], dtype=torch.int64).view(-1, length)
+
+    def encode(self, text: str) -> list[int]:
+        """A text's ids without marks. Words are contractions, runs of letters, single digits, and runs of anything else."""
+        text = " ".join(html.unescape(html.unescape(unicodedata.normalize("NFC", text))).split()).lower()
+        ids, plain = [], "".join(char if char.isascii() else {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
+                                 for char in text)  # the same in ASCII, since `re` knows no \p{L} and \p{N}
+        for match in re.finditer(r"'(?:[stmd]|re|ve|ll)|[a-z]+|[0-9]|[^ a-z0-9]+", plain):
+            word = [self.bytes[byte] for byte in text[match.start():match.end()].encode()]
+            word[-1] += 256
+            while found := [(self.merges[pair], i) for i, pair in enumerate(pairwise(word)) if pair in self.merges]:
+                merged, i = min(found)
+                word[i:i + 2] = [merged]
+            ids += word
+        return ids
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads
@@ -383,13 +475,17 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return new
 
 
+def cache_folder() -> Path:
+    """ADAPTERTUNE_CACHE, or ~/.cache/adaptertune."""
+    return Path(os.environ.get("ADAPTERTUNE_CACHE") or Path.home() / ".cache" / "adaptertune")
+
+
 def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
     """A file of a Hugging Face repository, from the cache or the network.
 
-    HF_ENDPOINT and HF_TOKEN are honoured; files are kept in ADAPTERTUNE_CACHE or ~/.cache/adaptertune.
+    HF_ENDPOINT and HF_TOKEN are honoured; files are kept in `cache_folder()`.
     """
-    cache = Path(os.environ.get("ADAPTERTUNE_CACHE") or Path.home() / ".cache" / "adaptertune")
-    path = cache / repo / name
+    path = cache_folder() / repo / name
     if not path.exists():
         if offline:
             raise ValueError(f"{path} is not there and --offline given; fetch it once without, or give --weights FILE")

@@ -11,8 +11,7 @@ same for every image is worked out here and not on the device (exact but for rou
 
     attention's 1/√d goes into the query; the bias of k shifts all scores of a query alike, which softmax doesn't see;
     softmax's rows sum to 1, so the bias of v goes through proj into its bias; LayerScale goes into proj and fc2
-    an adapter's s goes into U, su into fc2's bias, and v' = v - V·su where it reads what fc2 gave; an adapter that is only more
-    hidden units of the MLP is merged into it
+    an adapter's s goes into U, su into fc2's bias, and v' = v - V·su where it reads what fc2 gave
     after the last attention the class token goes on alone, where the head reads nothing else
     1/(255 std) of pixels goes into the patch embedding, whose bias goes, with -mean/std in it, into the positions
 
@@ -23,8 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import itertools
 import json
+import logging
 import os
 import re
 import statistics
@@ -32,15 +31,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
 
-if TYPE_CHECKING:  # torch, onnx and our own modules are imported where a graph is made: --run does without them
+if "--run" not in sys.argv:  # which does without torch and onnx, so that it runs on a device
     import onnx
     import torch
+    from onnx import helper, numpy_helper
+    from onnxruntime.quantization import quantize_dynamic
 
+    import adaptertune
+    import data
     import train
     import vit
 
@@ -48,6 +50,8 @@ if TYPE_CHECKING:  # torch, onnx and our own modules are imported where a graph 
 IR = {17: 8, 18: 8, 20: 9, 23: 11}
 LIMIT = {False: 1e-4, True: 1e-3}  # largest |difference| from torch in fp32, and with --resize, where pixels differ by 1e-5
 AGREE = 98.0  # least percentage of images on which fp16 or int8 must give fp32's top-1
+# The matrices for --precision int8: the blocks', but the first fc2, whose input spans most (1 % of the time).
+INT8 = re.compile(r"(?!blocks\.0\.mlp\.fc2)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc)")
 INPUT, CHOICES = "image", ("input", "resize", "output", "top_k", "batch", "opset", "precision")
 # What a swappable backbone says of itself (the rest travels with the adapter); the ends of the names that become inputs, and
 # which of their dimensions is the task's own, rank or classes. The biases u have gone into fc2's.
@@ -59,18 +63,14 @@ SWAPPED = {"adapter.down.weight": 1, "adapter.down.bias": 0, "adapter.up.weight"
 
 
 class Graph:
-    """Nodes and constants as they are collected. Each method adds what its name says and returns the name of the result.
+    """Nodes and constants as they are collected. Each method adds what its name says and returns the name of the result."""
 
-    `grams` (adaptertune.equalise) has the modules whose matrices become int8; adapters, head and patch embedding never do.
-    """
-
-    def __init__(self, opset: int, dtype: str = "float32", grams: dict[str, torch.Tensor] | None = None):
-        self.opset, self.dtype, self.grams = opset, dtype, grams or {}
+    def __init__(self, opset: int, dtype: str = "float32"):
+        self.opset, self.dtype = opset, dtype
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
 
     def __call__(self, op: str, *inputs: str, name: str, outputs: tuple = (), **attributes) -> str:
-        from onnx import helper
         self.nodes.append(helper.make_node(op, inputs, outputs or [name], name=name, **attributes))
         return name
 
@@ -82,23 +82,8 @@ class Graph:
 
     def linear(self, name: str, x: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
         """x [..., in] by weight [out, in] and bias [out]: MatMul and Add, which run faster than Gemm."""
-        result, module = name if bias is None else f"{name}.matmul", re.sub(r"\.[qkv]$", "", name)
-        if module in self.grams:
-            x = self.int8_matmul(result, f"{name}.weight", x, weight, self.grams[module])
-        else:
-            x = self("MatMul", x, self.constant(f"{name}.weight", weight.T), name=result)
-        return x if bias is None else self("Add", x, self.constant(f"{name}.bias", bias), name=name)
-
-    def int8_matmul(self, name: str, constant: str, x: str, weight: torch.Tensor, gram: torch.Tensor) -> str:
-        """x, rounded to 8 bits between its least and greatest value, by the weight in int8."""
-        import adaptertune
-        integers, scale = adaptertune.to_int8(weight, gram)  # [out, in], [out]
-        parts = [f"{x}.int8", f"{x}.scale", f"{x}.zero"]
-        if parts not in (list(node.output) for node in self.nodes):  # q, k and v read the same
-            self("DynamicQuantizeLinear", x, name=parts[0], outputs=parts)
-        y = self("MatMulInteger", parts[0], self.constant(constant, integers.T, "int8"), parts[2], name=f"{name}.int32")
-        scale = self("Mul", parts[1], self.constant(f"{constant}.scale", scale), name=f"{name}.scale")
-        return self("Mul", self("Cast", y, name=f"{name}.float", to=1), scale, name=name)
+        y = self("MatMul", x, self.constant(f"{name}.weight", weight.T), name=name if bias is None else f"{name}.matmul")
+        return y if bias is None else self("Add", y, self.constant(f"{name}.bias", bias), name=name)
 
     def layer_norm(self, name: str, x: str, norm: torch.nn.LayerNorm) -> str:
         weight, bias = self.constant(f"{name}.weight", norm.weight), self.constant(f"{name}.bias", norm.bias)
@@ -202,18 +187,47 @@ def write_block(g: Graph, name: str, block: vit.Block, x: str, last: bool) -> st
     return g("Add", h, g.linear(f"{name}.adapter.up", c, adapter.scale * adapter.up.weight), name=name)
 
 
+def write_prompts(g: Graph, name: str, prompts: torch.Tensor, x: str, N: int, first: bool) -> str:
+    """A block's prompts [P, D] behind the N own tokens, by zeros and an addition, in the place of earlier ones."""
+    P, D = prompts.shape
+    if not first:
+        axis = g.constant("axis1", [1])
+        x = g("Slice", x, g.constant("axis0", [0]), g.constant("tokens.own", [N]), axis, name=f"{name}.own")
+    x = g("Pad", x, g.constant(f"tokens.prompts.{P}", [0, 0, 0, 0, P, 0]), name=f"{name}.pad")
+    return g("Add", x, g.constant(f"{name}.weight", np.concatenate([np.zeros((N, D)), prompts])), name=name)
+
+
+def write_clip_head(g: Graph, head: adaptertune.ClipHead, x: str) -> str:
+    """Cosines to the classes' embeddings, which a text adapter has already changed."""
+    f = g.linear("head.projection", x, head.projection)
+    if head.image is not None:
+        # The ratio, which isn't negative, goes through the second ReLU.
+        y = g("Relu", g.linear("head.image.down", f, head.image[0].weight), name="head.image.relu")
+        y = g("Relu", g.linear("head.image.up", y, head.image_ratio * head.image[2].weight), name="head.image")
+        f = g("Add", y, g("Mul", f, g.constant("head.rest", 1 - head.image_ratio), name="head.kept"), name="head.mixed")
+    square = g("ReduceSum", g("Mul", f, f, name="head.square"), g.constant("axis1", [1]), name="head.sum")
+    f = g("Div", f, g("Sqrt", square, name="head.length"), name="head.unit")
+    return g.linear("head", f, head.weights())
+
+
 def write_vit(g: Graph, model: vit.ViT, meta: dict) -> list[str]:
     """The whole network; returns the names of its outputs."""
     config, blocks = model.config, list(model.blocks)
     x = write_embedding(g, model, meta)
+    N, previous = 1 + config.registers + config.grid ** 2, None
     for i, block in enumerate(blocks):
+        if block.prompts is not None:
+            x = write_prompts(g, f"blocks.{i}.prompts", block.prompts, x, N, first=previous is None)
+            previous = block.prompts
         x = write_block(g, f"blocks.{i}", block, x, last=config.pool == "token" and block is blocks[-1])
     if config.pool == "mean":  # of the patch tokens: a row of 1/N, zero for the tokens before them
-        row = np.repeat([[0.0, 1 / config.grid ** 2]], [1 + config.registers, config.grid ** 2], axis=1)
+        counts = [1 + config.registers, config.grid ** 2, 0 if previous is None else len(previous)]
+        row = np.repeat([[0.0, 1 / config.grid ** 2, 0.0]], counts, axis=1)
         x = g("MatMul", g.constant("pool.weights", row), x, name="pool")
     x = g("Squeeze", g.layer_norm("norm", x, model.norm), g.constant("axis1", [1]), name="features")  # [B, 1, D] -> [B, D]
     if meta["output"] != "embedding":
-        x = g.linear("head", x, model.head.weight, model.head.bias)
+        x = write_clip_head(g, model.head, x) if hasattr(model.head, "classes") else g.linear(
+            "head", x, model.head.weight, model.head.bias)
     if g.dtype != "float32":
         x = g("Cast", x, name="cast", to=1)
     if meta["output"] == "probabilities":
@@ -242,7 +256,6 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
     If `meta` has a "swappable", a name that only adapters for this backbone know, adapters and head become inputs with
     defaults, for onnxruntime's adapters to set; one more input of that name, unused, makes the runtime refuse all others.
     """
-    from onnx import helper, numpy_helper
     names, S, B = write_vit(g, model, meta), model.config.image_size, meta["batch"] or "batch"
     side, swap = ("height", "width") if meta["resize"] else (S, S), meta.get("swappable", "")
     image = (2, [B, *side, 3]) if meta["input"] == "uint8" else (1, [B, 3, S, S])
@@ -285,8 +298,6 @@ def in_onnxruntime(graph: onnxruntime.InferenceSession, adapter: str | Path = ""
 
 def in_torch(model: vit.ViT, meta: dict) -> Callable:
     """The same outputs by torch, from normalised images [B, 3, S, S]."""
-    import torch
-
     @torch.inference_mode()
     def outputs(_, images: torch.Tensor) -> list[np.ndarray]:
         x = model.features(images) if meta["output"] == "embedding" else model(images)
@@ -297,13 +308,10 @@ def in_torch(model: vit.ViT, meta: dict) -> Callable:
 
 
 def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
-    """`count` test images (0 for all), evenly over the set, as the graph takes them, as torch takes them, and their labels:
+    """`count` test images, evenly over the set, as the graph takes them, as torch takes them, and their labels:
     eight one by one, then seven at a time, or in the graph's own batch."""
-    import torch
-
-    import data
     images, (mean, std) = run.data.test, (torch.tensor(values).view(3, 1, 1) for values in run.batches.norm)
-    index, N = torch.linspace(0, len(images) - 1, min(count or len(images), len(images))).long(), run.meta["batch"]
+    index, N = torch.linspace(0, len(images) - 1, count).long(), run.meta["batch"]
     for part in index.split(N) if N else (*index[:8].split(1), *index[8:].split(7)):
         part = part[torch.arange(N or len(part)) % len(part)]  # a fixed batch is filled up
         pixels, labels = images.pixels[part], images.labels[part].numpy()
@@ -317,24 +325,25 @@ def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Ten
 def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, what: str, least: float = 100) -> None:
     """Print how far two functions agree on test images; ValueError if less than `least` percent have the same top-1 or, where
     that is all of them, a |difference| is above LIMIT. An embedding's top-1 is what the run's head makes of it."""
-    import data
-    count = (64 if least == 100 else 1000) if count is None else count
-    worst, seen, hits, started, head = np.float32(0), 0, np.zeros(3), time.perf_counter(), run.model.head
-    limit, total = LIMIT[run.meta["resize"]], min(count or len(run.data.test), len(run.data.test))
+    total = min((64 if least == 100 else 1000) if count is None else count or 10 ** 9, len(run.data.test))
+    worst, seen, tops, started, limit = 0.0, 0, [], time.perf_counter(), LIMIT[run.meta["resize"]]
 
     def top1(first: np.ndarray, *labels: np.ndarray) -> np.ndarray:
         if run.meta["output"] == "embedding":
-            first = first @ head.weight.numpy().T + head.bias.numpy()
+            first = run.model.head(torch.from_numpy(first)).numpy()
         return labels[0][:, 0] if labels else first.argmax(axis=1)
 
-    for image, x, labels in pictures(run, count):
+    for image, x, labels in pictures(run, total):
         one, two = exact(image, x), graph(image, x)
-        worst, seen = np.maximum(worst, np.abs(one[0] - two[0]).max()), seen + len(labels)  # maximum keeps a NaN
-        hits += [(a == b).sum() for a, b in itertools.combinations((top1(*one), top1(*two), labels), 2)]
+        worst = np.maximum(worst, np.abs(one[0] - two[0]).max())  # keeps a NaN
+        tops.append([top1(*one), top1(*two), labels])
+        seen += len(labels)
         data.progress("checking, image", seen, total, started)
-    same, before, after = 100 * hits / seen
-    text = f"{what}, {seen:,} test images: max |diff| {worst:.1e}" + f" (limit {limit:.0e})".replace("-0", "-") * (least == 100)
-    text += f", top-1 agreement {same:.4g} %" + f", accuracy {after:.2f} %, before {before:.2f} %" * (least < 100)
+    before, after, labels = np.concatenate(tops, axis=1)
+    same, bound = 100 * (before == after).mean(), f" (limit {limit:.0e})".replace("-0", "-") * (least == 100)
+    text = f"{what}, {len(labels):,} test images: max |diff| {worst:.1e}{bound}, top-1 agreement {same:.4g} %"
+    if least < 100:
+        text += f", accuracy {100 * (after == labels).mean():.2f} %, before {100 * (before == labels).mean():.2f} %"
     if not (same >= least and (worst <= limit or least < 100)):
         hint = f"; at least {least:g} % is wanted, --force writes it all the same" if least < 100 else ""
         raise ValueError(f"{text}: no file was written{hint}")
@@ -360,7 +369,6 @@ def speed(graph: Callable, other: Callable, name: str, run: train.Run, rounds: i
 
 def checked(proto: onnx.ModelProto, part: Path, more: str = "") -> onnxruntime.InferenceSession:
     """Save the model, put it to ONNX's own checker, load and describe it."""
-    import onnx
     onnx.save(proto, part)
     onnx.checker.check_model(part, full_check=True)
     graph = session(part)
@@ -387,11 +395,17 @@ def staged(*paths: Path) -> Iterator[list[Path]]:
             part.unlink(missing_ok=True)
 
 
+def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The graph with the matrices of INT8 in 8 bits, weights by channel and inputs as they come, by onnxruntime's quantiser."""
+    names = [node.name for node in proto.graph.node if node.op_type == "MatMul" and INT8.match(node.name)]
+    logging.disable()  # it warns that the graph wasn't prepared, which this one needn't be
+    quantize_dynamic(proto, path, op_types_to_quantize=["MatMul"], nodes_to_quantize=names, per_channel=True)
+    logging.disable(logging.NOTSET)
+    return onnx.load(path)
+
+
 def export(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check, and only then put in place runs/NAME/model.onnx."""
-    import torch
-
-    import adaptertune
     path = Path(options.o or run.folder / "model.onnx")
     model, precision, in_pytorch = copy.deepcopy(run.model), options.precision, in_torch(run.model, run.meta)
     merged = adaptertune.merge(model)
@@ -402,14 +416,14 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
         if precision == "fp32":
             speed(exact, in_pytorch, "torch", run)
             return
-        lower, size = Graph(options.opset, "float16"), part.stat().st_size
+        size = part.stat().st_size
         if precision == "int8":  # 64 training images show what enters the matrices
             few = run.data.train[torch.linspace(0, len(run.data.train) - 1, 64).long()]
-            images = torch.cat([x for x, _ in run.batches.eval(few, run.data.center)])
-            grams = adaptertune.equalise(model, images)
-            del grams["blocks.0.mlp.fc2"]  # its input spans most: in fp32 it saves an eighth of the error for 1 % of the time
-            lower = Graph(options.opset, grams=grams)
-        small = in_onnxruntime(checked(to_model(lower, model, run.meta), part, f", {precision}"))
+            adaptertune.equalise(model, torch.cat([x for x, _ in run.batches.eval(few, run.data.center)]))
+            proto = to_int8(to_model(Graph(options.opset), model, run.meta), part)
+        else:
+            proto = to_model(Graph(options.opset, "float16"), model, run.meta)
+        small = in_onnxruntime(checked(proto, part, f", {precision}"))
         verify(exact, small, run, options.images, f"{precision} against fp32", 0 if options.force else AGREE)
         print(f"size     {part.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32")
         speed(small, exact, "fp32", run)
@@ -417,10 +431,9 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
 
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check and put in place backbone.onnx, unless it is there, and NAME.onnx_adapter beside it."""
-    import adaptertune
     meta, folder, count = run.meta, Path(options.o or run.folder.parent), options.images
-    if meta["method"] not in (*adaptertune.METHODS, "head"):
-        raise ValueError(f"a {meta['method']} run changed the backbone itself; --swappable wants adapters or a head")
+    if meta["method"] not in ("adaptertune", "adaptformer", "head"):
+        raise ValueError(f"a {meta['method']} run has more than adapters and a linear head; export it without --swappable")
     kind = {name: meta.get(name, adaptertune.METHODS["adaptertune"][name]) for name in ("reads", "act")}
     key = ".".join(["for", meta["fingerprint"], f"{meta['image_size']}px", *kind.values()])
     g, own, plain = Graph(options.opset), Graph(options.opset), adaptertune.neutral(run.model, **kind)
@@ -443,34 +456,26 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------- on the device, no torch
 
 
-def read_photo(path: Path, meta: dict) -> np.ndarray:
-    """A photo, or pixels saved by numpy, as the graph takes them, [1, …], by data.decode's steps, so that nothing differs from
-    training. Needs Pillow, unless the pixels have the graph's size. ValueError for what isn't uint8 [H, W, 3]."""
+def read_photo(path: str, meta: dict) -> np.ndarray:
+    """A photo as the graph takes it, [1, …], by data.decode's steps, so that nothing differs from training."""
+    from PIL import Image, ImageOps
     S, side = json.loads(meta["image_size"]), round(json.loads(meta["image_size"]) / json.loads(meta["center"]))
-    if path.suffix != ".npy":
-        from PIL import Image, ImageOps
     try:
-        if path.suffix == ".npy":
-            pixels = np.load(path, allow_pickle=False)
-        else:
-            with Image.open(path) as image:
-                image.draft("RGB", (2 * side, 2 * side))
-                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # decoders raise many kinds
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * side, 2 * side))
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"can't read {path} as an image ({error})") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise ValueError(f"{path} holds {pixels.dtype} {list(pixels.shape)}; pixels must be uint8 [height, width, 3]")
-    if meta["resize"] == "false" and pixels.shape[:2] != (S, S):  # the centre square to `side` pixels, and the middle of that
-        from PIL import Image
-        edge, cut = min(pixels.shape[:2]), (side - S) // 2
-        top, left = (pixels.shape[0] - edge) // 2, (pixels.shape[1] - edge) // 2
-        square = Image.fromarray(pixels).resize((side, side), Image.Resampling[meta["interpolation"].upper()],
-                                                box=(left, top, left + edge, top + edge))
-        pixels = np.asarray(square)[cut:cut + S, cut:cut + S]
+    if meta["resize"] == "false":  # the centre square to `side` pixels, and the middle of that
+        edge, cut = min(image.size), (side - S) // 2
+        left, top = (image.width - edge) // 2, (image.height - edge) // 2
+        image = image.resize((side, side), Image.Resampling[meta["interpolation"].upper()],
+                             box=(left, top, left + edge, top + edge)).crop((cut, cut, cut + S, cut + S))
+    pixels = np.asarray(image)[None]  # uint8 [1, H, W, 3]
     if meta["input"] == "uint8":
-        return pixels[None]
+        return pixels
     mean, std = (np.array(json.loads(meta[key]), np.float32) for key in ("mean", "std"))
-    return ((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1)[None]
+    return ((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
 
 
 def label(model: str, photos: list[str], adapter: str) -> None:
@@ -491,7 +496,7 @@ def label(model: str, photos: list[str], adapter: str) -> None:
         raise ValueError(f"{model} gives no labels" + "; give the task's --adapter" * ("swappable" in meta))
     classes, run, batch = json.loads(meta["classes"]), in_onnxruntime(graph, adapter), json.loads(meta["batch"]) or 1
     for photo in photos:
-        scores, *labels = (each[0] for each in run(np.repeat(read_photo(Path(photo), meta), batch, axis=0)))
+        scores, *labels = (each[0] for each in run(np.repeat(read_photo(photo, meta), batch, axis=0)))
         if meta["output"] == "logits" and not labels:
             scores = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         best = zip(labels[0], scores, strict=True) if labels else [(i, scores[i]) for i in (-scores).argsort()[:3]]
@@ -509,7 +514,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
         epilog="Options of train.py that say where things are now (--weights, --dataset, --data-dir, --offline) may follow.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; python export.py --help lists all options\n")
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="the run's folder; with --run, photos (or .npy, uint8 [height, width, 3])")
+    add("paths", nargs="+", metavar="PATH", help="the run's folder; with --run, photos")
     add("-o", metavar="PATH", help="where to: a file or, with --swappable, a folder (default: in or beside the run's folder)")
     add("--opset", type=int, choices=sorted(IR), help="17 runs nearly everywhere (default; 18 with --resize); 23 is newest")
     add("--batch", type=int, default=0, metavar="N", help="images in every call (default 0: as many as come)")
@@ -545,8 +550,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.run:
             label(options.run, options.paths, options.adapter)
             return 0
-        import train
-        run = train.open_run(train.parse(["--eval", options.paths[0], "--device", "cpu", *more]))
+        run = train.open_run(train.parse(["--eval", options.paths[0], "--device", "cpu", *more])[0])
         run.model.eval().requires_grad_(False)
         if options.top_k > len(run.meta["classes"]):
             raise ValueError(f"--top-k {options.top_k}: there are {len(run.meta['classes'])} classes")

@@ -13,8 +13,10 @@ state.pt stands there while the run is unfinished, so that --resume goes on exac
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -26,16 +28,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import adaptertune
 import data
 import vit
 
-# Peak learning rates. The paper's for adapters is 1e-3, for thousands of steps; the head's is from DeiT-tiny on 2,000 images
-# of CIFAR-100 (README.md), and vit_micro's are from the validation images of digits (assets/results/digits-rates.txt).
-RATES = {"adaptertune": 1e-3, "adaptformer": 1e-3, "head": 1e-2, "full": 1e-4, "scratch": 1e-3}
-MICRO_RATES = {"adaptertune": 5e-3, "adaptformer": 5e-3, "head": 1e-2, "full": 5e-4, "scratch": 1e-3}
+# Peak learning rates, in general and for vit_micro. The paper's for adapters is 1e-3, for thousands of steps; the head's is
+# from DeiT-tiny on 2,000 images of CIFAR-100 (README.md), vit_micro's are from the validation images of digits, CLIP-Adapter's
+# from those of flowers (assets/results).
+RATES = {"adaptertune": (1e-3, 5e-3), "adaptformer": (1e-3, 5e-3), "vpt": (1e-2, 1e-2), "clip-adapter": (1e-3, 1e-3),
+         "zero-shot": (1e-3, 1e-3), "head": (1e-2, 1e-2), "full": (1e-4, 5e-4), "scratch": (1e-3, 1e-3)}
+NOT_KEPT = ("resume", "eval", "name", "methods", "plot")  # options that config.json leaves out
+VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 
 
@@ -71,16 +77,16 @@ class Run:
     state: State = field(default_factory=State)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to logits [B, classes], in the run's precision."""
+        """Images [B, 3, S, S], or their features [B, D], to logits [B, classes], in the run's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model(images).float()
+            return (self.model.head if images.ndim == 2 else self.model)(images).float()
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options; wrong usage prints one line and exits with status 2."""
+def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
+    """The options of each method; wrong usage prints one line and exits with status 2."""
     parser = argparse.ArgumentParser(
         description="Adapt a frozen Vision Transformer by zero-initialised low-rank adapters.", allow_abbrev=False,
         epilog="Without arguments: the embedded digits on the embedded vit_micro, offline, within a minute.")
@@ -89,6 +95,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", default="digits", metavar="NAME", help=f"{', '.join(data.DATASETS)}, or a folder (default digits)")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to (default data)")
     add("--limit", type=int, default=0, metavar="N", help="a quick look: train on N images, choose by N/4 (default 0, all)")
+    add("--shots", type=int, default=0, metavar="K", help="train on K images of each class (default 0, all)")
+    add("--test-share", type=float, default=0.0, metavar="P", help="share of a folder without test/ that becomes the test set, "
+        "drawn by seed (default 0: a fifth, the same for all seeds)")
     add("--offline", action="store_true", help="never use the network")
     add = parser.add_argument_group("backbone").add_argument
     add("--backbone", choices=vit.BACKBONES, metavar="NAME", default="", help=f"{', '.join(vit.BACKBONES)} (default vit_s16; "
@@ -97,22 +106,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=0, metavar="N", help="attention heads of --weights (default 0: 64 channels each)")
     add("--image-size", type=int, default=0, metavar="PIXELS", help="side of the input (default 0: the backbone's own)")
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=(*adaptertune.METHODS, "head", "full"), default="adaptertune", metavar="NAME",
-        help="adaptertune (default), adaptformer, head (linear probe) or full (fine-tune everything)")
-    add("--scratch", dest="method", action="store_const", const="scratch", help="train all of --backbone from random weights")
-    add("--rank", type=int, metavar="R", help=f"width of the adapters' bottleneck ({by_method('rank')})")
+    add("--method", choices=[each for each in RATES if each != "scratch"], nargs="+", default=["adaptertune"], metavar="NAME",
+        help=f"{', '.join(RATES)}; several are compared (default adaptertune)")
+    add("--scratch", dest="method", action="store_const", const=["scratch"], help="train all of --backbone from random weights")
+    add("--rank", type=int, metavar="R", help=f"width of the bottlenecks ({by_method('rank')}: a quarter of the embedding)")
     add("--every", type=int, default=1, metavar="K", help="an adapter in every K-th block (default 1)")
     add("--blocks", type=integers, metavar="I,J,…", help="adapters in these blocks, counted from 0 (default all)")
     add("--adapter-input", dest="reads", choices=adaptertune.READS, help="what adapters read: the block's output, the MLP's "
         f"input before (raw) or after its LayerNorm (ln), or the MLP's output ({by_method('reads')})")
     add("--adapter-act", dest="act", choices=(*adaptertune.ACTS, "mlp"), help="their nonlinearity, mlp for that of the "
         f"block's MLP ({by_method('act')}); adapters that read ln through it cost next to nothing once exported")
-    add("--init", choices=("zero", "small"), default="zero", help="up-projection: zeros (default) or N(0, 1e-4²)")
+    add("--init", metavar="zero|small|FILE", help="up-projection: zeros (default) or N(0, 1e-4²); or the adapters of a file, "
+        "ours or AdaptFormer's")
     add("--scale", type=float, metavar="S", help=f"factor of the adapters' output ({by_method('scale')})")
-    add("--learn-scale", action="store_true", help="train that factor, one for each adapter")
+    add("--learn-scale", action="store_true", default=None, help="train that factor, one for each adapter")
     add("--dropout", type=float, metavar="P", help=f"dropout inside the adapters, 0 for off ({by_method('dropout')})")
+    add("--prompts", type=int, metavar="N", help=f"vpt's tokens in a block ({by_method('prompts')})")
+    add("--shallow", dest="deep", action="store_false", default=None, help="vpt: prompts enter at the first block alone")
+    add = parser.add_argument_group("clip-adapter, zero-shot").add_argument
+    add("--ratio", type=float, metavar="A", help="share of the image adapter, 0 for none (default 0.2; 0.6 if fine-grained)")
+    add("--text-ratio", type=float, metavar="B", help="share of the text adapter (default 0, none)")
+    add("--learn-ratio", action="store_true", default=None, help="train those that aren't 0")
+    add("--classifier", choices=("text", "prototypes"), help="class embeddings from their names (default) or training images")
+    add("--template", default="", help='such as "a photo of a {}." (default by data set, as published)')
+    add("--text-weights", default="", metavar="FILE", help="CLIP's text tower (default: in the backbone's file)")
+    add("--vocab", default="", metavar="FILE", help="merges.txt or bpe_simple_vocab_16e6.txt.gz (default: beside the weights)")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=0, metavar="N", help="passes over the training images (default 10; digits 12)")
+    add("--epochs", type=int, default=0, metavar="N", help="passes over the training images (default 10; digits 12; "
+        "cached features 100)")
+    add("--cached", action="store_true", default=None, help="train on features that are computed once, without augmentation: "
+        "head (clip-adapter and zero-shot always do)")
     add("--batch", type=int, default=0, metavar="N", help="images in a step (default 128; 32 if there are less than 5,000)")
     add("--lr", type=float, default=0.0, metavar="LR", help="peak learning rate (default by method and backbone)")
     add("--weight-decay", type=float, default=0.05, metavar="W", help="on weight matrices only (default 0.05; 0 for off)")
@@ -125,36 +148,48 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", default="", help="folder below runs/ (default from data set, method, rank and seed)")
     add("--resume", action="store_true", help="go on with stopped runs; finished ones are kept as they are")
     add("--eval", default="", metavar="runs/NAME", help="don't train: load a finished run and read its test set again")
+    add("--plot", choices=("features",), help="draw what the head sees of the test images, and who is taken for whom")
     options = parser.parse_args(arguments)
     if options.eval:  # the run's own options, unless the command line says otherwise
         if not (saved := Path(options.eval) / "config.json").is_file():
             parser.error(f"no run in {options.eval}: {saved} is missing")
         parser.set_defaults(**json.loads(saved.read_text()))
         options = parser.parse_args(arguments)
-    return complete(options, parser)
+    methods = [options.method] if isinstance(options.method, str) else options.method
+    each = [argparse.Namespace(**vars(options) | {"method": method, "methods": methods}) for method in methods]
+    return [complete(options, parser) for options in each]
 
 
 def by_method(name: str) -> str:
-    """The defaults of an adapter option, for its help."""
-    return "default " + ", ".join(f"{method} {values[name]}" for method, values in adaptertune.METHODS.items())
+    """The defaults of a method's option, for its help."""
+    return "default " + ", ".join(f"{method} {own[name]}" for method, own in adaptertune.METHODS.items() if name in own)
 
 
 def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Fill in the defaults that depend on other options, and refuse what can't be."""
     ranges = {"limit": (0, 1e9), "heads": (0, 1e4), "image_size": (0, 1e5), "epochs": (0, 1e6), "batch": (0, 1e6),
-              "lr": (0, 1e3), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "min_scale": (0, 1), "dropout": (0, 1)}
-    for name, value in adaptertune.METHODS.get(options.method, {"dropout": 0.0}).items():
+              "lr": (0, 1e3), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "min_scale": (0, 1), "dropout": (0, 1),
+              "shots": (0, 1e6), "test_share": (0, 0.9), "ratio": (0, 1), "text_ratio": (0, 1), "prompts": (1, 1e4)}
+    own = adaptertune.METHODS[options.method]
+    for name, value in own.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     for name, (low, high) in ranges.items():
-        if not low <= (value := getattr(options, name)) <= high:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high:,.0f}")
+        if (value := getattr(options, name)) is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:,.9g}")
+    if "init" in own and options.init not in ("zero", "small") and not Path(options.init).is_file():
+        parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
+    options.cached = bool("classifier" in own or (options.cached and options.method == "head"))
+    if options.limit and options.shots:
+        parser.error("--limit and --shots both choose the training images; give one")
     if options.method == "scratch" and options.weights:
         parser.error("--scratch starts from random weights; leave out --weights, or use --method full")
     if not options.backbone and not options.weights:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
-    options.epochs = options.epochs or (12 if options.dataset == "digits" else 10)
-    options.lr = options.lr or (MICRO_RATES if options.backbone == "vit_micro" else RATES)[options.method]
+    options.epochs = options.epochs or (100 if options.cached else 12 if options.dataset == "digits" else 10)
+    options.lr = options.lr or RATES[options.method][options.backbone == "vit_micro"]
+    if options.method == "zero-shot":
+        options.epochs = 0
     return options
 
 
@@ -190,7 +225,8 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
         path = data.ASSETS / "vit_micro.safetensors"
     elif not options.weights:
         path = data.hub_file(vit.BACKBONES[name].repo, "model.safetensors", offline=options.offline)
-    return vit.load(path, name=name, heads=options.heads, image_size=options.image_size)
+    clip = "classifier" in adaptertune.METHODS[options.method]  # CLIP's projection comes as the head
+    return vit.load(path, name=name, heads=options.heads, image_size=options.image_size, head=clip)
 
 
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds of one command split the same images
@@ -203,33 +239,88 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     torch.manual_seed(data.checksum(f"{seed}/init"))
     model, backbone = load_backbone(options)
     size, whole = backbone.config.image_size, options.method in ("full", "scratch")
-    images = data.split(read_dataset(options.dataset, options.data_dir, size, options.offline), seed=seed, limit=options.limit)
+    images = data.split(read_dataset(options.dataset, options.data_dir, size, options.offline), seed=seed, limit=options.limit,
+                        shots=options.shots, test_share=options.test_share)
     images.min_scale = options.min_scale or images.min_scale
     weights = Path(options.weights)
     name = options.backbone or (weights.parent.name if weights.stem == "adapters" else weights.stem)
     meta = {"method": options.method, "backbone": name, "license": backbone.license,
             "fingerprint": "" if options.method == "scratch" else adaptertune.fingerprint(model),
             "image_size": size, "mean": backbone.norm[0], "std": backbone.norm[1], "interpolation": backbone.interpolation,
-            "center": images.center, "dataset": images.name, "classes": images.classes, "seed": seed, "limit": options.limit}
-    if options.method in adaptertune.METHODS:
-        adapters = {name: getattr(options, name) for name in adaptertune.OPTIONS}
-        adapters["placement"] = adaptertune.choose_blocks(backbone.config.depth, every=options.every, blocks=options.blocks)
-        adaptertune.add_adapters(model, method=options.method, **adapters)
-        meta |= adapters
+            "center": images.center, "dataset": images.name, "classes": images.classes, "seed": seed, "limit": options.limit,
+            "shots": options.shots, "lr": options.lr}
+    own = {name: getattr(options, name) for name in adaptertune.METHODS[options.method]}
+    if "reads" in own:
+        own["placement"] = adaptertune.choose_blocks(backbone.config.depth, every=options.every, blocks=options.blocks)
+        file = own["init"] not in ("zero", "small")
+        adaptertune.add_adapters(model, method=options.method, **own | {"init": "zero"} if file else own)
+        if file:
+            adaptertune.start_from(model, vit.read_tensors(own["init"])[0])
+    elif "prompts" in own:
+        adaptertune.add_prompts(model, **own)
     elif whole:
         meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
-    adaptertune.add_head(model, len(images.classes))
+    if "classifier" in own:
+        add_clip_head(model, len(images.classes), own)
+    else:
+        adaptertune.add_head(model, len(images.classes))
     adaptertune.freeze(model, everything=whole)
     batch = options.batch or (32 if len(images.train) < 5000 else 128)  # a small set needs its steps
     batches = data.Batches(size, backbone.norm, backbone.interpolation, batch, device)
-    return Run(options, seed, folder, images, model.to(device), batches, device, bf16, meta)
+    return Run(options, seed, folder, images, model.to(device), batches, device, bf16, meta | own)
+
+
+def add_clip_head(model: vit.ViT, classes: int, own: dict) -> None:
+    """Put a ClipHead in the place of CLIP's projection."""
+    if not model.config.norm_pre or not isinstance(model.head, nn.Linear):
+        raise ValueError("clip-adapter and zero-shot want CLIP's image tower with its projection; choose a clip_* --backbone")
+    own = {name: value for name, value in own.items() if name != "classifier"}
+    model.head = adaptertune.ClipHead(model.head.weight, classes, **own)
+
+
+def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
+    """Images as the features [n, D] that the head reads, computed once without augmentation, and kept on disk by backbone,
+    image size and content, for other runs to find."""
+    mode = f"{run.meta['fingerprint']} {run.meta['image_size']} {run.data.center} {run.bf16}"
+    key = hashlib.blake2b(images.pixels.numpy(), digest_size=12, key=hashlib.md5(mode.encode()).digest()).hexdigest()
+    path, features, started = data.cache_folder() / "features" / f"{key}.safetensors", [], time.perf_counter()
+    if not path.exists():
+        run.model.eval()
+        for x, _ in run.batches.eval(images, run.data.center):
+            if stop_asked:
+                raise KeyboardInterrupt
+            with torch.inference_mode(), torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+                features.append(run.model.features(x).float().cpu())
+            data.progress(f"features of {what}, batch", len(features), run.batches.count(images), started)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": torch.cat(features) if features else torch.zeros(0, run.model.config.width)}, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    return replace(images, pixels=vit.read_tensors(path)[0]["features"])
+
+
+@torch.no_grad()
+def class_embeddings(run: Run) -> tuple[Tensor, float]:
+    """CLIP's class matrix [K, E] before any adapter, and its scale: from the classes' names, or from the training images."""
+    options, head = run.options, run.model.head
+    if options.classifier == "prototypes":
+        images = run.data.train.pixels.to(run.device) @ head.projection.T
+        return adaptertune.prototypes(images, run.data.train.labels.to(run.device)), 100.0
+    repo, weights = vit.BACKBONES[options.backbone].repo if options.backbone else "", options.text_weights or options.weights
+    weights = Path(weights or data.hub_file(repo, "model.safetensors", offline=options.offline))
+    vocab = options.vocab or next(filter(Path.exists, (weights.with_name(name) for name in VOCABULARIES)), None)
+    tower, scale = vit.load_text(weights)
+    vocab = vocab or data.hub_file(repo or "openai/clip-vit-base-patch16", "merges.txt", offline=options.offline)
+    tokens = data.Tokenizer(vocab)(data.sentences(run.data.name, run.data.classes, options.template))
+    return tower(tokens).to(run.device), scale
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
     """runs/NAME; an unfinished run or another run's results in it are never overwritten."""
     parts = [Path(options.dataset).resolve().name, options.method]
-    parts += [f"r{options.rank}"] * (options.method in adaptertune.METHODS) + [f"n{options.limit}"] * bool(options.limit)
-    several = f"-s{seed}" if len(options.seeds) > 1 or not options.name else ""
+    parts += [f"{letter}{getattr(options, name)}" for letter, name in (("r", "rank"), ("p", "prompts"), ("k", "shots"),
+              ("n", "limit")) if getattr(options, name) and name in ("shots", "limit", *adaptertune.METHODS[options.method])]
+    several = f"-{options.method}" * (len(options.methods) > 1) if options.name else ""
+    several += f"-s{seed}" if len(options.seeds) > 1 or not options.name else ""
     folder = Path("runs") / ((options.name or "-".join(parts)) + several)
     if options.eval:
         return Path(options.eval)
@@ -244,7 +335,7 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
 
 def config(options: argparse.Namespace, seed: int) -> dict:
     """What config.json holds: every option."""
-    return {key: value for key, value in vars(options).items() if key not in ("resume", "eval", "name")} | {"seeds": [seed]}
+    return {key: value for key, value in vars(options).items() if key not in NOT_KEPT} | {"seeds": [seed]}
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -310,7 +401,7 @@ def evaluate(run: Run, images: data.Images, what: str) -> float:
         seen += len(labels)
         data.progress(what, seen, len(images), started)
     run.state.eval_time += time.perf_counter() - started
-    return 100 * hits.item() / seen
+    return 100 * hits.item() / seen if seen else math.nan
 
 
 def fit(run: Run) -> None:
@@ -320,14 +411,17 @@ def fit(run: Run) -> None:
     if (run.folder / "state.pt").exists():
         load_state(run, optimizer)
     describe(run)
-    print()
-    for row in (COLUMNS, *state.rows):
-        print_row(row)
     try:
+        if "classifier" in run.meta:
+            zero_shot(run)
+        if run.options.epochs:
+            print()
+            for row in (COLUMNS, *(row for row in state.rows if run.options.epochs <= 40 or int(row[0]) % 10 == 0)):
+                print_row(row)
         while state.epoch <= run.options.epochs:
             train_epoch(run, optimizer)
             val = evaluate(run, run.data.val, "validation")
-            if val >= state.best_val:  # of equals the later one, which has seen more
+            if not val < state.best_val:  # of equals the later one, which has seen more; NaN without val images
                 state.best_epoch, state.best_val = state.epoch, val
                 state.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             end_epoch(state, val, run.options.epochs)
@@ -340,6 +434,17 @@ def fit(run: Run) -> None:
         raise
 
 
+def zero_shot(run: Run) -> None:
+    """Print what CLIP's class embeddings say of the test images before anything is trained, and note it in the file."""
+    head, state = run.model.head, run.state
+    image, text, head.image, head.text = head.image, head.text, None, None
+    run.meta["zero_shot_accuracy"] = evaluate(run, run.data.test, "zero-shot")
+    if not run.options.epochs:
+        state.best_val = evaluate(run, run.data.val, "validation")
+    head.image, head.text = image, text
+    print(f"zeroshot {run.meta['zero_shot_accuracy']:.2f} %   (test, by {run.options.classifier} alone, before training)")
+
+
 def end_epoch(state: State, val: float, epochs: int) -> None:
     """Print the epoch's row and stand at the start of the next."""
     state.train_time += state.epoch_time
@@ -347,16 +452,22 @@ def end_epoch(state: State, val: float, epochs: int) -> None:
     left = elapsed / state.epoch * (epochs - state.epoch)
     state.rows.append([str(state.epoch), f"{state.loss / state.seen:.3f}", f"{100 * state.hits / state.seen:.2f}",
                        f"{val:.2f}", f"{state.seen / state.epoch_time:.0f}", clock(elapsed), clock(left)])
-    print_row(state.rows[-1])
+    if epochs <= 40 or state.epoch % 10 == 0:
+        print_row(state.rows[-1])
     state.epoch, state.step, state.seen, state.hits, state.loss, state.epoch_time = state.epoch + 1, 0, 0, 0, 0.0, 0.0
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Write state.pt (weights, optimiser, State), config.json, metrics.csv and, for photos, who is in which split."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    """Write state.pt: weights, optimiser, State."""
     weights = {name: parameter.detach() for name, parameter in adaptertune.trained(run.model).items()}
+    write_records(run)
     torch.save(vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}, run.folder / "state.part")
     (run.folder / "state.part").replace(run.folder / "state.pt")
+
+
+def write_records(run: Run) -> None:
+    """Write config.json, metrics.csv and, for photos, who is in which split."""
+    run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.json").write_text(json.dumps(config(run.options, run.seed), indent=1) + "\n")
     (run.folder / "metrics.csv").write_text("".join(",".join(row) + "\n" for row in (COLUMNS, *run.state.rows)))
     if run.data.train.names:
@@ -396,69 +507,122 @@ def describe(run: Run) -> None:
     print(f"backbone {run.meta['backbone']} {run.meta['image_size']}px, {numbers['frozen']:,} frozen")
     parts = ", ".join(f"{part} {numbers[part]:,}" for part in ("adapters", "head", "backbone") if numbers[part])
     total = sum(numbers.values()) - numbers["frozen"]
-    print(f"trained  {total:,} ({100 * total / sum(numbers.values()):.2f} %): {parts}")
-    train, val = (f"{len(part):,} of {n:,}" if len(part) < n else f"{n:,}"
+    print(f"trained  {total:,} ({100 * total / sum(numbers.values()):.2f} %)" + f": {parts}" * bool(parts))
+    train, val = (f"{len(part):,} of {n:,}" if len(part) < n else f"{len(part):,}"
                   for part, n in zip((images.train, images.val), images.whole, strict=True))
     print(f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, {len(images.classes)} classes"
           + " (--limit: a quick look, not the data set's result)" * bool(run.options.limit))
 
 
-def finish(run: Run) -> None:
-    """Write what stays, report it, remove what was only for --resume."""
-    state, path = run.state, run.folder / "adapters.safetensors"
+def finish(run: Run) -> dict:
+    """Write what stays, report it, remove what was only for --resume. Returns result.json."""
+    state, path, count = run.state, run.folder / "adapters.safetensors", adaptertune.count(run.model)
+    memory = peak_memory(run.device)
+    write_records(run)
     adaptertune.save(path, run.model, run.meta)
-    (run.folder / "curves.svg").write_text(curves(state.rows, state.best_epoch))
-    (run.folder / "state.pt").unlink()
-    print(f"\ntest     {run.meta['test_accuracy']:.2f} %   (epoch {state.best_epoch}, chosen on val; test read once)")
-    print(f"cost     {clock(state.train_time)} training, {clock(state.eval_time)} evaluation{peak_memory(run.device)}")
+    result = run.meta | {"trained": sum(count.values()) - count["frozen"], "seconds": state.train_time, "memory": memory}
+    (run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (run.folder / "state.pt").unlink(missing_ok=True)
+    how = "nothing to choose" if not state.rows else f"epoch {state.best_epoch}, " + (
+        "chosen on val; test read once" if len(run.data.val) else "the last, no image being left for val; test read once")
+    if state.rows:
+        columns = {name: [float(row[i]) for row in state.rows] for i, name in enumerate(COLUMNS[:4])}
+        curves = [{"name": name, "x": columns["epoch"], "y": columns[name], "line": True} for name in COLUMNS[1:4]]
+        (run.folder / "curves.svg").write_text(adaptertune.svg([
+            {"title": "training loss", "x": "epoch", "series": curves[:1]},
+            {"title": "accuracy in %", "x": "epoch", "series": curves[1:], "mark": state.best_epoch}]))
+    print(f"\ntest     {run.meta['test_accuracy']:.2f} %   ({how})")
+    print(f"cost     {clock(state.train_time)} training, {clock(state.eval_time)} evaluation, peak {memory:.1f} GiB")
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
     print(f"next     python export.py {run.folder}")
+    return result
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most memory in use so far: the GPU's, else the process's (Linux)."""
+def peak_memory(device: torch.device, reset: bool = False) -> float:
+    """The most memory in GiB in use since the last `reset`: the GPU's, else the process's (0 where the system doesn't tell)."""
     if device.type == "cuda":
-        return f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return f", peak {int(peak[1]) / 2**20:.1f} GiB" if peak else ""
+    if reset and status.exists():
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20 if status.exists() else 0.0
 
 
-def curves(rows: list[list[str]], best: int) -> str:
-    """An SVG picture of loss (left) and accuracy (right) against epochs; the dashed line marks the epoch that was kept."""
-    parts = []
-    for left, title, columns in ((60, "training loss", {1: "#d62728"}), (460, "accuracy in %: train red, val blue",
-                                                                         {2: "#d62728", 3: "#1f77b4"})):
-        values = {column: [float(row[column]) for row in rows] for column in columns}
-        low, high = min(map(min, values.values())), max(map(max, values.values()))
-        xs = [left + 320 * (i + 0.5) / len(rows) for i in range(len(rows))]
-        parts.append(f'<rect x="{left}" y="30" width="320" height="200" fill="none" stroke="#bbb"/>'
-                     f'<path d="M{xs[best - 1]:.1f} 30v200" stroke="#bbb" stroke-dasharray="4"/><text x="{left}" y="20">{title}'
-                     f'</text><text x="{left + 320}" y="246" text-anchor="end">epoch {len(rows)}</text><g text-anchor="end">'
-                     f'<text x="{left - 5}" y="40">{high:g}</text><text x="{left - 5}" y="230">{low:g}</text></g>')
-        for column, colour in columns.items():
-            points = " ".join(f"{x:.1f},{230 - 200 * (y - low) / (high - low or 1):.1f}"
-                              for x, y in zip(xs, values[column], strict=True))
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    return ('<svg xmlns="http://www.w3.org/2000/svg" width="800" height="260" font-family="sans-serif" font-size="12">'
-            f'<rect width="800" height="260" fill="#fff"/>{"".join(parts)}</svg>\n')
+def compare(metas: list[dict], path: Path) -> None:
+    """Print a row for each method, mean and standard deviation over the seeds; write a .csv of the runs, and an .svg."""
+    groups = {}
+    for meta in metas:
+        groups.setdefault(meta["method"] + (f" r{meta['rank']}" if meta.get("rank") else ""), []).append(meta)
+    print(f"\n{'method':<18}{'trained':>12}{'test %':>16}{'val %':>9}{'lr':>9}{'time':>8}{'GiB':>7}")
+    series = []
+    for name, runs in groups.items():
+        tests = [meta["test_accuracy"] for meta in runs]
+        mean, spread = statistics.mean(tests), statistics.stdev(tests) if len(tests) > 1 else 0.0
+        val, time, memory = (statistics.mean(meta[key] for meta in runs) for key in ("val_accuracy", "seconds", "memory"))
+        print(f"{name:<18}{runs[0]['trained']:>12,}{f'{mean:.2f} ± {spread:.2f}':>16}{val:>9.2f}{runs[0]['lr']:>9.0e}"
+              f"{clock(time):>8}{memory:>7.2f}")
+        series.append({"name": name, "x": [runs[0]["trained"]], "y": [mean], "error": [spread]})
+    print(f"{len(metas) // len(groups)} seeds: mean ± standard deviation of the test accuracy; mean time of training")
+    columns = ("method", "rank", "seed", "trained", "test_accuracy", "val_accuracy", "epoch", "lr", "seconds", "memory")
+    rows = [columns, *([str(meta.get(name, "")) for name in columns] for meta in metas)]
+    path.with_suffix(".csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    title = f"{metas[0]['dataset']} on {metas[0]['backbone']}: test accuracy in %"
+    panel = {"title": title, "x": "trained numbers", "log": True, "series": series}
+    path.with_suffix(".svg").write_text(adaptertune.svg([panel]))
+    print(f"saved    {path.with_suffix('.csv')}, {path.with_suffix('.svg')}")
+
+
+@torch.inference_mode()
+def look(folders: list[Path], path: Path) -> None:
+    """Draw what the heads of finished runs read of the test images, side by side, and who is taken for whom; name the worst."""
+    features, confusions = [], []
+    for folder in folders:
+        run, seen, answers, started = open_run(parse(["--eval", str(folder)])[0]), [], [], time.perf_counter()
+        run.model.eval()
+        for x, _ in run.batches.eval(run.data.test, run.data.center):
+            x = run.model.features(x)
+            seen.append((run.model.head.embed(x) if "classifier" in run.meta else x).cpu())
+            answers.append(run.model.head(x).argmax(dim=-1).cpu())
+            data.progress("looking, batch", len(seen), run.batches.count(run.data.test), started)
+        names, labels, answers = run.data.classes, run.data.test.labels, torch.cat(answers)
+        points, title = adaptertune.flatten(torch.cat(seen)), f"{run.meta['method']}, {run.meta['test_accuracy']:.2f} %"
+        features.append({"title": title, "series": [{"name": name, "x": points[labels == i, 0].tolist(), "y": points[
+            labels == i, 1].tolist()} for i, name in enumerate(names)]})
+        counts = torch.bincount(labels * len(names) + answers, minlength=len(names) ** 2).view(len(names), -1)  # [true, answer]
+        confusions.append({"title": title, "cells": counts.tolist(), "names": names})
+        wrong = counts - counts.diag().diag()
+        for place in wrong.flatten().topk(3).indices.tolist():
+            i, k = divmod(place, len(names))
+            print(f"mistaken {title.split(',')[0]}: {wrong[i, k]} of {counts[i].sum()} images of {names[i]!r} for {names[k]!r}")
+    for what, panels in (("features", features), ("confusion", confusions)):
+        file = path.with_name(f"{path.name}-{what}.svg")
+        file.write_text(adaptertune.svg(panels))
+        print(f"saved    {file}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def train(options: argparse.Namespace, seed: int) -> float:
-    """One run from loading to the report; returns its test accuracy in percent."""
+def train(options: argparse.Namespace, seed: int) -> dict:
+    """One run from loading to the report; returns its result.json."""
     path = run_folder(options, seed) / "adapters.safetensors"
     if options.resume and path.exists() and not path.with_name("state.pt").exists():
         print(f"kept     {path}, finished before")
-        return vit.read_tensors(path)[1]["test_accuracy"]
+        return json.loads(path.with_name("result.json").read_text())
     run = prepare(options, seed)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_stop)
+    peak_memory(run.device, reset=True)
+    if options.cached:
+        run.data = replace(run.data, **{name: cache_features(run, getattr(run.data, name), name)
+                                        for name in ("train", "val", "test")})
+    if "classifier" in run.meta:
+        run.model.head.classes, scale = class_embeddings(run)
+        run.model.head.scale.fill_(scale)
     fit(run)
-    finish(run)
-    return run.meta["test_accuracy"]
+    return finish(run)
 
 
 def open_run(options: argparse.Namespace) -> Run:
@@ -475,17 +639,19 @@ def open_run(options: argparse.Namespace) -> Run:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
-    options = parse(arguments)
+    grid = parse(arguments)
     try:
-        if options.eval:
-            run = open_run(options)
+        if grid[0].eval:
+            run = open_run(grid[0])
             describe(run)
             print(f"test     {evaluate(run, run.data.test, 'test'):.2f} %   (its file says {run.meta['test_accuracy']:.2f} %)")
-            return 0
-        results = [train(options, seed) for seed in options.seeds]
-        if len(results) > 1:
-            print(f"seeds    {len(results)}: test {statistics.mean(results):.2f} ± {statistics.stdev(results):.2f} % "
-                  "(mean ± standard deviation)")
+        else:
+            metas = [train(options, seed) for options in grid for seed in options.seeds]
+            if len(metas) > 1:
+                compare(metas, Path("runs") / f"{grid[0].name or metas[0]['dataset']}-comparison")
+        if grid[0].plot:
+            folders = [run_folder(options, options.seeds[0]) for options in grid]
+            look(folders, folders[0] / "test" if len(grid) == 1 else Path("runs", grid[0].name or metas[0]["dataset"]))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -35,7 +35,8 @@ class Config:
 
     `hidden` is the MLP's width; 0 stands for the usual 4·D. `pool` says what the head reads: "token" is
     norm(h)[class], "mean" is norm(mean of the patch tokens) (timm's `fc_norm`). `norm_pre`, `quick_gelu` and
-    `patch_bias=False` are CLIP's; `layer_scale` and `registers` DINOv2's (https://arxiv.org/abs/2309.16588).
+    `patch_bias=False` are CLIP's; `layer_scale` and `registers` DINOv2's (https://arxiv.org/abs/2309.16588). `causal` is
+    text: each token looks at itself and earlier ones only; a text's `patch` is 1 and its `image_size` the number of tokens.
     """
     width: int
     depth: int
@@ -51,6 +52,7 @@ class Config:
     patch_bias: bool = True
     pool: str = "token"
     eps: float = 1e-6
+    causal: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -76,7 +78,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, config.causal
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -84,7 +86,7 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of [B, H, N, D/H]
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, D/H]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, N, D/H]
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
@@ -115,7 +117,7 @@ class LayerScale(nn.Module):
 
 class Block(nn.Module):
     """One pre-norm transformer block. `adapter`, if something was put there, is a map [B, N, D] to [B, N, D] whose result is
-    added at the end; its attribute `reads` says what it reads. The block knows no more about it."""
+    added at the end; its attribute `reads` says what it reads. `prompts` [P, D] are tokens that join (see ViT.features)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -126,6 +128,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
         self.adapter: nn.Module | None = None
+        self.prompts: nn.Parameter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -182,15 +185,34 @@ class ViT(nn.Module):
         return self.norm_pre(torch.cat([*first, patches], dim=1))
 
     def features(self, images: Tensor) -> Tensor:
-        """Images to what the head reads, [B, D]."""
+        """Images to what the head reads, [B, D]. A block's prompts come after the N own tokens, in place of earlier ones."""
         x = self.embed(images)
+        B, N, _ = x.shape
         for block in self.blocks:
+            if block.prompts is not None:
+                x = torch.cat([x[:, :N], block.prompts.expand(B, -1, -1)], dim=1)
             x = block(x)
-        x = x[:, 0] if self.config.pool == "token" else x[:, 1 + self.config.registers:].mean(dim=1)
-        return self.norm(x)
+        return self.norm(x[:, 0] if self.config.pool == "token" else x[:, 1 + self.config.registers:N].mean(dim=1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
+
+
+class TextTower(nn.Module):
+    """CLIP's text side: token ids int64 [K, N] to embeddings [K, E]. The head reads the token at the end-of-text mark, told by
+    its id, the highest; Hugging Face's rule, the first `eos_token_id`, differs only where tokens were added after it."""
+
+    def __init__(self, config: Config, vocabulary: int, classes: int):
+        super().__init__()
+        self.token_embed = nn.Embedding(vocabulary, config.width)
+        self.pos_embed = nn.Parameter(torch.zeros(config.grid, config.width))
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.head = nn.Linear(config.width, classes, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.blocks(self.token_embed(ids) + self.pos_embed[:ids.shape[1]])  # [K, N, D]
+        return self.head(self.norm(x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)]))
 
 
 # ------------------------------------------------------------------------------------------- the pretrained backbones
@@ -273,19 +295,22 @@ LAYOUTS = {
     "timm, DeiT, DINO, DINOv2, MAE": (r"\bpatch_embed\.proj\.weight$", 1e-6, r"mask_token$|decoder_|head_dist\.|"
                                       r"(\.\./)?head\.(mlp|last_layer)|\.\./(text|logit_)"),
 }
+TEXT = {"OpenAI, open_clip, Hugging Face CLIP": (  # the same for CLIP's text tower
+    r"\b(embeddings\.)?token_embedding\.weight$", 1e-5, r"(\.\./)?(visual|vision_model\.|logit_|attn_mask$|"
+    r"input_resolution$|context_length$|vocab_size$)|embeddings\.position_ids$")}
 # Regular expressions that lead to timm's names, applied in order to every key of every family.
 RENAMES = {
-    r"^(\.\./)?classifier\.|^\.\./visual_projection\.|^\.\./visual\.head\.proj\.": "head.", r"^proj$": "head.weight.T",
-    r"^(embeddings\.)?class_embedding$|^embeddings\.cls_token$": "cls_token",
+    r"^(\.\./)?(classifier|text_projection)\.|^\.\./(visual_projection|visual\.head\.proj)\.": "head.",
+    r"^(proj|text_projection)$": "head.weight.T", r"^(embeddings\.)?token_embedding\.": "token_embed.",
+    r"^(embeddings\.)?class_embedding$|^embeddings\.cls_token$": "cls_token", r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
     r"^positional_embedding$|^embeddings\.position_embedding(\.weight|s)$": "pos_embed",
     r"^(embeddings\.)?(register_tokens|distillation_token)$|^dist_token$": "reg_token",
     r"^(conv1|embeddings\.patch_embeddings\.projection|embeddings\.patch_embedding)\.": "patch_embed.proj.",
-    r"^(ln_pre|pre_layrnorm)\.": "norm_pre.", r"^(ln_post|post_layernorm|layernorm)\.": "norm.",
-    r"^(encoder\.layers?|layers|transformer\.resblocks)\.": "blocks.",
+    r"^(ln_pre|pre_layrnorm)\.": "norm_pre.", r"^(ln_post|ln_final|post_layernorm|final_layer_norm|layernorm)\.": "norm.",
+    r"^(encoder\.layers?|layers|transformer\.resblocks)\.": "blocks.", r"\.attn\.in_proj_": ".attn.qkv.",
     r"\.(ln_|layer_norm)([12])\.": r".norm\2.", r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.",
     r"\.(self_attn|attention(?:\.attention)?)\.([qkv])(uery|ey|alue|_proj)\.": r".attn.\2.",
-    r"\.(self_attn\.out_proj|attention\.output\.dense|attention\.o_proj|attn\.out_proj)\.": ".attn.proj.",
-    r"\.attn\.in_proj_": ".attn.qkv.", r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+    r"\.(self_attn\.out_proj|attention\.(output\.dense|o_proj)|attn\.out_proj)\.": ".attn.proj.",
     r"\.(mlp\.c_fc|intermediate\.dense)\.": ".mlp.fc1.", r"\.(mlp\.c_proj|output\.dense)\.": ".mlp.fc2.",
 }
 
@@ -321,8 +346,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     raise ValueError(f"{path} holds no dictionary of tensors")
 
 
-def to_timm(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """Translate a published state dict of any of LAYOUTS to timm's names and this file's shapes, and give its eps.
+def to_timm(tensors: dict[str, Tensor], layouts: dict = LAYOUTS) -> tuple[dict[str, Tensor], float]:
+    """Translate a published state dict of any of `layouts` to timm's names and this file's shapes, and give its eps.
 
     Query, key and value are stacked to `qkv`; positions become [1, 1+g·g, D] (class token, patches). A position that a
     file has for its registers, or for DeiT's distillation token, is added into those tokens, which is the same function.
@@ -330,11 +355,11 @@ def to_timm(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     Raises:
         ValueError: no layout fits.
     """
-    for tell, eps, ignored in LAYOUTS.values():  # noqa: B007 (used after the break)
+    for tell, eps, ignored in layouts.values():  # noqa: B007 (used after the break)
         if prefixes := [key[:match.start()] for key in tensors if (match := re.search(tell, key))]:
             break
     else:
-        raise ValueError(f"not a ViT in a known layout ({'; '.join(LAYOUTS)}): "
+        raise ValueError(f"not a ViT in a known layout ({'; '.join(layouts)}): "
                          f"its tensors begin with {', '.join(list(tensors)[:3]) or 'nothing'}")
     found, prefix = {}, prefixes[0]
     for key, value in tensors.items():
@@ -343,13 +368,11 @@ def to_timm(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
             continue
         for pattern, name in RENAMES.items():
             key = re.sub(pattern, name, key)
-        found[key] = value.float()
+        found[key.removesuffix(".T")] = value.float().T.contiguous() if key.endswith(".T") else value.float()
     for q in [key for key in found if ".attn.q." in key]:
         k, v = q.replace(".q.", ".k."), q.replace(".q.", ".v.")
         if k in found and v in found:
             found[q.replace(".q.", ".qkv.")] = torch.cat([found.pop(q), found.pop(k), found.pop(v)])
-    if "head.weight.T" in found:
-        found["head.weight"] = found.pop("head.weight.T").T.contiguous()
     if "cls_token" in found and "pos_embed" in found:
         _normal_positions(found)
     return found, eps
@@ -372,24 +395,26 @@ def _normal_positions(found: dict[str, Tensor]) -> None:
 
 def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Config:
     """The architecture of a translated state dict. What shapes can't tell is assumed: heads of 64 channels unless
-    `heads` is given, and OpenAI's QuickGELU where there is a `norm_pre` (CLIP).
+    `heads` is given, and OpenAI's QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text.
 
     Raises:
         ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight")
+    text, norm_pre = "token_embed.weight" in found, "norm_pre.weight" in found
+    needed = (*(["head.weight"] if text else ["cls_token", "patch_embed.proj.weight"]),
+              "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight")
     if missing := [key for key in needed if key not in found]:
-        raise ValueError(f"not a whole ViT: missing {', '.join(missing)}")
-    width, patch = found["cls_token"].shape[-1], found["patch_embed.proj.weight"].shape[-1]
-    hidden, clip = len(found["blocks.0.mlp.fc1.weight"]), "norm_pre.weight" in found
+        raise ValueError(f"not a whole {'text tower' if text else 'ViT'}: missing {', '.join(missing)}")
+    (tokens, width), hidden = found["pos_embed"].shape[-2:], len(found["blocks.0.mlp.fc1.weight"])
+    patch, grid = (1, tokens) if text else (found["patch_embed.proj.weight"].shape[-1], math.isqrt(tokens - 1))
     if not heads and width % 64:
         raise ValueError(f"width {width} is no multiple of the usual head width 64; give the number of heads by --heads")
     return Config(
         width=width, heads=heads or width // 64, patch=patch, hidden=0 if hidden == 4 * width else hidden,
         depth=1 + max(int(key.split(".")[1]) for key in found if key.startswith("blocks.")),
-        image_size=patch * math.isqrt(found["pos_embed"].shape[1] - 1), eps=1e-5 if clip else eps,
+        image_size=patch * grid, eps=1e-5 if norm_pre else eps, causal=text,
         registers=found["reg_token"].shape[1] if "reg_token" in found else 0,
-        layer_scale="blocks.0.ls1.gamma" in found, norm_pre=clip, quick_gelu=clip,
+        layer_scale="blocks.0.ls1.gamma" in found, norm_pre=norm_pre, quick_gelu=norm_pre or text,
         qkv_bias="blocks.0.attn.qkv.bias" in found, patch_bias="patch_embed.proj.bias" in found,
         pool="mean" if "fc_norm.weight" in found else "token")
 
@@ -427,9 +452,8 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
             backbone = Backbone("", config, norm, license=meta.get("license", "not stated"))
         backbone = backbone.at(image_size)
         config = backbone.config
-        if config.pool == "mean":
-            found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
-        found = {key: value for key, value in found.items() if head or not key.startswith("head.")}
+        found = {key.replace("fc_norm.", "norm.") if config.pool == "mean" else key: value for key, value in found.items()
+                 if head or not key.startswith("head.")}
         if "pos_embed" in found:
             found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
         with torch.device("meta"):  # no memory, no random numbers: what the file doesn't fill can't be used
@@ -441,6 +465,28 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
         raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(found, assign=True)
     return model.eval(), backbone
+
+
+def load_text(path: str | Path, *, heads: int = 0) -> tuple[TextTower, float]:
+    """CLIP's text tower from a file, in eval mode, and the factor exp(logit_scale) of its cosines (100 if none is stated).
+
+    Raises:
+        ValueError: an unreadable file or one without a text tower; missing, left-over or misshapen tensors, each named.
+    """
+    tensors, _ = read_tensors(path)
+    if not any(key.endswith("token_embedding.weight") for key in tensors):
+        raise ValueError(f"{path} has no text tower of CLIP; give a file with both towers, or use --classifier prototypes")
+    try:
+        found, eps = to_timm(tensors, TEXT)
+        config = infer_config(found, eps=eps, heads=heads)
+        with torch.device("meta"):
+            model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
+        check_tensors(model.state_dict(), found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model.load_state_dict(found, assign=True)
+    scale = [value.item() for key, value in tensors.items() if key.removeprefix("module.") == "logit_scale"]
+    return model.eval(), math.exp(scale[0]) if scale else 100.0
 
 
 def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:

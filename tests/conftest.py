@@ -131,3 +131,33 @@ def server():
     yield server
     server.shutdown()
     server.server_close()
+
+
+def write_tiny_clip(folder, *, width=64, embed=24, text=True):
+    """Random image and text towers in OpenAI's layout (one head of 64 channels each, 16 px, 77 tokens), with a small merges.txt
+    beside them."""
+    rng = torch.Generator().manual_seed(0)
+    words = ["d i", "di g", "dig i", "digi t</w>", "p h", "ph o", "pho t", "phot o</w>"]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{word}\n" for word in words))
+    shapes = {"visual.conv1.weight": (width, 3, 4, 4), "visual.class_embedding": (width,), "visual.proj": (width, embed),
+              "visual.positional_embedding": (17, width)}
+    towers = {"visual.transformer": ("visual.ln_pre", "visual.ln_post")}
+    if text:
+        shapes |= {"token_embedding.weight": (514 + len(words), width), "positional_embedding": (77, width),
+                   "text_projection": (width, embed)}
+        towers["transformer"] = ("ln_final",)
+    for tower, norms in towers.items():
+        for i in range(2):
+            name = f"{tower}.resblocks.{i}"
+            shapes |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,),
+                       f"{name}.attn.out_proj.weight": (width, width), f"{name}.attn.out_proj.bias": (width,),
+                       f"{name}.mlp.c_fc.weight": (128, width), f"{name}.mlp.c_fc.bias": (128,),
+                       f"{name}.mlp.c_proj.weight": (width, 128), f"{name}.mlp.c_proj.bias": (width,)}
+            norms = (*norms, f"{name}.ln_1", f"{name}.ln_2")
+        shapes |= {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+    tensors = {name: torch.randn(shape, generator=rng) * (0.1 if len(shape) > 1 else 0.02) for name, shape in shapes.items()}
+    tensors |= {name: 1 + value for name, value in tensors.items() if re.search(r"ln_\w+\.weight", name)}
+    if text:
+        tensors["logit_scale"] = torch.tensor(3.0)
+    save_file(tensors, folder / "clip.safetensors")
+    return folder / "clip.safetensors"

@@ -92,28 +92,13 @@ def test_equalise_is_exact(tmp_path, changes, reads):
         parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).double() * 0.3
     model.blocks[0].norm1.weight[3] = 50  # a channel as loud as those that spoil int8
     before, images = model(IMAGES.double()), IMAGES.double()
-    low, high, gram = adaptertune.observe(model, images)["blocks.0.attn.qkv"]
-    assert gram.shape == (32, 32)
+    low, high = adaptertune.observe(model, images)["blocks.0.attn.qkv"]
     adaptertune.equalise(model, images)
     assert torch.allclose(model(images), before, atol=1e-9)
-    new_low, new_high, _ = adaptertune.observe(model, images)["blocks.0.attn.qkv"]
+    new_low, new_high = adaptertune.observe(model, images)["blocks.0.attn.qkv"]
     spread, new_spread = ((h - l).max() / (h - l).median() for l, h in ((low, high), (new_low, new_high)))  # noqa: E741
     assert spread > 10
     assert new_spread < spread / 3
-
-
-def test_int8_rounding_makes_up_for_itself():
-    """Less error in what comes out than plain rounding, on inputs that depend on each other; integers that fit."""
-    rng = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(24, 32, generator=rng), torch.randn(500, 8, generator=rng) @ torch.randn(8, 32, generator=rng)
-    x += 0.1 * torch.randn(x.shape, generator=rng)
-    integers, scale = adaptertune.to_int8(weight, x.T @ x)
-    assert (integers.dtype, integers.shape, scale.shape) == (torch.int8, (24, 32), (24,))
-    assert integers.int().abs().max() <= 127
-    found, plain = integers * scale[:, None], (weight / scale[:, None]).round() * scale[:, None]
-    assert torch.allclose(found, weight.double(), atol=float(5 * scale.max()))
-    errors = [(x.double() @ (weight - rounded).T).square().mean() for rounded in (found, plain)]
-    assert errors[0] < 0.3 * errors[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"reads": "ln", "act": "relu"}, {"reads": "raw", "act": "gelu"}])
