@@ -130,12 +130,15 @@ def prototypes(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 
 def choose_blocks(depth: int, *, every: int = 1, blocks: list[int] | None = None) -> list[int]:
-    """The blocks that get an adapter, counted from 0: `blocks`, or every k-th, the last of each k.
+    """The blocks that get an adapter, counted from 0: `blocks` (-1 is the last), or every k-th, the last of each k.
 
     Raises:
         ValueError: a block that isn't there, or none at all.
     """
-    chosen = sorted(set(blocks)) if blocks else list(range(every - 1, depth, every)) if every > 0 else []
+    if blocks:
+        chosen = sorted({block + depth * (block < 0) for block in blocks})
+    else:
+        chosen = list(range(every - 1, depth, every)) if every > 0 else []
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise ValueError(f"adapters in blocks {chosen}: choose from 0 to {depth - 1}, or every 1 to {depth}")
     return chosen
@@ -417,8 +420,8 @@ def svg(panels: list[dict]) -> str:
     """Panels side by side as a picture.
 
     A panel has a `title` and `series` or `cells` (counts [K, K], the darker the more, with `names` of the K), and perhaps `x`
-    (what is along that axis; without it there are no axes), `log` (x in powers of ten) and `mark` (an x to draw a dashed line
-    at). A series has lists `x` and `y`, and perhaps a `name`, `error` (a list, ±) and `line` (its points are joined).
+    (what is along that axis; without it there are no axes), `log` (x in powers of ten), `ticks` (of x) and `mark` (an x for a
+    dashed line). A series has lists `x` and `y`, and perhaps a `name`, `error` (a list, ±) and `line` (its points are joined).
     """
     parts, W, H, top = [], 330, 260, 30
     for i, panel in enumerate(panels):
@@ -438,7 +441,8 @@ def svg(panels: list[dict]) -> str:
         if axes:
             parts += [f'<path d="M{left} {y(v)}h{W}" stroke="#eee"/>' + words(left - 6, y(v) + 4, f"{v:g}", "end")
                       for v in y.ticks()]
-            parts += [f'<path d="M{x(v)} {top + H}v4" stroke="#999"/>{words(x(v), H + 47, f"{v:,g}")}' for v in x.ticks()]
+            parts += [f'<path d="M{x(v)} {top + H}v4" stroke="#999"/>{words(x(v), H + 47, f"{v:,g}")}'
+                      for v in panel.get("ticks") or x.ticks()]
             parts.append(words(left + W / 2, H + 66, panel["x"]))
         if "mark" in panel:
             parts.append(f'<path d="M{x(panel["mark"])} {top}v{H}" stroke="#999" stroke-dasharray="4"/>')

@@ -12,8 +12,10 @@ A run leaves runs/NAME/ with adapters.safetensors (the trained tensors alone), m
 state.pt stands there while the run is unfinished, so that --resume goes on exactly where it was stopped.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -40,7 +42,8 @@ import vit
 # from those of flowers (assets/results).
 RATES = {"adaptertune": (1e-3, 5e-3), "adaptformer": (1e-3, 5e-3), "vpt": (1e-2, 1e-2), "clip-adapter": (1e-3, 1e-3),
          "zero-shot": (1e-3, 1e-3), "head": (1e-2, 1e-2), "full": (1e-4, 5e-4), "scratch": (1e-3, 1e-3)}
-NOT_KEPT = ("resume", "eval", "name", "methods", "plot")  # options that config.json leaves out
+NOT_KEPT = ("resume", "eval", "name", "label", "plot")  # options that config.json leaves out
+GRID = ("method", "rank", "every", "blocks", "init")  # options that may have several values, each with each
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 
@@ -86,7 +89,7 @@ class Run:
 
 
 def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
-    """The options of each method; wrong usage prints one line and exits with status 2."""
+    """The options of each run but for its seed; wrong usage prints one line and exits with status 2."""
     parser = argparse.ArgumentParser(
         description="Adapt a frozen Vision Transformer by zero-initialised low-rank adapters.", allow_abbrev=False,
         epilog="Without arguments: the embedded digits on the embedded vit_micro, offline, within a minute.")
@@ -107,17 +110,19 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
     add("--image-size", type=int, default=0, metavar="PIXELS", help="side of the input (default 0: the backbone's own)")
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=[each for each in RATES if each != "scratch"], nargs="+", default=["adaptertune"], metavar="NAME",
-        help=f"{', '.join(RATES)}; several are compared (default adaptertune)")
+        help=f"{', '.join(list(RATES)[:-1])}; several are compared (default adaptertune)")
     add("--scratch", dest="method", action="store_const", const=["scratch"], help="train all of --backbone from random weights")
-    add("--rank", type=int, metavar="R", help=f"width of the bottlenecks ({by_method('rank')}: a quarter of the embedding)")
-    add("--every", type=int, default=1, metavar="K", help="an adapter in every K-th block (default 1)")
-    add("--blocks", type=integers, metavar="I,J,…", help="adapters in these blocks, counted from 0 (default all)")
+    add("--rank", "--ranks", type=integers, default=[None], metavar="R,…", help="width of the bottlenecks, "
+        f"several are compared ({by_method('rank')}: a quarter of the embedding)")
+    add("--every", type=integers, default=[1], metavar="K,…", help="an adapter in every K-th block (default 1)")
+    add("--blocks", type=block_set, default=[None], nargs="+", metavar="I,J,…", help="adapters in these blocks, counted "
+        "from 0, or first6, last6 (default all); several sets with spaces between are compared")
     add("--adapter-input", dest="reads", choices=adaptertune.READS, help="what adapters read: the block's output, the MLP's "
         f"input before (raw) or after its LayerNorm (ln), or the MLP's output ({by_method('reads')})")
     add("--adapter-act", dest="act", choices=(*adaptertune.ACTS, "mlp"), help="their nonlinearity, mlp for that of the "
         f"block's MLP ({by_method('act')}); adapters that read ln through it cost next to nothing once exported")
-    add("--init", metavar="zero|small|FILE", help="up-projection: zeros (default) or N(0, 1e-4²); or the adapters of a file, "
-        "ours or AdaptFormer's")
+    add("--init", type=lambda text: text.split(","), default=[None], metavar="zero|small|FILE", help="up-projection: zeros "
+        "(default) or N(0, 1e-4²); or the adapters of a file, ours or AdaptFormer's")
     add("--scale", type=float, metavar="S", help=f"factor of the adapters' output ({by_method('scale')})")
     add("--learn-scale", action="store_true", default=None, help="train that factor, one for each adapter")
     add("--dropout", type=float, metavar="P", help=f"dropout inside the adapters, 0 for off ({by_method('dropout')})")
@@ -153,11 +158,26 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
     if options.eval:  # the run's own options, unless the command line says otherwise
         if not (saved := Path(options.eval) / "config.json").is_file():
             parser.error(f"no run in {options.eval}: {saved} is missing")
-        parser.set_defaults(**json.loads(saved.read_text()))
+        saved = json.loads(saved.read_text())
+        parser.set_defaults(**saved | {name: [saved[name]] for name in GRID if name in saved})
         options = parser.parse_args(arguments)
-    methods = [options.method] if isinstance(options.method, str) else options.method
-    each = [argparse.Namespace(**vars(options) | {"method": method, "methods": methods}) for method in methods]
-    return [complete(options, parser) for options in each]
+    return [complete(each, parser) for each in expand(options)]
+
+
+def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of each run of the grid; `label` says what is its own."""
+    runs = []
+    for values in itertools.product(*(getattr(options, name) for name in GRID)):
+        run = dict(zip(GRID, values, strict=True))
+        own = adaptertune.METHODS[run["method"]]
+        run |= {"rank": None} if "rank" not in own else {}
+        run |= {"every": 1, "blocks": None, "init": None} if "reads" not in own else {}
+        runs += [run] * (run not in runs)
+    varied = [name for name in GRID if any(run[name] != runs[0][name] for run in runs)]
+    for run in runs:
+        parts = [str(run[name]) if name in ("method", "init") else f"{name} {run[name]}" for name in varied if run[name]]
+        run["label"] = " ".join(parts)
+    return [argparse.Namespace(**vars(options) | run) for run in runs]
 
 
 def by_method(name: str) -> str:
@@ -196,6 +216,13 @@ def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> ar
 def integers(text: str) -> list[int]:
     """Option type: integers with commas between."""
     return [int(part) for part in text.split(",")]
+
+
+def block_set(text: str) -> list[int]:
+    """Option type: blocks counted from 0; first6 and last6 (-6 to -1) for the first and the last 6."""
+    if match := re.fullmatch(r"(first|last)(\d+)", text):
+        return list(range(int(match[2])) if match[1] == "first" else range(-int(match[2]), 0))
+    return integers(text)
 
 
 # ------------------------------------------------------------------------------------------------------ setting things up
@@ -310,18 +337,24 @@ def class_embeddings(run: Run) -> tuple[Tensor, float]:
     vocab = options.vocab or next(filter(Path.exists, (weights.with_name(name) for name in VOCABULARIES)), None)
     tower, scale = vit.load_text(weights)
     vocab = vocab or data.hub_file(repo or "openai/clip-vit-base-patch16", "merges.txt", offline=options.offline)
-    tokens = data.Tokenizer(vocab)(data.sentences(run.data.name, run.data.classes, options.template))
-    return tower(tokens).to(run.device), scale
+    tokenizer = data.Tokenizer(vocab)
+    if tokenizer.size != len(tower.token_embed.weight):
+        raise ValueError(f"{vocab} has {tokenizer.size} ids, {weights} {len(tower.token_embed.weight)}; give its --vocab")
+    sentences = data.sentences(run.data.name, run.data.classes, options.template)
+    return tower(tokenizer(sentences, len(tower.pos_embed))).to(run.device), scale
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
     """runs/NAME; an unfinished run or another run's results in it are never overwritten."""
-    parts = [Path(options.dataset).resolve().name, options.method]
+    own, parts = adaptertune.METHODS[options.method], [Path(options.dataset).resolve().name, options.method]
     parts += [f"{letter}{getattr(options, name)}" for letter, name in (("r", "rank"), ("p", "prompts"), ("k", "shots"),
-              ("n", "limit")) if getattr(options, name) and name in ("shots", "limit", *adaptertune.METHODS[options.method])]
-    several = f"-{options.method}" * (len(options.methods) > 1) if options.name else ""
-    several += f"-s{seed}" if len(options.seeds) > 1 or not options.name else ""
-    folder = Path("runs") / ((options.name or "-".join(parts)) + several)
+              ("n", "limit")) if getattr(options, name) and name in ("shots", "limit", *own)]
+    if options.name:
+        parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
+    elif "reads" in own:
+        parts += [f"every{options.every}"] * (options.every > 1) + ["b" + ".".join(map(str, options.blocks or []))] * bool(
+            options.blocks) + [Path(options.init).stem] * (options.init != "zero")
+    folder = Path("runs") / "-".join(parts + [f"s{seed}"] * (len(options.seeds) > 1 or not options.name))
     if options.eval:
         return Path(options.eval)
     if (folder / "config.json").exists():
@@ -545,31 +578,43 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
-    if reset and status.exists():
-        Path("/proc/self/clear_refs").write_text("5")
+    if reset:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20 if status.exists() else 0.0
 
 
-def compare(metas: list[dict], path: Path) -> None:
-    """Print a row for each method, mean and standard deviation over the seeds; write a .csv of the runs, and an .svg."""
-    groups = {}
-    for meta in metas:
-        groups.setdefault(meta["method"] + (f" r{meta['rank']}" if meta.get("rank") else ""), []).append(meta)
-    print(f"\n{'method':<18}{'trained':>12}{'test %':>16}{'val %':>9}{'lr':>9}{'time':>8}{'GiB':>7}")
-    series = []
-    for name, runs in groups.items():
-        tests = [meta["test_accuracy"] for meta in runs]
+def compare(results: list[tuple[str, dict]], path: Path) -> None:
+    """Print a row for each label, mean and standard deviation over its seeds; write a .csv of the runs, and an .svg. Of runs
+    that differ in rank alone, name the elbow: the least rank whose mean is within a standard error of the best mean."""
+    groups, series, elbows = {}, [], []
+    for label, result in results:
+        groups.setdefault(label or result["method"], []).append(result)
+    width = max(18, *(len(label) + 2 for label in groups))
+    print(f"\n{'':<{width}}{'trained':>12}{'test %':>16}{'val %':>9}{'lr':>9}{'time':>8}{'GiB':>7}")
+    for label, runs in groups.items():
+        tests = [result["test_accuracy"] for result in runs]
         mean, spread = statistics.mean(tests), statistics.stdev(tests) if len(tests) > 1 else 0.0
-        val, time, memory = (statistics.mean(meta[key] for meta in runs) for key in ("val_accuracy", "seconds", "memory"))
-        print(f"{name:<18}{runs[0]['trained']:>12,}{f'{mean:.2f} ± {spread:.2f}':>16}{val:>9.2f}{runs[0]['lr']:>9.0e}"
+        val, time, memory = (statistics.mean(result[key] for result in runs) for key in ("val_accuracy", "seconds", "memory"))
+        print(f"{label:<{width}}{runs[0]['trained']:>12,}{f'{mean:.2f} ± {spread:.2f}':>16}{val:>9.2f}{runs[0]['lr']:>9.0e}"
               f"{clock(time):>8}{memory:>7.2f}")
-        series.append({"name": name, "x": [runs[0]["trained"]], "y": [mean], "error": [spread]})
-    print(f"{len(metas) // len(groups)} seeds: mean ± standard deviation of the test accuracy; mean time of training")
-    columns = ("method", "rank", "seed", "trained", "test_accuracy", "val_accuracy", "epoch", "lr", "seconds", "memory")
-    rows = [columns, *([str(meta.get(name, "")) for name in columns] for meta in metas)]
+        series.append({"name": label, "x": [runs[0]["trained"]], "y": [mean], "error": [spread]})
+        elbows.append((mean, spread / len(tests) ** 0.5, runs[0].get("rank")))
+    print(f"{len(results) // len(groups)} seeds: mean ± standard deviation of the test accuracy; mean time of training")
+    panel = {"title": f"{results[0][1]['dataset']} on {results[0][1]['backbone']}: test accuracy in %"}
+    if len(groups) > 2 and all(label.startswith("rank ") for label in groups):
+        best, error, rank = max(elbows)
+        elbow = min(r for mean, _, r in elbows if mean >= best - error)
+        print(f"elbow    rank {elbow}, the least within a standard error ({error:.2f}) of the best (rank {rank})")
+        ranks = [r for _, _, r in elbows]
+        line = {"x": ranks, "line": True} | {name: [each[name][0] for each in series] for name in ("y", "error")}
+        panel |= {"x": "rank", "log": True, "ticks": ranks, "mark": elbow, "series": [line]}
+    else:
+        panel |= {"x": "trained numbers", "log": True, "series": series}
+    columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy", "epoch", "lr", "seconds",
+               "memory")
+    rows = [columns, *([str((result | {"label": label}).get(name, "")) for name in columns] for label, result in results)]
     path.with_suffix(".csv").write_text("".join(",".join(row) + "\n" for row in rows))
-    title = f"{metas[0]['dataset']} on {metas[0]['backbone']}: test accuracy in %"
-    panel = {"title": title, "x": "trained numbers", "log": True, "series": series}
     path.with_suffix(".svg").write_text(adaptertune.svg([panel]))
     print(f"saved    {path.with_suffix('.csv')}, {path.with_suffix('.svg')}")
 
@@ -646,12 +691,12 @@ def main(arguments: list[str] | None = None) -> int:
             describe(run)
             print(f"test     {evaluate(run, run.data.test, 'test'):.2f} %   (its file says {run.meta['test_accuracy']:.2f} %)")
         else:
-            metas = [train(options, seed) for options in grid for seed in options.seeds]
-            if len(metas) > 1:
-                compare(metas, Path("runs") / f"{grid[0].name or metas[0]['dataset']}-comparison")
+            results = [(options.label, train(options, seed)) for options in grid for seed in options.seeds]
+            if len(results) > 1:
+                compare(results, Path("runs") / f"{grid[0].name or results[0][1]['dataset']}-comparison")
         if grid[0].plot:
             folders = [run_folder(options, options.seeds[0]) for options in grid]
-            look(folders, folders[0] / "test" if len(grid) == 1 else Path("runs", grid[0].name or metas[0]["dataset"]))
+            look(folders, folders[0] / "test" if len(grid) == 1 else Path("runs", grid[0].name or results[0][1]["dataset"]))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -330,7 +330,7 @@ def test_another_backbones_adapter_is_refused(run, runs, tmp_path, monkeypatch):
             np.zeros((1, 3, 16, 16), np.float32))
     for arguments in (["runs/other"], ["runs/a", "--opset", 20]):
         assert "of another backbone or has other options" in run(*arguments, "--swappable", "-o", tmp_path, status=1)
-    assert "changed the backbone itself" in run("runs/full", "--swappable", "-o", tmp_path, status=1)
+    assert "has more than adapters and a linear head" in run("runs/full", "--swappable", "-o", tmp_path, status=1)
 
 
 # ------------------------------------------------------------------------------------------------- without torch, by errors

@@ -120,6 +120,12 @@ def test_clip_on_the_command_line(run, clip, tmp_path, monkeypatch, weights):
     assert run("--eval", "runs/c-zero-shot").rstrip().endswith(f"(its file says {tests[0]} %)")
 
 
+def test_another_vocabulary_is_refused(run, clip, tmp_path):
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nd i\n")
+    error = run("--weights", clip, "--method", "zero-shot", "--vocab", tmp_path / "merges.txt", status=1)
+    assert re.search(r"merges.txt has 515 ids, .*clip.safetensors 522; give its --vocab", error)
+
+
 def test_template(run, clip, tmp_path):
     run("--weights", clip, "--method", "zero-shot", "--template", "digit {}, photo", "--name", "t")
     tower, tokens = vit.load_text(clip)[0], data.Tokenizer(clip.with_name("merges.txt"))
@@ -293,14 +299,39 @@ def test_comparison(run, tiny_weights, tmp_path):
     assert {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()} == names
     rows = list(csv.DictReader((tmp_path / "runs/digits-comparison.csv").open()))
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("adaptertune", "vpt", "head") for s in "01"]
-    for name, trained in (("adaptertune r8", "1,434"), ("vpt", "970"), ("head", "330")):
-        tests = [float(row["test_accuracy"]) for row in rows if row["method"] == name.split()[0]]
+    for name, trained in (("adaptertune", "1,434"), ("vpt", "970"), ("head", "330")):
+        tests = [float(row["test_accuracy"]) for row in rows if row["method"] == name]
         mean, spread = sum(tests) / 2, abs(tests[0] - tests[1]) / 2 ** 0.5
         assert re.search(rf"^{name} +{trained} +{mean:.2f} ± {spread:.2f} ", out, re.M), (name, out)
     assert len(parsed(tmp_path / "runs/digits-comparison.svg").findall(".//{*}circle")) == 3
     again = run(*common, "--resume")
     assert again.count("finished before") == 6
     assert again.splitlines()[-6:] == out.splitlines()[-6:]
+
+
+def test_sweep(run, tiny_weights, tmp_path):
+    """Ranks, placements and inits with each other; methods without them run once; the elbow by its rule."""
+    common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60]
+    out = run(*common, "--ranks", "1,2,8", "--seeds", "0,1")
+    rows = list(csv.DictReader((tmp_path / "runs/digits-comparison.csv").open()))
+    tests = {rank: [float(row["test_accuracy"]) for row in rows if row["rank"] == rank] for rank in ("1", "2", "8")}
+    means = {int(rank): sum(values) / 2 for rank, values in tests.items()}
+    best = max(means, key=means.get)
+    error = abs(tests[str(best)][0] - tests[str(best)][1]) / 2  # of two: their spread / sqrt 2, that again / sqrt 2
+    elbow = min(rank for rank, mean in means.items() if mean >= means[best] - error)
+    assert f"elbow    rank {elbow}, the least within a standard error ({error:.2f}) of the best (rank {best})" in out
+    picture = parsed(tmp_path / "runs/digits-comparison.svg")
+    assert [each.text for each in picture.findall(".//{*}text")][-4:-1] == ["1", "2", "8"]
+    out = run(*common, "--method", "adaptertune", "head", "--blocks", "first1", "last1", "--init", "zero,small", "--name", "g")
+    folders = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir() and path.name.startswith("g-")}
+    assert folders == {"g-adaptertune-blocks-0-zero", "g-adaptertune-blocks-0-small", "g-adaptertune-blocks--1-zero",
+                       "g-adaptertune-blocks--1-small", "g-head"}
+    assert out.count("test     ") == 5
+    tensors = load_file(tmp_path / "runs/g-adaptertune-blocks--1-small/adapters.safetensors")
+    assert "blocks.1.adapter.up.weight" in tensors
+    assert "blocks.0.adapter.up.weight" not in tensors
+    assert f"test     {json.loads((tmp_path / 'runs/g-head/result.json').read_text())['test_accuracy']:.2f} %" in run(
+        "--eval", "runs/g-head")
 
 
 @pytest.mark.parametrize("tsne", [True, False])
