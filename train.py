@@ -40,7 +40,7 @@ import vit
 # Peak learning rates, in general and for vit_micro. The paper's for adapters is 1e-3, for thousands of steps; the head's is
 # from DeiT-tiny on 2,000 images of CIFAR-100 (README.md), vit_micro's are from the validation images of digits, CLIP-Adapter's
 # from those of flowers (assets/results).
-RATES = {"adaptertune": (1e-3, 5e-3), "adaptformer": (1e-3, 5e-3), "vpt": (1e-2, 1e-2), "clip-adapter": (1e-3, 1e-3),
+RATES = {"adaptertune": (1e-3, 5e-3), "adaptformer": (1e-3, 5e-3), "vpt": (1e-2, 5e-2), "clip-adapter": (3e-3, 3e-3),
          "zero-shot": (1e-3, 1e-3), "head": (1e-2, 1e-2), "full": (1e-4, 5e-4), "scratch": (1e-3, 1e-3)}
 NOT_KEPT = ("resume", "eval", "name", "label", "plot")  # options that config.json leaves out
 GRID = ("method", "rank", "every", "blocks", "init")  # options that may have several values, each with each
@@ -108,34 +108,7 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
     add("--weights", default="", metavar="FILE", help="a .safetensors or .pth file instead of the download")
     add("--heads", type=int, default=0, metavar="N", help="attention heads of --weights (default 0: 64 channels each)")
     add("--image-size", type=int, default=0, metavar="PIXELS", help="side of the input (default 0: the backbone's own)")
-    add = parser.add_argument_group("method").add_argument
-    add("--method", choices=[each for each in RATES if each != "scratch"], nargs="+", default=["adaptertune"], metavar="NAME",
-        help=f"{', '.join(list(RATES)[:-1])}; several are compared (default adaptertune)")
-    add("--scratch", dest="method", action="store_const", const=["scratch"], help="train all of --backbone from random weights")
-    add("--rank", "--ranks", type=integers, default=[None], metavar="R,…", help="width of the bottlenecks, "
-        f"several are compared ({by_method('rank')}: a quarter of the embedding)")
-    add("--every", type=integers, default=[1], metavar="K,…", help="an adapter in every K-th block (default 1)")
-    add("--blocks", type=block_set, default=[None], nargs="+", metavar="I,J,…", help="adapters in these blocks, counted "
-        "from 0, or first6, last6 (default all); several sets with spaces between are compared")
-    add("--adapter-input", dest="reads", choices=adaptertune.READS, help="what adapters read: the block's output, the MLP's "
-        f"input before (raw) or after its LayerNorm (ln), or the MLP's output ({by_method('reads')})")
-    add("--adapter-act", dest="act", choices=(*adaptertune.ACTS, "mlp"), help="their nonlinearity, mlp for that of the "
-        f"block's MLP ({by_method('act')}); adapters that read ln through it cost next to nothing once exported")
-    add("--init", type=lambda text: text.split(","), default=[None], metavar="zero|small|FILE", help="up-projection: zeros "
-        "(default) or N(0, 1e-4²); or the adapters of a file, ours or AdaptFormer's")
-    add("--scale", type=float, metavar="S", help=f"factor of the adapters' output ({by_method('scale')})")
-    add("--learn-scale", action="store_true", default=None, help="train that factor, one for each adapter")
-    add("--dropout", type=float, metavar="P", help=f"dropout inside the adapters, 0 for off ({by_method('dropout')})")
-    add("--prompts", type=int, metavar="N", help=f"vpt's tokens in a block ({by_method('prompts')})")
-    add("--shallow", dest="deep", action="store_false", default=None, help="vpt: prompts enter at the first block alone")
-    add = parser.add_argument_group("clip-adapter, zero-shot").add_argument
-    add("--ratio", type=float, metavar="A", help="share of the image adapter, 0 for none (default 0.2; 0.6 if fine-grained)")
-    add("--text-ratio", type=float, metavar="B", help="share of the text adapter (default 0, none)")
-    add("--learn-ratio", action="store_true", default=None, help="train those that aren't 0")
-    add("--classifier", choices=("text", "prototypes"), help="class embeddings from their names (default) or training images")
-    add("--template", default="", help='such as "a photo of a {}." (default by data set, as published)')
-    add("--text-weights", default="", metavar="FILE", help="CLIP's text tower (default: in the backbone's file)")
-    add("--vocab", default="", metavar="FILE", help="merges.txt or bpe_simple_vocab_16e6.txt.gz (default: beside the weights)")
+    add_method_options(parser)
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=0, metavar="N", help="passes over the training images (default 10; digits 12; "
         "cached features 100)")
@@ -164,6 +137,38 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
     return [complete(each, parser) for each in expand(options)]
 
 
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """The options that belong to methods; None stands for the method's own default."""
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=[each for each in RATES if each != "scratch"], nargs="+", default=["adaptertune"], metavar="NAME",
+        help=f"{', '.join(list(RATES)[:-1])}; several are compared (default adaptertune)")
+    add("--scratch", dest="method", action="store_const", const=["scratch"], help="train all of --backbone from random weights")
+    add("--rank", "--ranks", type=integers, default=[None], metavar="R,…", help="width of the bottlenecks, "
+        f"several are compared ({by_method('rank')}: a quarter of the embedding)")
+    add("--every", type=integers, default=[1], metavar="K,…", help="an adapter in every K-th block (default 1)")
+    add("--blocks", type=block_set, default=[None], nargs="+", metavar="I,J,…", help="adapters in these blocks, counted "
+        "from 0, or first6, last6 (default all); several sets with spaces between are compared")
+    add("--adapter-input", dest="reads", choices=adaptertune.READS, help="what adapters read: the block's output, the MLP's "
+        f"input before (raw) or after its LayerNorm (ln), or the MLP's output ({by_method('reads')})")
+    add("--adapter-act", dest="act", choices=(*adaptertune.ACTS, "mlp"), help="their nonlinearity, mlp for that of the "
+        f"block's MLP ({by_method('act')}); adapters that read ln through it cost next to nothing once exported")
+    add("--init", type=lambda text: text.split(","), default=[None], metavar="zero|small|FILE", help="up-projection: zeros "
+        "(default) or N(0, 1e-4²); or the adapters of a file, ours or AdaptFormer's")
+    add("--scale", type=float, metavar="S", help=f"factor of the adapters' output ({by_method('scale')})")
+    add("--learn-scale", action="store_true", default=None, help="train that factor, one for each adapter")
+    add("--dropout", type=float, metavar="P", help=f"dropout inside the adapters, 0 for off ({by_method('dropout')})")
+    add("--prompts", type=int, metavar="N", help=f"vpt's tokens in a block ({by_method('prompts')})")
+    add("--shallow", dest="deep", action="store_false", default=None, help="vpt: prompts enter at the first block alone")
+    add = parser.add_argument_group("clip-adapter, zero-shot").add_argument
+    add("--ratio", type=float, metavar="A", help="share of the image adapter, 0 for none (default 0.2; 0.6 if fine-grained)")
+    add("--text-ratio", type=float, metavar="B", help="share of the text adapter (default 0, none)")
+    add("--learn-ratio", action="store_true", default=None, help="train those that aren't 0")
+    add("--classifier", choices=("text", "prototypes"), help="class embeddings from their names (default) or training images")
+    add("--template", default="", help='such as "a photo of a {}." (default by data set, as published)')
+    add("--text-weights", default="", metavar="FILE", help="CLIP's text tower (default: in the backbone's file)")
+    add("--vocab", default="", metavar="FILE", help="merges.txt or bpe_simple_vocab_16e6.txt.gz (default: beside the weights)")
+
+
 def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
     """The options of each run of the grid; `label` says what is its own."""
     runs = []
@@ -189,7 +194,8 @@ def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> ar
     """Fill in the defaults that depend on other options, and refuse what can't be."""
     ranges = {"limit": (0, 1e9), "heads": (0, 1e4), "image_size": (0, 1e5), "epochs": (0, 1e6), "batch": (0, 1e6),
               "lr": (0, 1e3), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "min_scale": (0, 1), "dropout": (0, 1),
-              "shots": (0, 1e6), "test_share": (0, 0.9), "ratio": (0, 1), "text_ratio": (0, 1), "prompts": (1, 1e4)}
+              "shots": (0, 1e6), "test_share": (0, 0.9), "ratio": (0, 1), "text_ratio": (0, 1), "prompts": (1, 1e4),
+              "rank": (0, 1e4)}
     own = adaptertune.METHODS[options.method]
     for name, value in own.items():
         if getattr(options, name) is None:
@@ -461,7 +467,8 @@ def fit(run: Run) -> None:
             save_state(run, optimizer)
         run.model.load_state_dict(state.best, strict=False)
         test = evaluate(run, run.data.test, "test")
-        run.meta |= {"epoch": state.best_epoch, "val_accuracy": state.best_val, "test_accuracy": test}
+        run.meta |= {"epoch": state.best_epoch, "val_accuracy": None if math.isnan(state.best_val) else state.best_val,
+                     "test_accuracy": test}
     except KeyboardInterrupt:
         save_state(run, optimizer)
         raise
@@ -595,9 +602,12 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
     for label, runs in groups.items():
         tests = [result["test_accuracy"] for result in runs]
         mean, spread = statistics.mean(tests), statistics.stdev(tests) if len(tests) > 1 else 0.0
-        val, time, memory = (statistics.mean(result[key] for result in runs) for key in ("val_accuracy", "seconds", "memory"))
-        print(f"{label:<{width}}{runs[0]['trained']:>12,}{f'{mean:.2f} ± {spread:.2f}':>16}{val:>9.2f}{runs[0]['lr']:>9.0e}"
-              f"{clock(time):>8}{memory:>7.2f}")
+        val, time, memory = (statistics.mean(math.nan if result[key] is None else result[key] for result in runs)
+                             for key in ("val_accuracy", "seconds", "memory"))
+        chosen = "-" if math.isnan(val) else f"{val:.2f}"
+        rate = f"{runs[0]['lr']:.0e}" if runs[0]["trained"] else "-"
+        print(f"{label:<{width}}{runs[0]['trained']:>12,}{f'{mean:.2f} ± {spread:.2f}':>16}{chosen:>9}{rate:>9}{clock(time):>8}"
+              f"{memory:>7.2f}")
         series.append({"name": label, "x": [runs[0]["trained"]], "y": [mean], "error": [spread]})
         elbows.append((mean, spread / len(tests) ** 0.5, runs[0].get("rank")))
     print(f"{len(results) // len(groups)} seeds: mean ± standard deviation of the test accuracy; mean time of training")

@@ -159,7 +159,7 @@ def test_placement(options, chosen):
     assert adaptertune.choose_blocks(6, **options) == chosen
 
 
-@pytest.mark.parametrize("options", [{"every": 7}, {"every": 0}, {"blocks": [6]}, {"blocks": [-1]}])
+@pytest.mark.parametrize("options", [{"every": 7}, {"every": 0}, {"blocks": [6]}, {"blocks": [-7]}])
 def test_placement_that_cant_be(options):
     with pytest.raises(ValueError, match="choose from 0 to 5"):
         adaptertune.choose_blocks(6, **options)

@@ -189,6 +189,7 @@ def test_no_image_left_for_val(run, photos, tiny_weights, tmp_path):
     assert "data     photos: 30 train / 0 val / 30 test, 3 classes" in out
     assert re.search(r"\(epoch 2, the last, no image being left for val; test read once\)", out)
     assert "<polyline" in (tmp_path / "runs/a/curves.svg").read_text()
+    assert json.loads((tmp_path / "runs/a/result.json").read_text())["val_accuracy"] is None
 
 
 def test_features_are_computed_once(run, tiny_weights, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ weights/deit_tiny_patch16_224.safetensors (timm/deit_tiny_patch16_224.fb_in1k), 
 INDEX_wnid_name.jpg by ImageNet class) and data/flowers12/train,test/CLASS/; ADAPTERTUNE_RESTORED one with
 clip_vitb16_visual.safetensors (the image tower of openai/clip-vit-base-patch16) and cifar-100-python/."""
 import os
+import re
 from pathlib import Path
 
 import onnxruntime
@@ -167,3 +168,20 @@ def test_two_tasks_on_one_deit_tiny(tmp_path, monkeypatch, capsys):
         path = tmp_path / "runs" / f"{name}.onnx_adapter"
         parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
         assert path.stat().st_size < 1.1 * sum(value.numpy().nbytes for value in parameters.values())
+
+
+def test_few_shots_on_clip(tmp_path, monkeypatch, capsys):
+    """Two photos of each of twelve flowers: class means name most of the others, CLIP-Adapter starts there, and both export."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
+    flowers = ["--dataset", str(REAL / "data/flowers12"), "--weights", str(CLIP), "--classifier", "prototypes", "--shots", "2"]
+    assert train.main([*flowers, "--method", "zero-shot", "clip-adapter", "--name", "f"]) == 0
+    out = capsys.readouterr().out
+    print(out)
+    zero_shot, adapted = (float(value) for value in re.findall(r"^test +([\d.]+) %", out, re.M))
+    assert zero_shot > 80
+    assert adapted > zero_shot - 5
+    assert re.findall(r"^zeroshot ([\d.]+) %", out, re.M) == [f"{zero_shot:.2f}"] * 2
+    for name in ("zero-shot", "clip-adapter"):
+        assert export.main([f"runs/f-{name}", "--images", "24"]) == 0
+        assert "24 test images" in capsys.readouterr().out

@@ -179,7 +179,7 @@ def test_photos(run, photos, tiny_weights, tmp_path):
 
 def test_a_run_is_not_overwritten_by_another(run, tiny_weights, tmp_path):
     run(*quick(tiny_weights))
-    assert "holds a run with other options; give this one a --name" in run(*quick(tiny_weights, "--init", "small"), status=1)
+    assert "holds a run with other options; give this one a --name" in run(*quick(tiny_weights, "--dropout", 0.2), status=1)
     run(*quick(tiny_weights, "--offline", "--data-dir", tmp_path, "--device", "cpu"))  # the same run, elsewhere
 
 
