@@ -91,11 +91,11 @@ class ClipHead(nn.Module):
 
     Args:
         projection: CLIP's own, [E, D]; frozen.
-        rank: width of the bottlenecks; 0 for E/4, the published one.
+        rank: width of the bottlenecks; E/4 is the published one.
         ratio, text_ratio: a and b; a side whose ratio is 0 gets no bottleneck. `learn_ratio` makes them trained numbers.
     """
 
-    def __init__(self, projection: Tensor, classes: int, *, rank: int = 0, ratio: float = 0.0, text_ratio: float = 0.0,
+    def __init__(self, projection: Tensor, classes: int, *, rank: int = 1, ratio: float = 0.0, text_ratio: float = 0.0,
                  learn_ratio: bool = False):
         super().__init__()
         E, self.out_features = len(projection), classes
@@ -103,8 +103,8 @@ class ClipHead(nn.Module):
         self.register_buffer("classes", torch.zeros(classes, E))  # W, which the task brings
         self.register_buffer("scale", torch.tensor(100.0))  # CLIP's exp(t), where it stood when training ended
         for side, share in (("image", ratio), ("text", text_ratio)):
-            bottleneck = nn.Sequential(nn.Linear(E, rank or E // 4, bias=False), nn.ReLU(),
-                                       nn.Linear(rank or E // 4, E, bias=False), nn.ReLU()) if share else None
+            bottleneck = nn.Sequential(nn.Linear(E, rank, bias=False), nn.ReLU(),
+                                       nn.Linear(rank, E, bias=False), nn.ReLU()) if share else None
             setattr(self, side, bottleneck)
             setattr(self, f"{side}_ratio", nn.Parameter(torch.tensor(float(share))) if learn_ratio and share else float(share))
 
@@ -441,7 +441,7 @@ def svg(panels: list[dict]) -> str:
         if axes:
             parts += [f'<path d="M{left} {y(v)}h{W}" stroke="#eee"/>' + words(left - 6, y(v) + 4, f"{v:g}", "end")
                       for v in y.ticks()]
-            parts += [f'<path d="M{x(v)} {top + H}v4" stroke="#999"/>{words(x(v), H + 47, f"{v:,g}")}'
+            parts += [f'<path d="M{x(v)} {top + H}v4" stroke="#999"/>{words(x(v), H + 47, f"{v:,.9g}")}'
                       for v in panel.get("ticks") or x.ticks()]
             parts.append(words(left + W / 2, H + 66, panel["x"]))
         if "mark" in panel:

@@ -307,6 +307,8 @@ def add_clip_head(model: vit.ViT, classes: int, own: dict) -> None:
     """Put a ClipHead in the place of CLIP's projection."""
     if not model.config.norm_pre or not isinstance(model.head, nn.Linear):
         raise ValueError("clip-adapter and zero-shot want CLIP's image tower with its projection; choose a clip_* --backbone")
+    if "rank" in own:
+        own["rank"] = own["rank"] or len(model.head.weight) // 4  # CLIP-Adapter's
     own = {name: value for name, value in own.items() if name != "classifier"}
     model.head = adaptertune.ClipHead(model.head.weight, classes, **own)
 
@@ -650,7 +652,8 @@ def look(folders: list[Path], path: Path) -> None:
         wrong = counts - counts.diag().diag()
         for place in wrong.flatten().topk(3).indices.tolist():
             i, k = divmod(place, len(names))
-            print(f"mistaken {title.split(',')[0]}: {wrong[i, k]} of {counts[i].sum()} images of {names[i]!r} for {names[k]!r}")
+            if n := int(wrong[i, k]):
+                print(f"mistaken {run.meta['method']}: {n} of {counts[i].sum()} images of {names[i]!r} for {names[k]!r}")
     for what, panels in (("features", features), ("confusion", confusions)):
         file = path.with_name(f"{path.name}-{what}.svg")
         file.write_text(adaptertune.svg(panels))
