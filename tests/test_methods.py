@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
@@ -396,3 +397,20 @@ def test_start_from_names_what_is_missing(tiny_weights, tmp_path):
     save_file({"blocks.0.adapter.up.bias": torch.zeros(32)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="no blocks.0.adapter.down.weight"):
         adaptertune.start_from(model, load_file(tmp_path / "a.safetensors"))
+
+
+def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path):
+    """A backbone by name: both towers and the vocabulary are fetched once from its repository."""
+    config = vit.load(clip)[1].config
+    monkeypatch.setitem(vit.BACKBONES, "clip_b16", replace(vit.BACKBONES["clip_b16"], config=config))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    repository = "/openai/clip-vit-base-patch16/resolve/main/"
+    server.files = {f"{repository}model.safetensors": clip.read_bytes(),
+                    f"{repository}merges.txt": clip.with_name("merges.txt").read_bytes()}
+    common = ["--backbone", "clip_b16", "--method", "zero-shot"]
+    out = run(*common, "--name", "a")
+    assert [path for path, _ in server.seen] == list(server.files)
+    assert re.search(r"^test", run(*common, "--offline", "--name", "b"), re.M)
+    assert len(server.seen) == 2
+    test = re.search(r"^test +[\d.]+ %", out, re.M)[0]
+    assert test in run("--weights", clip, "--method", "zero-shot", "--name", "c")
