@@ -13,6 +13,7 @@ state.pt stands there while the run is unfinished, so that --resume goes on exac
 """
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import itertools
@@ -623,10 +624,11 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
         panel |= {"x": "rank", "log": True, "ticks": ranks, "mark": elbow, "series": [line]}
     else:
         panel |= {"x": "trained numbers", "log": True, "series": series}
-    columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy", "epoch", "lr", "seconds",
-               "memory")
-    rows = [columns, *([str((result | {"label": label}).get(name, "")) for name in columns] for label, result in results)]
-    path.with_suffix(".csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy", "epoch", "lr", "seconds", "memory")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"label": label, **result} for label, result in results)
     path.with_suffix(".svg").write_text(adaptertune.svg([panel]))
     print(f"saved    {path.with_suffix('.csv')}, {path.with_suffix('.svg')}")
 

@@ -328,6 +328,9 @@ def test_sweep(run, tiny_weights, tmp_path):
     assert folders == {"g-adaptertune-blocks-0-zero", "g-adaptertune-blocks-0-small", "g-adaptertune-blocks--1-zero",
                        "g-adaptertune-blocks--1-small", "g-head"}
     assert out.count("test     ") == 5
+    rows = list(csv.DictReader((tmp_path / "runs/g-comparison.csv").open()))
+    assert [row["label"] for row in rows] == ["adaptertune blocks [0] zero", "adaptertune blocks [0] small",
+                                              "adaptertune blocks [-1] zero", "adaptertune blocks [-1] small", "head"]
     tensors = load_file(tmp_path / "runs/g-adaptertune-blocks--1-small/adapters.safetensors")
     assert "blocks.1.adapter.up.weight" in tensors
     assert "blocks.0.adapter.up.weight" not in tensors
