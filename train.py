@@ -625,7 +625,8 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
     else:
         panel |= {"x": "trained numbers", "log": True, "series": series}
     with path.with_suffix(".csv").open("w", newline="") as file:
-        columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy", "epoch", "lr", "seconds", "memory")
+        columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy", "epoch", "lr", "seconds",
+                   "memory")
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({"label": label, **result} for label, result in results)
