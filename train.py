@@ -147,7 +147,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", "--ranks", type=integers, default=[None], metavar="R,…", help="width of the bottlenecks, "
         f"several are compared ({by_method('rank')}: a quarter of the embedding)")
     add("--every", type=integers, default=[1], metavar="K,…", help="an adapter in every K-th block (default 1)")
-    add("--blocks", type=block_set, default=[None], nargs="+", metavar="I,J,…", help="adapters in these blocks, counted "
+    add("--blocks", type=placement, default=[None], nargs="+", metavar="I,J,…", help="adapters in these blocks, counted "
         "from 0, or first6, last6 (default all); several sets with spaces between are compared")
     add("--adapter-input", dest="reads", choices=adaptertune.READS, help="what adapters read: the block's output, the MLP's "
         f"input before (raw) or after its LayerNorm (ln), or the MLP's output ({by_method('reads')})")
@@ -225,7 +225,7 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def block_set(text: str) -> list[int]:
+def placement(text: str) -> list[int]:
     """Option type: blocks counted from 0; first6 and last6 (-6 to -1) for the first and the last 6."""
     if match := re.fullmatch(r"(first|last)(\d+)", text):
         return list(range(int(match[2])) if match[1] == "first" else range(-int(match[2]), 0))
@@ -335,12 +335,13 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
 
 
 @torch.no_grad()
-def class_embeddings(run: Run) -> tuple[Tensor, float]:
-    """CLIP's class matrix [K, E] before any adapter, and its scale: from the classes' names, or from the training images."""
+def embed_classes(run: Run) -> None:
+    """Give a ClipHead its class matrix and scale: from the classes' names, or from the training images (their features)."""
     options, head = run.options, run.model.head
     if options.classifier == "prototypes":
         images = run.data.train.pixels.to(run.device) @ head.projection.T
-        return adaptertune.prototypes(images, run.data.train.labels.to(run.device)), 100.0
+        head.classes = adaptertune.prototypes(images, run.data.train.labels.to(run.device))
+        return
     repo, weights = vit.BACKBONES[options.backbone].repo if options.backbone else "", options.text_weights or options.weights
     weights = Path(weights or data.hub_file(repo, "model.safetensors", offline=options.offline))
     vocab = options.vocab or next(filter(Path.exists, (weights.with_name(name) for name in VOCABULARIES)), None)
@@ -350,7 +351,8 @@ def class_embeddings(run: Run) -> tuple[Tensor, float]:
     if tokenizer.size != len(tower.token_embed.weight):
         raise ValueError(f"{vocab} has {tokenizer.size} ids, {weights} {len(tower.token_embed.weight)}; give its --vocab")
     sentences = data.sentences(run.data.name, run.data.classes, options.template)
-    return tower(tokenizer(sentences, len(tower.pos_embed))).to(run.device), scale
+    head.classes = tower(tokenizer(sentences, len(tower.pos_embed))).to(run.device)
+    head.scale.fill_(scale)
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
@@ -676,12 +678,13 @@ def train(options: argparse.Namespace, seed: int) -> dict:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_stop)
     peak_memory(run.device, reset=True)
+    if run.meta.get("classifier") == "text":  # before what takes long
+        embed_classes(run)
     if options.cached:
         run.data = replace(run.data, **{name: cache_features(run, getattr(run.data, name), name)
                                         for name in ("train", "val", "test")})
-    if "classifier" in run.meta:
-        run.model.head.classes, scale = class_embeddings(run)
-        run.model.head.scale.fill_(scale)
+    if run.meta.get("classifier") == "prototypes":
+        embed_classes(run)
     fit(run)
     return finish(run)
 

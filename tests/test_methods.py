@@ -148,7 +148,9 @@ def test_prototypes_need_no_text(run, tmp_path):
         means = torch.stack([F.normalize(train_x[images.train.labels == i], dim=1).mean(0) for i in range(10)])
         right = (F.cosine_similarity(test_x[:, None], means, dim=2).argmax(1) == images.test.labels).float().mean()
     assert f"test     {100 * right:.2f} %" in out
-    error = run("--weights", weights, "--method", "zero-shot", "--name", "text", status=1)
+    features = sorted((tmp_path / "cache").rglob("*"))
+    error = run("--weights", weights, "--method", "zero-shot", "--name", "text", "--shots", 5, status=1)
+    assert sorted((tmp_path / "cache").rglob("*")) == features  # an error before what takes long
     assert "no text tower" in error
     assert "--classifier prototypes" in error
 
