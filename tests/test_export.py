@@ -104,6 +104,16 @@ def test_parity_of_every_adapter(adapters, changes):
     assert np.abs(session.run(None, {"image": x.numpy()})[0] - model(x).numpy()).max() < 1e-4
 
 
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS)
+def test_parity_of_prompts(changes, deep):
+    model, x = network(None, **changes), normalised(pixels(3))
+    adaptertune.add_prompts(model, prompts=5, deep=deep)
+    model.requires_grad_(False)
+    session, _ = graph(model)
+    assert np.abs(session.run(None, {"image": x.numpy()})[0] - model(x).numpy()).max() < 1e-4
+
+
 def test_a_wrong_graph_shows():
     """The comparison above isn't blind: without its adapters the network gives other numbers."""
     model, x = network({"rank": 8}), normalised(pixels(3))
