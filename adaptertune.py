@@ -22,6 +22,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -323,6 +324,66 @@ def count(model: nn.Module) -> dict[str, int]:
         part = "head" if name.startswith("head.") else "adapters" if is_adapter(name) else "backbone"
         counts[part if parameter.requires_grad else "frozen"] += parameter.numel()
     return counts
+
+
+# ------------------------------------------------------------------------------------------- how much rank a task needs
+
+
+def shift_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable = nn.functional.cross_entropy,
+                    ) -> tuple[Tensor, Tensor]:
+    """What a linear map M_l behind each block of a frozen ViT (h <- h + M_l·h, all M_l = 0) would learn first.
+
+    Returns:
+        G [2, L, D, D]: dLoss/dM_l = Σ over tokens of (dLoss/dh)·hᵀ, mean over images, from the even and from the odd batches.
+        C [L, D, D]: the tokens' second moment Σ h·hᵀ, mean over images.
+    """
+    L, D, half, seen, hooks = len(model.blocks), model.config.width, 0, [0, 0], []
+    G, C = torch.zeros(2, L, D, D), torch.zeros(L, D, D)
+    for i, block in enumerate(model.blocks):
+        def watch(_, inputs: tuple, h: Tensor, i: int = i) -> None:
+            x = h.detach().flatten(0, 1)  # [B·N, D]
+            C[i] += (x.T @ x).cpu()
+
+            def note(gradient: Tensor) -> None:
+                G[half, i] += (gradient.flatten(0, 1).T @ x).cpu()
+            (h if h.requires_grad else h.requires_grad_()).register_hook(note)
+        hooks.append(block.register_forward_hook(watch))
+    for step, (images, labels) in enumerate(batches):
+        half = step % 2
+        seen[half] += len(labels)
+        (loss(model(images), labels) * len(labels)).backward()
+    for hook in hooks:
+        hook.remove()
+    return G / torch.tensor(seen).clamp(min=1).view(2, 1, 1, 1), C / sum(seen)
+
+
+def spectrum(G: Tensor, C: Tensor) -> Tensor:
+    """How much of the loss a map of rank r behind block l takes away at first, [L, D], cumulative over r.
+
+    With adapters at zero, the best step in M_l of a given size E|M·h|² = |M·C^½|² is along the whitened gradient
+    W = G·C^(-½), and the best one of rank r along its r leading singular pairs (Eckart and Young): of |W|² it takes
+    Σ_{i<=r} σ_i². That much is proved, to first order, for each block by itself. So the excess risk of rank r has an
+    approximation part, Σ_{i>r} σ_i², and an estimation part: n images know W only up to noise, which adds to every σ_i what
+    isn't there. Two halves of the images, W and W', take it out: the pair (u_i, v_i) of one is worth σ_i·u_iᵀ·W'·v_i in the
+    other, whose expectation has no noise in it; both ways round, and the mean.
+    Assumed, and not exactly so: what the first step wants is what the whole training wants, an adapter of rank r does what a
+    map of rank r does, and blocks don't stand in for each other. README.md says what was observed.
+    """
+    found = []
+    for first, second, moment in zip(*G.double(), C.double(), strict=True):
+        values, vectors = torch.linalg.eigh(moment)
+        whiten = vectors * (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt() @ vectors.T
+        halves, worth = (first @ whiten, second @ whiten), 0
+        for a, b in (halves, halves[::-1]):
+            u, s, v = torch.linalg.svd(a)  # v: rows
+            worth = worth + s * ((u.T @ b) * v).sum(dim=1) / 2
+        found.append(worth.cumsum(dim=0))
+    return torch.stack(found)
+
+
+def rank_for(energy: Tensor, share: float = 0.9) -> int:
+    """The least rank that takes `share` of the most that any rank takes, from `energy` [D]."""
+    return int((energy >= share * energy.max()).nonzero()[0]) + 1
 
 
 # ------------------------------------------------------------------------------------------------------------ the file

@@ -43,7 +43,7 @@ import vit
 # from those of flowers (assets/results).
 RATES = {"adaptertune": (1e-3, 5e-3), "adaptformer": (1e-3, 5e-3), "vpt": (1e-2, 5e-2), "clip-adapter": (3e-3, 3e-3),
          "zero-shot": (1e-3, 1e-3), "head": (1e-2, 1e-2), "full": (1e-4, 5e-4), "scratch": (1e-3, 1e-3)}
-NOT_KEPT = ("resume", "eval", "name", "label", "plot")  # options that config.json leaves out
+NOT_KEPT = ("resume", "eval", "name", "label", "plot", "spectrum")  # options that config.json leaves out
 GRID = ("method", "rank", "every", "blocks", "init")  # options that may have several values, each with each
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
@@ -127,6 +127,7 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
     add("--name", default="", help="folder below runs/ (default from data set, method, rank and seed)")
     add("--resume", action="store_true", help="go on with stopped runs; finished ones are kept as they are")
     add("--eval", default="", metavar="runs/NAME", help="don't train: load a finished run and read its test set again")
+    add("--spectrum", action="store_true", help="don't train: say how much rank the task needs, from one pass over its images")
     add("--plot", choices=("features",), help="draw what the head sees of the test images, and who is taken for whom")
     options = parser.parse_args(arguments)
     if options.eval:  # the run's own options, unless the command line says otherwise
@@ -144,8 +145,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=[each for each in RATES if each != "scratch"], nargs="+", default=["adaptertune"], metavar="NAME",
         help=f"{', '.join(list(RATES)[:-1])}; several are compared (default adaptertune)")
     add("--scratch", dest="method", action="store_const", const=["scratch"], help="train all of --backbone from random weights")
-    add("--rank", "--ranks", type=integers, default=[None], metavar="R,…", help="width of the bottlenecks, "
-        f"several are compared ({by_method('rank')}: a quarter of the embedding)")
+    add("--rank", "--ranks", type=ranks, default=[None], metavar="R,…", help="width of the bottlenecks, "
+        f"several are compared; auto asks --spectrum ({by_method('rank')}: a quarter of the embedding)")
     add("--every", type=integers, default=[1], metavar="K,…", help="an adapter in every K-th block (default 1)")
     add("--blocks", type=placement, default=[None], nargs="+", metavar="I,J,…", help="adapters in these blocks, counted "
         "from 0, or first6, last6 (default all); several sets with spaces between are compared")
@@ -202,7 +203,7 @@ def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> ar
         if getattr(options, name) is None:
             setattr(options, name, value)
     for name, (low, high) in ranges.items():
-        if (value := getattr(options, name)) is not None and not low <= value <= high:
+        if (value := getattr(options, name)) not in (None, "auto") and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:,.9g}")
     if "init" in own and options.init not in ("zero", "small") and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
@@ -223,6 +224,11 @@ def complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> ar
 def integers(text: str) -> list[int]:
     """Option type: integers with commas between."""
     return [int(part) for part in text.split(",")]
+
+
+def ranks(text: str) -> list[int | str]:
+    """Option type: "auto", or integers."""
+    return ["auto"] if text == "auto" else integers(text)
 
 
 def placement(text: str) -> list[int]:
@@ -532,6 +538,41 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
+def estimate_rank(options: argparse.Namespace, seed: int) -> int:
+    """The rank that takes 90 % of what the first step could take from the loss, all blocks together (adaptertune.spectrum),
+    once a head has been fitted to the frozen features. Prints it and draws the spectra."""
+    name = f"{options.name or Path(options.dataset).resolve().name}-spectrum"
+    run = prepare(argparse.Namespace(**vars(options) | {"method": "head", "rank": None, "name": name, "resume": True}), seed)
+    model, images, started = run.model, run.data.train, time.perf_counter()
+    cached = replace(run.data, train=cache_features(run, images, "train"))
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2, weight_decay=0.05)
+    for epoch in range(30):
+        for x, labels in run.batches.train(cached, seed, epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model.head(x), labels).backward()
+            optimizer.step()
+    model.requires_grad_(False).eval()
+    shuffled = images[data.stratified_order(images.labels, f"spectrum/{seed}")]
+    energy = adaptertune.spectrum(*adaptertune.shift_gradients(model, run.batches.eval(shuffled, run.data.center)))
+    total = energy.sum(dim=0)
+    rank, part = adaptertune.rank_for(total), energy / total.max()
+    print(f"\n{'block':>6}{'share %':>9}{'50 % by rank':>14}{'90 % by rank':>14}")
+    for i, each in enumerate(energy):
+        print(f"{i:>6}{100 * each.max() / energy.max(dim=1)[0].sum():>9.1f}"
+              f"{adaptertune.rank_for(each, 0.5):>14}{adaptertune.rank_for(each):>14}")
+    x = list(range(1, len(total) + 1))
+    series = [{"name": name, "x": x, "y": (100 * y).tolist(), "line": True} for name, y in (
+        ("all blocks", part.sum(dim=0)), *((f"block {i}", y) for i, y in enumerate(part)))]
+    path = Path("runs") / f"{name}.svg"
+    path.parent.mkdir(exist_ok=True)
+    ticks = [2 ** i for i in range(20) if 2 ** i <= len(total)]
+    path.write_text(adaptertune.svg([{"title": "what a rank can take of the first step, in %", "x": "rank", "log": True,
+                                      "ticks": ticks, "mark": rank, "series": series}]))
+    print(f"spectrum rank {rank} takes 90 % of it (a start, not a prescription); {clock(time.perf_counter() - started)}")
+    print(f"saved    {path}")
+    return rank
+
+
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -670,6 +711,8 @@ def look(folders: list[Path], path: Path) -> None:
 
 def train(options: argparse.Namespace, seed: int) -> dict:
     """One run from loading to the report; returns its result.json."""
+    if options.rank == "auto":
+        options = argparse.Namespace(**vars(options) | {"rank": estimate_rank(options, seed)})
     path = run_folder(options, seed) / "adapters.safetensors"
     if options.resume and path.exists() and not path.with_name("state.pt").exists():
         print(f"kept     {path}, finished before")
@@ -709,6 +752,8 @@ def main(arguments: list[str] | None = None) -> int:
             run = open_run(grid[0])
             describe(run)
             print(f"test     {evaluate(run, run.data.test, 'test'):.2f} %   (its file says {run.meta['test_accuracy']:.2f} %)")
+        elif grid[0].spectrum:
+            estimate_rank(grid[0], grid[0].seeds[0])
         else:
             results = [(options.label, train(options, seed)) for options in grid for seed in options.seeds]
             if len(results) > 1:
