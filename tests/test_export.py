@@ -417,6 +417,7 @@ def test_top_k_labels(run, runs, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])
 def test_photos_that_arent(run, tmp_path, content):
+    pytest.importorskip("PIL")
     run("runs/a", "-o", tmp_path / "m.onnx", "--input", "uint8")
     path = tmp_path / "x.png"
     if content is not None:
