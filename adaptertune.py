@@ -13,6 +13,8 @@ function, bit for bit, and moves away only as far as the data ask. Only adapters
 An adapter is nonlinear, so it can't be folded into the backbone's weights, with one exception: one that reads LayerNorm(x)
 through the MLP's own activation is nothing but r more hidden units of that MLP (`merge`).
 
+Beside adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), how much rank a task needs (`spectrum`), pictures (`svg`).
+
 Shapes: B images, N tokens, D width, r rank, L blocks.
 """
 import copy

@@ -3,6 +3,7 @@
     python train.py                                           digits on the embedded vit_micro, offline
     python train.py --dataset cifar100 --rank 8               CIFAR-100 on ViT-S/16, both downloaded
     python train.py --dataset path/to/photos --weights FILE   your own class folders on your own weights
+    python train.py --method adaptertune vpt --seeds 0,1,2    several runs and a table of them
 
 The recipe is the paper's (https://arxiv.org/abs/2603.14706): AdamW, weight decay 0.05 on weight matrices alone, linear
 warm-up over a tenth of the steps and then a cosine to zero, gradients clipped to norm 1, random resized crops and flips.
