@@ -324,9 +324,10 @@ def add_clip_head(model: vit.ViT, classes: int, own: dict) -> None:
 def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     """Images as the features [n, D] that the head reads, computed once without augmentation, and kept on disk by backbone,
     image size and content, for other runs to find."""
-    mode = f"{run.meta['fingerprint']} {run.meta['image_size']} {run.data.center} {run.bf16}"
-    key = hashlib.blake2b(images.pixels.numpy(), digest_size=12, key=hashlib.md5(mode.encode()).digest()).hexdigest()
-    path, features, started = data.cache_folder() / "features" / f"{key}.safetensors", [], time.perf_counter()
+    key = hashlib.sha256(f"{run.meta['fingerprint']} {run.meta['image_size']} {run.data.center} {run.bf16}".encode())
+    key.update(images.pixels.numpy())
+    path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
+    features, started = [], time.perf_counter()
     if not path.exists():
         run.model.eval()
         for x, _ in run.batches.eval(images, run.data.center):
@@ -711,13 +712,13 @@ def look(folders: list[Path], path: Path) -> None:
 
 
 def train(options: argparse.Namespace, seed: int) -> dict:
-    """One run from loading to the report; returns its result.json."""
+    """One run from loading to the report; returns its result.json, and its folder."""
     if options.rank == "auto":
         options = argparse.Namespace(**vars(options) | {"rank": estimate_rank(options, seed)})
     path = run_folder(options, seed) / "adapters.safetensors"
     if options.resume and path.exists() and not path.with_name("state.pt").exists():
         print(f"kept     {path}, finished before")
-        return json.loads(path.with_name("result.json").read_text())
+        return json.loads(path.with_name("result.json").read_text()) | {"folder": path.parent}
     run = prepare(options, seed)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_stop)
@@ -730,7 +731,7 @@ def train(options: argparse.Namespace, seed: int) -> dict:
     if run.meta.get("classifier") == "prototypes":
         embed_classes(run)
     fit(run)
-    return finish(run)
+    return finish(run) | {"folder": run.folder}
 
 
 def open_run(options: argparse.Namespace) -> Run:
@@ -747,21 +748,21 @@ def open_run(options: argparse.Namespace) -> Run:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
-    grid = parse(arguments)
+    grid, folders = parse(arguments), []
     try:
         if grid[0].eval:
-            run = open_run(grid[0])
+            run, folders = open_run(grid[0]), [Path(grid[0].eval)]
             describe(run)
             print(f"test     {evaluate(run, run.data.test, 'test'):.2f} %   (its file says {run.meta['test_accuracy']:.2f} %)")
         elif grid[0].spectrum:
             estimate_rank(grid[0], grid[0].seeds[0])
         else:
             results = [(options.label, train(options, seed)) for options in grid for seed in options.seeds]
+            folders = [result["folder"] for _, result in results[::len(grid[0].seeds)]]  # the first seed's
             if len(results) > 1:
                 compare(results, Path("runs") / f"{grid[0].name or results[0][1]['dataset']}-comparison")
-        if grid[0].plot:
-            folders = [run_folder(options, options.seeds[0]) for options in grid]
-            look(folders, folders[0] / "test" if len(grid) == 1 else Path("runs", grid[0].name or results[0][1]["dataset"]))
+        if grid[0].plot and folders:
+            look(folders, folders[0] / "test" if len(folders) == 1 else Path("runs", grid[0].name or results[0][1]["dataset"]))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -115,6 +115,8 @@ def test_on_the_command_line(capsys, monkeypatch, tmp_path, tiny_weights):
     assert f"spectrum rank {rank} " in run(*common)
     tensors = load_file(tmp_path / f"runs/digits-adaptertune-r{rank}-n200-s0/adapters.safetensors")
     assert len(tensors["blocks.0.adapter.down.weight"]) == rank
-    assert "finished before" in run(*common, "--resume")
+    out = run(*common, "--resume", "--plot", "features")
+    assert "finished before" in out
+    assert f"saved    runs/digits-adaptertune-r{rank}-n200-s0/test-features.svg" in out
     for number, handler in handlers.items():
         signal.signal(number, handler)
