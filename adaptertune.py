@@ -13,17 +13,14 @@ function, bit for bit, and moves away only as far as the data ask. Only adapters
 An adapter is nonlinear, so it can't be folded into the backbone's weights, with one exception: one that reads LayerNorm(x)
 through the MLP's own activation is nothing but r more hidden units of that MLP (`merge`).
 
-Beside adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), how much rank a task needs (`spectrum`), pictures (`svg`).
+Beside adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), how much rank a task needs (`spectrum`).
 
 Shapes: B images, N tokens, D width, r rank, L blocks.
 """
 import copy
 import hashlib
-import html
 import json
-import math
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -331,32 +328,43 @@ def count(model: nn.Module) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------- how much rank a task needs
 
 
+class Shift(nn.Linear):
+    """A map h -> M·h behind a block, M = 0, that adds up h·hᵀ as it goes."""
+    reads = "block"
+
+    def __init__(self, width: int):
+        super().__init__(width, width, bias=False)
+        nn.init.zeros_(self.weight)
+        self.register_buffer("moment", torch.zeros(width, width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = h.detach().flatten(0, 1)  # [B·N, D]
+        self.moment += x.T @ x
+        return super().forward(h)
+
+
 def shift_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable = nn.functional.cross_entropy,
                     ) -> tuple[Tensor, Tensor]:
-    """What a linear map M_l behind each block of a frozen ViT (h <- h + M_l·h, all M_l = 0) would learn first.
+    """What a linear map M_l behind each block of a frozen ViT without adapters would learn first.
 
     Returns:
         G [2, L, D, D]: dLoss/dM_l = Σ over tokens of (dLoss/dh)·hᵀ, mean over images, from the even and from the odd batches.
         C [L, D, D]: the tokens' second moment Σ h·hᵀ, mean over images.
     """
-    L, D, half, seen, hooks = len(model.blocks), model.config.width, 0, [0, 0], []
-    G, C = torch.zeros(2, L, D, D), torch.zeros(L, D, D)
-    for i, block in enumerate(model.blocks):
-        def watch(_, inputs: tuple, h: Tensor, i: int = i) -> None:
-            x = h.detach().flatten(0, 1)  # [B·N, D]
-            C[i] += (x.T @ x).cpu()
-
-            def note(gradient: Tensor) -> None:
-                G[half, i] += (gradient.flatten(0, 1).T @ x).cpu()
-            (h if h.requires_grad else h.requires_grad_()).register_hook(note)
-        hooks.append(block.register_forward_hook(watch))
+    D, seen = model.config.width, torch.zeros(2, 1, 1, 1)
+    for block in model.blocks:
+        block.adapter = Shift(D).to(model.pos_embed.device)
+    maps = [block.adapter for block in model.blocks]
+    G = torch.zeros(2, len(maps), D, D)
     for step, (images, labels) in enumerate(batches):
-        half = step % 2
-        seen[half] += len(labels)
         (loss(model(images), labels) * len(labels)).backward()
-    for hook in hooks:
-        hook.remove()
-    return G / torch.tensor(seen).clamp(min=1).view(2, 1, 1, 1), C / sum(seen)
+        seen[step % 2] += len(labels)
+        for i, each in enumerate(maps):
+            G[step % 2, i] += each.weight.grad.cpu()
+            each.weight.grad = None
+    for block in model.blocks:
+        block.adapter = None
+    return G / seen.clamp(min=1), torch.stack([each.moment.cpu() for each in maps]) / seen.sum()
 
 
 def spectrum(G: Tensor, C: Tensor) -> Tensor:
@@ -432,97 +440,3 @@ def load(model: nn.Module, tensors: dict[str, Tensor], meta: dict, *, backbone: 
     if faults := sorted(set(wanted) ^ set(tensors)) or [key for key in wanted if wanted[key].shape != tensors[key].shape]:
         raise ValueError(f"the adapter file doesn't fit its own description: {', '.join(faults[:3])}")
     model.load_state_dict(tensors, strict=False)
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
-
-
-def flatten(features: Tensor) -> Tensor:
-    """Features [n, D] as points [n, 2] to look at: t-SNE's where scikit-learn is installed, else two principal components."""
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        centred = features - features.mean(dim=0)
-        return centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
-    return torch.from_numpy(TSNE(random_state=0, perplexity=min(30, len(features) / 4)).fit_transform(features.numpy()))
-
-
-class Axis:
-    """A scale from numbers to pixels, with a margin; `log` in powers of ten."""
-
-    def __init__(self, values: list[float], start: float, length: float, log: bool = False):
-        self.log, self.start, self.length = log, start, length
-        values = [self.value(x) for x in values if not math.isnan(x)] or [0.0]
-        low, high = min(values), max(values)
-        margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-        self.low, self.high = low - margin, high + margin
-
-    def value(self, x: float) -> float:
-        return math.log10(max(x, 1)) if self.log else x
-
-    def __call__(self, x: float) -> float:
-        return round(self.start + self.length * (self.value(x) - self.low) / (self.high - self.low), 1)
-
-    def ticks(self) -> list[float]:
-        """Powers of ten, or two to six round numbers."""
-        size = self.high - self.low
-        step = 10.0 ** math.floor(math.log10(size / 2))
-        step = 1 if self.log else step * next(m for m in (0.5, 1, 2, 5) if size / (step * m) <= 6)
-        values = [round(step * i, 12) for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-        return [10.0 ** x for x in values] if self.log else values
-
-
-def words(x: float, y: float, text: str, anchor: str = "middle", more: str = "") -> str:
-    """Text in an SVG picture."""
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" {more}>{html.escape(text)}</text>'
-
-
-def svg(panels: list[dict]) -> str:
-    """Panels side by side as a picture.
-
-    A panel has a `title` and `series` or `cells` (counts [K, K], the darker the more, with `names` of the K), and perhaps `x`
-    (what is along that axis; without it there are no axes), `log` (x in powers of ten), `ticks` (of x) and `mark` (an x for a
-    dashed line). A series has lists `x` and `y`, and perhaps a `name`, `error` (a list, ±) and `line` (its points are joined).
-    """
-    parts, W, H, top = [], 330, 260, 30
-    for i, panel in enumerate(panels):
-        left, series, axes = 60 + i * (W + 80), panel.get("series", []), "x" in panel
-        parts.append(words(left, 20, panel["title"], "start", 'font-weight="bold"') +
-                     f'<rect x="{left}" y="{top}" width="{W}" height="{H}" fill="none" stroke="#ccc"/>')
-        for row, counts in enumerate(cells := panel.get("cells", [])):
-            w, h = W / len(cells), H / len(cells)
-            parts += [f'<rect x="{left + w * k:.2f}" y="{top + h * row:.2f}" width="{w:.2f}" height="{h:.2f}" '
-                      f'fill="{COLOURS[row != k]}" fill-opacity="{n / sum(counts):.3f}"/>' for k, n in enumerate(counts) if n]
-            if len(cells) <= 20:
-                parts.append(words(left - 4, top + h * (row + 0.5) + 4, panel["names"][row][:8], "end"))
-        errors = [(each, each.get("error") or [0.0] * len(each["y"])) for each in series]
-        x = Axis([v for each in series for v in each["x"]], left, W, panel.get("log", False))
-        y = Axis([v + e for each, error in errors for v, e in zip(each["y"] * 2, error + [-e for e in error], strict=True)],
-                 top + H, -H)
-        if axes:
-            parts += [f'<path d="M{left} {y(v)}h{W}" stroke="#eee"/>' + words(left - 6, y(v) + 4, f"{v:g}", "end")
-                      for v in y.ticks()]
-            parts += [f'<path d="M{x(v)} {top + H}v4" stroke="#999"/>{words(x(v), H + 47, f"{v:,.9g}")}'
-                      for v in panel.get("ticks") or x.ticks()]
-            parts.append(words(left + W / 2, H + 66, panel["x"]))
-        if "mark" in panel:
-            parts.append(f'<path d="M{x(panel["mark"])} {top}v{H}" stroke="#999" stroke-dasharray="4"/>')
-        for k, (each, error) in enumerate(errors):
-            colour = COLOURS[k % len(COLOURS)]
-            points = [(x(a), y(b), y(b - e), y(b + e)) for a, b, e in zip(each["x"], each["y"], error, strict=True) if b == b]
-            parts += [f'<path d="M{a} {low}V{high}" stroke="{colour}"/>' for a, _, low, high in points if low != high]
-            if each.get("line"):
-                line = " ".join(f"{a},{b}" for a, b, *_ in points)
-                parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            else:
-                r = 4 if axes else 2.5
-                parts += [f'<circle cx="{a}" cy="{b}" r="{r}" fill="{colour}" fill-opacity="0.7"/>' for a, b, *_ in points]
-            if points and each.get("name") and axes:
-                parts.append(words(points[-1][0] + 7, points[-1][1] + 4, each["name"], "start", f'fill="{colour}"'))
-            elif points and each.get("name") and len(series) <= 40:  # amid the points, on white
-                a, b = (statistics.median(point[i] for point in points) for i in (0, 1))
-                parts.append(words(a, b + 4, each["name"], more='paint-order="stroke" stroke="#fff" stroke-width="3"'))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(panels) * (W + 80) + 80}" height="{H + 80}" '
-            f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n')

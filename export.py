@@ -42,6 +42,7 @@ if "--run" not in sys.argv:  # which does without torch and onnx, so that it run
     from onnxruntime.quantization import quantize_dynamic
 
     import adaptertune
+    import cli
     import data
     import train
     import vit
@@ -554,7 +555,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.run:
             label(options.run, options.paths, options.adapter)
             return 0
-        run = train.open_run(train.parse(["--eval", options.paths[0], "--device", "cpu", *more])[0])
+        run = train.open_run(cli.parse(["--eval", options.paths[0], "--device", "cpu", *more])[0])
         run.model.eval().requires_grad_(False)
         if options.top_k > len(run.meta["classes"]):
             raise ValueError(f"--top-k {options.top_k}: there are {len(run.meta['classes'])} classes")

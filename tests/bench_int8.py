@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import adaptertune  # noqa: E402
+import cli  # noqa: E402
 import export  # noqa: E402
 import train  # noqa: E402
 
@@ -62,7 +63,7 @@ def main():
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=40)
     options, more = parser.parse_known_args()
-    run = train.open_run(train.parse(["--eval", options.run, "--device", "cpu", *more])[0])
+    run = train.open_run(cli.parse(["--eval", options.run, "--device", "cpu", *more])[0])
     run.model.eval().requires_grad_(False)
     run.meta.update(input="float", resize=False, output="logits", top_k=0, batch=0)
     test = run.data.test[torch.linspace(0, len(run.data.test) - 1, min(options.images, len(run.data.test))).long()]

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, runner, write_tiny
 
 import adaptertune
+import cli
 import data
 import export
 import train
@@ -303,7 +304,7 @@ def test_one_session_serves_two_tasks(run, runs, tmp_path, monkeypatch):
         assert "backbone.onnx (" not in run(f"runs/{name}", "--swappable", "-o", tmp_path)
     assert (tmp_path / "backbone.onnx").stat().st_mtime_ns == before
     session = export.session(tmp_path / "backbone.onnx")
-    models = {name: train.open_run(train.parse(["--eval", f"runs/{name}"])[0]) for name in ("a", "b", "head")}
+    models = {name: train.open_run(cli.parse(["--eval", f"runs/{name}"])[0]) for name in ("a", "b", "head")}
     x = next(models["a"].batches.eval(models["a"].data.test, 1.0))[0]
     with torch.inference_mode():
         for name in ("a", "b", "a", "head", "b"):
@@ -377,7 +378,7 @@ def photo_run(tmp_path_factory, tiny_weights):
 def test_labels_without_torch_are_torchs(photo_run, monkeypatch, capsys, options):
     monkeypatch.chdir(photo_run)
     assert export.main(["runs/p", *map(str, options)]) == 0
-    task = train.open_run(train.parse(["--eval", "runs/p"])[0])
+    task = train.open_run(cli.parse(["--eval", "runs/p"])[0])
     names = task.data.test.names
     graph = ["backbone.onnx", "--adapter", "p.onnx_adapter"] if "--swappable" in options else ["runs/p/model.onnx"]
     status, out, error = without_torch("--run", *graph, *(f"photos/{name}" for name in names), cwd=photo_run)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adaptertune
+import cli
 import data
 import export
 import train
@@ -351,7 +352,7 @@ def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, monkeyp
     features, confusion = (parsed(tmp_path / f"runs/p-{what}.svg") for what in ("features", "confusion"))
     assert len(features.findall(".//{*}circle")) == 2 * 359
     assert len({each.get("fill") for each in features.findall(".//{*}circle")}) == 10
-    run_ = train.open_run(train.parse(["--eval", "runs/p-head"])[0])
+    run_ = train.open_run(cli.parse(["--eval", "runs/p-head"])[0])
     with torch.no_grad():
         answers = torch.cat([run_.model.eval()(x).argmax(1) for x, _ in run_.batches.eval(run_.data.test, 1.0)])
     counts = torch.zeros(10, 10).long().index_put_((run_.data.test.labels, answers), torch.tensor(1), accumulate=True)
@@ -367,12 +368,12 @@ def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, monkeyp
 
 
 def test_axes_are_round():
-    assert adaptertune.Axis([0.0, 100.0], 0, 300).ticks() == [0, 20, 40, 60, 80, 100]
-    assert adaptertune.Axis([93.1, 98.9], 0, 300).ticks() == [94, 96, 98]
-    assert adaptertune.Axis([1300, 800000], 0, 300, log=True).ticks() == [1000, 10000, 100000, 1000000]
-    axis = adaptertune.Axis([0.0, 10.0], 50, 100)
+    assert cli.Axis([0.0, 100.0], 0, 300).ticks() == [0, 20, 40, 60, 80, 100]
+    assert cli.Axis([93.1, 98.9], 0, 300).ticks() == [94, 96, 98]
+    assert cli.Axis([1300, 800000], 0, 300, log=True).ticks() == [1000, 10000, 100000, 1000000]
+    axis = cli.Axis([0.0, 10.0], 50, 100)
     assert 50 < axis(0) < axis(5) == 100 < axis(10) < 150
-    assert adaptertune.Axis([5.0], 0, 100)(5.0) == 50
+    assert cli.Axis([5.0], 0, 100)(5.0) == 50
 
 
 # -------------------------------------------------------------------------------------------------------------- the graph

@@ -5,8 +5,8 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import cli
 import export
-import train
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
@@ -33,7 +33,7 @@ def test_command_parses(command, monkeypatch, tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         monkeypatch.chdir(tmp_path)
-    train.parse(arguments)
+    cli.parse(arguments)
 
 
 def test_set_up_commands_are_those_of_ci():

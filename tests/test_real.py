@@ -12,6 +12,7 @@ import torch
 from conftest import REAL
 
 import adaptertune
+import cli
 import data
 import export
 import train
@@ -153,7 +154,7 @@ def test_two_tasks_on_one_deit_tiny(tmp_path, monkeypatch, capsys):
         assert export.main([f"runs/{name}", "--swappable"]) == 0
     print(capsys.readouterr().out)
     session = export.session("runs/backbone.onnx")
-    runs = {name: train.open_run(train.parse(["--eval", f"runs/{name}"])[0]) for name in ("flowers", "digits")}
+    runs = {name: train.open_run(cli.parse(["--eval", f"runs/{name}"])[0]) for name in ("flowers", "digits")}
     graphs = {name: export.in_onnxruntime(session, f"runs/{name}.onnx_adapter") for name in runs}
     for start in (0, 8, 16):
         for name, run in runs.items():

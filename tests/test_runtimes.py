@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import REAL, ROOT
 
+import cli
 import export
 import train
 
@@ -39,7 +40,7 @@ def task(request, tmp_path_factory):
         options = [word for pair in TASKS[request.param].items() for word in pair]
         assert train.main([*options, "--name", "run"]) == 0
         assert export.main(["runs/run", "-o", "model.onnx", "--images", "0"]) == 0
-        run = train.open_run(train.parse(["--eval", "runs/run"])[0])
+        run = train.open_run(cli.parse(["--eval", "runs/run"])[0])
         with torch.inference_mode():
             images = torch.cat([x for x, _ in run.batches.eval(run.data.test, run.data.center)])
             logits = torch.cat([run.model.eval()(x) for x in images.split(32)])

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adaptertune
+import cli
 import train
 import vit
 
@@ -108,7 +109,7 @@ def test_another_backbone_is_refused_by_name(run, tiny_weights, tmp_path):
 
 def test_frozen_tensors_stay_and_have_no_gradient(tiny_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options, = train.parse([str(each) for each in quick(tiny_weights)])
+    options, = cli.parse([str(each) for each in quick(tiny_weights)])
     run_ = train.prepare(options, 0)
     before = {name: tensor.clone() for name, tensor in run_.model.state_dict().items()}
     train.fit(run_)
