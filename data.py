@@ -8,7 +8,7 @@ Crop, flip and antialiased resize are linear and separable, so they are two smal
 
     out[S, S] = rows[S, H] · image[H, W] · cols[S, W]^T
 
-with the weights of Pillow's resize in them (Keys' cubic, a = -1/2, or the triangle). A flip reverses the columns' matrix.
+with the weights of Pillow's bicubic resize in them (Keys' cubic, a = -1/2). A flip reverses the columns' matrix.
 
 Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels that the network sees.
 """
@@ -25,7 +25,6 @@ import tempfile
 import time
 import unicodedata
 import urllib.error
-import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -115,16 +114,15 @@ def split(data: Dataset, *, seed: int = 0, limit: int = 0, shots: int = 0, test_
     train, val, test = data.train, data.val, data.test
     if test is None:
         test, train = cut(train, test_share or 0.2, f"test/{seed}" if test_share else "test")
+    if val is None and not shots:
+        val, train = cut(train, 0.1, f"val/{seed}")
+    whole = (len(train), len(val or ()))
     if shots:
-        whole = (len(train), 0 if val is None else len(val))
         train, rest = draw(train, shots, f"shots/{seed}")
         if int(torch.bincount(train.labels, minlength=len(data.classes)).min()) < shots:
             raise ValueError(f"--shots {shots}: a class of {data.name} has fewer images to train on; give a smaller number")
-        return replace(data, train=train, val=draw(val or rest, min(shots, 4), f"shots/{seed}")[0], test=test, whole=whole)
-    if val is None:
-        val, train = cut(train, 0.1, f"val/{seed}")
-    whole = (len(train), len(val))
-    if limit:
+        val = draw(val or rest, min(shots, 4), f"shots/{seed}")[0]
+    elif limit:
         train = train[stratified_order(train.labels, f"limit/{seed}")[:limit]]
         val = val[stratified_order(val.labels, f"limit/{seed}")[:max(1, limit // 4)]]
     return replace(data, train=train, val=val, test=test, whole=whole)
@@ -311,30 +309,27 @@ DATASETS = {
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-def resample_matrix(start: Tensor, length: Tensor, old: int, new: int, interpolation: str) -> Tensor:
+def resample_matrix(start: Tensor, length: Tensor, old: int, new: int) -> Tensor:
     """Weights [B, new, old] that resize the stretch from `start` [B], `length` [B] long, of a line of `old` pixels.
 
-    Pillow's antialiased resampling: pixel centres at halves, the kernel widened when the line shrinks, weights sum to 1.
+    Pillow's antialiased bicubic: pixel centres at halves, Keys' kernel (1981, a = -1/2) widened when the line shrinks, weights
+    sum to 1.
     """
     scale = (length / new)[:, None, None]  # [B, 1, 1]
     pixels = torch.arange(old, device=start.device) + 0.5
     centers = start[:, None, None] + (torch.arange(new, device=start.device)[:, None] + 0.5) * scale  # [B, new, 1]
     x = ((pixels - centers) / scale.clamp(min=1)).abs()  # [B, new, old]
-    if interpolation == "bicubic":  # Keys 1981, a = -1/2
-        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-        weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    else:
-        weights = (1 - x).clamp(min=0)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def crop_resize(pixels: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None = None,
-                interpolation: str = "bicubic") -> Tensor:
+def crop_resize(pixels: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None = None) -> Tensor:
     """Cut `boxes` [B, 4] (top, left, height, width in pixels) from uint8 [B, 3, H, W], resize them to floats [B, 3, S, S]
     in 0..1, and mirror those that `flip` [B] marks."""
     H, W = pixels.shape[-2:]
-    rows = resample_matrix(boxes[:, 0], boxes[:, 2], H, size, interpolation)
-    cols = resample_matrix(boxes[:, 1], boxes[:, 3], W, size, interpolation)
+    rows = resample_matrix(boxes[:, 0], boxes[:, 2], H, size)
+    cols = resample_matrix(boxes[:, 1], boxes[:, 3], W, size)
     if flip is not None:
         cols = torch.where(flip[:, None, None], cols.flip(1), cols)
     out = rows[:, None] @ (pixels.float() / 255) @ cols.transpose(1, 2)[:, None]  # [B, 1, S, H] [B, 3, H, W] [B, 1, W, S]
@@ -361,14 +356,13 @@ class Batches:
     """Turns images into what the network sees: [B, 3, S, S], normalised, on `device`; only raw bytes travel there."""
     size: int
     norm: tuple
-    interpolation: str
     batch: int
     device: torch.device
 
     def finish(self, pixels: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
         """Crop, flip, resize and normalise a batch of pixels uint8 [B, 3, H, W]."""
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in self.norm)
-        return (crop_resize(pixels, boxes, self.size, flip=flip, interpolation=self.interpolation) - mean) / std
+        return (crop_resize(pixels, boxes, self.size, flip=flip) - mean) / std
 
     def count(self, images: Images) -> int:
         """Batches in one pass; the last may be smaller."""
@@ -462,17 +456,14 @@ def file_hash(path: Path, kind: str) -> str:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, keeps what the hub says of the file on the way, and takes no token to another host."""
+    """Follows redirects and keeps what the hub says of the file on the way."""
 
     def __init__(self):
         self.stated: dict[str, str] = {}
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         self.stated.update({key.lower(): value for key, value in headers.items() if key.lower().startswith("x-linked-")})
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new and urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
-            new.remove_header("Authorization")
-        return new
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def cache_folder() -> Path:
@@ -542,7 +533,7 @@ def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "adaptertune"})
     if token:
-        request.add_header("Authorization", f"Bearer {token}")
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # not for the host that a redirect names
     if have:
         request.add_header("Range", f"bytes={have}-")
     redirects = _Redirects()

@@ -116,7 +116,7 @@ def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
     edge = g("ReduceMin", g("Shape", x, name="image.shape", start=2), name="image.edge")  # of height and width
     x = g("CenterCropPad", x, g("Concat", edge, edge, name="image.edges", axis=0), name="image.square", axes=[2, 3])
     x = g("Resize", x, "", "", g.constant("image.side", [side, side]), name="image.resize", axes=[2, 3], antialias=1,
-          mode={"bicubic": "cubic", "bilinear": "linear"}[meta["interpolation"]], cubic_coeff_a=-0.5, exclude_outside=1)
+          mode="cubic", cubic_coeff_a=-0.5, exclude_outside=1)
     x = g("CenterCropPad", x, g.constant("image.size", [S, S]), name="image.middle", axes=[2, 3])
     low, high = g.constant("image.low", 0.0, "float32"), g.constant("image.high", 255.0, "float32")
     return g("Clip", x, low, high, name="image.pixels")  # a cubic overshoots at edges
@@ -474,7 +474,7 @@ def read_photo(path: str, meta: dict) -> np.ndarray:
     if meta["resize"] == "false":  # the centre square to `side` pixels, and the middle of that
         edge, cut = min(image.size), (side - S) // 2
         left, top = (image.width - edge) // 2, (image.height - edge) // 2
-        image = image.resize((side, side), Image.Resampling[meta["interpolation"].upper()],
+        image = image.resize((side, side), Image.Resampling.BICUBIC,
                              box=(left, top, left + edge, top + edge)).crop((cut, cut, cut + S, cut + S))
     pixels = np.asarray(image)[None]  # uint8 [1, H, W, 3]
     if meta["input"] == "uint8":

@@ -125,7 +125,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     name = options.backbone or (weights.parent.name if weights.stem == "adapters" else weights.stem)
     meta = {"method": options.method, "backbone": name, "license": backbone.license,
             "fingerprint": "" if options.method == "scratch" else adaptertune.fingerprint(model),
-            "image_size": size, "mean": backbone.norm[0], "std": backbone.norm[1], "interpolation": backbone.interpolation,
+            "image_size": size, "mean": backbone.norm[0], "std": backbone.norm[1], "interpolation": "bicubic",
             "center": images.center, "dataset": images.name, "classes": images.classes, "seed": seed, "limit": options.limit,
             "shots": options.shots, "lr": options.lr}
     own = {name: getattr(options, name) for name in adaptertune.METHODS[options.method]}
@@ -145,7 +145,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
         adaptertune.add_head(model, len(images.classes))
     adaptertune.freeze(model, everything=whole)
     batch = options.batch or (32 if len(images.train) < 5000 else 128)  # a small set needs its steps
-    batches = data.Batches(size, backbone.norm, backbone.interpolation, batch, device)
+    batches = data.Batches(size, backbone.norm, batch, device)
     return Run(options, seed, folder, images, model.to(device), batches, device, bf16, meta | own)
 
 

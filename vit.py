@@ -228,13 +228,12 @@ class Backbone:
     """A pretrained network by name: its shape, its input, and `repo`, the Hugging Face repository that publishes it under
     `license`.
 
-    `norm` is (mean, std) per channel for pixels in 0..1, `interpolation` how images are resized for it: both belong to the
-    backbone. With the wrong ones it still works, only worse, which is why nobody is asked to remember them.
+    `norm` is (mean, std) per channel for pixels in 0..1 and belongs to the backbone: with a wrong one it still works, only
+    worse, which is why nobody is asked to remember it. All of them were trained on images resized bicubically.
     """
     repo: str
     config: Config
     norm: tuple = IMAGENET
-    interpolation: str = "bicubic"
     license: str = "Apache-2.0"
 
     def at(self, image_size: int) -> "Backbone":

@@ -143,7 +143,7 @@ def test_prototypes_need_no_text(run, tmp_path):
     out = run("--weights", weights, "--method", "zero-shot", "--classifier", "prototypes", "--shots", 4)
     model, backbone = vit.load(weights, head=True)
     images = data.split(data.read("digits"), seed=0, shots=4)
-    batches = data.Batches(16, backbone.norm, "bicubic", 50, torch.device("cpu"))
+    batches = data.Batches(16, backbone.norm, 50, torch.device("cpu"))
     with torch.no_grad():
         train_x, test_x = (torch.cat([model(x) for x, _ in batches.eval(part, 1.0)]) for part in (images.train, images.test))
         means = torch.stack([F.normalize(train_x[images.train.labels == i], dim=1).mean(0) for i in range(10)])

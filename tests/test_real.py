@@ -34,7 +34,7 @@ def photos():
 
 
 def prepared(photos, backbone):
-    batches = data.Batches(backbone.config.image_size, backbone.norm, backbone.interpolation, 50, torch.device("cpu"))
+    batches = data.Batches(backbone.config.image_size, backbone.norm, 50, torch.device("cpu"))
     return batches.eval(photos, 7 / 8)
 
 
