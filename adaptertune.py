@@ -13,15 +13,20 @@ function, bit for bit, and moves away only as far as the data ask. Only adapters
 An adapter is nonlinear, so it can't be folded into the backbone's weights, with one exception: one that reads LayerNorm(x)
 through the MLP's own activation is nothing but r more hidden units of that MLP (`merge`).
 
-Beside adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), how much rank a task needs (`spectrum`).
+Beside adapters: CLIP-Adapter (`ClipHead`, `Tokenizer`), prompts (`add_prompts`), how much rank a task needs (`spectrum`).
 
 Shapes: B images, N tokens, D width, r rank, L blocks.
 """
 import copy
+import gzip
 import hashlib
+import html
 import json
 import re
+import unicodedata
+import zlib
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -127,6 +132,50 @@ def prototypes(embeddings: Tensor, labels: Tensor) -> Tensor:
     """Class means [K, E] of normalised embeddings [n, E]: a class matrix where there is no text."""
     embeddings = nn.functional.normalize(embeddings, dim=-1)
     return torch.stack([embeddings[labels == label].mean(dim=0) for label in range(int(labels.max()) + 1)])
+
+
+class Tokenizer:
+    """CLIP's byte-level byte-pair encoding (https://arxiv.org/abs/2103.00020, section 2.4; OpenAI's simple_tokenizer.py, less
+    ftfy's repairs; marks such as <|endoftext|> in a text are plain text). Each byte has an id, and another (+ 256) where it
+    ends a word; each merge of two ids has the next, so that an id is also a rank: the lowest merge comes first. The start and
+    the end mark are last. `size` counts all ids, the tower's vocabulary. `path` is the published bpe_simple_vocab_16e6.txt.gz
+    or Hugging Face's merges.txt; a ValueError says if it is missing or damaged."""
+
+    def __init__(self, path: str | Path):
+        shown = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that the file writes as such characters;
+        order = sorted(range(256), key=lambda byte: (byte not in shown, byte))  # the others come last, as characters from 256
+        symbols = [chr(byte if byte in shown else 256 + i - len(shown)) for i, byte in enumerate(order)]
+        self.bytes, self.merges = {byte: i for i, byte in enumerate(order)}, {}
+        ids = {symbol: i for i, symbol in enumerate(symbols + [f"{symbol}</w>" for symbol in symbols])}
+        try:
+            raw = Path(path).read_bytes()
+            head, *lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().splitlines()
+            head.index("#version")
+            for left, right in map(str.split, lines[:48894]):  # as many as CLIP has; the published list goes on
+                self.merges[ids[left], ids[right]] = ids[left + right] = len(ids)
+        except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+            raise ValueError(f"{path} is missing, damaged or no vocabulary of CLIP's; give the published "
+                             "bpe_simple_vocab_16e6.txt.gz or a merges.txt") from error
+        self.size = len(ids) + 2
+
+    def __call__(self, texts: list[str], length: int = 77) -> Tensor:
+        """Ids int64 [n, length]: start, the text's, end, zeros. Of too long a text the end is cut off, but not the mark."""
+        ids = [[self.size - 2, *self.encode(text)][:length - 1] + [self.size - 1] for text in texts]
+        return torch.tensor([row + [0] * (length - len(row)) for row in ids], dtype=torch.int64).view(-1, length)
+
+    def encode(self, text: str) -> list[int]:
+        """A text's ids without marks. Words are contractions, runs of letters, single digits, and runs of anything else."""
+        text = " ".join(html.unescape(html.unescape(unicodedata.normalize("NFC", text))).split()).lower()
+        ids, plain = [], "".join(char if char.isascii() else {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
+                                 for char in text)  # the same in ASCII, since `re` knows no \p{L} and \p{N}
+        for match in re.finditer(r"'(?:[stmd]|re|ve|ll)|[a-z]+|[0-9]|[^ a-z0-9]+", plain):
+            word = [self.bytes[byte] for byte in text[match.start():match.end()].encode()]
+            word[-1] += 256
+            while found := [(self.merges[pair], i) for i, pair in enumerate(pairwise(word)) if pair in self.merges]:
+                merged, i = min(found)
+                word[i:i + 2] = [merged]
+            ids += word
+        return ids
 
 
 def choose_blocks(depth: int, *, every: int = 1, blocks: list[int] | None = None) -> list[int]:

@@ -12,18 +12,14 @@ with the weights of Pillow's bicubic resize in them (Keys' cubic, a = -1/2). A f
 
 Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels that the network sees.
 """
-import gzip
 import hashlib
-import html
 import http.client
 import os
 import pickle
-import re
 import sys
 import tarfile
 import tempfile
 import time
-import unicodedata
 import urllib.error
 import urllib.request
 import zlib
@@ -31,7 +27,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -228,32 +223,26 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     if parts and "train" not in parts:
         raise ValueError(f"{root} has {' and '.join(parts)} but no train folder")
-    parts = parts or {"train": root}
-    classes = class_folders(parts["train"])
+    found = {part: list_photos(folder) for part, folder in (parts or {"train": root}).items()}
+    classes, images = list(found["train"]), {}
     if len(classes) < 2:
-        raise ValueError(f"{parts['train']} has {len(classes)} class folders; at least 2 are needed, one for each class")
-    found = {part: list_photos(folder, classes) for part, folder in parts.items()}
-    images = {part: decode(paths, labels, side, root) for part, (paths, labels) in found.items()}
+        raise ValueError(f"{parts.get('train', root)} has {len(classes)} class folders; at least 2 are needed, one a class")
+    for part, photos in found.items():
+        if odd := sorted(set(photos) ^ set(classes)):
+            raise ValueError(f"{parts[part]} and {parts['train']} don't have the same classes: {', '.join(odd[:3])}")
+        labels = [label for label, name in enumerate(classes) for _ in photos[name]]
+        images[part] = decode([path for name in classes for path in photos[name]], labels, side, root)
     return Dataset(root.resolve().name, classes, images["train"], images.get("val"), images.get("test"), center=7 / 8)
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Names of the folders inside, sorted, without hidden ones."""
-    return sorted(each.name for each in folder.glob("[!.]*") if each.is_dir())
-
-
-def list_photos(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
-    """The photos of a folder's class folders, sorted, and their labels. A class without photos or unknown is an error."""
-    if extra := sorted(set(class_folders(folder)) - set(classes)):
-        raise ValueError(f"{folder} has classes that train has not: {', '.join(extra[:3])}")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        photos = sorted(path for path in (folder / name).glob("[!.]*") if path.suffix.lower() in PHOTOS)
-        if not photos:
-            raise ValueError(f"no images in {folder / name}; {', '.join(sorted(PHOTOS))} are read")
-        paths += photos
-        labels += [label] * len(photos)
-    return paths, labels
+def list_photos(folder: Path) -> dict[str, list[Path]]:
+    """The photos of each class folder inside, sorted, without hidden ones. A folder without photos is an error."""
+    found = {}
+    for each in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
+        found[each.name] = sorted(path for path in each.glob("[!.]*") if path.suffix.lower() in PHOTOS)
+        if not found[each.name]:
+            raise ValueError(f"no images in {each}; {', '.join(sorted(PHOTOS))} are read")
+    return found
 
 
 def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Images:
@@ -390,53 +379,6 @@ class Batches:
             yield pixels, labels.to(self.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-class Tokenizer:
-    """CLIP's byte-level byte-pair encoding (https://arxiv.org/abs/2103.00020, section 2.4; OpenAI's simple_tokenizer.py, less
-    ftfy's repairs; marks such as <|endoftext|> in a text are plain text). Each byte has an id, and another (+ 256) where it
-    ends a word; each merge of two ids has the next, so that an id is also a rank: the lowest merge comes first. The start and
-    the end mark are last. `size` counts all ids, the tower's vocabulary. `path` is the published bpe_simple_vocab_16e6.txt.gz
-    or Hugging Face's merges.txt; a ValueError says if it is missing or damaged."""
-
-    def __init__(self, path: str | Path):
-        shown = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that the file writes as such characters;
-        order = sorted(range(256), key=lambda byte: (byte not in shown, byte))  # the others come last, as characters from 256
-        symbols = [chr(byte if byte in shown else 256 + i - len(shown)) for i, byte in enumerate(order)]
-        self.bytes, self.merges = {byte: i for i, byte in enumerate(order)}, {}
-        ids = {symbol: i for i, symbol in enumerate(symbols + [f"{symbol}</w>" for symbol in symbols])}
-        try:
-            raw = Path(path).read_bytes()
-            head, *lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().splitlines()
-            head.index("#version")
-            for left, right in map(str.split, lines[:48894]):  # as many as CLIP has; the published list goes on
-                self.merges[ids[left], ids[right]] = ids[left + right] = len(ids)
-        except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
-            raise ValueError(f"{path} is missing, damaged or no vocabulary of CLIP's; give the published "
-                             "bpe_simple_vocab_16e6.txt.gz or a merges.txt") from error
-        self.size = len(ids) + 2
-
-    def __call__(self, texts: list[str], length: int = 77) -> Tensor:
-        """Ids int64 [n, length]: start, the text's, end, zeros. Of too long a text the end is cut off, but not the mark."""
-        ids = [[self.size - 2, *self.encode(text)][:length - 1] + [self.size - 1] for text in texts]
-        return torch.tensor([row + [0] * (length - len(row)) for row in ids], dtype=torch.int64).view(-1, length)
-
-    def encode(self, text: str) -> list[int]:
-        """A text's ids without marks. Words are contractions, runs of letters, single digits, and runs of anything else."""
-        text = " ".join(html.unescape(html.unescape(unicodedata.normalize("NFC", text))).split()).lower()
-        ids, plain = [], "".join(char if char.isascii() else {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
-                                 for char in text)  # the same in ASCII, since `re` knows no \p{L} and \p{N}
-        for match in re.finditer(r"'(?:[stmd]|re|ve|ll)|[a-z]+|[0-9]|[^ a-z0-9]+", plain):
-            word = [self.bytes[byte] for byte in text[match.start():match.end()].encode()]
-            word[-1] += 256
-            while found := [(self.merges[pair], i) for i, pair in enumerate(pairwise(word)) if pair in self.merges]:
-                merged, i = min(found)
-                word[i:i + 2] = [merged]
-            ids += word
-        return ids
-
-
 # ----------------------------------------------------------------------------------------------------------- downloads
 
 
@@ -499,8 +441,7 @@ def download(url: str, path: Path, *, checksum: tuple[str, str] | None = None, t
     part, reason = path.with_name(path.name + ".part"), ""
     by_hand = f"fetch {url} by other means and put it at {path}" + (" or give it by --weights" if path.suffix != ".gz" else "")
     for attempt in range(tries):
-        if attempt:
-            time.sleep(0.2 * 2 ** attempt)
+        time.sleep(0.2 * 2 ** attempt if attempt else 0)
         try:
             size, stated = _fetch(url, part, token)
         except urllib.error.HTTPError as error:
@@ -514,17 +455,15 @@ def download(url: str, path: Path, *, checksum: tuple[str, str] | None = None, t
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error) or type(error).__name__)
             continue
-        have = part.stat().st_size
+        have, (kind, digest) = part.stat().st_size, checksum or ("sha256", stated)
         if size and have < size:
             reason = f"the connection was cut at {have:,} of {size:,} bytes"
-            continue
-        kind, digest = checksum or ("sha256", stated)
-        if (size and have != size) or (digest and file_hash(part, kind) != digest):
+        elif size and have > size or digest and file_hash(part, kind) != digest:
             part.unlink()
-            wrong = kind if have == size else "size"
-            raise ValueError(f"{url} arrived with a wrong {wrong} and was removed; try again, or {by_hand}")
-        os.replace(part, path)
-        return
+            raise ValueError(f"{url} arrived with a wrong {kind} and was removed; try again, or {by_hand}")
+        else:
+            os.replace(part, path)
+            return
     raise ValueError(f"could not fetch {url}: {reason}; run again to go on, or {by_hand}")
 
 

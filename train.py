@@ -193,7 +193,7 @@ def embed_classes(run: Run) -> None:
     vocab = options.vocab or next(filter(Path.exists, (weights.with_name(name) for name in VOCABULARIES)), None)
     tower, scale = vit.load_text(weights)
     vocab = vocab or data.hub_file(repo or "openai/clip-vit-base-patch16", "merges.txt", offline=options.offline)
-    tokenizer = data.Tokenizer(vocab)
+    tokenizer = adaptertune.Tokenizer(vocab)
     if tokenizer.size != len(tower.token_embed.weight):
         raise ValueError(f"{vocab} has {tokenizer.size} ids, {weights} {len(tower.token_embed.weight)}; give its --vocab")
     sentences = data.sentences(run.data.name, run.data.classes, options.template)

@@ -1,5 +1,6 @@
 """Data sets, splits and the batches that come of them."""
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +146,15 @@ def test_empty_class_is_named(photos):
     (photos / "zebra").mkdir()
     with pytest.raises(ValueError, match="no images in .*zebra"):
         data.read(str(photos))
+
+
+def test_classes_must_be_the_same(photos):
+    (photos.parent / "parts").mkdir()
+    photos.rename(photos.parent / "parts" / "train")
+    for name in ("apple", "leaf"):
+        shutil.copytree(photos.parent / "parts" / "train" / name, photos.parent / "parts" / "test" / name)
+    with pytest.raises(ValueError, match="test and .*train don't have the same classes: sky"):
+        data.read(str(photos.parent / "parts"))
 
 
 @pytest.mark.parametrize(("make", "message"), [

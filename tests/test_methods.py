@@ -113,7 +113,8 @@ def test_clip_on_the_command_line(run, clip, tmp_path, monkeypatch, weights):
     assert tensors["head.image.0.weight"].shape == (6, 24)  # a quarter of the embedding
     tower, scale = vit.load_text(clip)
     sentences = [f'a photo of the number: "{i}".' for i in range(10)]
-    assert torch.allclose(tensors["head.classes"], tower(data.Tokenizer(clip.with_name("merges.txt"))(sentences)), atol=1e-6)
+    tokenizer = adaptertune.Tokenizer(clip.with_name("merges.txt"))
+    assert torch.allclose(tensors["head.classes"], tower(tokenizer(sentences)), atol=1e-6)
     assert tensors["head.scale"].item() == pytest.approx(scale) == pytest.approx(20.0855, abs=1e-3)
     monkeypatch.setattr(vit, "load_text", None)  # not needed any more
     stated = json.loads((tmp_path / "runs/c-clip-adapter/result.json").read_text())["test_accuracy"]
@@ -129,7 +130,7 @@ def test_another_vocabulary_is_refused(run, clip, tmp_path):
 
 def test_template(run, clip, tmp_path):
     run("--weights", clip, "--method", "zero-shot", "--template", "digit {}, photo", "--name", "t")
-    tower, tokens = vit.load_text(clip)[0], data.Tokenizer(clip.with_name("merges.txt"))
+    tower, tokens = vit.load_text(clip)[0], adaptertune.Tokenizer(clip.with_name("merges.txt"))
     found = load_file(tmp_path / "runs/t/adapters.safetensors")["head.classes"]
     assert torch.allclose(found, tower(tokens([f"digit {i}, photo" for i in range(10)])), atol=1e-6)
     assert "has no {}" in run("--weights", clip, "--method", "zero-shot", "--template", "digits", "--name", "u", status=1)

@@ -13,7 +13,7 @@ from conftest import REAL, ROOT
 from references import randomise
 from safetensors.torch import save_file
 
-import data
+import adaptertune
 import vit
 
 WIDTH, HEADS, LENGTH, VOCABULARY, EMBED = 32, 2, 12, 50, 5
@@ -181,7 +181,7 @@ A, B = ord("a") - 33, ord("b") - 33  # the printable bytes come first
     ("\u4e00", [160, 116, 478]),
 ])
 def test_encoding_by_hand(tmp_path, name, text, expected):
-    tokenizer = data.Tokenizer(write_vocabulary(tmp_path / name, MERGES))
+    tokenizer = adaptertune.Tokenizer(write_vocabulary(tmp_path / name, MERGES))
     assert tokenizer.encode(text) == expected
     assert tokenizer([text], length=10).tolist() == [([520, *expected, 521] + [0] * 10)[:10]]
     assert tokenizer.size == 522
@@ -196,7 +196,7 @@ def published_file():
 
 def test_published_ids():
     """As printed in Hugging Face's documentation of CLIP for its example texts."""
-    ids = data.Tokenizer(published_file())(["a photo of a cat", "a photo of a dog"], length=9)
+    ids = adaptertune.Tokenizer(published_file())(["a photo of a cat", "a photo of a dog"], length=9)
     assert ids.tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407, 0, 0], [49406, 320, 1125, 539, 320, 1929, 49407, 0, 0]]
     assert ids.dtype == torch.int64
 
@@ -248,7 +248,7 @@ def test_against_open_clip():
     path = published_file()
     chosen = [text for text in texts() if cleaned(ftfy.fix_text(text)) == cleaned(unicodedata.normalize("NFC", text))
               and not {"ſ", "\u0345"} & set(text)]
-    compare(data.Tokenizer(path), tokenizer.SimpleTokenizer(str(path))(chosen), chosen)
+    compare(adaptertune.Tokenizer(path), tokenizer.SimpleTokenizer(str(path))(chosen), chosen)
 
 
 def test_against_hugging_face(tmp_path):
@@ -268,7 +268,8 @@ def test_against_hugging_face(tmp_path):
               and nfc.normalize_str(text) == unicodedata.normalize("NFC", text)]
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)(chosen, padding="max_length", truncation=True, max_length=77,
                                                                   return_tensors="pt")
-    compare(data.Tokenizer(tmp_path / "merges.txt"), theirs.input_ids * theirs.attention_mask, chosen)  # they pad with the end
+    theirs = theirs.input_ids * theirs.attention_mask  # they pad with the end
+    compare(adaptertune.Tokenizer(tmp_path / "merges.txt"), theirs, chosen)
 
 
 @pytest.mark.parametrize("name", ["v.txt.gz", "merges.txt"])
@@ -285,4 +286,4 @@ def test_a_bad_vocabulary(tmp_path, name, damage):
     if damage:
         path.write_bytes(damage(write_vocabulary(path, MERGES).read_bytes()))
     with pytest.raises(ValueError, match=f"{name} is missing, damaged or no vocabulary.*give the published[^\n]*$"):
-        data.Tokenizer(path)
+        adaptertune.Tokenizer(path)
