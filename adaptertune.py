@@ -441,8 +441,9 @@ def spectrum(G: Tensor, C: Tensor) -> Tensor:
 
 
 def rank_for(energy: Tensor, share: float = 0.9) -> int:
-    """The least rank that takes `share` of the most that any rank takes, from `energy` [D]."""
-    return int((energy >= share * energy.max()).nonzero()[0]) + 1
+    """The least rank that takes `share` of the most that any rank takes, from `energy` [D]; 0 if none takes anything."""
+    most = float(energy.max())
+    return int((energy >= share * most).nonzero()[0]) + 1 if most > 0 else 0
 
 
 # ------------------------------------------------------------------------------------------------------------ the file
