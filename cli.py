@@ -323,13 +323,13 @@ def look(runs: Iterable[train.Run], path: Path) -> None:
 
 def spectra(energy: Tensor, path: Path) -> int:
     """Print and draw how much of the first step's gain each rank takes, from adaptertune.spectrum's `energy` [L, D]. Returns
-    the rank that takes 90 % of it, all blocks together."""
-    total, most = energy.sum(dim=0), energy.max(dim=1)[0]
-    rank = adaptertune.rank_for(total)
+    the rank that takes 90 % of it, all blocks together; 1 if nothing was found that holds for other images."""
+    total, most = energy.sum(dim=0), energy.max(dim=1)[0].clamp(min=1e-12)
+    rank = max(1, adaptertune.rank_for(total))
     print(f"\n{'block':>6}{'share %':>9}{'50 % by rank':>14}{'90 % by rank':>14}")
     for i, each in enumerate(energy):
         print(f"{i:>6}{100 * most[i] / most.sum():>9.1f}{adaptertune.rank_for(each, 0.5):>14}{adaptertune.rank_for(each):>14}")
-    series = [{"name": name, "x": list(range(1, len(y) + 1)), "y": (100 * y / total.max()).tolist(), "line": True}
+    series = [{"name": name, "x": list(range(1, len(y) + 1)), "y": (100 * y / total.max().clamp(min=1e-12)).tolist(), "line": True}
               for name, y in (("all blocks", total), *((f"block {i}", y) for i, y in enumerate(energy)))]
     ticks = [2 ** i for i in range(len(total).bit_length())]
     draw(path, [{"title": "what a rank can take of the first step, in %", "x": "rank", "log": True, "ticks": ticks,

@@ -9,6 +9,7 @@ from conftest import runner
 from safetensors.torch import load_file
 
 import adaptertune
+import cli
 import train
 import vit
 
@@ -93,6 +94,12 @@ def test_gradients_are_those_of_the_maps(tiny_weights):
 def test_rank_for():
     assert adaptertune.rank_for(torch.tensor([5.0, 9.0, 10.0, 10.0, 9.9])) == 2
     assert adaptertune.rank_for(torch.tensor([5.0, 8.9, 10.0, 10.0])) == 3
+    assert adaptertune.rank_for(torch.tensor([-1.0, -1.0])) == 0
+
+
+def test_where_nothing_is_found_the_least_rank_is_given(capsys, tmp_path):
+    assert cli.spectra(torch.tensor([[-1.0, -2.0], [-0.5, -1.0]]), tmp_path / "x.svg") == 1
+    assert "nan" not in capsys.readouterr().out + (tmp_path / "x.svg").read_text()
 
 
 def test_on_the_command_line(capsys, monkeypatch, tmp_path, tiny_weights):
