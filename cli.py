@@ -329,8 +329,9 @@ def spectra(energy: Tensor, path: Path) -> int:
     print(f"\n{'block':>6}{'share %':>9}{'50 % by rank':>14}{'90 % by rank':>14}")
     for i, each in enumerate(energy):
         print(f"{i:>6}{100 * most[i] / most.sum():>9.1f}{adaptertune.rank_for(each, 0.5):>14}{adaptertune.rank_for(each):>14}")
-    series = [{"name": name, "x": list(range(1, len(y) + 1)), "y": (100 * y / total.max().clamp(min=1e-12)).tolist(), "line": True}
-              for name, y in (("all blocks", total), *((f"block {i}", y) for i, y in enumerate(energy)))]
+    parts = {"all blocks": total} | {f"block {i}": each for i, each in enumerate(energy)}
+    series = [{"name": name, "x": list(range(1, len(y) + 1)), "y": (100 * y / total.max().clamp(min=1e-12)).tolist(),
+               "line": True} for name, y in parts.items()]
     ticks = [2 ** i for i in range(len(total).bit_length())]
     draw(path, [{"title": "what a rank can take of the first step, in %", "x": "rank", "log": True, "ticks": ticks,
                  "mark": rank, "series": series}])
