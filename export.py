@@ -28,6 +28,7 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,9 +50,9 @@ if "--run" not in sys.argv:  # which does without torch and onnx, so that it run
 
 # The IR version that came with each opset (onnx/docs/Versioning.md): a newer one is refused by older runtimes.
 IR = {17: 8, 18: 8, 20: 9, 23: 11}
-# Largest |difference| from torch in fp32, and with --resize, where pixels differ by 1e-5; CLIP's logits, cosines that are
-# multiplied by 100, may differ by ten times as much.
-LIMIT = {False: 1e-4, True: 1e-3}
+# Largest |difference| from torch in fp32; ten times as much with --resize, where pixels differ by 1e-5, and for CLIP's logits,
+# which are cosines multiplied by 100.
+LIMIT = 1e-4
 AGREE = 98.0  # least percentage of images on which fp16 or int8 must give fp32's top-1
 # The matrices for --precision int8: the blocks', but the first fc2, whose input spans most (1 % of the time).
 INT8 = re.compile(r"(?!blocks\.0\.mlp\.fc2)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc)")
@@ -329,9 +330,8 @@ def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, 
     """Print how far two functions agree on test images; ValueError if less than `least` percent have the same top-1 or, where
     that is all of them, a |difference| is above LIMIT. An embedding's top-1 is what the run's head makes of it."""
     total = min((64 if least == 100 else 1000) if count is None else count or 10 ** 9, len(run.data.test))
-    worst, seen, tops, started, limit = 0.0, 0, [], time.perf_counter(), LIMIT[run.meta["resize"]]
-    if "classifier" in run.meta and run.meta["output"] == "logits":
-        limit *= 10
+    worst, seen, tops, started = 0.0, 0, [], time.perf_counter()
+    limit = LIMIT * (10 if run.meta["resize"] or ("classifier" in run.meta and run.meta["output"] == "logits") else 1)
 
     def top1(first: np.ndarray, *labels: np.ndarray) -> np.ndarray:
         if run.meta["output"] == "embedding":
@@ -385,19 +385,14 @@ def checked(proto: onnx.ModelProto, part: Path, more: str = "") -> onnxruntime.I
 
 
 @contextlib.contextmanager
-def staged(*paths: Path) -> Iterator[list[Path]]:
-    """Where to write meanwhile: what stands there is moved to `paths` if all goes well, and removed if not."""
-    parts = [path.with_name(path.name + ".part") for path in paths]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield parts
-        for part, path in zip(parts, paths, strict=True):
-            if part.exists():
-                part.replace(path)
-                print(f"saved    {path} ({path.stat().st_size / 1e6:.3g} MB)")
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write to: what stands there is moved into `folder` if all goes well, and gone if not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        yield Path(part)
+        for file in sorted(Path(part).iterdir()):
+            path = file.replace(folder / file.name)
+            print(f"saved    {path} ({path.stat().st_size / 1e6:.3g} MB)")
 
 
 def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
@@ -411,11 +406,12 @@ def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 def export(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check, and only then put in place runs/NAME/model.onnx."""
-    path = Path(options.o or run.folder / "model.onnx")
+    path = Path(options.o or run.folder)
+    path = path / "model.onnx" if path.is_dir() else path
     model, precision, in_pytorch = copy.deepcopy(run.model), options.precision, in_torch(run.model, run.meta)
     merged = adaptertune.merge(model)
-    with staged(path / "model.onnx" if path.is_dir() else path) as (part,):
-        more = f", {merged} adapters merged into the MLPs" * bool(merged)
+    with staged(path.parent) as folder:
+        part, more = folder / path.name, f", {merged} adapters merged into the MLPs" * bool(merged)
         exact = in_onnxruntime(checked(to_model(Graph(options.opset), model, run.meta), part, more))
         verify(in_pytorch, exact, run, options.images, "onnxruntime against torch")
         if precision == "fp32":
@@ -446,16 +442,16 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     write_vit(own, run.model, meta)
     values = {name: own.constants[name] for name in swapped(own) if not np.array_equal(own.constants[name], g.constants[name])}
     values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
-    backbone, adapter = folder / "backbone.onnx", folder / f"{run.folder.name}.onnx_adapter"
-    with staged(backbone, adapter) as (backbone_part, adapter_part):
-        graph = session(backbone) if backbone.exists() else checked(proto, backbone_part, ", adapters and head to be swapped")
+    backbone = folder / "backbone.onnx"
+    with staged(folder) as part:
+        graph = session(backbone) if backbone.exists() else checked(proto, part / backbone.name, ", to swap adapters and head")
         if graph.get_modelmeta().custom_metadata_map != {prop.key: prop.value for prop in proto.metadata_props}:
             raise ValueError(f"{backbone} is of another backbone or has other options; give another folder by -o")
-        file = onnxruntime.AdapterFormat()
+        file, adapter = onnxruntime.AdapterFormat(), part / f"{run.folder.name}.onnx_adapter"
         file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
-        file.export_adapter(str(adapter_part))
+        file.export_adapter(str(adapter))
         verify(in_torch(plain, meta), in_onnxruntime(graph), run, count, "without adapter, against the torch backbone")
-        verify(in_torch(run.model, meta), in_onnxruntime(graph, adapter_part), run, count, "with adapter, against torch")
+        verify(in_torch(run.model, meta), in_onnxruntime(graph, adapter), run, count, "with adapter, against torch")
 
 
 # ----------------------------------------------------------------------------------------------- on the device, no torch

@@ -413,8 +413,7 @@ def fit_head(run: Run, train: data.Images, val: data.Images) -> None:
         if not loss >= best:  # without val images it is NaN, and the last epoch counts
             best, weights = loss, {name: value.clone() for name, value in run.model.head.state_dict().items()}
     run.model.head.load_state_dict(weights)
-    run.model.head.requires_grad_(False)
-    run.model.eval()
+    run.model.requires_grad_(False).eval()
 
 
 def finish(run: Run) -> dict:
