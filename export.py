@@ -26,7 +26,6 @@ import json
 import logging
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -313,10 +312,10 @@ def in_torch(model: vit.ViT, meta: dict) -> Callable:
 
 def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
     """`count` test images, evenly over the set, as the graph takes them, as torch takes them, and their labels:
-    eight one by one, then seven at a time, or in the graph's own batch."""
+    most, 55 at best, one by one, and then seven at a time; or in the graph's own batch."""
     images, (mean, std) = run.data.test, (torch.tensor(values).view(3, 1, 1) for values in run.batches.norm)
-    index, N = torch.linspace(0, len(images) - 1, count).long(), run.meta["batch"]
-    for part in index.split(N) if N else (*index[:8].split(1), *index[8:].split(7)):
+    index, N, single = torch.linspace(0, len(images) - 1, count).long(), run.meta["batch"], min(55, 7 * count // 8)
+    for part in filter(len, index.split(N) if N else (*index[:single].split(1), *index[single:].split(7))):
         part = part[torch.arange(N or len(part)) % len(part)]  # a fixed batch is filled up
         pixels, labels = images.pixels[part], images.labels[part].numpy()
         x = run.batches.finish(pixels, data.center_boxes(len(part), *pixels.shape[-2:], run.data.center, pixels.device))
@@ -326,11 +325,13 @@ def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Ten
         yield x.numpy() if run.meta["input"] == "float" else np.ascontiguousarray(pixels.permute(0, 2, 3, 1)), x, labels
 
 
-def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, what: str, least: float = 100) -> None:
-    """Print how far two functions agree on test images; ValueError if less than `least` percent have the same top-1 or, where
-    that is all of them, a |difference| is above LIMIT. An embedding's top-1 is what the run's head makes of it."""
+def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, what: str, least: float = 100,
+           names: tuple = ()) -> None:
+    """Print how far two functions agree on test images and, if they have `names`, how long a single image takes; ValueError if
+    less than `least` percent have the same top-1 or, where that is all of them, a |difference| is above LIMIT. An embedding's
+    top-1 is what the run's head makes of it."""
     total = min((64 if least == 100 else 1000) if count is None else count or 10 ** 9, len(run.data.test))
-    worst, seen, tops, started = 0.0, 0, [], time.perf_counter()
+    worst, seen, tops, times, started = 0.0, 0, [], [], time.perf_counter()
     limit = LIMIT * (10 if run.meta["resize"] or ("classifier" in run.meta and run.meta["output"] == "logits") else 1)
 
     def top1(first: np.ndarray, *labels: np.ndarray) -> np.ndarray:
@@ -339,7 +340,9 @@ def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, 
         return labels[0][:, 0] if labels else first.argmax(axis=1)
 
     for image, x, labels in pictures(run, total):
-        one, two = exact(image, x), graph(image, x)
+        moments, one = [time.perf_counter()], exact(image, x)
+        moments, two = [*moments, time.perf_counter()], graph(image, x)
+        times += [np.diff([*moments, time.perf_counter()])] * (len(labels) == (run.meta["batch"] or 1))
         worst = np.maximum(worst, np.abs(one[0] - two[0]).max())  # keeps a NaN
         tops.append([top1(*one), top1(*two), labels])
         seen += len(labels)
@@ -353,20 +356,11 @@ def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, 
         hint = f"; at least {least:g} % is wanted, --force writes it all the same" if least < 100 else ""
         raise ValueError(f"{text}: no file was written{hint}")
     print(f"check    {text} ok", flush=True)
-
-
-def speed(graph: Callable, other: Callable, name: str, run: train.Run, rounds: int = 50) -> None:
-    """Print the median milliseconds of a batch, the two called in turn after a warm-up."""
-    image, x, _ = next(pictures(run, run.meta["batch"] or 1))
-    times = ([], [])
-    for i in range(rounds + 5):
-        for each, function in zip(times, (graph, other), strict=True):
-            started = time.perf_counter()
-            function(image, x)
-            each += [1000 * (time.perf_counter() - started)] * (i >= 5)
-    fast, slow = map(statistics.median, times)
-    print(f"speed    batch {len(image)}: {fast:.1f} ms onnxruntime, {slow:.1f} ms {name}, ratio {fast / slow:.2f} "
-          f"(median of {rounds}, CPU, {os.cpu_count()} threads)")
+    if names:
+        times = times[5:] or times  # after a warm-up
+        slow, fast = 1000 * np.median(times, axis=0)
+        print(f"speed    batch {run.meta['batch'] or 1}: {fast:.1f} ms {names[1]}, {slow:.1f} ms {names[0]}, ratio "
+              f"{fast / slow:.2f} (median of {len(times)}, CPU, {os.cpu_count()} threads)")
 
 
 # ------------------------------------------------------------------------------------------------------ from run to file
@@ -413,9 +407,8 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
     with staged(path.parent) as folder:
         part, more = folder / path.name, f", {merged} adapters merged into the MLPs" * bool(merged)
         exact = in_onnxruntime(checked(to_model(Graph(options.opset), model, run.meta), part, more))
-        verify(in_pytorch, exact, run, options.images, "onnxruntime against torch")
+        verify(in_pytorch, exact, run, options.images, "onnxruntime against torch", names=("torch", "onnxruntime"))
         if precision == "fp32":
-            speed(exact, in_pytorch, "torch", run)
             return
         size = part.stat().st_size
         if precision == "int8":  # 64 training images show what enters the matrices
@@ -425,9 +418,9 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
         else:
             proto = to_model(Graph(options.opset, "float16"), model, run.meta)
         small = in_onnxruntime(checked(proto, part, f", {precision}"))
-        verify(exact, small, run, options.images, f"{precision} against fp32", 0 if options.force else AGREE)
         print(f"size     {part.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32")
-        speed(small, exact, "fp32", run)
+        least = 0 if options.force else AGREE
+        verify(exact, small, run, options.images, f"{precision} against fp32", least, ("fp32", precision))
 
 
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:

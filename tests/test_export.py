@@ -239,6 +239,19 @@ def test_a_run_becomes_a_file(run, runs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.parametrize(("count", "singles"), [(1, 0), (2, 1), (30, 26), (64, 55), (359, 55)])
+def test_what_is_checked(runs, monkeypatch, count, singles):
+    """One by one and in odd batches, each image once, however few there are."""
+    monkeypatch.chdir(runs)
+    opened = train.open_run(cli.parse(["--eval", "runs/a"])[0])
+    opened.meta |= {"batch": 0, "input": "float", "resize": False}
+    sizes = [len(labels) for _, _, labels in export.pictures(opened, count)]
+    assert sum(sizes) == count
+    assert sizes[:singles] == [1] * singles
+    assert all(1 <= size <= 7 for size in sizes[singles:])
+    assert len(sizes) > singles
+
+
 @pytest.mark.parametrize("options", [
     ["--opset", 20, "--input", "uint8", "--batch", 5], ["--opset", 23, "--output", "probabilities", "--top-k", 3],
     ["--resize", "--output", "embedding"], ["--resize", "--opset", 23, "--batch", 1]])
