@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import adaptertune
 import cli
+import data
 import train
 import vit
 
@@ -100,6 +101,25 @@ def test_rank_for():
 def test_where_nothing_is_found_the_least_rank_is_given(capsys, tmp_path):
     assert cli.spectra(torch.tensor([[-1.0, -2.0], [-0.5, -1.0]]), tmp_path / "x.svg") == 1
     assert "nan" not in capsys.readouterr().out + (tmp_path / "x.svg").read_text()
+
+
+def test_the_gradient_is_not_from_the_heads_images(monkeypatch, tmp_path, tiny_weights):
+    """One half of the images for the head, and the other, of each class as many, for the gradient."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
+    passes, plain = [], data.Batches.eval
+
+    def recorded(self, images, center):
+        passes.append(images)
+        return plain(self, images, center)
+    monkeypatch.setattr(data.Batches, "eval", recorded)
+    train.estimate_rank(cli.parse(["--weights", str(tiny_weights), "--limit", "200"])[0], 0)
+    head, val, gradient = passes
+    assert (len(head), len(val), len(gradient)) == (100, 50, 100)
+    both = [set(map(bytes, images.pixels.flatten(1).numpy())) for images in (head, gradient)]
+    assert len(both[0] & both[1]) <= 1  # of digits a few are equal
+    counts = torch.stack([torch.bincount(images.labels) for images in (head, gradient)])
+    assert (counts[0] - counts[1]).abs().max() <= 2
 
 
 def test_on_the_command_line(capsys, monkeypatch, tmp_path, tiny_weights):
