@@ -389,10 +389,10 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> int:
     name, started = f"{options.name or Path(options.dataset).resolve().name}-spectrum", time.perf_counter()
     own = {"method": "head", "rank": None, "name": name, "resume": True, "epochs": 30, "lr": cli.RATES["head"][0]}
     run = prepare(argparse.Namespace(**vars(options) | own), seed)
-    images = run.data.train[data.stratified_order(run.data.train.labels, f"spectrum/{seed}")[:5000]]
-    even, odd = (images[torch.arange(i, len(images), 2)] for i in (0, 1))
-    fit_head(run, cache_features(run, even, "train"), cache_features(run, run.data.val, "val"))
-    G, C = adaptertune.shift_gradients(run.model, run.batches.eval(odd, run.data.center),
+    order = data.stratified_order(run.data.train.labels, f"spectrum/{seed}")[:5000]
+    one, other = (run.data.train[half] for half in order.tensor_split(2))
+    fit_head(run, cache_features(run, one, "train"), cache_features(run, run.data.val, "val"))
+    G, C = adaptertune.shift_gradients(run.model, run.batches.eval(other, run.data.center),
                                        loss=lambda logits, labels: F.cross_entropy(logits / 4, labels))
     rank = cli.spectra(adaptertune.spectrum(G, C), Path("runs") / f"{name}.svg")
     print(f"spectrum rank {rank} takes 90 % of it (a start, not a prescription); {cli.clock(time.perf_counter() - started)}")
