@@ -122,6 +122,28 @@ def test_the_gradient_is_not_from_the_heads_images(monkeypatch, tmp_path, tiny_w
     assert (counts[0] - counts[1]).abs().max() <= 2
 
 
+@pytest.mark.parametrize("with_val", [True, False])
+def test_the_head_is_that_of_the_least_loss_on_val(monkeypatch, tmp_path, tiny_weights, with_val):
+    """And the last one's where there is no val."""
+    monkeypatch.chdir(tmp_path)
+    run = train.prepare(cli.parse(["--weights", str(tiny_weights), "--method", "head", "--epochs", "20", "--lr", "0.3"])[0], 0)
+    generator, losses, plain = torch.Generator().manual_seed(0), [], train.train_epoch
+    fit, val = (data.Images(torch.randn(60, D, generator=generator), torch.arange(60) % 10) for _ in range(2))
+
+    def loss():
+        return torch.nn.functional.cross_entropy(run.model.head(val.pixels), val.labels).item()
+
+    def recorded(run, optimizer):
+        plain(run, optimizer)
+        losses.append(loss())
+    monkeypatch.setattr(train, "train_epoch", recorded)
+    train.fit_head(run, fit, val if with_val else data.Images(val.pixels[:0], val.labels[:0]))
+    assert len(losses) == 20
+    assert min(losses) < losses[-1]
+    assert loss() == pytest.approx(min(losses) if with_val else losses[-1])
+    assert not any(parameter.requires_grad for parameter in run.model.parameters())
+
+
 def test_on_the_command_line(capsys, monkeypatch, tmp_path, tiny_weights):
     """--spectrum reports and trains nothing; --rank auto trains with the rank that it gives, and again when resumed."""
     monkeypatch.chdir(tmp_path)
