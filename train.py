@@ -400,10 +400,9 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> int:
 
 
 def fit_head(run: Run, train: data.Images, val: data.Images) -> None:
-    """Fit a new head to features, without a word, up to the epoch of the least loss on val, and freeze it."""
+    """Fit the head to features, without a word, up to the epoch of the least loss on val, and freeze it."""
     run.data, best = replace(run.data, train=train), math.inf
-    adaptertune.add_head(run.model, len(run.data.classes))
-    optimizer = torch.optim.AdamW(adaptertune.groups(run.model.to(run.device), run.options.weight_decay))
+    optimizer = torch.optim.AdamW(adaptertune.groups(run.model, run.options.weight_decay))
     for epoch in range(1, run.options.epochs + 1):
         run.state = State(epoch)
         train_epoch(run, optimizer)

@@ -37,6 +37,7 @@ def gradients(options, seed):
     features, val = train.cache_features(run, images, "train"), train.cache_features(run, run.data.val, "val")
     halves = torch.arange(len(images)).tensor_split(2)
     for one, other in (halves, halves[::-1]):
+        adaptertune.add_head(run.model, len(run.data.classes))
         train.fit_head(run, features[one], val)
         found.append(adaptertune.shift_gradients(run.model, run.batches.eval(images[other], run.data.center)))
     G, C = (torch.stack(each).mean(dim=0) for each in zip(*found, strict=True))

@@ -342,6 +342,19 @@ def test_sweep(run, tiny_weights, tmp_path):
         "--eval", "runs/g-head")
 
 
+@pytest.mark.parametrize(("tests", "elbow"), [
+    ({1: [80, 81], 2: [88.9, 89.1], 4: [89, 91]}, 2), ({1: [80, 81], 2: [88.8, 89], 4: [89, 91]}, 4),
+    ({1: [90, 90], 2: [80, 81], 4: [89, 90]}, 1)])
+def test_the_elbow_is_within_a_standard_error_of_the_best(capsys, tmp_path, tests, elbow):
+    """Of two seeds that lie 2 apart the standard error is 1."""
+    common = {"method": "adaptertune", "dataset": "d", "backbone": "b", "trained": 9, "val_accuracy": 1.0, "lr": 1e-3,
+              "seconds": 1.0, "memory": 0.1, "epoch": 1}
+    results = [(f"rank {rank}", common | {"rank": rank, "seed": seed, "test_accuracy": float(test)})
+               for rank, both in tests.items() for seed, test in enumerate(both)]
+    cli.compare(results, tmp_path / "c")
+    assert f"elbow    rank {elbow}, the least within a standard error" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tsne", [True, False])
 def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, monkeypatch, tsne):
     if tsne:
