@@ -1,4 +1,4 @@
-"""The command line: the options of train.py, and what runs show, as lines, tables and pictures.
+"""The command line: the options of train.py, and what runs and graphs show, as lines, tables and pictures.
 
 Several values of an option are a grid of runs (`expand`), which end in one table (`compare`). Pictures are SVG, written by hand
 (`svg`): a run's curves, accuracy over rank or over what was trained, what the head sees of the test images and who is taken for
@@ -13,13 +13,15 @@ import html
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,8 +219,7 @@ def describe(run: train.Run) -> None:
     """The lines above the table: where it runs, what is frozen, what is trained, on what."""
     numbers, images = adaptertune.count(run.model), run.data
     where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    precision = "bf16" if run.bf16 else "fp32"
-    print(f"env      torch {torch.__version__} · {run.device.type} {where} · {precision} · seed {run.seed}")
+    print(f"env      torch {torch.__version__} · {run.device.type} {where} · {'bf16' if run.bf16 else 'fp32'} · seed", run.seed)
     print(f"backbone {run.meta['backbone']} {run.meta['image_size']}px, {numbers['frozen']:,} frozen")
     parts = ", ".join(f"{part} {numbers[part]:,}" for part in ("adapters", "head", "backbone") if numbers[part])
     total = sum(numbers.values()) - numbers["frozen"]
@@ -235,7 +236,7 @@ def print_row(cells: list[str] | tuple[str, ...]) -> None:
 
 
 def conclude(run: train.Run, result: dict) -> None:
-    """Draw the run's curves, and print the lines below the table."""
+    """Draw the run's curves and print the lines below the table."""
     state, path, rows = run.state, run.folder / "adapters.safetensors", run.state.rows
     how = "nothing to choose" if not rows else f"epoch {state.best_epoch}, " + (
         "chosen on val; test read once" if len(run.data.val) else "the last, no image being left for val; test read once")
@@ -332,10 +333,68 @@ def spectra(energy: Tensor, path: Path) -> int:
     parts = {"all blocks": total} | {f"block {i}": each for i, each in enumerate(energy)}
     series = [{"name": name, "x": list(range(1, len(y) + 1)), "y": (100 * y / total.max().clamp(min=1e-12)).tolist(),
                "line": True} for name, y in parts.items()]
-    ticks = [2 ** i for i in range(len(total).bit_length())]
-    draw(path, [{"title": "what a rank can take of the first step, in %", "x": "rank", "log": True, "ticks": ticks,
-                 "mark": rank, "series": series}])
+    draw(path, [{"title": "what a rank can take of the first step, in %", "x": "rank", "log": True, "mark": rank,
+                 "ticks": [2 ** i for i in range(len(total).bit_length())], "series": series}])
     return rank
+
+
+# ------------------------------------------------------------------------------------------------ a graph against torch
+
+# Largest |difference| from torch in fp32; ten times as much with --resize, where pixels differ by 1e-5, and for CLIP's logits,
+# which are cosines multiplied by 100.
+LIMIT = 1e-4
+
+
+def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
+    """`count` test images, evenly over the set, as the graph takes them, as torch takes them, and their labels:
+    most, 55 at best, one by one, and then seven at a time; or in the graph's own batch."""
+    images, (mean, std) = run.data.test, (torch.tensor(values).view(3, 1, 1) for values in run.batches.norm)
+    index, N, single = torch.linspace(0, len(images) - 1, count).long(), run.meta["batch"], min(55, 7 * count // 8)
+    for part in filter(len, index.split(N) if N else (*index[:single].split(1), *index[single:].split(7))):
+        part = part[torch.arange(N or len(part)) % len(part)]  # a fixed batch is filled up
+        pixels, labels = images.pixels[part], images.labels[part].numpy()
+        x = run.batches.finish(pixels, data.center_boxes(len(part), *pixels.shape[-2:], run.data.center, pixels.device))
+        if run.meta["input"] == "uint8" and not run.meta["resize"]:  # whole numbers, for both
+            pixels = ((x * std + mean) * 255).round().byte()
+            x = (pixels / 255 - mean) / std
+        yield x.numpy() if run.meta["input"] == "float" else np.ascontiguousarray(pixels.permute(0, 2, 3, 1)), x, labels
+
+
+def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, names: tuple, least: float = 100) -> None:
+    """Print how far two functions of these `names` agree on test images, and how long a single image takes them; ValueError if
+    less than `least` percent have the same top-1 or, where that is all of them, a |difference| is above LIMIT. An embedding's
+    top-1 is what the run's head makes of it."""
+    total = min((64 if least == 100 else 1000) if count is None else count or 10 ** 9, len(run.data.test))
+    worst, seen, tops, times, started = 0.0, 0, [], [], time.perf_counter()
+    limit = LIMIT * (10 if run.meta["resize"] or ("classifier" in run.meta and run.meta["output"] == "logits") else 1)
+
+    def top1(first: np.ndarray, *labels: np.ndarray) -> np.ndarray:
+        if run.meta["output"] == "embedding":
+            first = run.model.head(torch.from_numpy(first)).numpy()
+        return labels[0][:, 0] if labels else first.argmax(axis=1)
+
+    for image, x, labels in pictures(run, total):
+        moments, one = [time.perf_counter()], exact(image, x)
+        moments, two = [*moments, time.perf_counter()], graph(image, x)
+        times += [np.diff([*moments, time.perf_counter()])] * (len(labels) == (run.meta["batch"] or 1))
+        worst = np.maximum(worst, np.abs(one[0] - two[0]).max())  # keeps a NaN
+        tops.append([top1(*one), top1(*two), labels])
+        seen += len(labels)
+        data.progress("checking, image", seen, total, started)
+    before, after, labels = np.concatenate(tops, axis=1)
+    same, bound = 100 * (before == after).mean(), f" (limit {limit:.0e})".replace("-0", "-") * (least == 100)
+    text = (f"{names[1]} against {names[0]}, {len(labels):,} test images: max |diff| {worst:.1e}{bound}, top-1 agreement "
+            f"{same:.4g} %")
+    if least < 100:
+        text += f", accuracy {100 * (after == labels).mean():.2f} %, before {100 * (before == labels).mean():.2f} %"
+    if not (same >= least and (worst <= limit or least < 100)):
+        hint = f"; at least {least:g} % is wanted, --force writes it all the same" if least < 100 else ""
+        raise ValueError(f"{text}: no file was written{hint}")
+    print(f"check    {text} ok", flush=True)
+    times = times[5:] or times  # after a warm-up
+    slow, fast = 1000 * np.median(times, axis=0)
+    print(f"speed    batch {run.meta['batch'] or 1}: {fast:.1f} ms {names[1]}, {slow:.1f} ms {names[0]}, ratio "
+          f"{fast / slow:.2f} (median of {len(times)}, CPU, {os.cpu_count()} threads)")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

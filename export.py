@@ -24,11 +24,9 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,15 +41,11 @@ if "--run" not in sys.argv:  # which does without torch and onnx, so that it run
 
     import adaptertune
     import cli
-    import data
     import train
     import vit
 
 # The IR version that came with each opset (onnx/docs/Versioning.md): a newer one is refused by older runtimes.
 IR = {17: 8, 18: 8, 20: 9, 23: 11}
-# Largest |difference| from torch in fp32; ten times as much with --resize, where pixels differ by 1e-5, and for CLIP's logits,
-# which are cosines multiplied by 100.
-LIMIT = 1e-4
 AGREE = 98.0  # least percentage of images on which fp16 or int8 must give fp32's top-1
 # The matrices for --precision int8: the blocks', but the first fc2, whose input spans most (1 % of the time).
 INT8 = re.compile(r"(?!blocks\.0\.mlp\.fc2)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc)")
@@ -148,8 +142,7 @@ def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
 
 def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str) -> str:
     """Multi-head attention of `query` (x, or its first token) over x [B, N, D]."""
-    qkv, proj, H = block.attn.qkv, block.attn.proj, block.attn.heads
-    D = proj.out_features
+    qkv, proj, H, D = block.attn.qkv, block.attn.proj, block.attn.heads, block.attn.proj.out_features
     scale, gamma = (D // H) ** -0.5, getattr(block.ls1, "gamma", proj.bias.new_ones(D))
     q_weight, k_weight, v_weight = qkv.weight.split(D)
     q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else qkv.bias.split(D)
@@ -244,13 +237,9 @@ def write_vit(g: Graph, model: vit.ViT, meta: dict) -> list[str]:
 
 def swapped(g: Graph) -> dict[str, list[int | str]]:
     """The constants that --swappable makes inputs, and their dimensions. Ranks may differ from block to block."""
-    found = {}
-    for name, value in g.constants.items():
-        for end, free in SWAPPED.items():
-            if name.endswith(end):
-                symbol = "classes" if end.startswith("head") else f"{name.split('.adapter')[0]}.rank"
-                found[name] = [symbol if i == free else n for i, n in enumerate(value.shape)]
-    return found
+    return {name: [n if i != free else "classes" if end.startswith("head") else f"{name.split('.adapter')[0]}.rank"
+                   for i, n in enumerate(value.shape)]
+            for name, value in g.constants.items() for end, free in SWAPPED.items() if name.endswith(end)}
 
 
 def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
@@ -276,7 +265,7 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
     return proto
 
 
-# ----------------------------------------------------------------------------------------------------------- the check
+# --------------------------------------------------------------------------------------------------- the graph at work
 
 
 def session(model: str | Path) -> onnxruntime.InferenceSession:
@@ -306,61 +295,7 @@ def in_torch(model: vit.ViT, meta: dict) -> Callable:
         x = model.features(images) if meta["output"] == "embedding" else model(images)
         x = x.softmax(dim=-1) if meta["output"] == "probabilities" else x
         return [part.numpy() for part in (x.topk(meta["top_k"]) if meta["top_k"] else [x])]
-
     return outputs
-
-
-def pictures(run: train.Run, count: int) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
-    """`count` test images, evenly over the set, as the graph takes them, as torch takes them, and their labels:
-    most, 55 at best, one by one, and then seven at a time; or in the graph's own batch."""
-    images, (mean, std) = run.data.test, (torch.tensor(values).view(3, 1, 1) for values in run.batches.norm)
-    index, N, single = torch.linspace(0, len(images) - 1, count).long(), run.meta["batch"], min(55, 7 * count // 8)
-    for part in filter(len, index.split(N) if N else (*index[:single].split(1), *index[single:].split(7))):
-        part = part[torch.arange(N or len(part)) % len(part)]  # a fixed batch is filled up
-        pixels, labels = images.pixels[part], images.labels[part].numpy()
-        x = run.batches.finish(pixels, data.center_boxes(len(part), *pixels.shape[-2:], run.data.center, pixels.device))
-        if run.meta["input"] == "uint8" and not run.meta["resize"]:  # whole numbers, for both
-            pixels = ((x * std + mean) * 255).round().byte()
-            x = (pixels / 255 - mean) / std
-        yield x.numpy() if run.meta["input"] == "float" else np.ascontiguousarray(pixels.permute(0, 2, 3, 1)), x, labels
-
-
-def verify(exact: Callable, graph: Callable, run: train.Run, count: int | None, what: str, least: float = 100,
-           names: tuple = ()) -> None:
-    """Print how far two functions agree on test images and, if they have `names`, how long a single image takes; ValueError if
-    less than `least` percent have the same top-1 or, where that is all of them, a |difference| is above LIMIT. An embedding's
-    top-1 is what the run's head makes of it."""
-    total = min((64 if least == 100 else 1000) if count is None else count or 10 ** 9, len(run.data.test))
-    worst, seen, tops, times, started = 0.0, 0, [], [], time.perf_counter()
-    limit = LIMIT * (10 if run.meta["resize"] or ("classifier" in run.meta and run.meta["output"] == "logits") else 1)
-
-    def top1(first: np.ndarray, *labels: np.ndarray) -> np.ndarray:
-        if run.meta["output"] == "embedding":
-            first = run.model.head(torch.from_numpy(first)).numpy()
-        return labels[0][:, 0] if labels else first.argmax(axis=1)
-
-    for image, x, labels in pictures(run, total):
-        moments, one = [time.perf_counter()], exact(image, x)
-        moments, two = [*moments, time.perf_counter()], graph(image, x)
-        times += [np.diff([*moments, time.perf_counter()])] * (len(labels) == (run.meta["batch"] or 1))
-        worst = np.maximum(worst, np.abs(one[0] - two[0]).max())  # keeps a NaN
-        tops.append([top1(*one), top1(*two), labels])
-        seen += len(labels)
-        data.progress("checking, image", seen, total, started)
-    before, after, labels = np.concatenate(tops, axis=1)
-    same, bound = 100 * (before == after).mean(), f" (limit {limit:.0e})".replace("-0", "-") * (least == 100)
-    text = f"{what}, {len(labels):,} test images: max |diff| {worst:.1e}{bound}, top-1 agreement {same:.4g} %"
-    if least < 100:
-        text += f", accuracy {100 * (after == labels).mean():.2f} %, before {100 * (before == labels).mean():.2f} %"
-    if not (same >= least and (worst <= limit or least < 100)):
-        hint = f"; at least {least:g} % is wanted, --force writes it all the same" if least < 100 else ""
-        raise ValueError(f"{text}: no file was written{hint}")
-    print(f"check    {text} ok", flush=True)
-    if names:
-        times = times[5:] or times  # after a warm-up
-        slow, fast = 1000 * np.median(times, axis=0)
-        print(f"speed    batch {run.meta['batch'] or 1}: {fast:.1f} ms {names[1]}, {slow:.1f} ms {names[0]}, ratio "
-              f"{fast / slow:.2f} (median of {len(times)}, CPU, {os.cpu_count()} threads)")
 
 
 # ------------------------------------------------------------------------------------------------------ from run to file
@@ -373,8 +308,8 @@ def checked(proto: onnx.ModelProto, part: Path, more: str = "") -> onnxruntime.I
     graph = session(part)
     image, *outputs = (f"{each.name} {each.type[7:-1].replace('float', 'float32')} [{', '.join(map(str, each.shape))}]"
                        for each in (*graph.get_inputs(), *graph.get_outputs()))
-    opset, nodes = proto.opset_import[0].version, len(proto.graph.node)
-    print(f"graph    opset {opset}, {nodes} nodes, {image} -> {', '.join(outputs)}{more}\ncheck    onnx.checker ok", flush=True)
+    print(f"graph    opset {proto.opset_import[0].version}, {len(proto.graph.node)} nodes, {image} -> ", ", ".join(outputs),
+          f"{more}\ncheck    onnx.checker ok", sep="", flush=True)
     return graph
 
 
@@ -407,7 +342,7 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
     with staged(path.parent) as folder:
         part, more = folder / path.name, f", {merged} adapters merged into the MLPs" * bool(merged)
         exact = in_onnxruntime(checked(to_model(Graph(options.opset), model, run.meta), part, more))
-        verify(in_pytorch, exact, run, options.images, "onnxruntime against torch", names=("torch", "onnxruntime"))
+        cli.verify(in_pytorch, exact, run, options.images, ("torch", "onnxruntime"))
         if precision == "fp32":
             return
         size = part.stat().st_size
@@ -419,8 +354,7 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
             proto = to_model(Graph(options.opset, "float16"), model, run.meta)
         small = in_onnxruntime(checked(proto, part, f", {precision}"))
         print(f"size     {part.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32")
-        least = 0 if options.force else AGREE
-        verify(exact, small, run, options.images, f"{precision} against fp32", least, ("fp32", precision))
+        cli.verify(exact, small, run, options.images, ("fp32", precision), 0 if options.force else AGREE)
 
 
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
@@ -443,8 +377,8 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
         file, adapter = onnxruntime.AdapterFormat(), part / f"{run.folder.name}.onnx_adapter"
         file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
         file.export_adapter(str(adapter))
-        verify(in_torch(plain, meta), in_onnxruntime(graph), run, count, "without adapter, against the torch backbone")
-        verify(in_torch(run.model, meta), in_onnxruntime(graph, adapter), run, count, "with adapter, against torch")
+        cli.verify(in_torch(plain, meta), in_onnxruntime(graph), run, count, ("torch's backbone", "without adapter"))
+        cli.verify(in_torch(run.model, meta), in_onnxruntime(graph, adapter), run, count, ("torch", "with adapter"))
 
 
 # ----------------------------------------------------------------------------------------------- on the device, no torch
@@ -548,10 +482,9 @@ def main(arguments: list[str] | None = None) -> int:
         run.model.eval().requires_grad_(False)
         if options.top_k > len(run.meta["classes"]):
             raise ValueError(f"--top-k {options.top_k}: there are {len(run.meta['classes'])} classes")
-        for name in ("config", "learn_scale", "init", "dropout"):  # of no use any more; the rest travels with the graph
-            run.meta.pop(name, None)
-        run.meta.update({name: getattr(options, name) for name in CHOICES})
-        rank = f" rank {run.meta['rank']}" if "rank" in run.meta else ""
+        run.meta = {name: value for name, value in run.meta.items() if name not in ("config", "learn_scale", "init", "dropout")}
+        run.meta |= {name: getattr(options, name) for name in CHOICES}
+        rank = f" rank {run.meta.get('rank')}" * ("rank" in run.meta)
         print(f"model    {run.meta['backbone']}, {run.meta['method']}{rank}, {len(run.meta['classes'])} classes")
         (export_swappable if options.swappable else export)(run, options)
     except (ValueError, OSError, ImportError) as error:

@@ -245,7 +245,7 @@ def test_what_is_checked(runs, monkeypatch, count, singles):
     monkeypatch.chdir(runs)
     opened = train.open_run(cli.parse(["--eval", "runs/a"])[0])
     opened.meta |= {"batch": 0, "input": "float", "resize": False}
-    sizes = [len(labels) for _, _, labels in export.pictures(opened, count)]
+    sizes = [len(labels) for _, _, labels in cli.pictures(opened, count)]
     assert sum(sizes) == count
     assert sizes[:singles] == [1] * singles
     assert all(1 <= size <= 7 for size in sizes[singles:])
