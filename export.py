@@ -1,4 +1,4 @@
-"""Export: a run becomes one ONNX graph, proven equal to torch on real images before the file exists.
+"""Export: a run becomes one ONNX graph, proven equal to torch on real images (`cli.verify`) before the file exists.
 
     python export.py runs/NAME                          runs/NAME/model.onnx: backbone, adapters, head and class names
     python export.py runs/NAME --input uint8 --resize   takes photos of any size as they are
