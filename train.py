@@ -375,7 +375,7 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         setattr(run.state, key, value)
 
 
-# ------------------------------------------------------------------------------------------------------------ reporting
+# --------------------------------------------------------------------------------------- how much rank; the end of a run
 
 
 def estimate_rank(options: argparse.Namespace, seed: int) -> int:
@@ -387,7 +387,7 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> int:
     images alone that the head gets wrong. Both were chosen by what is steady over seeds (assets/results/rank-predictions.txt).
     """
     name, started = f"{options.name or Path(options.dataset).resolve().name}-spectrum", time.perf_counter()
-    own = {"method": "head", "rank": None, "name": name, "resume": True, "epochs": 30, "lr": cli.RATES["head"][0]}
+    own = {"method": "head", "rank": None, "name": name, "resume": True, "epochs": 12, "lr": cli.RATES["head"][0]}
     run = prepare(argparse.Namespace(**vars(options) | own), seed)
     order = data.stratified_order(run.data.train.labels, f"spectrum/{seed}")[:5000]
     one, other = (run.data.train[half] for half in order.tensor_split(2))
