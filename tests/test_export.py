@@ -260,6 +260,7 @@ def test_what_is_checked(runs, monkeypatch, count, singles):
 def test_every_method_and_option(run, tmp_path, name, options):
     out = run(f"runs/{name}", "-o", tmp_path / "m.onnx", "--images", 30, *options)
     assert out.count("top-1 agreement 100 % ok") == 1
+    assert ("(limit 1e-3)" if "--resize" in options else "(limit 1e-4)") in out
     assert ("2 adapters merged into the MLPs" in out) == (name == "fused")
 
 

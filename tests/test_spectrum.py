@@ -113,6 +113,8 @@ def test_the_gradient_is_not_from_the_heads_images(monkeypatch, tmp_path, tiny_w
         passes.append(images)
         return plain(self, images, center)
     monkeypatch.setattr(data.Batches, "eval", recorded)
+    losses, measure = [], adaptertune.shift_gradients
+    monkeypatch.setattr(adaptertune, "shift_gradients", lambda *inputs, loss: losses.append(loss) or measure(*inputs, loss=loss))
     train.estimate_rank(cli.parse(["--weights", str(tiny_weights), "--limit", "200"])[0], 0)
     head, val, gradient = passes
     assert (len(head), len(val), len(gradient)) == (100, 50, 100)
@@ -120,6 +122,9 @@ def test_the_gradient_is_not_from_the_heads_images(monkeypatch, tmp_path, tiny_w
     assert len(both[0] & both[1]) <= 1  # of digits a few are equal
     counts = torch.stack([torch.bincount(images.labels) for images in (head, gradient)])
     assert (counts[0] - counts[1]).abs().max() <= 2
+    logits, labels = torch.randn(5, 10), torch.arange(5)
+    flattened = torch.nn.functional.cross_entropy(logits, labels)
+    assert losses[0](4 * logits, labels).item() == pytest.approx(flattened.item())
 
 
 @pytest.mark.parametrize("with_val", [True, False])
