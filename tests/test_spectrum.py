@@ -114,7 +114,7 @@ def test_the_gradient_is_not_from_the_heads_images(monkeypatch, tmp_path, tiny_w
         return plain(self, images, center)
     monkeypatch.setattr(data.Batches, "eval", recorded)
     losses, measure = [], adaptertune.shift_gradients
-    monkeypatch.setattr(adaptertune, "shift_gradients", lambda *inputs, loss: losses.append(loss) or measure(*inputs, loss=loss))
+    monkeypatch.setattr(adaptertune, "shift_gradients", lambda *of, loss: losses.append(loss) or measure(*of, loss=loss))
     train.estimate_rank(cli.parse(["--weights", str(tiny_weights), "--limit", "200"])[0], 0)
     head, val, gradient = passes
     assert (len(head), len(val), len(gradient)) == (100, 50, 100)
