@@ -416,6 +416,12 @@ def shift_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], 
     return G / seen.clamp(min=1), torch.stack([each.moment.cpu() for each in maps]) / seen.sum()
 
 
+def whitener(moment: Tensor) -> Tensor:
+    """C^(-½) of a second moment C [D, D], with a thousandth of its mean eigenvalue added to each."""
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors * (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt() @ vectors.T
+
+
 def spectrum(G: Tensor, C: Tensor) -> Tensor:
     """How much of the loss a map of rank r behind block l takes away at first, [L, D], cumulative over r.
 
@@ -430,9 +436,7 @@ def spectrum(G: Tensor, C: Tensor) -> Tensor:
     """
     found = []
     for first, second, moment in zip(*G.double(), C.double(), strict=True):
-        values, vectors = torch.linalg.eigh(moment)
-        whiten = vectors * (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt() @ vectors.T
-        halves, worth = (first @ whiten, second @ whiten), 0
+        halves, worth = (first @ whitener(moment), second @ whitener(moment)), 0
         for a, b in (halves, halves[::-1]):
             u, s, v = torch.linalg.svd(a)  # v: rows
             worth = worth + s * ((u.T @ b) * v).sum(dim=1) / 2

@@ -46,9 +46,8 @@ def gradients(options, seed):
 
 def directions(G, C, rank, white):
     """V [r, D]."""
-    values, vectors = torch.linalg.eigh(C.double())
-    whiten = vectors * (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt() @ vectors.T
-    V, D = torch.linalg.svd(G.double() @ whiten)[2][:rank], len(C)
+    whiten, D = adaptertune.whitener(C.double()), len(C)
+    V = torch.linalg.svd(G.double() @ whiten)[2][:rank]
     if not white:
         return (V * (2 * D / (rank + D)) ** 0.5).float()
     V = V @ whiten
