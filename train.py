@@ -191,7 +191,7 @@ def embed_classes(run: Run) -> None:
     repo, weights = vit.BACKBONES[options.backbone].repo if options.backbone else "", options.text_weights or options.weights
     weights = Path(weights or data.hub_file(repo, "model.safetensors", offline=options.offline))
     vocab = options.vocab or next(filter(Path.exists, (weights.with_name(name) for name in VOCABULARIES)), None)
-    tower, scale = vit.load_text(weights)
+    tower, scale = vit.load_text(weights, quick_gelu=run.model.config.quick_gelu)
     vocab = vocab or data.hub_file(repo or "openai/clip-vit-base-patch16", "merges.txt", offline=options.offline)
     tokenizer = adaptertune.Tokenizer(vocab)
     if tokenizer.size != len(tower.token_embed.weight):

@@ -225,12 +225,9 @@ CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pretrained network by name: its shape, its input, and `repo`, the Hugging Face repository that publishes it under
-    `license`.
-
-    `norm` is (mean, std) per channel for pixels in 0..1 and belongs to the backbone: with a wrong one it still works, only
-    worse, which is why nobody is asked to remember it. All of them were trained on images resized bicubically.
-    """
+    """A pretrained network: its shape, its input, and the Hugging Face repository that publishes it under `license`. `norm` is
+    (mean, std) per channel for pixels in 0..1 and belongs to the backbone: with a wrong one it still works, only worse, which
+    is why nobody is asked to remember it. All of them were trained on images resized bicubically."""
     repo: str
     config: Config
     norm: tuple = IMAGENET
@@ -248,10 +245,11 @@ def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
 
 
 _DINOV2, _REG = {"layer_scale": True}, {"layer_scale": True, "registers": 4}
-_CLIP = {"norm_pre": True, "quick_gelu": True, "patch_bias": False, "eps": 1e-5}
+_LAION = {"norm_pre": True, "patch_bias": False, "eps": 1e-5}
+_CLIP = _LAION | {"quick_gelu": True}
 
-# Repositories, normalisation, interpolation and license as in timm's registry (default_cfgs, timm 1.0), CLIP's as in OpenAI's
-# clip.py. DINOv2 was published for 518 px; 224 is what most use it at (--image-size 518 for the original).
+# Repositories, normalisation and license as in timm's registry (default_cfgs, timm 1.0), CLIP's as in OpenAI's clip.py and, for
+# LAION's, open_clip's. DINOv2 was published for 518 px; 224 is what most use it at (--image-size 518 for the original).
 BACKBONES = {
     "vit_ti16": Backbone("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", _vit(192, 16), HALF),
     "vit_s16": Backbone("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", _vit(384, 16), HALF),
@@ -272,9 +270,11 @@ BACKBONES = {
     "clip_b32": Backbone("openai/clip-vit-base-patch32", _vit(768, 32, **_CLIP), CLIP, license="MIT"),
     "clip_b16": Backbone("openai/clip-vit-base-patch16", _vit(768, 16, **_CLIP), CLIP, license="MIT"),
     "clip_l14": Backbone("openai/clip-vit-large-patch14", _vit(1024, 14, **_CLIP), CLIP, license="MIT"),
+    "clip_b32_laion": Backbone("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", _vit(768, 32, **_LAION), CLIP, license="MIT"),
+    "clip_b16_laion": Backbone("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", _vit(768, 16, **_LAION), CLIP, license="MIT"),
+    "clip_l14_laion": Backbone("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", _vit(1024, 14, **_LAION), HALF, license="MIT"),
     # Ours, in assets/: pretrained on CIFAR-100 by train.py --scratch, the commands and their log beside it.
-    "vit_micro": Backbone("", _vit(128, 4, 32, depth=6, heads=4, hidden=256, pool="mean"), CIFAR100,
-                          license="MIT"),
+    "vit_micro": Backbone("", _vit(128, 4, 32, depth=6, heads=4, hidden=256, pool="mean"), CIFAR100, license="MIT"),
 }
 
 # ------------------------------------------------------------------------------------------ reading published weights
@@ -466,8 +466,9 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
     return model.eval(), backbone
 
 
-def load_text(path: str | Path, *, heads: int = 0) -> tuple[TextTower, float]:
+def load_text(path: str | Path, *, heads: int = 0, quick_gelu: bool = True) -> tuple[TextTower, float]:
     """CLIP's text tower from a file, in eval mode, and the factor exp(logit_scale) of its cosines (100 if none is stated).
+    Whether OpenAI's QuickGELU is in it no file tells; it is in both towers or in none.
 
     Raises:
         ValueError: an unreadable file or one without a text tower; missing, left-over or misshapen tensors, each named.
@@ -477,7 +478,7 @@ def load_text(path: str | Path, *, heads: int = 0) -> tuple[TextTower, float]:
         raise ValueError(f"{path} has no text tower of CLIP; give a file with both towers, or use --classifier prototypes")
     try:
         found, eps = to_timm(tensors, TEXT)
-        config = infer_config(found, eps=eps, heads=heads)
+        config = replace(infer_config(found, eps=eps, heads=heads), quick_gelu=quick_gelu)
         with torch.device("meta"):
             model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
         check_tensors(model.state_dict(), found)

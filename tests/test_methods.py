@@ -419,18 +419,21 @@ def test_start_from_names_what_is_missing(tiny_weights, tmp_path):
         adaptertune.start_from(model, load_file(tmp_path / "a.safetensors"))
 
 
-def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path):
-    """A backbone by name: both towers and the vocabulary are fetched once from its repository."""
-    config = vit.load(clip)[1].config
-    monkeypatch.setitem(vit.BACKBONES, "clip_b16", replace(vit.BACKBONES["clip_b16"], config=config))
+@pytest.mark.parametrize("name", ["clip_b16", "clip_b16_laion"])
+def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path, name):
+    """A backbone by name: both towers and the vocabulary are fetched once from its repository. LAION's have GELU in both."""
+    row, config = vit.BACKBONES[name], vit.load(clip)[1].config
+    monkeypatch.setitem(vit.BACKBONES, name, replace(row, config=replace(config, quick_gelu=row.config.quick_gelu)))
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    repository = "/openai/clip-vit-base-patch16/resolve/main/"
+    repository = f"/{row.repo}/resolve/main/"
     server.files = {f"{repository}model.safetensors": clip.read_bytes(),
                     f"{repository}merges.txt": clip.with_name("merges.txt").read_bytes()}
-    common = ["--backbone", "clip_b16", "--method", "zero-shot"]
+    common = ["--backbone", name, "--method", "zero-shot"]
     out = run(*common, "--name", "a")
     assert [path for path, _ in server.seen] == list(server.files)
     assert re.search(r"^test", run(*common, "--offline", "--name", "b"), re.M)
     assert len(server.seen) == 2
     test = re.search(r"^test +[\d.]+ %", out, re.M)[0]
-    assert test in run("--weights", clip, "--method", "zero-shot", "--name", "c")
+    assert test in run("--weights", clip, "--method", "zero-shot", "--name", "c") or name != "clip_b16"
+    by_name, by_file = (load_file(tmp_path / f"runs/{each}/adapters.safetensors")["head.classes"] for each in "ac")
+    assert torch.equal(by_name, by_file) == (name == "clip_b16")

@@ -1,6 +1,7 @@
 """vit.py against the libraries that published the weights: kept outputs of tiny networks (golden files), the same networks
 built live, and every variant of the table at full size."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_table_against_timm(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "architecture"), [("clip_b32", "ViT-B-32-quickgelu"), ("clip_b16", "ViT-B-16-quickgelu"),
-                                                    ("clip_l14", "ViT-L-14-quickgelu")])
+                                                    ("clip_l14", "ViT-L-14-quickgelu"), ("clip_b32_laion", "ViT-B-32")])
 def test_table_against_open_clip(name, architecture, tmp_path):
     open_clip, row = pytest.importorskip("open_clip"), vit.BACKBONES[name]
     model = references.randomise(open_clip.create_model(architecture))
@@ -91,3 +92,15 @@ def test_table_against_open_clip(name, architecture, tmp_path):
         expected = model.encode_image(images)
     assert (tuple(model.visual.image_mean), tuple(model.visual.image_std)) == row.norm
     assert difference(tmp_path / "w.safetensors", expected, images, name=name, head=True) < LIMIT
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("clip_b32_laion", "ViT-B-32"), ("clip_b16_laion", "ViT-B-16"),
+                                                    ("clip_l14_laion", "ViT-L-14")])
+def test_laion_in_open_clips_registry(name, architecture):
+    """Repository and normalisation, and that it isn't QuickGELU; all else is as in OpenAI's of that size."""
+    open_clip, row = pytest.importorskip("open_clip"), vit.BACKBONES[name]
+    found = [open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)]
+    cfg, = (each for each in found if each.get("hf_hub", "").rstrip("/") == row.repo)
+    assert ((*cfg["mean"],), (*cfg["std"],)) == row.norm
+    assert not cfg.get("quick_gelu")
+    assert replace(row.config, quick_gelu=True) == vit.BACKBONES[name.removesuffix("_laion")].config

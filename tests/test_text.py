@@ -30,11 +30,11 @@ def random_ids(count=6):
     return ids
 
 
-def open_clip_model(name):
+def open_clip_model(name, quick_gelu=True):
     open_clip = pytest.importorskip("open_clip")
     vision = open_clip.CLIPVisionCfg(layers=1, width=16, head_width=8, patch_size=4, image_size=16)
     text = open_clip.CLIPTextCfg(context_length=LENGTH, vocab_size=VOCABULARY, width=WIDTH, heads=HEADS, layers=2)
-    model = randomise(getattr(open_clip, name)(embed_dim=EMBED, vision_cfg=vision, text_cfg=text, quick_gelu=True))
+    model = randomise(getattr(open_clip, name)(embed_dim=EMBED, vision_cfg=vision, text_cfg=text, quick_gelu=quick_gelu))
     return model, model.encode_text, model.logit_scale
 
 
@@ -44,6 +44,10 @@ def open_clip_both():
 
 def open_clip_custom():
     return open_clip_model("CustomTextCLIP")
+
+
+def open_clip_laion():
+    return open_clip_model("CLIP", quick_gelu=False)
 
 
 HF_TEXT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 64,
@@ -68,7 +72,7 @@ def hugging_face_text():
     return model, lambda ids: model(input_ids=ids).text_embeds, torch.tensor(100.0).log()
 
 
-@pytest.mark.parametrize("build", [open_clip_both, open_clip_custom, hugging_face_both, hugging_face_text])
+@pytest.mark.parametrize("build", [open_clip_both, open_clip_custom, open_clip_laion, hugging_face_both, hugging_face_text])
 @torch.no_grad()
 def test_tower(build, tmp_path):
     model, reference, logit_scale = build()
@@ -80,7 +84,7 @@ def test_tower(build, tmp_path):
     save_file(state, tmp_path / "w.safetensors")
     torch.save({"state_dict": state}, tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
-        tower, scale = vit.load_text(tmp_path / name, heads=HEADS)
+        tower, scale = vit.load_text(tmp_path / name, heads=HEADS, quick_gelu=build is not open_clip_laion)
         assert not tower.training
         assert (tower(ids) - expected).abs().max() < 1e-5
         assert scale == pytest.approx(logit_scale.exp().item(), rel=1e-6)
