@@ -2,6 +2,7 @@
 import re
 import signal
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_the_gradient_is_not_from_the_heads_images(monkeypatch, tmp_path, tiny_w
     monkeypatch.setattr(adaptertune, "shift_gradients", lambda *of, loss: losses.append(loss) or measure(*of, loss=loss))
     train.estimate_rank(cli.parse(["--weights", str(tiny_weights), "--limit", "200"])[0], 0)
     head, val, gradient = passes
-    assert (len(head), len(val), len(gradient)) == (100, 50, 100)
+    assert (len(head), len(val), len(gradient)) == (80, 50, 80)
     both = [set(map(bytes, images.pixels.flatten(1).numpy())) for images in (head, gradient)]
     assert len(both[0] & both[1]) <= 1  # of digits a few are equal
     counts = torch.stack([torch.bincount(images.labels) for images in (head, gradient)])
@@ -125,6 +126,22 @@ def test_the_gradient_is_not_from_the_heads_images(monkeypatch, tmp_path, tiny_w
     logits, labels = torch.randn(5, 10), torch.arange(5)
     flattened = torch.nn.functional.cross_entropy(logits, labels)
     assert losses[0](4 * logits, labels).item() == pytest.approx(flattened.item())
+
+
+def test_of_many_images_4000_are_seen(monkeypatch, tmp_path, tiny_weights):
+    monkeypatch.chdir(tmp_path)
+    prepare, seen = train.prepare, []
+
+    def many(options, seed):
+        run = prepare(options, seed)
+        return replace(run, data=replace(run.data, train=run.data.train[torch.arange(5001) % len(run.data.train)]))
+    monkeypatch.setattr(train, "prepare", many)
+    monkeypatch.setattr(train, "cache_features", lambda run, images, what: seen.append(len(images)) or images)
+    monkeypatch.setattr(train, "fit_head", lambda run, *of: None)
+    monkeypatch.setattr(adaptertune, "shift_gradients", lambda model, batches, loss: seen.append(
+        sum(len(labels) for _, labels in batches)) or (torch.ones(2, 2, D, D), torch.eye(D).repeat(2, 1, 1)))
+    train.estimate_rank(cli.parse(["--weights", str(tiny_weights)])[0], 0)
+    assert [seen[0], seen[2]] == [2000, 2000]
 
 
 @pytest.mark.parametrize("with_val", [True, False])
