@@ -432,7 +432,7 @@ def spectrum(G: Tensor, C: Tensor) -> Tensor:
     isn't there. Two halves of the images, W and W', take it out: the pair (u_i, v_i) of one is worth σ_i·u_iᵀ·W'·v_i in the
     other, whose expectation has no noise in it; both ways round, and the mean.
     Assumed, and not exactly so: what the first step wants is what the whole training wants, an adapter of rank r does what a
-    map of rank r does, and blocks don't stand in for each other. README.md says what was observed.
+    map of rank r does, and blocks don't stand in for each other, which they seem to. README.md says what was observed.
     """
     found = []
     for first, second, moment in zip(*G.double(), C.double(), strict=True):
