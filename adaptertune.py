@@ -435,9 +435,9 @@ def spectrum(G: Tensor, C: Tensor) -> Tensor:
     map of rank r does, and blocks don't stand in for each other, which they seem to. README.md says what was observed.
     """
     found = []
-    for first, second, moment in zip(*G.double(), C.double(), strict=True):
-        halves, worth = (first @ whitener(moment), second @ whitener(moment)), 0
-        for a, b in (halves, halves[::-1]):
+    for pair, moment in zip(G.double().transpose(0, 1), C.double(), strict=True):
+        halves, worth = pair @ whitener(moment), 0  # [2, D, D]
+        for a, b in (halves, halves.flip(0)):
             u, s, v = torch.linalg.svd(a)  # v: rows
             worth = worth + s * ((u.T @ b) * v).sum(dim=1) / 2
         found.append(worth.cumsum(dim=0))

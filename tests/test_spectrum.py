@@ -93,6 +93,12 @@ def test_gradients_are_those_of_the_maps(tiny_weights):
     assert torch.allclose(G[1], adaptertune.shift_gradients(model, [(images[2:4], labels[2:4])])[0][0], atol=1e-6)
 
 
+def test_the_halves_have_the_same_part():
+    generator = torch.Generator().manual_seed(0)
+    G, C = torch.randn(2, 3, D, D, generator=generator), torch.eye(D).expand(3, D, D)
+    assert torch.allclose(adaptertune.spectrum(G, C), adaptertune.spectrum(G.flip(0), C))
+
+
 def test_rank_for():
     assert adaptertune.rank_for(torch.tensor([5.0, 9.0, 10.0, 10.0, 9.9])) == 2
     assert adaptertune.rank_for(torch.tensor([5.0, 8.9, 10.0, 10.0])) == 3
