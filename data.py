@@ -1,17 +1,21 @@
 """Images in, batches out: data sets, their splits, augmentation on the device, and downloads.
 
-A data set is three sets of images in memory, each one uint8 tensor [n, 3, H, W]. Everything that happens to a batch (crop,
-flip, resize, normalise) runs on the training device, and all its randomness comes from (seed, epoch, step): the same
-command draws the same crops, and a resumed run draws those that it would have drawn.
+A data set is three sets of images in memory, each one uint8 tensor [n, 3, H, W]. Everything that
+happens to a batch (crop, flip, resize, normalise) runs on the training device. Its randomness comes
+from (seed, epoch, step) alone: the same command makes the same crops, and a resumed run makes those
+that it would have made.
 
-Crop, flip and antialiased resize are linear and separable, so they are two small matrices per image:
+Crop, flip and antialiased resize are linear and separable, so they are two small matrices an image:
 
-    out[S, S] = rows[S, H] · image[H, W] · cols[S, W]^T
+    out[S, S] = rows[S, H] · image[H, W] · cols[S, W]ᵀ
 
-with the weights of Pillow's bicubic resize in them (Keys' cubic, a = -1/2). A flip reverses the columns' matrix.
+with the weights of Pillow's bicubic resize in them (Keys' cubic, a = -1/2). A flip reverses the
+order of the columns' matrix.
 
-Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels that the network sees.
+Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels along a side that the
+network sees, K classes.
 """
+
 import hashlib
 import http.client
 import os
@@ -35,47 +39,50 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
+PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 @dataclass
 class Images:
-    """n images with their labels; `names` are file names, where they were files."""
-    pixels: Tensor  # uint8 [n, 3, H, W]
+    """n images with their labels."""
+
+    pixels: Tensor  # uint8 [n, 3, H, W]; or features [n, D] in their place
     labels: Tensor  # int64 [n]
-    names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # file names, where they were files
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> "Images":
-        return Images(self.pixels[index], self.labels[index], [self.names[i] for i in index.tolist()] if self.names else [])
+        names = [self.names[i] for i in index.tolist()] if self.names else []
+        return Images(self.pixels[index], self.labels[index], names)
 
 
 @dataclass
 class Dataset:
-    """Train, validation and test images and how they may be augmented.
+    """Train, validation and test images, and how they may be augmented."""
 
-    `flip`: a mirror image keeps its label. `min_scale`: the smallest share of the area that a training crop may have.
-    `center`: the share of each side that evaluation looks at (the usual 224 of 256 for photos, all of a small image).
-    `val` and `test` are None as long as nobody has split them off. `whole`: sizes of train and val before any `limit`.
-    """
     name: str
     classes: list[str]
     train: Images
-    val: Images | None
+    val: Images | None  # None as long as nobody has split it off
     test: Images | None
-    flip: bool = True
-    min_scale: float = 0.08  # torchvision's default for RandomResizedCrop, which the paper uses
-    center: float = 1.0
-    whole: tuple[int, int] = (0, 0)
+    flip: bool = True  # a mirror image keeps its label
+    # Least share of the area in a training crop. 0.08 is the default of torchvision's
+    # RandomResizedCrop, which the paper uses.
+    min_scale: float = 0.08
+    center: float = 1.0  # share of each side that evaluation looks at; 7/8 for photos (224 of 256)
+    whole: tuple[int, int] = (0, 0)  # sizes of train and val before a limit
 
 
-def read(name: str, data_dir: str = "data", image_size: int = 224, offline: bool = False) -> Dataset:
+def read(
+    name: str, data_dir: str = "data", image_size: int = 224, offline: bool = False
+) -> Dataset:
     """A data set by name or path, as published.
 
     Args:
-        name: a key of DATASETS, or a folder of photos: class folders, or train/ and perhaps val/ and test/ with class
-            folders in each.
+        name: a key of DATASETS, or a folder of photos: class folders, or train/ and perhaps val/
+            and test/ with class folders in each.
         image_size: the network's; photos are stored at 8/7 of it (256 for 224), centre square.
 
     Raises:
@@ -90,55 +97,83 @@ def read(name: str, data_dir: str = "data", image_size: int = 224, offline: bool
 def check_name(name: str) -> None:
     """Raise a ValueError unless `name` is a data set or a folder."""
     if name not in DATASETS and not Path(name).is_dir():
-        raise ValueError(f"no data set or folder {name!r}: choose {', '.join(DATASETS)} or give a folder of images")
+        raise ValueError(
+            f"no data set or folder {name!r}: choose {', '.join(DATASETS)} "
+            "or give a folder of images"
+        )
 
 
-def split(data: Dataset, *, seed: int = 0, limit: int = 0, shots: int = 0, test_share: float = 0.0) -> Dataset:
-    """Split off what is missing. Where there is no published test set (digits, plain class folders) it is a stratified
-    20 %, the same for every seed; validation is a stratified 10 % of the rest, drawn by `seed` (the paper's protocol).
+# ---------------------------------------------------------------------------------------- splits
+
+
+def split(
+    data: Dataset, *, seed: int = 0, limit: int = 0, shots: int = 0, test_share: float = 0.0
+) -> Dataset:
+    """Split off what is missing, and reduce the training set.
+
+    Where there is no published test set (digits, plain class folders) it is a stratified 20 %, the
+    same for every seed. Validation is a stratified 10 % of the rest, drawn by `seed` (the paper's
+    protocol).
 
     Args:
-        limit: train on so many images only, classes in proportion, and choose by a quarter as many; 0 for all.
-        shots: train on so many images of each class, drawn by `seed`, and choose by as many others, 4 at most (the few-shot
-            protocol of CoOp, https://arxiv.org/abs/2109.01134) or as there are, perhaps none; 0 for all.
-        test_share: the share of a missing test set; then it is drawn by `seed`.
+        limit: train on so many images only, classes in proportion, and choose by a quarter as many;
+            0 for all.
+        shots: train on so many images of each class, drawn by `seed`, and choose by as many others,
+            4 at most (the few-shot protocol of CoOp, https://arxiv.org/abs/2109.01134), or as there
+            are, perhaps none; 0 for all.
+        test_share: the share of a missing test set, which then is drawn by `seed`.
 
     Raises:
         ValueError: a class has fewer images than `shots`.
     """
-    train, val, test = data.train, data.val, data.test
+    train = data.train
+    val = data.val
+    test = data.test
     if test is None:
-        test, train = cut(train, test_share or 0.2, f"test/{seed}" if test_share else "test")
+        key = f"test/{seed}" if test_share else "test"
+        test, train = split_off(train, test_share or 0.2, key)
     if val is None and not shots:
-        val, train = cut(train, 0.1, f"val/{seed}")
+        val, train = split_off(train, 0.1, f"val/{seed}")
     whole = (len(train), len(val or ()))
+
     if shots:
-        train, rest = draw(train, shots, f"shots/{seed}")
-        if int(torch.bincount(train.labels, minlength=len(data.classes)).min()) < shots:
-            raise ValueError(f"--shots {shots}: a class of {data.name} has fewer images to train on; give a smaller number")
-        val = draw(val or rest, min(shots, 4), f"shots/{seed}")[0]
+        train, rest = sample_shots(train, shots, f"shots/{seed}")
+        smallest = int(torch.bincount(train.labels, minlength=len(data.classes)).min())
+        if smallest < shots:
+            raise ValueError(
+                f"--shots {shots}: a class of {data.name} has fewer images to train on; "
+                "give a smaller number"
+            )
+        val, _ = sample_shots(val or rest, min(shots, 4), f"shots/{seed}")
     elif limit:
         train = train[stratified_order(train.labels, f"limit/{seed}")[:limit]]
-        val = val[stratified_order(val.labels, f"limit/{seed}")[:max(1, limit // 4)]]
+        few = max(1, limit // 4)
+        val = val[stratified_order(val.labels, f"limit/{seed}")[:few]]
     return replace(data, train=train, val=val, test=test, whole=whole)
 
 
-def cut(images: Images, share: float, key: str) -> tuple[Images, Images]:
+def split_off(images: Images, share: float, key: str) -> tuple[Images, Images]:
     """A stratified `share` of the images, drawn by `key`, and the rest."""
-    order, size = stratified_order(images.labels, key), max(1, round(share * len(images)))
+    order = stratified_order(images.labels, key)
+    size = max(1, round(share * len(images)))
     return images[order[:size]], images[order[size:]]
 
 
-def draw(images: Images, shots: int, key: str) -> tuple[Images, Images]:
+def sample_shots(images: Images, shots: int, key: str) -> tuple[Images, Images]:
     """At most `shots` images of each class, drawn by `key`, and the rest."""
     order = stratified_order(images.labels, key)
-    place = (images.labels[order] == images.labels.unique()[:, None]).cumsum(dim=1)  # [classes, n]: how many up to here
-    first = place.gather(0, images.labels.unique(return_inverse=True)[1][order][None])[0] <= shots
-    return images[order[first]], images[order[~first]]
+    labels = images.labels[order]
+    position = torch.empty_like(labels)  # how many of its class came before it, and itself
+    for label in labels.unique():
+        members = labels == label
+        position[members] = torch.arange(1, int(members.sum()) + 1)
+    chosen = position <= shots
+    return images[order[chosen]], images[order[~chosen]]
 
 
 def stratified_order(labels: Tensor, key: str) -> Tensor:
-    """A random order [n], fixed by `key`, whose every beginning holds the classes in proportion: cut it to split."""
+    """A random order [n], fixed by `key`, whose every beginning holds the classes in proportion:
+    cut it to split."""
     shuffled = torch.randperm(len(labels), generator=generator(key))
     place = torch.empty(len(labels))  # where an image stands in its own class, 0..1
     for label in labels.unique():
@@ -148,60 +183,94 @@ def stratified_order(labels: Tensor, key: str) -> Tensor:
 
 
 def generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator seeded by a readable key such as "0/3/17" (seed, epoch, step). A generator on the CPU keeps only 32
-    bits of its seed, hence the checksum."""
+    """A random generator seeded by a readable key such as "0/3/17" (seed, epoch, step)."""
     return torch.Generator(device).manual_seed(checksum(key))
 
 
 def checksum(key: str) -> int:
-    """32 bits to seed a generator with."""
+    """32 bits to seed a generator with: one on the CPU keeps no more of its seed."""
     return zlib.crc32(key.encode())
 
 
-# --------------------------------------------------------------------------------------------------- reading data sets
+# ----------------------------------------------------------------------------- reading data sets
 
 
 def read_digits(data_dir: Path, offline: bool) -> Dataset:
-    """The 1,797 handwritten digits of UCI's optdigits test set that scikit-learn carries, 8 x 8, grey (assets/README.md)."""
+    """1,797 handwritten digits, 8 x 8, grey: UCI's optdigits test set as scikit-learn has it."""
     with np.load(ASSETS / "digits.npz", allow_pickle=False) as file:
-        grey, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
-    pixels = (grey.float() * (255 / 16)).round().byte()  # counts of 0..16 ink dots
-    images = Images(pixels[:, None].expand(-1, 3, -1, -1).contiguous(), labels)
-    return Dataset("digits", [str(i) for i in range(10)], images, None, None, flip=False, min_scale=0.85)
+        grey = torch.from_numpy(file["images"])  # counts of 0..16 ink dots
+        labels = torch.from_numpy(file["labels"]).long()
+    pixels = (grey.float() * (255 / 16)).round().byte()
+    pixels = pixels[:, None].expand(-1, 3, -1, -1).contiguous()
+    classes = [str(digit) for digit in range(10)]
+    images = Images(pixels, labels)
+    return Dataset("digits", classes, images, None, None, flip=False, min_scale=0.85)
 
 
-def read_cifar(data_dir: Path, offline: bool, *, name: str, md5: str, train: list[str], test: str, meta: str,
-               key: str) -> Dataset:
-    """CIFAR's python version (Krizhevsky 2009), from the extracted folder, else the archive, else the network."""
-    folder = "cifar-10-batches-py" if name == "cifar10" else "cifar-100-python"
+def read_cifar(
+    data_dir: Path,
+    offline: bool,
+    *,
+    name: str,
+    folder: str,
+    archive: str,
+    md5: str,
+    train: list[str],
+    test: str,
+    meta: str,
+    key: str,
+) -> Dataset:
+    """CIFAR's python version (Krizhevsky 2009): the extracted folder, the archive, or the network.
+
+    Args:
+        folder, archive, md5: as published.
+        train, test, meta: names of the pickles.
+        key: what stands before "labels" and "label_names" in their keys.
+    """
     root = data_dir / folder
     if not root.is_dir():
-        archive = data_dir / f"{folder.replace('-batches-py', '-python')}.tar.gz"
-        if not archive.exists() and offline:
-            raise ValueError(f"no {root} and --offline given; put the published archive {archive.name} into {data_dir}")
-        if not archive.exists():
-            download(CIFAR + archive.name, archive, checksum=("md5", md5))
-        elif file_hash(archive, "md5") != md5:
-            raise ValueError(f"{archive} is not the published archive (md5 differs); delete it to fetch it again")
-        with tempfile.TemporaryDirectory(dir=data_dir) as part, tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")
-            os.replace(Path(part) / folder, root)
-    labels_key = f"{key}labels".encode()
+        extract_cifar(root, data_dir / archive, md5, offline)
 
     def images(files: list[str]) -> Images:
         batches = [unpickle(root / file) for file in files]
-        pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
-        return Images(torch.from_numpy(pixels), torch.tensor([label for batch in batches for label in batch[labels_key]]))
+        pixels = np.concatenate([batch[b"data"] for batch in batches])
+        labels = np.concatenate([batch[f"{key}labels".encode()] for batch in batches])
+        return Images(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels))
 
     names = unpickle(root / meta)[f"{key}label_names".encode()]
-    return Dataset(name, [each.decode() for each in names], images(train), None, images([test]))
+    classes = [each.decode() for each in names]
+    return Dataset(name, classes, images(train), None, images([test]))
+
+
+def extract_cifar(root: Path, archive: Path, md5: str, offline: bool) -> None:
+    """Make the folder `root` from the archive, which is downloaded if it isn't there."""
+    if archive.exists():
+        if file_hash(archive, "md5") != md5:
+            raise ValueError(
+                f"{archive} is not the published archive (md5 differs); delete it to fetch it again"
+            )
+    elif offline:
+        raise ValueError(
+            f"no {root} and --offline given; put the published archive {archive.name} "
+            f"into {archive.parent}"
+        )
+    else:
+        download(CIFAR + archive.name, archive, checksum=("md5", md5))
+    with tempfile.TemporaryDirectory(dir=archive.parent) as part, tarfile.open(archive) as tar:
+        tar.extractall(part, filter="data")
+        os.replace(Path(part) / root.name, root)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that can build numpy arrays and nothing else, so that a data file can't run code."""
-    ALLOWED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-               ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-               ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]}
+    """An unpickler that can build numpy arrays alone, so that a data file can't run code."""
+
+    RECONSTRUCT = np.empty(0).__reduce__()[0]
+    ALLOWED = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
+    }
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.ALLOWED:
@@ -210,142 +279,235 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def unpickle(path: Path) -> dict:
-    """A CIFAR pickle's dictionary (keys are bytes). Raises ValueError if it is damaged or wants more than arrays."""
+    """A CIFAR pickle's dictionary (keys are bytes).
+
+    Raises:
+        ValueError: it is missing, damaged, or wants more than arrays.
+    """
     try:
         with path.open("rb") as file:
             return _ArraysOnly(file, encoding="bytes").load()
     except Exception as error:  # a broken pickle can raise nearly anything
-        raise ValueError(f"{path} was refused: {error}; delete its folder to extract the archive again") from error
+        raise ValueError(
+            f"{path} was refused: {error}; delete its folder to extract the archive again"
+        ) from error
 
 
 def read_folder(root: Path, *, side: int) -> Dataset:
-    """Photos in class folders, each decoded once to a centre square of `side` pixels. Needs Pillow."""
-    parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
+    """Photos in class folders, each decoded once to a centre square of `side` pixels."""
+    parts = {}
+    for part in ("train", "val", "test"):
+        if (root / part).is_dir():
+            parts[part] = root / part
     if parts and "train" not in parts:
         raise ValueError(f"{root} has {' and '.join(parts)} but no train folder")
-    found = {part: list_photos(folder) for part, folder in (parts or {"train": root}).items()}
-    classes, images = list(found["train"]), {}
+    parts = parts or {"train": root}
+    photos = {part: list_photos(folder) for part, folder in parts.items()}
+    classes = list(photos["train"])
     if len(classes) < 2:
-        raise ValueError(f"{parts.get('train', root)} has {len(classes)} class folders; at least 2 are needed, one a class")
-    for part, photos in found.items():
-        if odd := sorted(set(photos) ^ set(classes)):
-            raise ValueError(f"{parts[part]} and {parts['train']} don't have the same classes: {', '.join(odd[:3])}")
-        labels = [label for label, name in enumerate(classes) for _ in photos[name]]
-        images[part] = decode([path for name in classes for path in photos[name]], labels, side, root)
-    return Dataset(root.resolve().name, classes, images["train"], images.get("val"), images.get("test"), center=7 / 8)
+        raise ValueError(
+            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed, one a class"
+        )
+    images = {}
+    for part, by_class in photos.items():
+        odd = sorted(set(by_class) ^ set(classes))
+        if odd:
+            raise ValueError(
+                f"{parts[part]} and {parts['train']} don't have the same classes: "
+                f"{', '.join(odd[:3])}"
+            )
+        paths = []
+        labels = []
+        for label, name in enumerate(classes):
+            paths += by_class[name]
+            labels += [label] * len(by_class[name])
+        images[part] = decode(paths, labels, side, root)
+    name = root.resolve().name
+    val = images.get("val")
+    test = images.get("test")
+    return Dataset(name, classes, images["train"], val, test, center=7 / 8)
 
 
 def list_photos(folder: Path) -> dict[str, list[Path]]:
-    """The photos of each class folder inside, sorted, without hidden ones. A folder without photos is an error."""
-    found = {}
-    for each in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
-        found[each.name] = sorted(path for path in each.glob("[!.]*") if path.suffix.lower() in PHOTOS)
-        if not found[each.name]:
-            raise ValueError(f"no images in {each}; {', '.join(sorted(PHOTOS))} are read")
-    return found
+    """The photos of each class folder inside, sorted, without hidden ones."""
+    photos = {}
+    for class_folder in sorted(folder.glob("[!.]*")):
+        if not class_folder.is_dir():
+            continue
+        files = sorted(class_folder.glob("[!.]*"))
+        photos[class_folder.name] = [file for file in files if file.suffix.lower() in PHOTOS]
+        if not photos[class_folder.name]:
+            raise ValueError(f"no images in {class_folder}; {', '.join(sorted(PHOTOS))} are read")
+    return photos
 
 
 def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Images:
-    """Decode photos with Pillow on all cores: short side to `side` pixels (bicubic), centre square, RGB."""
+    """Decode photos on all cores to centre squares of `side` pixels."""
+    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, image in enumerate(pool.map(partial(read_photo, side=side), paths)):
+            pixels[i] = image
+            progress(f"decoding {root.name}", i + 1, len(paths), started)
+    names = [str(path.relative_to(root)) for path in paths]
+    return Images(pixels, torch.tensor(labels), names)
+
+
+def read_photo(path: str | Path, side: int) -> Tensor:
+    """A photo's centre square, resized (bicubic) to `side` pixels: uint8 [3, side, side], RGB.
+
+    Raises:
+        ValueError: Pillow isn't installed, or can't read the file.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ValueError("image folders need Pillow to decode photos: pip install pillow") from error
-
-    def one(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
-                image = ImageOps.exif_transpose(image).convert("RGB")
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
-        edge = min(image.size)
-        left, top = (image.width - edge) // 2, (image.height - edge) // 2  # whole pixels: no blur where nothing is resized
-        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge)))
-
-    pixels, started = torch.empty(len(paths), 3, side, side, dtype=torch.uint8), time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, image in enumerate(pool.map(one, paths)):
-            pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
-            progress(f"decoding {root.name}", i + 1, len(paths), started)
-    return Images(pixels, torch.tensor(labels), [str(path.relative_to(root)) for path in paths])
+        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
+    edge = min(image.size)
+    left = (image.width - edge) // 2  # whole pixels: no blur where nothing is resized
+    top = (image.height - edge) // 2
+    square = (left, top, left + edge, top + edge)
+    image = image.resize((side, side), Image.Resampling.BICUBIC, box=square)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-# One sentence for each class, by how a data set's name begins: CLIP-Adapter's and CoOp's (CUSTOM_TEMPLATES in CoOp's
-# trainers/zsclip.py); for digits that of CLIP's prompts for MNIST.
-TEMPLATES = {"pets": "a photo of a {}, a type of pet.", "flowers": "a photo of a {}, a type of flower.",
-             "aircraft": "a photo of a {}, a type of aircraft.", "food": "a photo of {}, a type of food.",
-             "digits": 'a photo of the number: "{}".', "": "a photo of a {}."}
+# A sentence for each class, by how a data set's name begins: CLIP-Adapter's and CoOp's
+# (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits that of CLIP's prompts for MNIST.
+TEMPLATES = {
+    "pets": "a photo of a {}, a type of pet.",
+    "flowers": "a photo of a {}, a type of flower.",
+    "aircraft": "a photo of a {}, a type of aircraft.",
+    "food": "a photo of {}, a type of food.",
+    "digits": 'a photo of the number: "{}".',
+    "": "a photo of a {}.",
+}
 
 
 def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
-    """What CLIP's text tower reads of a data set's classes: the `template`, or the published one, with each name in it."""
-    template = template or next(text for start, text in TEMPLATES.items() if name.lower().startswith(start))
+    """What CLIP's text tower reads of a data set's classes.
+
+    Args:
+        template: one with {} for the class's name; the published one of the data set if empty.
+
+    Raises:
+        ValueError: the template has no {}.
+    """
+    for beginning, published in TEMPLATES.items():
+        if not template and name.lower().startswith(beginning):
+            template = published
     if "{}" not in template:
         raise ValueError(f"--template {template!r} has no {{}} where the class's name goes")
     return [template.replace("{}", each.replace("_", " ")) for each in classes]
 
 
-PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 DATASETS = {
     "digits": read_digits,
-    "cifar10": partial(read_cifar, name="cifar10", md5="c58f30108f718f92721af3b95e74349a", key="", meta="batches.meta",
-                       train=[f"data_batch_{i}" for i in range(1, 6)], test="test_batch"),
-    "cifar100": partial(read_cifar, name="cifar100", md5="eb9058c3a382ffc7106e4002c42a8d85", key="fine_", meta="meta",
-                        train=["train"], test="test"),
+    "cifar10": partial(
+        read_cifar,
+        name="cifar10",
+        folder="cifar-10-batches-py",
+        archive="cifar-10-python.tar.gz",
+        md5="c58f30108f718f92721af3b95e74349a",
+        train=[f"data_batch_{i}" for i in range(1, 6)],
+        test="test_batch",
+        meta="batches.meta",
+        key="",
+    ),
+    "cifar100": partial(
+        read_cifar,
+        name="cifar100",
+        folder="cifar-100-python",
+        archive="cifar-100-python.tar.gz",
+        md5="eb9058c3a382ffc7106e4002c42a8d85",
+        train=["train"],
+        test="test",
+        meta="meta",
+        key="fine_",
+    ),
 }
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------- batches
 
 
 def resample_matrix(start: Tensor, length: Tensor, old: int, new: int) -> Tensor:
-    """Weights [B, new, old] that resize the stretch from `start` [B], `length` [B] long, of a line of `old` pixels.
+    """Weights [B, new, old] that resize a stretch of a line of `old` pixels to `new` pixels.
 
-    Pillow's antialiased bicubic: pixel centres at halves, Keys' kernel (1981, a = -1/2) widened when the line shrinks, weights
-    sum to 1.
+    Pillow's antialiased bicubic: pixel centres at halves, Keys' kernel (1981, a = -1/2) widened
+    when the line shrinks, weights that sum to 1.
+
+    Args:
+        start, length: where the stretch begins and how long it is, in pixels, each [B].
     """
     scale = (length / new)[:, None, None]  # [B, 1, 1]
-    pixels = torch.arange(old, device=start.device) + 0.5
-    centers = start[:, None, None] + (torch.arange(new, device=start.device)[:, None] + 0.5) * scale  # [B, new, 1]
+    pixels = torch.arange(old, device=start.device) + 0.5  # [old]
+    steps = torch.arange(new, device=start.device)[:, None] + 0.5  # [new, 1]
+    centers = start[:, None, None] + steps * scale  # [B, new, 1]
     x = ((pixels - centers) / scale.clamp(min=1)).abs()  # [B, new, old]
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def crop_resize(pixels: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None = None) -> Tensor:
-    """Cut `boxes` [B, 4] (top, left, height, width in pixels) from uint8 [B, 3, H, W], resize them to floats [B, 3, S, S]
-    in 0..1, and mirror those that `flip` [B] marks."""
+    """Cut boxes from images, resize them, and mirror some.
+
+    Args:
+        pixels: uint8 [B, 3, H, W].
+        boxes: [B, 4], top, left, height and width in pixels.
+        size: S.
+        flip: bool [B], which ones to mirror; none if left out.
+
+    Returns:
+        Floats [B, 3, S, S] in 0..1.
+    """
     H, W = pixels.shape[-2:]
-    rows = resample_matrix(boxes[:, 0], boxes[:, 2], H, size)
-    cols = resample_matrix(boxes[:, 1], boxes[:, 3], W, size)
+    top, left, height, width = boxes.unbind(dim=1)
+    rows = resample_matrix(top, height, H, size)  # [B, S, H]
+    cols = resample_matrix(left, width, W, size)  # [B, S, W]
     if flip is not None:
         cols = torch.where(flip[:, None, None], cols.flip(1), cols)
-    out = rows[:, None] @ (pixels.float() / 255) @ cols.transpose(1, 2)[:, None]  # [B, 1, S, H] [B, 3, H, W] [B, 1, W, S]
+    image = pixels.float() / 255
+    out = rows[:, None] @ image @ cols.transpose(1, 2)[:, None]  # [B, 3, S, S]
     return out.clamp(0, 1)  # a cubic overshoots at edges
 
 
 def random_boxes(n: int, H: int, W: int, min_scale: float, rng: torch.Generator) -> Tensor:
-    """Boxes [n, 4] of RandomResizedCrop (Inception, https://arxiv.org/abs/1409.4842): area min_scale..1 of the image, aspect
-    3/4..4/3. A side longer than the image is cut to it, where torchvision draws again."""
+    """Boxes [n, 4] of RandomResizedCrop (Inception, https://arxiv.org/abs/1409.4842): an area of
+    min_scale..1 of the image, an aspect of 3/4..4/3. A side longer than the image is cut to it,
+    where torchvision draws again."""
     u = torch.rand(4, n, generator=rng, device=rng.device)
-    area, ratio = H * W * (min_scale + (1 - min_scale) * u[0]), (4 / 3) ** (2 * u[1] - 1)
-    height, width = (area / ratio).sqrt().clamp(max=H), (area * ratio).sqrt().clamp(max=W)
+    area = H * W * (min_scale + (1 - min_scale) * u[0])
+    ratio = (4 / 3) ** (2 * u[1] - 1)
+    height = (area / ratio).sqrt().clamp(max=H)
+    width = (area * ratio).sqrt().clamp(max=W)
     return torch.stack([u[2] * (H - height), u[3] * (W - width), height, width], dim=1)
 
 
 def center_boxes(n: int, H: int, W: int, share: float, device: torch.device) -> Tensor:
-    """Boxes [n, 4] of the central square whose side is `share` of the shorter side, in whole pixels: no blur."""
+    """Boxes [n, 4] of the central square whose side is `share` of the shorter side, in whole
+    pixels: no blur."""
     side = round(share * min(H, W))
-    return torch.tensor([[(H - side) // 2, (W - side) // 2, side, side]], device=device).expand(n, 4)
+    box = [(H - side) // 2, (W - side) // 2, side, side]
+    return torch.tensor([box], device=device).expand(n, 4)
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Turns images into what the network sees: [B, 3, S, S], normalised, on `device`; only raw bytes travel there."""
-    size: int
-    norm: tuple
-    batch: int
+    """Turns images into what the network sees: normalised floats [B, 3, S, S] on a device.
+
+    Only the raw bytes travel to the device.
+    """
+
+    size: int  # S
+    norm: tuple  # mean and std per channel
+    batch: int  # B
     device: torch.device
 
     def finish(self, pixels: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
@@ -357,38 +519,56 @@ class Batches:
         """Batches in one pass; the last may be smaller."""
         return -(-len(images) // self.batch)
 
-    def train(self, data: Dataset, seed: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the training images in random order, cropped and flipped, fixed by (seed, epoch, step); from step
-        `first` on, to go on after an interruption."""
-        order = torch.randperm(len(data.train), generator=generator(f"{seed}/{epoch}"))
-        for step, index in list(enumerate(order.split(self.batch)))[first:]:
-            rng, pixels = generator(f"{seed}/{epoch}/{step}", self.device), data.train.pixels[index].to(self.device)
-            if pixels.ndim == 2:  # features [B, D] in the place of images
-                yield pixels, data.train.labels[index].to(self.device)
+    def train(
+        self, data: Dataset, seed: int, epoch: int, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the training images in random order, cropped and flipped; all of it fixed
+        by (seed, epoch, step). To go on after an interruption it begins at step `first`."""
+        images = data.train
+        order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}"))
+        for step, index in enumerate(order.split(self.batch)):
+            if step < first:
                 continue
+            pixels = images.pixels[index].to(self.device)
+            labels = images.labels[index].to(self.device)
+            if pixels.ndim == 2:  # features [B, D] in the place of images
+                yield pixels, labels
+                continue
+            rng = generator(f"{seed}/{epoch}/{step}", self.device)
             boxes = random_boxes(len(index), *pixels.shape[-2:], data.min_scale, rng)
-            flip = torch.rand(len(index), generator=rng, device=self.device) < 0.5 if data.flip else None
-            yield self.finish(pixels, boxes, flip), data.train.labels[index].to(self.device)
+            flip = None
+            if data.flip:
+                flip = torch.rand(len(index), generator=rng, device=self.device) < 0.5
+            yield self.finish(pixels, boxes, flip), labels
 
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the central part of each."""
-        for pixels, labels in zip(images.pixels.split(self.batch), images.labels.split(self.batch), strict=True):
+        parts = zip(images.pixels.split(self.batch), images.labels.split(self.batch), strict=True)
+        for pixels, labels in parts:
             pixels = pixels.to(self.device)
             if pixels.ndim > 2:
-                pixels = self.finish(pixels, center_boxes(len(pixels), *pixels.shape[-2:], center, self.device))
+                boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, self.device)
+                pixels = self.finish(pixels, boxes)
             yield pixels, labels.to(self.device)
 
 
-# ----------------------------------------------------------------------------------------------------------- downloads
+# ------------------------------------------------------------------------------------- downloads
 
 
 def progress(what: str, done: int, total: int, started: float, first: int = 0) -> None:
-    """A line on a terminal that rewrites itself and vanishes at the end: how much is done, of it `first` before `started`
-    (time.perf_counter), and how long the rest will take."""
-    if sys.stderr.isatty():
+    """A line on a terminal that rewrites itself and vanishes at the end: how much is done, and how
+    long the rest will take.
+
+    Args:
+        started: time.perf_counter() at the start, when `first` of `total` was done already.
+    """
+    if not sys.stderr.isatty():
+        return
+    text = ""
+    if done < total:
         left = (time.perf_counter() - started) * (total - done) / max(1, done - first)
-        text = f"{what} {done:,} of {total:,}, {left:.0f} s left" if done < total else ""
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        text = f"{what} {done:,} of {total:,}, {left:.0f} s left"
+    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def file_hash(path: Path, kind: str) -> str:
@@ -397,20 +577,10 @@ def file_hash(path: Path, kind: str) -> str:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and keeps what the hub says of the file on the way."""
-
-    def __init__(self):
-        self.stated: dict[str, str] = {}
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.stated.update({key.lower(): value for key, value in headers.items() if key.lower().startswith("x-linked-")})
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def cache_folder() -> Path:
     """ADAPTERTUNE_CACHE, or ~/.cache/adaptertune."""
-    return Path(os.environ.get("ADAPTERTUNE_CACHE") or Path.home() / ".cache" / "adaptertune")
+    default = Path.home() / ".cache" / "adaptertune"
+    return Path(os.environ.get("ADAPTERTUNE_CACHE") or default)
 
 
 def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
@@ -419,29 +589,48 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
     HF_ENDPOINT and HF_TOKEN are honoured; files are kept in `cache_folder()`.
     """
     path = cache_folder() / repo / name
-    if not path.exists():
-        if offline:
-            raise ValueError(f"{path} is not there and --offline given; fetch it once without, or give --weights FILE")
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        download(f"{endpoint.rstrip('/')}/{repo}/resolve/main/{name}", path, token=os.environ.get("HF_TOKEN", ""))
+    if path.exists():
+        return path
+    if offline:
+        raise ValueError(
+            f"{path} is not there and --offline given; fetch it once without, "
+            "or give --weights FILE"
+        )
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN", "")
+    download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=token)
     return path
 
 
-def download(url: str, path: Path, *, checksum: tuple[str, str] | None = None, token: str = "", tries: int = 5) -> None:
+def download(
+    url: str,
+    path: Path,
+    *,
+    checksum: tuple[str, str] | None = None,
+    token: str = "",
+    tries: int = 5,
+) -> None:
     """Fetch `url` to `path`, which exists only once it is whole and its checksum right.
 
-    What has arrived stays in `path`.part: a cut connection is resumed at once, `tries` times, and by the next call after
-    that. Size and SHA-256 are checked against what the hub states (the headers X-Linked-Size and X-Linked-Etag of its
-    redirect, or an ETag of 64 hexadecimal digits), else against `checksum` (kind, hexadecimal digest).
+    What has arrived stays in `path`.part. A cut connection is resumed at once, `tries` times, and
+    by the next call after that. Size and SHA-256 are checked against what the hub states (the
+    headers X-Linked-Size and X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal digits).
+
+    Args:
+        checksum: kind and hexadecimal digest, instead of what the server states.
 
     Raises:
         ValueError: not found, no network or a wrong checksum; says how to supply the file by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, reason = path.with_name(path.name + ".part"), ""
-    by_hand = f"fetch {url} by other means and put it at {path}" + (" or give it by --weights" if path.suffix != ".gz" else "")
+    part = path.with_name(path.name + ".part")
+    by_hand = f"fetch {url} by other means and put it at {path}"
+    if path.suffix != ".gz":
+        by_hand += " or give it by --weights"
+    reason = ""
     for attempt in range(tries):
-        time.sleep(0.2 * 2 ** attempt if attempt else 0)
+        if attempt:
+            time.sleep(0.2 * 2**attempt)
         try:
             size, stated = _fetch(url, part, token)
         except urllib.error.HTTPError as error:
@@ -455,36 +644,59 @@ def download(url: str, path: Path, *, checksum: tuple[str, str] | None = None, t
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error) or type(error).__name__)
             continue
-        have, (kind, digest) = part.stat().st_size, checksum or ("sha256", stated)
+        have = part.stat().st_size
         if size and have < size:
             reason = f"the connection was cut at {have:,} of {size:,} bytes"
-        elif digest and file_hash(part, kind) != digest:
+            continue
+        kind, digest = checksum or ("sha256", stated)
+        if digest and file_hash(part, kind) != digest:
             part.unlink()
-            raise ValueError(f"{url} arrived with a wrong {kind} and was removed; try again, or {by_hand}")
-        else:
-            os.replace(part, path)
-            return
+            raise ValueError(
+                f"{url} arrived with a wrong {kind} and was removed; try again, or {by_hand}"
+            )
+        os.replace(part, path)
+        return
     raise ValueError(f"could not fetch {url}: {reason}; run again to go on, or {by_hand}")
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects and keeps what the hub says of the file on the way."""
+
+    def __init__(self):
+        self.stated: dict[str, str] = {}
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        for key, value in headers.items():
+            if key.lower().startswith("x-linked-"):
+                self.stated[key.lower()] = value
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
-    """One request that appends to `part`. Returns the file's whole size and SHA-256 as stated (0 and "" if they aren't)."""
+    """One request that appends to `part`.
+
+    Returns:
+        The file's whole size and SHA-256 as stated (0 and "" if they aren't).
+    """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "adaptertune"})
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")  # not for the host that a redirect names
+    if token:  # not for the host that a redirect names
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     if have:
         request.add_header("Range", f"bytes={have}-")
     redirects = _Redirects()
     with urllib.request.build_opener(redirects).open(request, timeout=30) as answer:
-        have = have if answer.status == 206 else 0  # a server that ignores Range sends the whole file again
+        if answer.status != 206:  # a server that ignores Range sends the whole file again
+            have = 0
         headers = {key.lower(): value for key, value in answer.headers.items()} | redirects.stated
         size = int(headers.get("x-linked-size") or have + int(headers.get("content-length") or 0))
-        etag = (headers.get("x-linked-etag") or headers.get("etag") or "").removeprefix("W/").strip('"')
+        etag = headers.get("x-linked-etag") or headers.get("etag") or ""
+        etag = etag.removeprefix("W/").strip('"').lower()
+        what = f"fetching {part.name.removesuffix('.part')}, MB"
         started = time.perf_counter()
         with part.open("ab" if have else "wb") as file:
             while block := answer.read(1 << 20):
                 file.write(block)
                 have += len(block)
-                progress(f"fetching {part.name.removesuffix('.part')}, MB", have >> 20, max(size, have + 1) >> 20, started)
-    return size, etag.lower() if len(etag) == 64 else ""
+                progress(what, have >> 20, max(size, have + 1) >> 20, started)
+    return size, etag if len(etag) == 64 else ""

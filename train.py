@@ -1,30 +1,41 @@
-"""Train: load a frozen backbone, put adapters into it, fit them and the head, and keep the little that was learnt.
+"""Train: load a frozen backbone, add adapters and a head, fit them, and keep what was trained.
 
-    python train.py                                           digits on the embedded vit_micro, offline
-    python train.py --dataset cifar100 --rank 8               CIFAR-100 on ViT-S/16, both downloaded
-    python train.py --dataset path/to/photos --weights FILE   your own class folders on your own weights
+    python train.py                                           digits on vit_micro, both embedded
+    python train.py --dataset cifar100 --rank 8               CIFAR-100 on ViT-S/16, downloaded
+    python train.py --dataset path/to/photos --weights FILE   your own photos, your own weights
     python train.py --method adaptertune vpt --seeds 0,1,2    several runs and a table of them
 
-The recipe is the paper's (https://arxiv.org/abs/2603.14706): AdamW, weight decay 0.05 on weight matrices alone, linear
-warm-up over a tenth of the steps and then a cosine to zero, gradients clipped to norm 1, random resized crops and flips.
-The epoch is chosen by validation accuracy, and the test set is read once, at the very end, with the weights of that epoch.
+The recipe is the paper's (https://arxiv.org/abs/2603.14706): AdamW, weight decay 0.05 on weight
+matrices alone, linear warm-up over a tenth of the steps and then a cosine to zero, gradients
+clipped to norm 1, random resized crops and flips. The epoch is chosen by validation accuracy. The
+test set is read once, at the very end, with the weights of that epoch.
 
-A run leaves runs/NAME/ with adapters.safetensors (the trained tensors alone), metrics.csv, curves.svg and config.json;
-state.pt stands there while the run is unfinished, so that --resume goes on exactly where it was stopped.
+A run leaves runs/NAME/ with adapters.safetensors (the trained tensors alone), result.json,
+metrics.csv, config.json and, where matplotlib is installed, curves.svg. While it is unfinished
+state.pt stands there, and --resume goes on exactly where it was stopped.
+
+From the top: options, setting up, training, opening a run, the terminal, pictures, main.
 """
+
 import argparse
+import contextlib
+import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shlex
 import signal
+import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -32,34 +43,315 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import adaptertune
-import cli
 import data
 import vit
 
-NOT_KEPT = ("resume", "eval", "name", "label", "plot", "spectrum")  # options that config.json leaves out
+# Peak learning rates, in general and for vit_micro. The paper's for adapters is 1e-3, for thousands
+# of steps; the head's is from DeiT-tiny on 2,000 images of CIFAR-100; vit_micro's are from the
+# validation images of digits, CLIP-Adapter's from those of flowers (assets/results).
+RATES = {
+    "adaptertune": (1e-3, 5e-3),
+    "adaptformer": (1e-3, 5e-3),
+    "vpt": (1e-2, 5e-2),
+    "clip-adapter": (3e-3, 3e-3),
+    "zero-shot": (1e-3, 1e-3),
+    "head": (1e-2, 1e-2),
+    "full": (1e-4, 5e-4),
+    "scratch": (1e-3, 1e-3),
+}
+GRID = ("method", "rank", "every", "blocks", "init")  # may have several values, each with each
+NOT_KEPT = ("resume", "eval", "name", "label", "plot")  # options that config.json leaves out
+HERE = ("data_dir", "offline", "device")  # where a run is made, not what it is
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
+COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
+WIDTHS = (6, 8, 9, 8, 9, 10, 10)
+
+# --------------------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error (status 2), and one line of code for an option."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; python {self.prog} --help lists all options\n")
+
+    def section(self, title: str) -> None:
+        """Put the options that follow under this title."""
+        self.group = self.add_argument_group(title)
+
+    def value(self, name: str, metavar: str, kind: Callable, default, text: str, **more) -> None:
+        """An option with a value, which `kind` reads."""
+        more |= {"metavar": metavar, "type": kind, "default": default}
+        self.group.add_argument(*name.split(), help=text, **more)
+
+    def choice(self, name: str, choices: Sequence[str], default, text: str, **more) -> None:
+        """An option with one value of a few."""
+        more |= {"metavar": "|".join(choices), "choices": choices, "default": default}
+        self.group.add_argument(name, help=text, **more)
+
+    def switch(self, name: str, text: str, **more) -> None:
+        """An option without a value."""
+        self.group.add_argument(name, help=text, **{"action": "store_true"} | more)
+
+
+def integer(low: int, high: int = 10**9) -> Callable:
+    """Option type: an integer within limits."""
+    return functools.partial(limited, int, low, high)
+
+
+def number(low: float, high: float) -> Callable:
+    """Option type: a number within limits."""
+    return functools.partial(limited, float, low, high)
+
+
+def integers(low: int, high: int = 10**9) -> Callable:
+    """Option type: integers within limits, with commas between."""
+    return lambda text: [limited(int, low, high, part) for part in text.split(",")]
+
+
+def limited(kind: type, low: float, high: float, text: str) -> float:
+    """A text as a number within limits."""
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number that it can be") from error
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+    return value
+
+
+def placement(text: str) -> list[int]:
+    """Option type: blocks counted from 0; first6, or last6 (-6 to -1)."""
+    match = re.fullmatch(r"(first|last)(\d+)", text)
+    if not match:
+        return integers(-1000, 1000)(text)
+    count = int(match[2])
+    return list(range(count)) if match[1] == "first" else list(range(-count, 0))
+
+
+def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
+    """The options of each run but for its seed. Wrong usage prints one line and exits with 2."""
+    parser = Parser(
+        prog="train.py",
+        description="Adapt a frozen Vision Transformer with zero-initialised low-rank adapters.",
+        epilog="Defaults are in parentheses. Without arguments: digits on vit_micro, embedded.",
+        allow_abbrev=False,
+    )
+    add_options(parser)
+    add_method_options(parser)
+    options = parser.parse_args(arguments)
+    if options.eval:  # the run's own options, unless the command line says otherwise
+        path = Path(options.eval) / "config.json"
+        if not path.is_file():
+            parser.error(f"no run in {options.eval}: {path} is missing")
+        saved = json.loads(path.read_text())
+        for name in GRID:
+            if name in saved:
+                saved[name] = [saved[name]]
+        parser.set_defaults(**saved)
+        options = parser.parse_args(arguments)
+    grid = expand(options)
+    for run_options in grid:
+        fill_in(run_options)
+        check(run_options, parser)
+    return grid
+
+
+def add_options(parser: Parser) -> None:
+    """The options of every method. The default stands in parentheses; it is filled in later where
+    it depends on other options, for which 0 or nothing stands here."""
+    add = parser.value
+    datasets = ", ".join(data.DATASETS)
+    backbones = ", ".join(vit.BACKBONES)
+
+    parser.section("task")
+    add("--dataset", "NAME", str, "digits", f"{datasets}, or a folder of images (digits)")
+    add("--data-dir", "DIR", str, "data", "where data sets are, or are downloaded to (data)")
+    add("--limit", "N", integer(0), 0, "a quick look: train on N images, choose by N/4 (0: all)")
+    add("--shots", "K", integer(0), 0, "train on K images of each class (0: all)")
+    share = (
+        "share for test where there is no test/, drawn by seed (0: a fifth, for all seeds the same)"
+    )
+    add("--test-share", "P", number(0, 0.9), 0.0, share)
+    parser.switch("--offline", "never use the network")
+
+    parser.section("backbone")
+    named = f"{backbones} (vit_s16; vit_micro for digits)"
+    add("--backbone", "NAME", str, "", named, choices=vit.BACKBONES)
+    add("--weights", "FILE", str, "", "a .safetensors or .pth file, instead of the download")
+    add("--heads", "N", integer(0, 10_000), 0, "attention heads of --weights (0: 64 channels each)")
+    add(
+        "--image-size",
+        "PIXELS",
+        integer(0, 100_000),
+        0,
+        "side of the input (0: the backbone's own)",
+    )
+
+    parser.section("training")
+    add(
+        "--epochs",
+        "N",
+        integer(0, 10**6),
+        0,
+        "passes over the images (10; digits 12; --cached 100)",
+    )
+    parser.switch(
+        "--cached", "head: train on features that are computed once, without augmentation"
+    )
+    add(
+        "--batch",
+        "N",
+        integer(0, 10**6),
+        0,
+        "images in a step (128; 32 for less than 5,000 images)",
+    )
+    add("--lr", "LR", number(0, 1000), 0.0, "peak learning rate (by method and backbone)")
+    add("--weight-decay", "W", number(0, 1000), 0.05, "on weight matrices only, 0 for off (0.05)")
+    add("--label-smoothing", "P", number(0, 1), 0.0, "0 for off (0)")
+    add("--min-scale", "A", number(0, 1), 0.0, "least area of a training crop (0.08; digits 0.85)")
+    add("--seeds", "I,J,…", integers(0), [0], "a run for each; mean and spread at the end (0)")
+    parser.choice("--amp", ("auto", "bf16", "off"), "auto", "bf16 where it is faster (auto)")
+    add("--device", "NAME", str, "auto", "cpu, cuda, cuda:1 (auto: cuda if there is one)")
+
+    parser.section("run")
+    add("--name", "NAME", str, "", "folder below runs/ (from data set, method and seed)")
+    parser.switch("--resume", "go on with stopped runs; finished ones are kept as they are")
+    add("--eval", "runs/NAME", str, "", "don't train: read the test set of a finished run again")
+    drawn = "draw the test images as the head reads them, and the confusion matrix"
+    parser.choice("--plot", ("features",), None, drawn)
+
+
+def add_method_options(parser: Parser) -> None:
+    """The options that belong to methods. None stands for the method's own default."""
+    methods = [name for name in RATES if name != "scratch"]
+
+    def add(name: str, metavar: str, kind: Callable, text: str, default=None, **more) -> None:
+        setting = name.split()[0].removeprefix("--").replace("-", "_")
+        parser.value(name, metavar, kind, default, text + defaults_of(setting), **more)
+
+    parser.section("method")
+    several = f"{', '.join(methods)}; several are compared (adaptertune)"
+    add("--method", "NAME", str, several, ["adaptertune"], nargs="+", choices=methods)
+    scratch = {"dest": "method", "action": "store_const", "const": ["scratch"]}
+    parser.switch("--scratch", "train all of --backbone from random weights", **scratch)
+    add("--rank --ranks", "R,…", integers(0, 10_000), "width of the bottlenecks", [None])
+    add("--every", "K,…", integers(0), "adapters in every K-th block (1)", [1])
+    where = "adapters in these blocks, counted from 0, or first6, last6 (all)"
+    add("--blocks", "I,J,…", placement, where, [None], nargs="+")
+    reads = "adapters read the block's output, the MLP's input before (raw) or after its LayerNorm "
+    reads += f"(ln), or the MLP's output (mlp){defaults_of('reads')}"
+    parser.choice("--adapter-input", adaptertune.READS, None, reads, dest="reads")
+    act = f"their activation, mlp for that of the block's MLP{defaults_of('act')}"
+    parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), None, act, dest="act")
+    init = "up-projection: zeros, or N(0, 1e-4²); or a file's adapters, ours or AdaptFormer's"
+    add("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
+    add("--scale", "S", float, "factor of the adapters' output")
+    parser.switch("--learn-scale", "train that factor, one for each adapter", default=None)
+    add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
+    add("--prompts", "N", integer(1, 10_000), "tokens in a block")
+    shallow = {"dest": "deep", "action": "store_false", "default": None}
+    parser.switch("--shallow", "vpt: prompts enter at the first block alone", **shallow)
+
+    parser.section("clip-adapter, zero-shot")
+    add("--ratio", "A", number(0, 1), "share of the image adapter, 0 for none; 0.6 if fine-grained")
+    add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none")
+    parser.switch("--learn-ratio", "train those that aren't 0", default=None)
+    source = "class embeddings from class names (text), or from training images"
+    parser.choice("--classifier", ("text", "prototypes"), "text", source)
+    add("--template", "TEXT", str, 'such as "a photo of a {}." (by data set)', "")
+    add("--text-weights", "FILE", str, "CLIP's text tower (in the backbone's file)", "")
+    add("--vocab", "FILE", str, f"{' or '.join(VOCABULARIES)} (beside the weights)", "")
+
+
+def defaults_of(setting: str) -> str:
+    """The defaults of a method's setting, for its help."""
+    found = []
+    for method, settings in adaptertune.METHODS.items():
+        if setting in settings:
+            found.append(f"{method} {settings[setting]}")
+    return f" ({', '.join(found)})" if found else ""
+
+
+def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of each run of the grid; `label` says what differs between them."""
+    runs = []
+    for values in itertools.product(*(getattr(options, name) for name in GRID)):
+        run = dict(zip(GRID, values, strict=True))
+        # What a method has no use for doesn't make a run of its own.
+        if "rank" not in adaptertune.METHODS[run["method"]]:
+            run["rank"] = None
+        if run["method"] not in adaptertune.ADAPTER_METHODS:
+            run |= {"every": 1, "blocks": None, "init": None}
+        if run not in runs:
+            runs.append(run)
+    varied = [name for name in GRID if any(run[name] != runs[0][name] for run in runs)]
+    for run in runs:
+        parts = []
+        for name in varied:
+            if run[name]:
+                parts.append(
+                    f"{run[name]}" if name in ("method", "init") else f"{name} {run[name]}"
+                )
+        run["label"] = " ".join(parts)
+    return [argparse.Namespace(**vars(options) | run) for run in runs]
+
+
+def fill_in(options: argparse.Namespace) -> None:
+    """Set the defaults that depend on other options."""
+    for name, value in adaptertune.METHODS[options.method].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    clip = options.method in adaptertune.CLIP_METHODS
+    options.cached = clip or (options.cached and options.method == "head")
+    if not options.backbone and not options.weights:
+        options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
+    if options.method == "zero-shot":
+        options.epochs = 0
+    elif options.cached:
+        options.epochs = options.epochs or 100
+    else:
+        options.epochs = options.epochs or (12 if options.dataset == "digits" else 10)
+    general, micro = RATES[options.method]
+    options.lr = options.lr or (micro if options.backbone == "vit_micro" else general)
+
+
+def check(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse options that can't go together."""
+    adapters = options.method in adaptertune.ADAPTER_METHODS
+    if adapters and options.init not in adaptertune.INITS and not Path(options.init).is_file():
+        parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
+    if options.limit and options.shots:
+        parser.error("--limit and --shots both choose the training images; give one")
+    if options.method == "scratch" and options.weights:
+        parser.error("--scratch starts from random weights; leave out --weights")
+
+
+# ------------------------------------------------------------------------------------ setting up
 
 
 @dataclass
 class State:
-    """How far a run has come: with weights and optimiser all that --resume needs. Times in seconds."""
+    """How far a run has come: with weights and optimiser all that --resume needs."""
+
     epoch: int = 1
     step: int = 0  # steps done in this epoch, and of them:
     seen: int = 0  # images
-    hits: int = 0  # right answers
-    loss: float = 0.0  # summed over the images
-    epoch_time: float = 0.0
-    train_time: float = 0.0
+    hits: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # summed
+    epoch_time: float = 0.0  # seconds
+    train_time: float = 0.0  # of all finished epochs
     eval_time: float = 0.0
-    rows: list[list[str]] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)  # of metrics.csv
     best_epoch: int = 0
     best_val: float = -1.0  # percent
-    best: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)  # the weights of that epoch
 
 
 @dataclass
 class Run:
-    """Everything that one training run works with; `meta` goes into adapters.safetensors."""
+    """Everything that one training run works with."""
+
     options: argparse.Namespace
     seed: int
     folder: Path
@@ -68,170 +360,257 @@ class Run:
     batches: data.Batches
     device: torch.device
     bf16: bool
-    meta: dict
+    meta: dict  # goes into adapters.safetensors
     state: State = field(default_factory=State)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S], or their features [B, D], to logits [B, classes], in the run's precision."""
+        """Images [B, 3, S, S], or their features [B, D], to logits [B, K]."""
+        network = self.model.head if images.ndim == 2 else self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return (self.model.head if images.ndim == 2 else self.model)(images).float()
-
-
-# ------------------------------------------------------------------------------------------------------ setting things up
+            return network(images).float()
 
 
 def choose_device(name: str, amp: str) -> tuple[torch.device, bool]:
-    """The device, and whether to use bf16 there. A CPU needs AMX for that: with AVX-512 alone a step in bf16 takes longer
-    than one in fp32 (tests/bench_amp.py)."""
+    """The device, and whether to use bf16 there. A CPU needs AMX for that: with AVX-512 alone a
+    step in bf16 took longer than one in fp32 (tests/bench_amp.py)."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} can't be used here; choose auto, cpu or, with a GPU, cuda") from error
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return device, amp == "bf16" or (amp == "auto" and fast)
+        raise ValueError(
+            f"device {name!r} can't be used here; choose auto, cpu or, with a GPU, cuda"
+        ) from error
+    if amp != "auto":
+        return device, amp == "bf16"
+    if device.type == "cuda":
+        return device, torch.cuda.is_bf16_supported()
+    return device, torch.cpu._is_amx_tile_supported()
 
 
 def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
-    """The network that `options` name, and what it wants of its input: random for --scratch, else pretrained."""
-    name, path = options.backbone, Path(options.weights)
+    """The network that the options name, and what it expects of its input."""
+    name = options.backbone
     if options.method == "scratch":
         backbone = vit.BACKBONES[name].at(options.image_size)
         model = vit.ViT(backbone.config)
         model.init_weights()
         return model, backbone
-    if name == "vit_micro" and not options.weights:
+    if options.weights:
+        path = Path(options.weights)
+    elif name == "vit_micro":
         path = data.ASSETS / "vit_micro.safetensors"
-    elif not options.weights:
+    else:
         path = data.hub_file(vit.BACKBONES[name].repo, "model.safetensors", offline=options.offline)
-    clip = "classifier" in adaptertune.METHODS[options.method]  # CLIP's projection comes as the head
-    return vit.load(path, name=name, heads=options.heads, image_size=options.image_size, head=clip)
+    return vit.load(
+        path,
+        name=name,
+        heads=options.heads,
+        image_size=options.image_size,
+        head=options.method in adaptertune.CLIP_METHODS,  # CLIP's projection comes as the head
+    )
 
 
-read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds of one command split the same images
+def backbone_name(options: argparse.Namespace) -> str:
+    """What to call the backbone: its name, or its file's."""
+    weights = Path(options.weights)
+    if weights.stem == "adapters":  # a run of --scratch or --method full
+        weights = weights.parent
+    return options.backbone or weights.stem
+
+
+def adapt(model: vit.ViT, options: argparse.Namespace, classes: int) -> dict:
+    """Put into a backbone what the options' method trains; return its settings in force."""
+    settings = {name: getattr(options, name) for name in adaptertune.METHODS[options.method]}
+    if options.method not in adaptertune.ADAPTER_METHODS:
+        return adaptertune.adapt(model, options.method, classes, **settings)
+    depth = model.config.depth
+    settings["placement"] = adaptertune.choose_blocks(
+        depth, every=options.every, blocks=options.blocks
+    )
+    if options.init in adaptertune.INITS:
+        return adaptertune.adapt(model, options.method, classes, **settings)
+    used = adaptertune.adapt(model, options.method, classes, **settings | {"init": "zero"})
+    tensors, _ = vit.read_tensors(options.init)
+    adaptertune.start_from(model, tensors)
+    return used | {"init": options.init}
+
+
+read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
 
 
 def prepare(options: argparse.Namespace, seed: int) -> Run:
     """Load everything, so that all that can be wrong is found before the run's folder is made."""
     data.check_name(options.dataset)  # before a backbone is downloaded
-    folder, (device, bf16) = run_folder(options, seed), choose_device(options.device, options.amp)
+    folder = run_folder(options, seed)
+    device, bf16 = choose_device(options.device, options.amp)
     torch.manual_seed(data.checksum(f"{seed}/init"))
     model, backbone = load_backbone(options)
-    size, whole = backbone.config.image_size, options.method in ("full", "scratch")
-    images = data.split(read_dataset(options.dataset, options.data_dir, size, options.offline), seed=seed, limit=options.limit,
-                        shots=options.shots, test_share=options.test_share)
+    size = backbone.config.image_size
+    images = data.split(
+        read_dataset(options.dataset, options.data_dir, size, options.offline),
+        seed=seed,
+        limit=options.limit,
+        shots=options.shots,
+        test_share=options.test_share,
+    )
     images.min_scale = options.min_scale or images.min_scale
-    weights = Path(options.weights)
-    name = options.backbone or (weights.parent.name if weights.stem == "adapters" else weights.stem)
-    meta = {"method": options.method, "backbone": name, "license": backbone.license,
-            "fingerprint": "" if options.method == "scratch" else adaptertune.fingerprint(model),
-            "image_size": size, "mean": backbone.norm[0], "std": backbone.norm[1], "interpolation": "bicubic",
-            "center": images.center, "dataset": images.name, "classes": images.classes, "seed": seed, "limit": options.limit,
-            "shots": options.shots, "lr": options.lr}
-    own = {name: getattr(options, name) for name in adaptertune.METHODS[options.method]}
-    if "reads" in own:
-        own["placement"] = adaptertune.choose_blocks(backbone.config.depth, every=options.every, blocks=options.blocks)
-        file = own["init"] not in ("zero", "small")
-        adaptertune.add_adapters(model, method=options.method, **own | {"init": "zero"} if file else own)
-        if file:
-            adaptertune.start_from(model, vit.read_tensors(own["init"])[0])
-    elif "prompts" in own:
-        adaptertune.add_prompts(model, **own)
-    elif whole:
+    scratch = options.method == "scratch"
+    meta = {
+        "method": options.method,
+        "backbone": backbone_name(options),
+        "license": backbone.license,
+        "fingerprint": "" if scratch else adaptertune.fingerprint(model),
+        "image_size": size,
+        "mean": backbone.norm[0],
+        "std": backbone.norm[1],
+        "interpolation": "bicubic",
+        "center": images.center,
+        "dataset": images.name,
+        "classes": images.classes,
+        "seed": seed,
+        "limit": options.limit,
+        "shots": options.shots,
+        "lr": options.lr,
+    }
+    if options.method in adaptertune.WHOLE_METHODS:
         meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
-    if "classifier" in own:
-        add_clip_head(model, len(images.classes), own)
-    else:
-        adaptertune.add_head(model, len(images.classes))
-    adaptertune.freeze(model, everything=whole)
-    batch = options.batch or (32 if len(images.train) < 5000 else 128)  # a small set needs its steps
+    if options.method in adaptertune.CLIP_METHODS:
+        meta["classifier"] = options.classifier
+    meta |= adapt(model, options, len(images.classes))
+    batch = options.batch
+    if not batch:
+        batch = 32 if len(images.train) < 5000 else 128  # a small set needs its steps
     batches = data.Batches(size, backbone.norm, batch, device)
-    return Run(options, seed, folder, images, model.to(device), batches, device, bf16, meta | own)
+    return Run(options, seed, folder, images, model.to(device), batches, device, bf16, meta)
 
 
-def add_clip_head(model: vit.ViT, classes: int, own: dict) -> None:
-    """Put a ClipHead in the place of CLIP's projection."""
-    if not model.config.norm_pre or not isinstance(model.head, nn.Linear):
-        raise ValueError("clip-adapter and zero-shot want CLIP's image tower with its projection; choose a clip_* --backbone")
-    if "rank" in own:
-        own["rank"] = own["rank"] or len(model.head.weight) // 4  # CLIP-Adapter's
-    own = {name: value for name, value in own.items() if name != "classifier"}
-    model.head = adaptertune.ClipHead(model.head.weight, classes, **own)
-
-
-def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
-    """Images as the features [n, D] that the head reads, computed once without augmentation, and kept on disk by backbone,
-    image size and content, for other runs to find."""
-    key = hashlib.sha256(f"{run.meta['fingerprint']} {run.meta['image_size']} {run.data.center} {run.bf16}".encode())
-    key.update(images.pixels.numpy())
-    path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
-    features, started = [], time.perf_counter()
-    if not path.exists():
-        run.model.eval()
-        for x, _ in run.batches.eval(images, run.data.center):
-            if stop_asked:
-                raise KeyboardInterrupt
-            with torch.inference_mode(), torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-                features.append(run.model.features(x).float().cpu())
-            data.progress(f"features of {what}, batch", len(features), run.batches.count(images), started)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": torch.cat(features) if features else torch.zeros(0, run.model.config.width)}, f"{path}.part")
-        os.replace(f"{path}.part", path)
-    return replace(images, pixels=vit.read_tensors(path)[0]["features"])
-
-
-@torch.no_grad()
-def embed_classes(run: Run) -> None:
-    """Give a ClipHead its class matrix and scale: from the classes' names, or from the training images (their features)."""
-    options, head = run.options, run.model.head
-    if options.classifier == "prototypes":
-        images = run.data.train.pixels.to(run.device) @ head.projection.T
-        head.classes = adaptertune.prototypes(images, run.data.train.labels.to(run.device))
-        return
-    repo, weights = vit.BACKBONES[options.backbone].repo if options.backbone else "", options.text_weights or options.weights
-    weights = Path(weights or data.hub_file(repo, "model.safetensors", offline=options.offline))
-    vocab = options.vocab or next(filter(Path.exists, (weights.with_name(name) for name in VOCABULARIES)), None)
-    tower, scale = vit.load_text(weights, quick_gelu=run.model.config.quick_gelu)
-    vocab = vocab or data.hub_file(repo or "openai/clip-vit-base-patch16", "merges.txt", offline=options.offline)
-    tokenizer = adaptertune.Tokenizer(vocab)
-    if tokenizer.size != len(tower.token_embed.weight):
-        raise ValueError(f"{vocab} has {tokenizer.size} ids, {weights} {len(tower.token_embed.weight)}; give its --vocab")
-    sentences = data.sentences(run.data.name, run.data.classes, options.template)
-    head.classes = tower(tokenizer(sentences, len(tower.pos_embed))).to(run.device)
-    head.scale.fill_(scale)
+def run_name(options: argparse.Namespace, seed: int) -> str:
+    """A name such as digits-adaptertune-r8-s0, or the one given and what differs in the grid."""
+    if options.name:
+        parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
+        if len(options.seeds) > 1:
+            parts.append(f"s{seed}")
+        return "-".join(parts)
+    parts = [Path(options.dataset).resolve().name, options.method]
+    settings = adaptertune.METHODS[options.method]
+    if "rank" in settings and options.rank:
+        parts.append(f"r{options.rank}")
+    if "prompts" in settings:
+        parts.append(f"p{options.prompts}")
+    if options.shots:
+        parts.append(f"k{options.shots}")
+    if options.limit:
+        parts.append(f"n{options.limit}")
+    if options.every > 1:
+        parts.append(f"every{options.every}")
+    if options.blocks:
+        parts.append("b" + ".".join(map(str, options.blocks)))
+    if options.method in adaptertune.ADAPTER_METHODS and options.init != "zero":
+        parts.append(Path(options.init).stem)
+    return "-".join([*parts, f"s{seed}"])
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
-    """runs/NAME; an unfinished run or another run's results in it are never overwritten."""
-    own, parts = adaptertune.METHODS[options.method], [Path(options.dataset).resolve().name, options.method]
-    parts += [f"{letter}{getattr(options, name)}" for letter, name in (("r", "rank"), ("p", "prompts"), ("k", "shots"),
-              ("n", "limit")) if getattr(options, name) and name in ("shots", "limit", *own)]
-    if options.name:
-        parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
-    elif "reads" in own:
-        parts += [f"every{options.every}"] * (options.every > 1) + ["b" + ".".join(map(str, options.blocks or []))] * bool(
-            options.blocks) + [Path(options.init).stem] * (options.init != "zero")
-    folder = Path("runs") / "-".join(parts + [f"s{seed}"] * (len(options.seeds) > 1 or not options.name))
+    """runs/NAME. An unfinished run, or another run's results in it, are never overwritten."""
     if options.eval:
         return Path(options.eval)
-    if (folder / "config.json").exists():
-        saved, here = json.loads((folder / "config.json").read_text()), ("data_dir", "offline", "device")
-        if any(saved.get(key) != value for key, value in config(options, seed).items() if key not in here):
-            raise ValueError(f"{folder} holds a run with other options; give this one a --name, or delete that folder")
-        if (folder / "state.pt").exists() and not options.resume:
-            raise ValueError(f"{folder} holds an unfinished run; go on with --resume, or delete that folder")
+    folder = Path("runs") / run_name(options, seed)
+    if not (folder / "config.json").exists():
+        return folder
+    saved = json.loads((folder / "config.json").read_text())
+    for key, value in kept_options(options, seed).items():
+        if key not in HERE and saved.get(key) != value:
+            raise ValueError(
+                f"{folder} holds a run with other options; give this one a --name, "
+                "or delete that folder"
+            )
+    if (folder / "state.pt").exists() and not options.resume:
+        raise ValueError(
+            f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
+        )
     return folder
 
 
-def config(options: argparse.Namespace, seed: int) -> dict:
-    """What config.json holds: every option."""
-    return {key: value for key, value in vars(options).items() if key not in NOT_KEPT} | {"seeds": [seed]}
+def kept_options(options: argparse.Namespace, seed: int) -> dict:
+    """What config.json holds: every option that says what the run is."""
+    kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
+    return kept | {"seeds": [seed]}
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
+    """Images as the features [n, D] that the head reads, computed once, without augmentation.
+
+    They are kept on disk by backbone, image size and content, for other runs to find.
+    """
+    inputs = f"{run.meta['fingerprint']} {run.meta['image_size']} {run.data.center} {run.bf16}"
+    key = hashlib.sha256(inputs.encode())
+    key.update(images.pixels.numpy())
+    path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
+    if not path.exists():
+        features = [torch.zeros(0, run.model.config.width)]
+        total = run.batches.count(images)
+        started = time.perf_counter()
+        run.model.eval()
+        for x, _ in run.batches.eval(images, run.data.center):
+            stop_if_asked()
+            autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)
+            with torch.inference_mode(), autocast:
+                features.append(run.model.features(x).float().cpu())
+            data.progress(f"features of {what}, batch", len(features) - 1, total, started)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = f"{path}.part"
+        save_file({"features": torch.cat(features)}, part)
+        os.replace(part, path)
+    tensors, _ = vit.read_tensors(path)
+    return replace(images, pixels=tensors["features"])
 
 
-stop_asked: list[int] = []
+@torch.no_grad()
+def embed_class_names(run: Run) -> None:
+    """Give a ClipHead its class matrix from the classes' names, and CLIP's scale."""
+    options = run.options
+    repo = vit.BACKBONES[options.backbone].repo if options.backbone else ""
+    given = options.text_weights or options.weights
+    weights = Path(given or data.hub_file(repo, "model.safetensors", offline=options.offline))
+    tower, scale = vit.load_text(weights, quick_gelu=run.model.config.quick_gelu)
+    vocab = find_vocabulary(options, weights, repo)
+    tokenizer = vit.Tokenizer(vocab)
+    vocabulary = len(tower.token_embed.weight)
+    if tokenizer.size != vocabulary:
+        raise ValueError(
+            f"{vocab} has {tokenizer.size} ids, {weights} {vocabulary}; give its --vocab"
+        )
+    sentences = data.sentences(run.data.name, run.data.classes, options.template)
+    ids = tokenizer(sentences, len(tower.pos_embed))
+    run.model.head.classes = tower(ids).to(run.device)
+    run.model.head.scale.fill_(scale)
+
+
+def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Path:
+    """--vocab, else a vocabulary beside the weights, else the hub's."""
+    if options.vocab:
+        return Path(options.vocab)
+    for name in VOCABULARIES:
+        if weights.with_name(name).exists():
+            return weights.with_name(name)
+    return data.hub_file(
+        repo or "openai/clip-vit-base-patch16", "merges.txt", offline=options.offline
+    )
+
+
+@torch.no_grad()
+def average_class_images(run: Run) -> None:
+    """Give a ClipHead its class matrix from the features of the training images."""
+    head = run.model.head
+    embeddings = run.data.train.pixels.to(run.device) @ head.projection.T  # [n, E]
+    head.classes = adaptertune.prototypes(embeddings, run.data.train.labels.to(run.device))
+
+
+# -------------------------------------------------------------------------------------- training
+
+stop_asked: list[int] = []  # signals that came
 
 
 def ask_stop(number: int, frame: object) -> None:
@@ -240,53 +619,107 @@ def ask_stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
+def stop_if_asked() -> None:
+    """Raise a KeyboardInterrupt if a signal came: called where nothing is left half done."""
+    if stop_asked:
+        raise KeyboardInterrupt
+
+
 def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rate at a step counted from 0: up a line for a tenth of the steps, down a cosine to 0."""
+    """Factor of the learning rate at a step counted from 0: linear warm-up over a tenth of the
+    steps, then a cosine to 0."""
     warmup = max(1, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """The rest of the epoch that run.state stands in; loss and hits are of the augmented images as they pass."""
-    state, options, started = run.state, run.options, time.perf_counter()
-    count, first = run.batches.count(run.data.train), run.state.step
-    loss_sum, hits = torch.zeros(2, dtype=torch.float64, device=run.device)
-    parameters = list(adaptertune.trained(run.model).values())
-    run.model.train()
-    try:
+def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """The training loop, from where run.state stands to the last epoch."""
+    state = run.state
+    options = run.options
+    parameters = adaptertune.trained(run.model)
+    count = run.batches.count(run.data.train)  # steps in an epoch
+    while state.epoch <= options.epochs:
+        run.model.train()
+        first = state.step  # not 0 where a stopped run goes on
+        started = clock = time.perf_counter()
         for images, labels in run.batches.train(run.data, run.seed, state.epoch, first=first):
-            if stop_asked:  # here, between two steps, weights and optimiser agree
-                raise KeyboardInterrupt
-            torch.manual_seed(data.checksum(f"{run.seed}/{state.epoch}/{state.step}"))  # for the adapters' dropout
+            stop_if_asked()  # here, between two steps, weights and optimiser agree
+            # Learning rate and dropout depend on the position alone, as the batches do: so a
+            # resumed run takes the steps that it would have taken.
+            step = (state.epoch - 1) * count + state.step
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * schedule((state.epoch - 1) * count + state.step, options.epochs * count)
+                group["lr"] = options.lr * schedule(step, options.epochs * count)
+            torch.manual_seed(data.checksum(f"{run.seed}/{state.epoch}/{state.step}"))
+
             logits = run.logits(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
-            loss_sum += loss.detach() * len(labels)
-            hits += (logits.argmax(dim=-1) == labels).sum()
-            state.seen, state.step = state.seen + len(labels), state.step + 1
-            data.progress(f"epoch {state.epoch}/{options.epochs}, step", state.step, count, started, first)
-    finally:
-        state.loss, state.hits = state.loss + loss_sum.item(), state.hits + int(hits)
-        state.epoch_time += time.perf_counter() - started
-    if not math.isfinite(state.loss):
-        raise ValueError(f"the loss became {state.loss} in epoch {state.epoch}; lower --lr ({options.lr:g})")
+
+            # Loss and hits are of the augmented images as they pass; tensors, so that a GPU
+            # needn't wait for them.
+            state.loss = state.loss + loss.detach().double() * len(labels)
+            state.hits = state.hits + (logits.argmax(dim=-1) == labels).sum()
+            state.seen += len(labels)
+            state.step += 1
+            now = time.perf_counter()
+            state.epoch_time += now - clock
+            clock = now
+            what = f"epoch {state.epoch}/{options.epochs}, step"
+            data.progress(what, state.step, count, started, first)
+        if not math.isfinite(state.loss):
+            raise ValueError(
+                f"the loss became {state.loss.item()} in epoch {state.epoch}; "
+                f"lower --lr ({options.lr:g})"
+            )
+
+        val = evaluate(run, run.data.val, "validation")
+        # Of equally good epochs the later one, which has seen more. Without validation images val
+        # is NaN, and the last epoch is taken.
+        if not val < state.best_val:
+            state.best_epoch = state.epoch
+            state.best_val = val
+            state.best = {name: each.detach().clone() for name, each in parameters.items()}
+        end_epoch(state, val, options.epochs)
+        save_state(run, optimizer)
+
+
+def end_epoch(state: State, val: float, epochs: int) -> None:
+    """Print the epoch's row, and stand at the start of the next epoch."""
+    state.train_time += state.epoch_time
+    elapsed = state.train_time + state.eval_time
+    left = elapsed / state.epoch * (epochs - state.epoch)
+    row = [
+        str(state.epoch),
+        f"{state.loss.item() / state.seen:.3f}",
+        f"{100 * state.hits.item() / state.seen:.2f}",
+        f"{val:.2f}",
+        f"{state.seen / state.epoch_time:.0f}",
+        clock_text(elapsed),
+        clock_text(left),
+    ]
+    state.rows.append(row)
+    if is_shown(state.epoch, epochs):
+        print_row(row)
+    fresh = State()
+    for name in ("step", "seen", "hits", "loss", "epoch_time"):
+        setattr(state, name, getattr(fresh, name))
+    state.epoch += 1
 
 
 @torch.inference_mode()
 def evaluate(run: Run, images: data.Images, what: str) -> float:
-    """Top-1 accuracy in percent."""
-    hits, seen, started = torch.zeros((), dtype=torch.long, device=run.device), 0, time.perf_counter()
+    """Top-1 accuracy in percent; NaN without images."""
+    hits = torch.zeros((), dtype=torch.int64, device=run.device)
+    seen = 0
+    started = time.perf_counter()
     run.model.eval()
     for x, labels in run.batches.eval(images, run.data.center):
-        if stop_asked:
-            raise KeyboardInterrupt
+        stop_if_asked()
         hits += (run.logits(x).argmax(dim=-1) == labels).sum()
         seen += len(labels)
         data.progress(what, seen, len(images), started)
@@ -295,75 +728,48 @@ def evaluate(run: Run, images: data.Images, what: str) -> float:
 
 
 def fit(run: Run) -> None:
-    """Train to the last epoch, saving the state after each; put back the weights that did best on val, and read test."""
-    state, parameters = run.state, adaptertune.trained(run.model)
-    optimizer = torch.optim.AdamW(adaptertune.groups(run.model, run.options.weight_decay), lr=run.options.lr)
+    """Train, or go on training; put back the weights that did best on val; read the test set."""
+    state = run.state
+    groups = adaptertune.parameter_groups(run.model, run.options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=run.options.lr)
     if (run.folder / "state.pt").exists():
         load_state(run, optimizer)
-    cli.describe(run)
+    describe(run)
     try:
-        if "classifier" in run.meta:
-            zero_shot(run)
+        if run.options.method in adaptertune.CLIP_METHODS:
+            validate_zero_shot(run)
         if run.options.epochs:
-            print()
-            for row in (cli.COLUMNS, *(row for row in state.rows if run.options.epochs <= 40 or int(row[0]) % 10 == 0)):
-                cli.print_row(row)
-        while state.epoch <= run.options.epochs:
-            train_epoch(run, optimizer)
-            val = evaluate(run, run.data.val, "validation")
-            if not val < state.best_val:  # of equals the later one, which has seen more; NaN without val images
-                state.best_epoch, state.best_val = state.epoch, val
-                state.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-            end_epoch(state, val, run.options.epochs)
-            save_state(run, optimizer)
+            print_header(state.rows, run.options.epochs)
+        train_epochs(run, optimizer)
         run.model.load_state_dict(state.best, strict=False)
-        test = evaluate(run, run.data.test, "test")
-        run.meta |= {"epoch": state.best_epoch, "val_accuracy": None if math.isnan(state.best_val) else state.best_val,
-                     "test_accuracy": test}
+        run.meta["epoch"] = state.best_epoch
+        run.meta["val_accuracy"] = None if math.isnan(state.best_val) else state.best_val
+        run.meta["test_accuracy"] = evaluate(run, run.data.test, "test")
     except KeyboardInterrupt:
         save_state(run, optimizer)
         raise
 
 
-def zero_shot(run: Run) -> None:
-    """Print what CLIP's class embeddings say of the test images before anything is trained, and note it in the file."""
-    head, state = run.model.head, run.state
-    image, text, head.image, head.text = head.image, head.text, None, None
-    run.meta["zero_shot_accuracy"] = evaluate(run, run.data.test, "zero-shot")
+def validate_zero_shot(run: Run) -> None:
+    """Print what CLIP's class embeddings alone say of the validation images."""
+    with run.model.head.zero_shot():
+        val = evaluate(run, run.data.val, "zero-shot")
     if not run.options.epochs:
-        state.best_val = evaluate(run, run.data.val, "validation")
-    head.image, head.text = image, text
-    print(f"zeroshot {run.meta['zero_shot_accuracy']:.2f} %   (test, by {run.options.classifier} alone, before training)")
-
-
-def end_epoch(state: State, val: float, epochs: int) -> None:
-    """Print the epoch's row and stand at the start of the next."""
-    state.train_time += state.epoch_time
-    elapsed = state.train_time + state.eval_time
-    left = elapsed / state.epoch * (epochs - state.epoch)
-    state.rows.append([str(state.epoch), f"{state.loss / state.seen:.3f}", f"{100 * state.hits / state.seen:.2f}",
-                       f"{val:.2f}", f"{state.seen / state.epoch_time:.0f}", cli.clock(elapsed), cli.clock(left)])
-    if epochs <= 40 or state.epoch % 10 == 0:
-        cli.print_row(state.rows[-1])
-    state.epoch, state.step, state.seen, state.hits, state.loss, state.epoch_time = state.epoch + 1, 0, 0, 0, 0.0, 0.0
+        run.state.best_val = val
+    if math.isnan(val):
+        return
+    run.meta["zero_shot_val_accuracy"] = val
+    print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Write state.pt: weights, optimiser, State."""
-    weights = {name: parameter.detach() for name, parameter in adaptertune.trained(run.model).items()}
+    weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
+    state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
     write_records(run)
-    torch.save(vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}, run.folder / "state.part")
-    (run.folder / "state.part").replace(run.folder / "state.pt")
-
-
-def write_records(run: Run) -> None:
-    """Write config.json, metrics.csv and, for photos, who is in which split."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.json").write_text(json.dumps(config(run.options, run.seed), indent=1) + "\n")
-    (run.folder / "metrics.csv").write_text("".join(",".join(row) + "\n" for row in (cli.COLUMNS, *run.state.rows)))
-    if run.data.train.names:
-        names = {part: getattr(run.data, part).names for part in ("train", "val", "test")}
-        (run.folder / "split.json").write_text(json.dumps(names, indent=1) + "\n")
+    part = run.folder / "state.part"
+    torch.save(state, part)
+    part.replace(run.folder / "state.pt")
 
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -371,125 +777,576 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     saved = torch.load(run.folder / "state.pt", map_location=run.device, weights_only=True)
     optimizer.load_state_dict(saved.pop("optimizer"))
     run.model.load_state_dict(saved.pop("weights"), strict=False)
-    for key, value in saved.items():
-        setattr(run.state, key, value)
+    for name, value in saved.items():
+        setattr(run.state, name, value)
 
 
-# --------------------------------------------------------------------------------------- how much rank; the end of a run
-
-
-def estimate_rank(options: argparse.Namespace, seed: int) -> int:
-    """The rank that takes 90 % of what the first step could take from the loss (adaptertune.spectrum), seen on four fifths of
-    the training images, 4,000 at most: less time than an epoch takes. Prints it and draws the spectra.
-
-    The head is fitted to one half of them and the gradient taken from the other: its own images leave a head nothing to learn
-    wherever it can follow them. The softmax is flattened by a temperature of 4, so that the gradient doesn't come from the few
-    images alone that the head gets wrong. Both were chosen by what is steady over seeds (assets/results/rank-predictions.txt).
-    """
-    name, started = f"{options.name or Path(options.dataset).resolve().name}-spectrum", time.perf_counter()
-    own = {"method": "head", "rank": None, "name": name, "resume": True, "epochs": 12, "lr": cli.RATES["head"][0]}
-    run = prepare(argparse.Namespace(**vars(options) | own), seed)
-    order = data.stratified_order(run.data.train.labels, f"spectrum/{seed}")[:min(4000, round(0.8 * len(run.data.train)))]
-    one, other = (run.data.train[half] for half in order.tensor_split(2))
-    fit_head(run, cache_features(run, one, "train"), cache_features(run, run.data.val, "val"))
-    G, C = adaptertune.shift_gradients(run.model, run.batches.eval(other, run.data.center),
-                                       loss=lambda logits, labels: F.cross_entropy(logits / 4, labels))
-    rank = cli.spectra(adaptertune.spectrum(G, C), Path("runs") / f"{name}.svg")
-    print(f"spectrum rank {rank} takes 90 % of it (a start, not a prescription); {cli.clock(time.perf_counter() - started)}")
-    return rank
-
-
-def fit_head(run: Run, train: data.Images, val: data.Images) -> None:
-    """Fit the head to features, without a word, up to the epoch of the least loss on val, and freeze it."""
-    run.data, best = replace(run.data, train=train), math.inf
-    optimizer = torch.optim.AdamW(adaptertune.groups(run.model, run.options.weight_decay))
-    for epoch in range(1, run.options.epochs + 1):
-        run.state = State(epoch)
-        train_epoch(run, optimizer)
-        with torch.no_grad():
-            loss = F.cross_entropy(run.model.head(val.pixels.to(run.device)), val.labels.to(run.device)).item()
-        if not loss >= best:  # without val images it is NaN, and the last epoch counts
-            best, weights = loss, {name: value.clone() for name, value in run.model.head.state_dict().items()}
-    run.model.head.load_state_dict(weights)
-    run.model.requires_grad_(False).eval()
+def write_records(run: Run) -> None:
+    """Write config.json, metrics.csv and, for photos, which one is in which split."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    config = kept_options(run.options, run.seed)
+    (run.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    lines = [",".join(row) for row in (COLUMNS, *run.state.rows)]
+    (run.folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    if run.data.train.names:
+        names = {part: getattr(run.data, part).names for part in ("train", "val", "test")}
+        (run.folder / "split.json").write_text(json.dumps(names, indent=1) + "\n")
 
 
 def finish(run: Run) -> dict:
     """Write what stays, report it, remove what was only for --resume. Returns result.json."""
-    count = adaptertune.count(run.model)
-    result = run.meta | {"trained": sum(count.values()) - count["frozen"], "seconds": run.state.train_time,
-                         "memory": cli.peak_memory(run.device)}
+    counts = adaptertune.count(run.model)
+    result = run.meta | {
+        "trained": sum(counts.values()) - counts["frozen"],
+        "seconds": run.state.train_time,
+        "memory": peak_memory(run.device),
+    }
     write_records(run)
     adaptertune.save(run.folder / "adapters.safetensors", run.model, run.meta)
     (run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (run.folder / "state.pt").unlink(missing_ok=True)
-    cli.conclude(run, result)
+    conclude(run)
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
-
-
-def train(options: argparse.Namespace, seed: int) -> dict:
+def train_run(options: argparse.Namespace, seed: int) -> dict:
     """One run from loading to the report; returns its result.json, and its folder."""
-    if options.rank == "auto":
-        options = argparse.Namespace(**vars(options) | {"rank": estimate_rank(options, seed)})
-    path = run_folder(options, seed) / "adapters.safetensors"
-    if options.resume and path.exists() and not path.with_name("state.pt").exists():
+    folder = run_folder(options, seed)
+    path = folder / "adapters.safetensors"
+    if options.resume and path.exists() and not (folder / "state.pt").exists():
         print(f"kept     {path}, finished before")
-        return json.loads(path.with_name("result.json").read_text()) | {"folder": path.parent}
+        result = json.loads((folder / "result.json").read_text())
+        return result | {"folder": folder}
     run = prepare(options, seed)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_stop)
-    cli.peak_memory(run.device, reset=True)
-    if run.meta.get("classifier") == "text":  # before what takes long
-        embed_classes(run)
+    signal.signal(signal.SIGINT, ask_stop)
+    signal.signal(signal.SIGTERM, ask_stop)
+    peak_memory(run.device, reset=True)
+    clip = options.method in adaptertune.CLIP_METHODS
+    if clip and options.classifier == "text":  # before what takes long
+        embed_class_names(run)
     if options.cached:
-        run.data = replace(run.data, **{name: cache_features(run, getattr(run.data, name), name)
-                                        for name in ("train", "val", "test")})
-    if run.meta.get("classifier") == "prototypes":
-        embed_classes(run)
+        for part in ("train", "val", "test"):
+            setattr(run.data, part, cache_features(run, getattr(run.data, part), part))
+    if clip and options.classifier == "prototypes":
+        average_class_images(run)
     fit(run)
-    return finish(run) | {"folder": run.folder}
+    return finish(run) | {"folder": folder}
+
+
+# --------------------------------------------------------------------------------- opening a run
 
 
 def open_run(options: argparse.Namespace) -> Run:
-    """The finished run that `--eval` names: its data, and its network with the trained tensors in place.
+    """The finished run that --eval names: its data, and its network with the trained tensors.
 
     Raises:
-        ValueError: no finished run there, or the backbone isn't the one that the file was trained on.
+        ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    tensors, meta = vit.read_tensors(Path(options.eval) / "adapters.safetensors")
+    path = Path(options.eval) / "adapters.safetensors"
+    adaptertune.read(path)  # an error before anything is loaded
     run = prepare(options, options.seeds[0])
-    adaptertune.load(run.model, tensors, meta, backbone=run.meta["fingerprint"], name=run.meta["backbone"])
+    meta = adaptertune.load(path, run.model, name=run.meta["backbone"])
     return replace(run, meta=run.meta | meta)
+
+
+def load_run(folder: str | Path) -> tuple[vit.ViT, Callable, list[str]]:
+    """A finished run for use in one's own code, without its data set:
+
+        model, preprocess, classes = load_run("runs/NAME")
+        probabilities = model(preprocess("photo.jpg")).softmax(dim=-1)  # [1, K]
+
+    Returns:
+        The network in eval mode on the CPU, images [B, 3, S, S] to logits [B, K]; a function from
+        a photo's path to such an image [1, 3, S, S]; and the names of the K classes.
+
+    Raises:
+        ValueError: no finished run there, or the backbone isn't the one that it was trained on.
+    """
+    options, *_ = parse(["--eval", str(folder)])
+    path = Path(folder) / "adapters.safetensors"
+    _, meta = adaptertune.read(path)
+    model, backbone = load_backbone(options)
+    adapt(model, options, len(meta["classes"]))
+    adaptertune.load(path, model, name=backbone_name(options))
+    size = meta["image_size"]
+    batches = data.Batches(size, (meta["mean"], meta["std"]), 1, torch.device("cpu"))
+
+    def preprocess(photo: str | Path) -> Tensor:
+        pixels = data.read_photo(photo, side=round(size / meta["center"]))[None]
+        boxes = data.center_boxes(1, *pixels.shape[-2:], meta["center"], pixels.device)
+        return batches.finish(pixels, boxes)
+
+    return model.eval().requires_grad_(False), preprocess, meta["classes"]
+
+
+# ---------------------------------------------------------------------------------- the terminal
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def peak_memory(device: torch.device, reset: bool = False) -> float:
+    """The most memory in GiB in use since the last `reset`: the GPU's, else the process's (0 where
+    the system doesn't tell)."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0.0
+    if reset:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
+
+
+def describe(run: Run) -> None:
+    """The lines above the table: where it runs, what is frozen, what is trained, on what."""
+    if run.device.type == "cuda":
+        where = torch.cuda.get_device_name(run.device)
+    else:
+        where = f"{torch.get_num_threads()} threads"
+    precision = "bf16" if run.bf16 else "fp32"
+    device = f"{run.device.type} {where}"
+    print(f"env      torch {torch.__version__} · {device} · {precision} · seed {run.seed}")
+
+    counts = adaptertune.count(run.model)
+    backbone = f"{run.meta['backbone']} {run.meta['image_size']}px"
+    print(f"backbone {backbone}, {counts['frozen']:,} frozen")
+    total = sum(counts.values())
+    trained = total - counts["frozen"]
+    text = f"trained  {trained:,} ({100 * trained / total:.2f} %)"
+    parts = [name for name in ("adapters", "head", "backbone") if counts[name]]
+    if parts:
+        text += ": " + ", ".join(f"{name} {counts[name]:,}" for name in parts)
+    print(text)
+
+    images = run.data
+    train = of_all(len(images.train), images.whole[0])
+    val = of_all(len(images.val), images.whole[1])
+    text = f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, "
+    text += f"{len(images.classes)} classes"
+    if run.options.limit:
+        text += " (--limit: a quick look, not the data set's result)"
+    print(text)
+
+
+def of_all(part: int, whole: int) -> str:
+    """A number of images, and of how many."""
+    return f"{part:,} of {whole:,}" if part < whole else f"{part:,}"
+
+
+def print_row(cells: Iterable[str]) -> None:
+    """One aligned row of the table of epochs."""
+    padded = [f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)]
+    print("".join(padded), flush=True)
+
+
+def is_shown(epoch: int, epochs: int) -> bool:
+    """Does the terminal show this epoch? Of more than 40 every tenth."""
+    return epochs <= 40 or epoch % 10 == 0
+
+
+def print_header(rows: list[list[str]], epochs: int) -> None:
+    """The head of the table of epochs, and the rows of those that are done."""
+    print()
+    print_row(COLUMNS)
+    for row in rows:
+        if is_shown(int(row[0]), epochs):
+            print_row(row)
+
+
+def conclude(run: Run) -> None:
+    """The lines below the table."""
+    state = run.state
+    if not state.rows:
+        how = "nothing to choose"
+    elif len(run.data.val):
+        how = f"epoch {state.best_epoch}, chosen on val; test read once"
+    else:
+        how = f"epoch {state.best_epoch}, the last, no image being left for val; test read once"
+    path = run.folder / "adapters.safetensors"
+    training = clock_text(state.train_time)
+    evaluation = clock_text(state.eval_time)
+    memory = peak_memory(run.device)
+    print(f"\ntest     {run.meta['test_accuracy']:.2f} %   ({how})")
+    print(f"cost     {training} training, {evaluation} evaluation, peak {memory:.1f} GiB")
+    print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
+    if state.rows:
+        draw_curves(state.rows, state.best_epoch, run.folder / "curves.svg")
+    print(f"next     python export.py {run.folder}")
+
+
+@dataclass
+class Summary:
+    """The runs of one label, over seeds."""
+
+    label: str
+    results: list[dict]
+
+    def values(self, key: str) -> list[float]:
+        return [math.nan if result[key] is None else result[key] for result in self.results]
+
+    def mean(self, key: str) -> float:
+        return statistics.mean(self.values(key))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the test accuracy."""
+        return statistics.stdev(self.values("test_accuracy")) if len(self.results) > 1 else 0.0
+
+    @property
+    def rank(self) -> int | None:
+        return self.results[0].get("rank")
+
+    @property
+    def trained(self) -> int:
+        return self.results[0]["trained"]
+
+
+def compare(results: list[tuple[str, dict]], path: Path) -> None:
+    """Print a row for each label; write a .csv of the runs, and a picture.
+
+    Args:
+        results: label and result.json of each run.
+        path: of both files, but for their suffix.
+    """
+    by_label: dict[str, list[dict]] = {}
+    for label, result in results:
+        by_label.setdefault(label or result["method"], []).append(result)
+    summaries = [Summary(label, runs) for label, runs in by_label.items()]
+
+    width = max(18, *(len(label) + 2 for label in by_label))
+    head = f"{'trained':>12}{'test %':>16}{'val %':>9}{'lr':>9}{'time':>8}{'GiB':>7}"
+    print(f"\n{'':<{width}}{head}")
+    for each in summaries:
+        test = f"{each.mean('test_accuracy'):.2f} ± {each.spread:.2f}"
+        val = each.mean("val_accuracy")
+        val = "-" if math.isnan(val) else f"{val:.2f}"
+        rate = f"{each.results[0]['lr']:.0e}" if each.trained else "-"
+        row = f"{each.trained:>12,}{test:>16}{val:>9}{rate:>9}"
+        row += f"{clock_text(each.mean('seconds')):>8}{each.mean('memory'):>7.2f}"
+        print(f"{each.label:<{width}}{row}")
+    seeds = len(results) // len(summaries)
+    print(f"{seeds} seeds: mean ± standard deviation of the test accuracy; mean time of training")
+    elbow = None
+    if len(summaries) > 2 and all(label.startswith("rank ") for label in by_label):
+        elbow = find_elbow(summaries)
+
+    columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
+    columns += ("epoch", "lr", "seconds", "memory")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for label, result in results:
+            writer.writerow({"label": label, **result})
+    print(f"saved    {path.with_suffix('.csv')}")
+    title = f"{results[0][1]['dataset']} on {results[0][1]['backbone']}, {seeds} seeds"
+    draw_comparison(summaries, elbow, title, path.with_suffix(".svg"))
+
+
+def find_elbow(summaries: list[Summary]) -> int:
+    """Print and return the elbow of runs that differ in rank alone: the least rank whose mean is
+    within a standard error of the best mean."""
+    best = max(summaries, key=lambda each: each.mean("test_accuracy"))
+    error = best.spread / len(best.results) ** 0.5
+    within = best.mean("test_accuracy") - error
+    elbow = min(each.rank for each in summaries if each.mean("test_accuracy") >= within)
+    print(
+        f"elbow    rank {elbow}, the least within a standard error ({error:.2f}) of the best "
+        f"(rank {best.rank})"
+    )
+    return elbow
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def can_draw(*paths: Path) -> bool:
+    """Is matplotlib installed? If not, say which pictures are left out."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        names = ", ".join(map(str, paths))
+        print(f"pictures {names} left out; to have them: pip install matplotlib")
+        return False
+    return True
+
+
+def new_figure(width: float, height: float, panels: int = 1):
+    """A matplotlib figure of panels side by side, and its list of axes. Sizes in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "adaptertune"  # the same picture for the same numbers
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a picture and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    print(f"saved    {path}")
+
+
+def draw_curves(rows: list[list[str]], best_epoch: int, path: Path) -> None:
+    """Loss and accuracy over the epochs of a run."""
+    if not can_draw(path):
+        return
+    figure, (loss_axes, accuracy_axes) = new_figure(4.5, 3.5, panels=2)
+    epochs = [int(row[0]) for row in rows]
+    for name, axes in (("loss", loss_axes), ("train%", accuracy_axes), ("val%", accuracy_axes)):
+        column = COLUMNS.index(name)
+        axes.plot(epochs, [float(row[column]) for row in rows], marker=".", label=name.strip("%"))
+    loss_axes.set(title="training loss", xlabel="epoch")
+    accuracy_axes.set(title="accuracy in %", xlabel="epoch")
+    accuracy_axes.axvline(best_epoch, color="grey", linestyle="--", label="chosen")
+    accuracy_axes.legend()
+    save_figure(figure, path)
+
+
+def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, path: Path) -> None:
+    """Test accuracy over rank, if there is an elbow; else over trained parameters."""
+    if not can_draw(path):
+        return
+    figure, (axes,) = new_figure(6, 4)
+    means = [each.mean("test_accuracy") for each in summaries]
+    spreads = [each.spread for each in summaries]
+    if elbow is not None:
+        ranks = [each.rank for each in summaries]
+        axes.errorbar(ranks, means, yerr=spreads, marker="o", capsize=3)
+        axes.axvline(elbow, color="grey", linestyle="--", label=f"elbow: rank {elbow}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [str(rank) for rank in ranks])
+        axes.set_xlabel("rank")
+    else:
+        for each, mean, spread in zip(summaries, means, spreads, strict=True):
+            name = f"{each.label} ({each.trained:,})"
+            axes.errorbar(max(1, each.trained), mean, spread, marker="o", capsize=3, label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("trained parameters")
+    axes.set(title=title, ylabel="test accuracy in % (± standard deviation)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+@dataclass
+class Examined:
+    """What a run says of its test images."""
+
+    title: str
+    classes: list[str]
+    names: list[str]  # of the images; their numbers, if they weren't files
+    labels: Tensor  # [n]
+    predictions: Tensor  # [n]
+    points: Tensor  # [n, 2], the features in two dimensions
+    projection: str  # how they got there
+
+    def confusion(self) -> Tensor:
+        """Counts [K, K]: images of a class (row) by prediction (column)."""
+        K = len(self.classes)
+        return torch.bincount(self.labels * K + self.predictions, minlength=K * K).view(K, K)
+
+    def most_confused(self, count: int) -> list[int]:
+        """The classes with the most mistakes, from them or to them; all if there are no more."""
+        wrong = self.confusion().fill_diagonal_(0)
+        mistakes = wrong.sum(dim=0) + wrong.sum(dim=1)
+        chosen = mistakes.argsort(descending=True, stable=True)[:count]
+        return sorted(chosen.tolist())
+
+
+@torch.inference_mode()
+def examine(run: Run) -> Examined:
+    """Features and predictions of a finished run's test images."""
+    features = []
+    predictions = []
+    total = run.batches.count(run.data.test)
+    started = time.perf_counter()
+    run.model.eval()
+    for x, _ in run.batches.eval(run.data.test, run.data.center):
+        x = run.model.features(x)
+        predictions.append(run.model.head(x).argmax(dim=-1).cpu())
+        if run.meta["method"] in adaptertune.CLIP_METHODS:
+            x = run.model.head.embed(x)
+        features.append(x.cpu())
+        data.progress("test images, batch", len(features), total, started)
+    points, projection = to_two_dimensions(torch.cat(features))
+    test = run.data.test
+    return Examined(
+        title=f"{run.meta['method']}, {run.meta['test_accuracy']:.2f} %",
+        classes=run.data.classes,
+        names=test.names or [str(i) for i in range(len(test))],
+        labels=test.labels,
+        predictions=torch.cat(predictions),
+        points=points,
+        projection=projection,
+    )
+
+
+def to_two_dimensions(features: Tensor) -> tuple[Tensor, str]:
+    """Features [n, D] as points [n, 2] to look at, and how: by t-SNE where scikit-learn is
+    installed, else by their two principal components."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        centred = features - features.mean(dim=0)
+        components = torch.linalg.svd(centred, full_matrices=False)[2]  # [., D]
+        return centred @ components[:2].T, "two principal components"
+    tsne = TSNE(random_state=0, perplexity=min(30, len(features) / 4))
+    return torch.from_numpy(tsne.fit_transform(features.numpy())), "t-SNE"
+
+
+def plot(runs: Iterable[Run], path: Path) -> None:
+    """Draw how finished runs see their test images; name the worst mistakes; write a .csv.
+
+    Args:
+        path: the files' common beginning.
+    """
+    examined = [examine(run) for run in runs]
+    for each in examined:
+        print_mistakes(each)
+    table = path.with_name(f"{path.name}-predictions.csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("run", "image", "label", "prediction", "x", "y"))
+        for each in examined:
+            rows = zip(each.names, each.labels, each.predictions, each.points, strict=True)
+            for name, label, prediction, (x, y) in rows:
+                classes = (each.classes[label], each.classes[prediction])
+                writer.writerow((each.title, name, *classes, f"{x:.3f}", f"{y:.3f}"))
+    print(f"saved    {table}")
+    features = path.with_name(f"{path.name}-features.svg")
+    confusion = path.with_name(f"{path.name}-confusion.svg")
+    if can_draw(features, confusion):
+        draw_features(examined, features)
+        draw_confusion(examined, confusion)
+
+
+def print_mistakes(examined: Examined) -> None:
+    """The three most frequent mistakes."""
+    counts = examined.confusion()
+    wrong = counts.clone().fill_diagonal_(0)
+    K = len(examined.classes)
+    method, _, _ = examined.title.partition(",")
+    for place in wrong.flatten().topk(3).indices.tolist():
+        true, predicted = divmod(place, K)
+        if wrong[true, predicted]:
+            print(
+                f"mistaken {method}: {wrong[true, predicted]} of {counts[true].sum()} images of "
+                f"{examined.classes[true]!r} for {examined.classes[predicted]!r}"
+            )
+
+
+def draw_features(examined: list[Examined], path: Path) -> None:
+    """The test images' features in two dimensions, at most 20 classes coloured and named."""
+    figure, panels = new_figure(5, 4.5, panels=len(examined))
+    coloured = examined[0].most_confused(20)
+    for axes, each in zip(panels, examined, strict=True):
+        others = ~torch.isin(each.labels, torch.tensor(coloured))
+        axes.scatter(*each.points[others].T, s=6, color="lightgrey", rasterized=True)
+        for i, label in enumerate(coloured):
+            points = each.points[each.labels == label]
+            colour = f"C{i}" if len(coloured) <= 10 else TAB20[i]
+            name = each.classes[label]
+            axes.scatter(*points.T, s=8, color=colour, label=name, rasterized=True)
+        axes.set(title=f"{each.title} ({each.projection})", xticks=[], yticks=[])
+    title = None
+    if len(coloured) < len(examined[0].classes):
+        title = (
+            f"{len(coloured)} of\n{len(examined[0].classes)} classes,\nmost mistaken;\nothers grey"
+        )
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", title=title, fontsize=8)
+    save_figure(figure, path)
+
+
+TAB20 = [(i // 2, i % 2) for i in range(20)]
+
+
+def draw_confusion(examined: list[Examined], path: Path) -> None:
+    """Confusion matrices, in percent of a row's images; of more than 40 classes the 20 most
+    confused."""
+    K = len(examined[0].classes)
+    side = 2.5 + 0.22 * min(K, 40)
+    figure, panels = new_figure(side, side, panels=len(examined))
+    for axes, each in zip(panels, examined, strict=True):
+        counts = each.confusion()
+        shown = list(range(K)) if K <= 40 else each.most_confused(20)
+        shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        part = shares[shown][:, shown]
+        axes.imshow(part, cmap="Blues", vmin=0, vmax=100)
+        names = [each.classes[label] for label in shown]
+        axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(shown)), names, fontsize=7)
+        for row, column in part.round().nonzero().tolist():
+            share = part[row, column]
+            colour = "white" if share > 50 else "black"
+            axes.text(column, row, f"{share:.0f}", color=colour, ha="center", va="center", size=5)
+        title = each.title
+        if K > 40:
+            title += f"; the 20 of {K} classes with most mistakes"
+        axes.set(title=title, xlabel="prediction", ylabel="label (numbers: % of its images)")
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def run_grid(grid: list[argparse.Namespace]) -> None:
+    """Train every run, then compare them."""
+    results = []
+    for options in grid:
+        for seed in options.seeds:
+            results.append((options.label, train_run(options, seed)))
+    together = Path("runs", grid[0].name or results[0][1]["dataset"])
+    if len(results) > 1:
+        compare(results, together.with_name(f"{together.name}-comparison"))
+    if grid[0].plot:
+        first_seed = results[:: len(grid[0].seeds)]
+        folders = [result["folder"] for _, result in first_seed]
+        path = together if len(folders) > 1 else folders[0] / "test"
+        plot((open_folder(folder) for folder in folders), path)
+
+
+def open_folder(folder: Path) -> Run:
+    """The finished run of a folder, with its own options."""
+    options, *_ = parse(["--eval", str(folder)])
+    return open_run(options)
+
+
+def evaluate_again(options: argparse.Namespace) -> None:
+    """--eval: read the test set of a finished run again."""
+    run = open_run(options)
+    describe(run)
+    test = evaluate(run, run.data.test, "test")
+    print(f"test     {test:.2f} %   (its file says {run.meta['test_accuracy']:.2f} %)")
+    if options.plot:
+        plot([run], run.folder / "test")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
-    grid, folders = cli.parse(arguments), []
+    grid = parse(arguments)
     try:
         if grid[0].eval:
-            run, folders = open_run(grid[0]), [Path(grid[0].eval)]
-            cli.describe(run)
-            print(f"test     {evaluate(run, run.data.test, 'test'):.2f} %   (its file says {run.meta['test_accuracy']:.2f} %)")
-        elif grid[0].spectrum:
-            estimate_rank(grid[0], grid[0].seeds[0])
+            evaluate_again(grid[0])
         else:
-            results = [(options.label, train(options, seed)) for options in grid for seed in options.seeds]
-            folders = [result["folder"] for _, result in results[::len(grid[0].seeds)]]  # the first seed's
-            together = Path("runs", grid[0].name or results[0][1]["dataset"])
-            if len(results) > 1:
-                cli.compare(results, together.with_name(f"{together.name}-comparison"))
-        if grid[0].plot and folders:
-            opened = (open_run(cli.parse(["--eval", str(folder)])[0]) for folder in folders)
-            cli.look(opened, folders[0] / "test" if len(folders) == 1 else together)
+            run_grid(grid)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
-        print(f"\nstopped; to go on: python {again}", file=sys.stderr)
+        command = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
+        print(f"\nstopped; to go on: python {shlex.join(command)}", file=sys.stderr)
         return 130
     return 0
 

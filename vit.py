@@ -1,24 +1,33 @@
-"""The Vision Transformer: the network that stays frozen, and the loaders of its pretrained weights.
+"""The Vision Transformer: the network that stays frozen, and the loaders of pretrained weights.
 
-An image is cut into N square patches, each patch becomes a token of width D, a class token (and perhaps R register
-tokens) joins them, and L equal blocks follow (ViT, https://arxiv.org/abs/2010.11929, equations 1 to 4):
+An image is cut into square patches, each patch becomes a token of width D, a class token (and
+perhaps R register tokens) joins them, and L equal blocks follow (ViT,
+https://arxiv.org/abs/2010.11929, equations 1 to 4):
 
     h_0 = [class; registers; patches] + positions
     h   <- h + Attention(LayerNorm(h))        every token looks at every other
     h   <- h + MLP(LayerNorm(h))              every token by itself
     logits = W · LayerNorm(h_L)[class]        or of the mean of the patch tokens
 
-Shapes: B images, N tokens, D width, H heads, R registers, L blocks.
+Shapes: B images, S pixels along a side, g = S / patch, N = 1 + R + g² tokens, D width, H heads,
+d = D / H, L blocks; T token ids of a text, K texts, E CLIP's embedding width.
 
-Module names are timm's (https://github.com/huggingface/pytorch-image-models), because most published files use them; the
-other layouts are translated by the table LAYOUTS. Loading is strict: each tensor must be found with its right shape and
-none may be left over, so that a network is either the pretrained one or an error.
+Module names are timm's (https://github.com/huggingface/pytorch-image-models), because most
+published files use them; other layouts are translated by LAYOUTS and RENAMES. Loading is strict:
+every tensor must be found with its right shape and none may be left over. So a network is either
+the pretrained one or an error.
 """
+
+import gzip
+import html
 import json
 import math
 import pickle
 import re
+import unicodedata
+import zlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,48 +35,51 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-# ----------------------------------------------------------------------------------------------------- the network
+# ----------------------------------------------------------------------------------- the network
 
 
 @dataclass(frozen=True)
 class Config:
     """All that fixes the shape and the function of a ViT, apart from its weights.
 
-    `hidden` is the MLP's width; 0 stands for the usual 4·D. `pool` says what the head reads: "token" is
-    norm(h)[class], "mean" is norm(mean of the patch tokens) (timm's `fc_norm`). `norm_pre`, `quick_gelu` and
-    `patch_bias=False` are CLIP's; `layer_scale` and `registers` DINOv2's (https://arxiv.org/abs/2309.16588). `causal` is
-    text: each token looks at itself and earlier ones only; a text's `patch` is 1 and its `image_size` the number of tokens.
+    A text tower has one too: its `patch` is 1 and its `image_size` the number of tokens.
     """
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    image_size: int
-    hidden: int = 0
-    registers: int = 0
-    layer_scale: bool = False
-    norm_pre: bool = False
-    quick_gelu: bool = False
+
+    width: int  # D, such as 384
+    depth: int  # L, such as 12
+    heads: int  # H, such as 6
+    patch: int  # pixels along a side of a patch, such as 16
+    image_size: int  # S, such as 224
+    hidden: int = 0  # width of the MLP; 0 for the usual 4·D
+    registers: int = 0  # R; 4 in DINOv2's "_reg" (https://arxiv.org/abs/2309.16588)
+    layer_scale: bool = False  # DINOv2
+    norm_pre: bool = False  # a LayerNorm before the first block: CLIP
+    quick_gelu: bool = False  # OpenAI's CLIP
     qkv_bias: bool = True
-    patch_bias: bool = True
-    pool: str = "token"
-    eps: float = 1e-6
-    causal: bool = False
+    patch_bias: bool = True  # False in CLIP
+    pool: str = "token"  # the head reads norm(h)[class], or "mean": norm(mean of patch tokens)
+    eps: float = 1e-6  # of the LayerNorms
+    causal: bool = False  # each token looks at itself and earlier ones only: CLIP's text tower
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} can't be split into {self.heads} heads; give the number by --heads")
+            raise ValueError(
+                f"width {self.width} can't be split into {self.heads} heads; "
+                "give the number by --heads"
+            )
         if self.image_size % self.patch:
-            raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch}")
+            raise ValueError(
+                f"image size {self.image_size} is not a multiple of the patch size {self.patch}"
+            )
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the image."""
+        """g, the patches along a side of the image."""
         return self.image_size // self.patch
 
 
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), the approximation that OpenAI trained CLIP with."""
+    """x · sigmoid(1.702 x), the approximation of GELU that OpenAI trained CLIP with."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -78,20 +90,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.heads, self.causal = config.heads, config.causal
+        self.heads = config.heads
+        self.causal = config.causal
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of [B, H, N, D/H]
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, N, D/H]
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, N, d]
+        x = x.transpose(1, 2).reshape(B, N, D)
+        return self.proj(x)
 
 
 class MLP(nn.Module):
-    """Two linear maps with a GELU between them."""
+    """Two linear maps with an activation between them."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -116,8 +130,11 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block. `adapter`, if something was put there, is a map [B, N, D] to [B, N, D] whose result is
-    added at the end; its attribute `reads` says what it reads. `prompts` [P, D] are tokens that join (see ViT.features)."""
+    """One pre-norm transformer block, [B, N, D] to [B, N, D].
+
+    `adapter`, if one was put there, maps what its `reads` names to a correction [B, N, D].
+    `prompts` [P, D], if there are some, are tokens that join in ViT.features.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -135,7 +152,15 @@ class Block(nn.Module):
         z = self.norm2(x)
         y = self.ls2(self.mlp(z))
         h = x + y
-        return h if self.adapter is None else h + self.adapter({"block": h, "raw": x, "ln": z, "mlp": y}[self.adapter.reads])
+        if self.adapter is None:
+            return h
+        if self.adapter.reads == "block":  # AdapterTune: after the block, on the residual stream
+            return h + self.adapter(h)
+        if self.adapter.reads == "raw":  # AdaptFormer's code: parallel to LayerNorm and MLP
+            return h + self.adapter(x)
+        if self.adapter.reads == "ln":  # AdaptFormer's equation: parallel to the MLP
+            return h + self.adapter(z)
+        return h + self.adapter(y)  # "mlp", AdaptFormer's sequential form: after the MLP
 
 
 class PatchEmbed(nn.Module):
@@ -143,29 +168,35 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.proj = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=config.patch_bias)
+        self.proj = nn.Conv2d(
+            3, config.width, config.patch, stride=config.patch, bias=config.patch_bias
+        )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # [B, D, g, g] -> [B, g·g, D]
+        x = self.proj(images)  # [B, D, g, g]
+        return x.flatten(2).transpose(1, 2)  # [B, g², D]
 
 
 class ViT(nn.Module):
-    """Images [B, 3, S, S], normalised, to logits [B, classes]; to features [B, D] when `classes` is 0."""
+    """Normalised images [B, 3, S, S] to logits [B, classes]; to features [B, D] for 0 classes."""
 
     def __init__(self, config: Config, classes: int = 0):
         super().__init__()
-        self.config, D = config, config.width
+        D = config.width
+        self.config = config
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, D)) if config.registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, D))
+        self.reg_token = None
+        if config.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.registers, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, D))
         self.norm_pre = nn.LayerNorm(D, eps=config.eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.eps)
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
 
     def init_weights(self) -> None:
-        """Random weights to train from nothing (timm's choice: truncated normal of 0.02, biases 0)."""
+        """Random weights to train from (timm's: truncated normal of 0.02, biases 0)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -176,46 +207,157 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(tokens, std=0.02)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images to the tokens [B, 1+R+g·g, D] that enter the first block. Registers have no position."""
+        """Images to the tokens [B, N, D] that enter the first block. Registers have no position."""
         B = images.shape[0]  # not len(), which torch.export would take for a constant
-        patches = self.patch_embed(images) + self.pos_embed[:, 1:]
-        first = [(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)]
+        class_token = self.cls_token + self.pos_embed[:, :1]
+        tokens = [class_token.expand(B, -1, -1)]
         if self.reg_token is not None:
-            first.append(self.reg_token.expand(B, -1, -1))
-        return self.norm_pre(torch.cat([*first, patches], dim=1))
+            tokens.append(self.reg_token.expand(B, -1, -1))
+        tokens.append(self.patch_embed(images) + self.pos_embed[:, 1:])
+        return self.norm_pre(torch.cat(tokens, dim=1))
 
     def features(self, images: Tensor) -> Tensor:
-        """Images to what the head reads, [B, D]. A block's prompts come after the N own tokens, in place of earlier ones."""
+        """Images to what the head reads, [B, D]."""
         x = self.embed(images)
         B, N, _ = x.shape
         for block in self.blocks:
-            if block.prompts is not None:
+            if block.prompts is not None:  # after the N own tokens, in place of earlier prompts
                 x = torch.cat([x[:, :N], block.prompts.expand(B, -1, -1)], dim=1)
             x = block(x)
-        return self.norm(x[:, 0] if self.config.pool == "token" else x[:, 1 + self.config.registers:N].mean(dim=1))
+        if self.config.pool == "token":
+            return self.norm(x[:, 0])
+        first_patch = 1 + self.config.registers
+        return self.norm(x[:, first_patch:N].mean(dim=1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
 
-class TextTower(nn.Module):
-    """CLIP's text side: token ids int64 [K, N] to embeddings [K, E]. The head reads the token at the end-of-text mark, told by
-    its id, the highest; Hugging Face's rule, the first `eos_token_id`, differs only where tokens were added after it."""
+# ------------------------------------------------------------------------------ CLIP's text side
 
-    def __init__(self, config: Config, vocabulary: int, classes: int):
+
+class TextTower(nn.Module):
+    """CLIP's text side: token ids int64 [K, T] to embeddings [K, E].
+
+    The head reads the token at the end-of-text mark, told by its id, the highest. Hugging Face's
+    rule, the first `eos_token_id`, differs only where tokens were added after that id.
+    """
+
+    def __init__(self, config: Config, vocabulary: int, embedding: int):
         super().__init__()
         self.token_embed = nn.Embedding(vocabulary, config.width)
         self.pos_embed = nn.Parameter(torch.zeros(config.grid, config.width))
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
-        self.head = nn.Linear(config.width, classes, bias=False)
+        self.head = nn.Linear(config.width, embedding, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.blocks(self.token_embed(ids) + self.pos_embed[:ids.shape[1]])  # [K, N, D]
-        return self.head(self.norm(x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)]))
+        T = ids.shape[1]
+        x = self.blocks(self.token_embed(ids) + self.pos_embed[:T])  # [K, T, D]
+        row = torch.arange(len(x), device=x.device)
+        end = ids.argmax(dim=-1)
+        return self.head(self.norm(x[row, end]))
 
 
-# ------------------------------------------------------------------------------------------- the pretrained backbones
+class Tokenizer:
+    """CLIP's byte-level byte-pair encoding (https://arxiv.org/abs/2103.00020, section 2.4).
+
+    It gives the ids of OpenAI's simple_tokenizer.py, less the repairs of its library ftfy; marks
+    such as <|endoftext|> inside a text are plain text. Ids are numbered in this order:
+
+        0 to 255     each byte
+        256 to 511   each byte at the end of a word
+        512 and on   each merge of two ids into one, in the order in which it was learnt: an id is
+                     a rank too, and the lowest possible merge is done first
+        the last two the start mark and the end mark
+
+    Attributes:
+        size: how many ids there are, the text tower's vocabulary.
+
+    Raises:
+        ValueError: the file is missing, damaged, or no vocabulary of CLIP's.
+    """
+
+    MERGES = 48_894  # as many as CLIP has; the published list goes on
+
+    def __init__(self, path: str | Path):
+        """Read the published bpe_simple_vocab_16e6.txt.gz or Hugging Face's merges.txt."""
+        # The file writes printable bytes as themselves and the others as characters from 256 on.
+        # Bytes are numbered in that order.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        symbols = [chr(byte) for byte in printable]
+        symbols += [chr(256 + i) for i in range(len(others))]
+        self.bytes = {byte: i for i, byte in enumerate(printable + others)}
+        ids = {symbol: i for i, symbol in enumerate(symbols)}
+        ids |= {f"{symbol}</w>": 256 + i for i, symbol in enumerate(symbols)}
+
+        self.merges: dict[tuple[int, int], int] = {}
+        try:
+            raw = Path(path).read_bytes()
+            if raw[:2] == b"\x1f\x8b":
+                raw = gzip.decompress(raw)
+            first, *lines = raw.decode().splitlines()
+            if "#version" not in first:
+                raise ValueError("no first line")
+            for line in lines[: self.MERGES]:
+                left, right = line.split()
+                merged = len(ids)
+                self.merges[ids[left], ids[right]] = merged
+                ids[left + right] = merged
+        except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+            raise ValueError(
+                f"{path} is missing, damaged or no vocabulary of CLIP's; give the published "
+                "bpe_simple_vocab_16e6.txt.gz or a merges.txt"
+            ) from error
+        self.size = len(ids) + 2
+        self.start = len(ids)
+        self.end = len(ids) + 1
+
+    def __call__(self, texts: list[str], length: int = 77) -> Tensor:
+        """Ids int64 [K, length]: start, the text's, end, zeros. A long text is cut, its end mark
+        is not."""
+        ids = torch.zeros(len(texts), length, dtype=torch.int64)
+        for row, text in zip(ids, texts, strict=True):
+            encoded = [self.start, *self.encode(text)][: length - 1] + [self.end]
+            row[: len(encoded)] = torch.tensor(encoded)
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """A text's ids, without marks."""
+        text = unicodedata.normalize("NFC", text)
+        text = html.unescape(html.unescape(text))  # twice, as OpenAI's does
+        text = " ".join(text.split()).lower()
+        # `re` knows no \p{L} and \p{N}: look for words in a copy that has a letter for each letter,
+        # a digit for each number, and a sign for any other character outside ASCII.
+        stand_ins = {"L": "a", "N": "0"}
+        pattern_text = ""
+        for char in text:
+            kind = unicodedata.category(char)[0]
+            pattern_text += char if char.isascii() else stand_ins.get(kind, "!")
+
+        ids = []
+        # Words: contractions, runs of letters, single digits, runs of anything else.
+        for match in re.finditer(r"'(?:[stmd]|re|ve|ll)|[a-z]+|[0-9]|[^ a-z0-9]+", pattern_text):
+            word = text[match.start() : match.end()]
+            ids += self.merge_word([self.bytes[byte] for byte in word.encode()])
+        return ids
+
+    def merge_word(self, word: list[int]) -> list[int]:
+        """A word's byte ids, merged pair by pair until no pair can be."""
+        word[-1] += 256  # the byte at the word's end
+        while True:
+            possible = []
+            for i, pair in enumerate(pairwise(word)):
+                if pair in self.merges:
+                    possible.append((self.merges[pair], i))
+            if not possible:
+                return word
+            merged, i = min(possible)
+            word[i : i + 2] = [merged]
+
+
+# ---------------------------------------------------------------------- the pretrained backbones
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -225,31 +367,39 @@ CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pretrained network: its shape, its input, and the Hugging Face repository that publishes it under `license`. `norm` is
-    (mean, std) per channel for pixels in 0..1 and belongs to the backbone: with a wrong one it still works, only worse, which
-    is why nobody is asked to remember it. All of them were trained on images resized bicubically."""
-    repo: str
+    """A pretrained network and what it expects.
+
+    The normalisation belongs to the backbone, not to the data set: with a wrong one it still
+    works, only worse. All of them were trained on images resized bicubically.
+    """
+
+    repo: str  # of the Hugging Face hub; empty for a file of one's own
     config: Config
-    norm: tuple = IMAGENET
+    norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
 
     def at(self, image_size: int) -> "Backbone":
         """The same for images of another size in pixels; 0 for its own."""
-        return replace(self, config=replace(self.config, image_size=image_size or self.config.image_size))
+        config = replace(self.config, image_size=image_size or self.config.image_size)
+        return replace(self, config=config)
 
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
-    """The field's common shapes: 12 blocks (24 from width 1024 on) and heads of 64 channels."""
-    return Config(**{"width": width, "depth": 24 if width == 1024 else 12, "heads": width // 64, "patch": patch,
-                     "image_size": image_size, **more})
+    """The field's common shapes: 12 blocks (24 from width 1024 on), heads of 64 channels."""
+    depth = 24 if width == 1024 else 12
+    shape = {"width": width, "depth": depth, "heads": width // 64, "patch": patch}
+    return Config(**shape | {"image_size": image_size} | more)
 
 
-_DINOV2, _REG = {"layer_scale": True}, {"layer_scale": True, "registers": 4}
+_DINOV2 = {"layer_scale": True}
+_REG = {"layer_scale": True, "registers": 4}
 _LAION = {"norm_pre": True, "patch_bias": False, "eps": 1e-5}
 _CLIP = _LAION | {"quick_gelu": True}
+_MICRO = {"depth": 6, "heads": 4, "hidden": 256, "pool": "mean"}
 
-# Repositories, normalisation and license as in timm's registry (default_cfgs, timm 1.0), CLIP's as in OpenAI's clip.py and, for
-# LAION's, open_clip's. DINOv2 was published for 518 px; 224 is what most use it at (--image-size 518 for the original).
+# Repository, normalisation and licence as in timm's registry (default_cfgs, timm 1.0); CLIP's as in
+# OpenAI's clip.py and, for LAION's, open_clip's registry. DINOv2 was published for 518 px; most use
+# it at 224 (--image-size 518 for the original).
 BACKBONES = {
     "vit_ti16": Backbone("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", _vit(192, 16), HALF),
     "vit_s16": Backbone("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", _vit(384, 16), HALF),
@@ -265,59 +415,143 @@ BACKBONES = {
     "dinov2_l14": Backbone("timm/vit_large_patch14_dinov2.lvd142m", _vit(1024, 14, **_DINOV2)),
     "dinov2_s14_reg": Backbone("timm/vit_small_patch14_reg4_dinov2.lvd142m", _vit(384, 14, **_REG)),
     "dinov2_b14_reg": Backbone("timm/vit_base_patch14_reg4_dinov2.lvd142m", _vit(768, 14, **_REG)),
-    "dinov2_l14_reg": Backbone("timm/vit_large_patch14_reg4_dinov2.lvd142m", _vit(1024, 14, **_REG)),
+    "dinov2_l14_reg": Backbone(
+        "timm/vit_large_patch14_reg4_dinov2.lvd142m", _vit(1024, 14, **_REG)
+    ),
     "mae_b16": Backbone("timm/vit_base_patch16_224.mae", _vit(768, 16), license="CC-BY-NC-4.0"),
-    "clip_b32": Backbone("openai/clip-vit-base-patch32", _vit(768, 32, **_CLIP), CLIP, license="MIT"),
-    "clip_b16": Backbone("openai/clip-vit-base-patch16", _vit(768, 16, **_CLIP), CLIP, license="MIT"),
-    "clip_l14": Backbone("openai/clip-vit-large-patch14", _vit(1024, 14, **_CLIP), CLIP, license="MIT"),
-    "clip_b32_laion": Backbone("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", _vit(768, 32, **_LAION), CLIP, license="MIT"),
-    "clip_b16_laion": Backbone("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", _vit(768, 16, **_LAION), CLIP, license="MIT"),
-    "clip_l14_laion": Backbone("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", _vit(1024, 14, **_LAION), HALF, license="MIT"),
-    # Ours, in assets/: pretrained on CIFAR-100 by train.py --scratch, the commands and their log beside it.
-    "vit_micro": Backbone("", _vit(128, 4, 32, depth=6, heads=4, hidden=256, pool="mean"), CIFAR100, license="MIT"),
+    "clip_b32": Backbone("openai/clip-vit-base-patch32", _vit(768, 32, **_CLIP), CLIP, "MIT"),
+    "clip_b16": Backbone("openai/clip-vit-base-patch16", _vit(768, 16, **_CLIP), CLIP, "MIT"),
+    "clip_l14": Backbone("openai/clip-vit-large-patch14", _vit(1024, 14, **_CLIP), CLIP, "MIT"),
+    "clip_b32_laion": Backbone(
+        "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", _vit(768, 32, **_LAION), CLIP, "MIT"
+    ),
+    "clip_b16_laion": Backbone(
+        "laion/CLIP-ViT-B-16-laion2B-s34B-b88K", _vit(768, 16, **_LAION), CLIP, "MIT"
+    ),
+    "clip_l14_laion": Backbone(
+        "laion/CLIP-ViT-L-14-laion2B-s32B-b82K", _vit(1024, 14, **_LAION), HALF, "MIT"
+    ),
+    # Ours, in assets/: pretrained on CIFAR-100 by train.py --scratch; command and log beside it.
+    "vit_micro": Backbone("", _vit(128, 4, 32, **_MICRO), CIFAR100, "MIT"),
 }
 
-# ------------------------------------------------------------------------------------------ reading published weights
+# -------------------------------------------------------------------- reading published weights
 
 
-# A family of files is told by a key that only it has, given here by its end. What stands before that end is a prefix: it is
-# stripped from all keys, and those without it are marked by "../". Then come the LayerNorms' eps, which no file states, and
-# the parts that are known not to belong to an image backbone; whatever else is left over is an error.
+@dataclass(frozen=True)
+class Layout:
+    """A family of published files. All patterns are regular expressions.
+
+    What stands before the match of `tell` is a prefix ("module.", "vision_model."). It is stripped
+    from all keys; keys without it are marked by "../" in front.
+    """
+
+    tell: str  # ends a key that only this family has
+    eps: float  # of the LayerNorms, which no file states
+    # Keys known not to belong to the backbone. Whatever else is left over is an error.
+    ignored: tuple[str, ...]
+
+
 LAYOUTS = {
-    "OpenAI CLIP, open_clip": (r"\bconv1\.weight$", 1e-5, r"\.\./(transformer\.|token_embedding\.|positional_embedding$|"
-                               r"ln_final\.|text|logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)"),
-    "Hugging Face CLIP": (r"\bembeddings\.class_embedding$", 1e-5,
-                          r"(.*\.)?embeddings\.position_ids$|\.\./(text_|logit_scale$)"),
-    "Hugging Face Dinov2": (r"\bencoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, r"embeddings\.mask_token$"),
-    "Hugging Face ViT, DeiT": (r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$", 1e-12,
-                               r"pooler\.|embeddings\.mask_token$|\.\./(decoder\.|(cls|distillation)_classifier\.)"),
-    "timm, DeiT, DINO, DINOv2, MAE": (r"\bpatch_embed\.proj\.weight$", 1e-6, r"mask_token$|decoder_|head_dist\.|"
-                                      r"(\.\./)?head\.(mlp|last_layer)|\.\./(text|logit_)"),
+    "OpenAI CLIP, open_clip": Layout(
+        r"\bconv1\.weight$",
+        1e-5,
+        (
+            r"\.\./transformer\.",  # the text tower
+            r"\.\./(token_embedding\.|positional_embedding$|ln_final\.|text)",
+            r"\.\./(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
+        ),
+    ),
+    "Hugging Face CLIP": Layout(
+        r"\bembeddings\.class_embedding$",
+        1e-5,
+        (r"(.*\.)?embeddings\.position_ids$", r"\.\./(text_|logit_scale$)"),
+    ),
+    "Hugging Face Dinov2": Layout(
+        r"\bencoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, (r"embeddings\.mask_token$",)
+    ),
+    "Hugging Face ViT, DeiT": Layout(
+        r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
+        1e-12,
+        (
+            r"pooler\.|embeddings\.mask_token$",
+            r"\.\./(decoder\.|(cls|distillation)_classifier\.)",  # MAE, DeiT with distillation
+        ),
+    ),
+    "timm, DeiT, DINO, DINOv2, MAE": Layout(
+        r"\bpatch_embed\.proj\.weight$",
+        1e-6,
+        (
+            r"mask_token$|decoder_|head_dist\.",
+            r"(\.\./)?head\.(mlp|last_layer)",  # DINO's projection head
+            r"\.\./(text|logit_)",  # open_clip around a timm tower
+        ),
+    ),
 }
-TEXT = {"OpenAI, open_clip, Hugging Face CLIP": (  # the same for CLIP's text tower
-    r"\b(embeddings\.)?token_embedding\.weight$", 1e-5, r"(\.\./)?(visual|vision_model\.|logit_|attn_mask$|"
-    r"input_resolution$|context_length$|vocab_size$)|embeddings\.position_ids$")}
-# Regular expressions that lead to timm's names, applied in order to every key of every family.
-RENAMES = {
-    r"^(\.\./)?(classifier|text_projection)\.|^\.\./(visual_projection|visual\.head\.proj)\.": "head.",
-    r"^(proj|text_projection)$": "head.weight.T", r"^(embeddings\.)?token_embedding\.": "token_embed.",
-    r"^(embeddings\.)?class_embedding$|^embeddings\.cls_token$": "cls_token", r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
-    r"^positional_embedding$|^embeddings\.position_embedding(\.weight|s)$": "pos_embed",
-    r"^(embeddings\.)?(register_tokens|distillation_token)$|^dist_token$": "reg_token",
-    r"^(conv1|embeddings\.patch_embeddings\.projection|embeddings\.patch_embedding)\.": "patch_embed.proj.",
-    r"^(ln_pre|pre_layrnorm)\.": "norm_pre.", r"^(ln_post|ln_final|post_layernorm|final_layer_norm|layernorm)\.": "norm.",
-    r"^(encoder\.layers?|layers|transformer\.resblocks)\.": "blocks.", r"\.attn\.in_proj_": ".attn.qkv.",
-    r"\.(ln_|layer_norm)([12])\.": r".norm\2.", r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.",
-    r"\.(self_attn|attention(?:\.attention)?)\.([qkv])(uery|ey|alue|_proj)\.": r".attn.\2.",
-    r"\.(self_attn\.out_proj|attention\.(output\.dense|o_proj)|attn\.out_proj)\.": ".attn.proj.",
-    r"\.(mlp\.c_fc|intermediate\.dense)\.": ".mlp.fc1.", r"\.(mlp\.c_proj|output\.dense)\.": ".mlp.fc2.",
+TEXT_LAYOUTS = {
+    "OpenAI, open_clip, Hugging Face CLIP": Layout(
+        r"\b(embeddings\.)?token_embedding\.weight$",
+        1e-5,
+        (
+            r"(\.\./)?(visual|vision_model\.)",  # the image tower
+            r"(\.\./)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
+            r"embeddings\.position_ids$",
+        ),
+    ),
 }
+
+# Rules that lead to timm's names: (regular expression, replacement), each with an example of what
+# it finds. They are applied in this order to every key of every family, prefixes stripped.
+RENAMES = (
+    # tokens and positions
+    (r"^(embeddings\.)?class_embedding$", "cls_token"),  # OpenAI class_embedding
+    (r"^embeddings\.cls_token$", "cls_token"),  # HF ViT embeddings.cls_token
+    (r"^(embeddings\.)?register_tokens$", "reg_token"),  # DINOv2 register_tokens
+    (r"^embeddings\.distillation_token$", "reg_token"),  # HF DeiT
+    (r"^dist_token$", "reg_token"),  # DeiT, timm
+    (r"^positional_embedding$", "pos_embed"),  # OpenAI
+    (r"^embeddings\.position_embeddings$", "pos_embed"),  # HF ViT
+    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),  # HF CLIP
+    (r"^(embeddings\.)?token_embedding\.", "token_embed."),  # OpenAI token_embedding.weight
+    # patches
+    (r"^conv1\.", "patch_embed.proj."),  # OpenAI conv1.weight
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),  # HF ViT
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),  # HF CLIP
+    # norms outside the blocks
+    (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF spells it so
+    (r"^(ln_post|ln_final)\.", "norm."),  # OpenAI ln_post.weight
+    (r"^(post_layernorm|final_layer_norm|layernorm)\.", "norm."),  # HF layernorm.weight
+    # inside the blocks
+    (r"^(encoder\.layers?|layers)\.", "blocks."),  # HF encoder.layer.0.…
+    (r"^transformer\.resblocks\.", "blocks."),  # OpenAI transformer.resblocks.0.…
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # HF Dinov2 ….layer_scale1.lambda1
+    (r"\.ln_([12])\.", r".norm\1."),  # OpenAI ….ln_1.weight
+    (r"\.layer_norm([12])\.", r".norm\1."),  # HF CLIP ….layer_norm1.weight
+    (r"\.layernorm_before\.", ".norm1."),  # HF ViT
+    (r"\.layernorm_after\.", ".norm2."),  # HF ViT
+    (r"\.attn\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),  # HF CLIP ….self_attn.q_proj.weight
+    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),  # HF ViT of transformers 5
+    (
+        r"\.attention\.attention\.([qkv])(uery|ey|alue)\.",
+        r".attn.\1.",
+    ),  # HF ….attention.query.weight
+    (r"\.(self_attn|attn)\.out_proj\.", ".attn.proj."),  # OpenAI ….attn.out_proj.weight
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # HF ….attention.output.dense.weight
+    (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
+    (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
+    # heads; "head.weight.T" is transposed
+    (r"^(\.\./)?(classifier|text_projection)\.", "head."),  # HF classifier.weight
+    (r"^\.\./(visual_projection|visual\.head\.proj)\.", "head."),  # HF CLIP, open_clip
+    (r"^(proj|text_projection)$", "head.weight.T"),  # OpenAI proj [D, E]
+)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """All tensors of a safetensors or `.pth` file, and the JSON that train.py leaves in a safetensors header (or {}).
+    """All tensors of a file, and the JSON that adaptertune.save leaves in its header (or {}).
 
-    A `.pth` is read with `weights_only=True`: one that would run code is refused. Wrappers such as {"model": …} are opened.
+    A `.safetensors` file, else one for torch.load, which is called with weights_only=True: a
+    pickle that would run code is refused. Wrappers such as {"model": …} are opened.
 
     Raises:
         ValueError: the file is missing, truncated, of another format, or holds more than tensors.
@@ -329,62 +563,108 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 (not a dict)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, meta
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, or is no PyTorch file: refused, since a pickle can run code; "
-                         "save its state_dict as safetensors") from error
+        raise ValueError(
+            f"{path} holds more than tensors, or is no PyTorch file: refused, since a pickle can "
+            "run code; save its state_dict as safetensors"
+        ) from error
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or cut short ({reason}); fetch it again") from error
-    while isinstance(tensors, dict):
-        inner = [tensors[name] for name in ("model", "state_dict", "teacher") if isinstance(tensors.get(name), dict)]
-        if not inner:
-            return {key: value for key, value in tensors.items() if isinstance(value, Tensor)}, {}
-        tensors = inner[0]
+    return unwrap(content, path), {}
+
+
+def unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    """The innermost dictionary of tensors in what torch.load gave."""
+    while isinstance(content, dict):
+        inner = None
+        for name in ("model", "state_dict", "teacher"):
+            if isinstance(content.get(name), dict):
+                inner = content[name]
+                break
+        if inner is None:
+            return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        content = inner
     raise ValueError(f"{path} holds no dictionary of tensors")
 
 
-def to_timm(tensors: dict[str, Tensor], layouts: dict = LAYOUTS) -> tuple[dict[str, Tensor], float]:
-    """Translate a published state dict of any of `layouts` to timm's names and this file's shapes, and give its eps.
-
-    Query, key and value are stacked to `qkv`; positions become [1, 1+g·g, D] (class token, patches). A position that a
-    file has for its registers, or for DeiT's distillation token, is added into those tokens, which is the same function.
+def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[Layout, str]:
+    """The family that the keys tell, and their prefix.
 
     Raises:
         ValueError: no layout fits.
     """
-    for tell, eps, ignored in layouts.values():  # noqa: B007 (used after the break)
-        if prefixes := [key[:match.start()] for key in tensors if (match := re.search(tell, key))]:
-            break
-    else:
-        raise ValueError(f"not a ViT in a known layout ({'; '.join(layouts)}): "
-                         f"its tensors begin with {', '.join(list(tensors)[:3]) or 'nothing'}")
-    found, prefix = {}, prefixes[0]
+    for layout in layouts.values():
+        for key in tensors:
+            match = re.search(layout.tell, key)
+            if match:
+                return layout, key[: match.start()]
+    beginning = ", ".join(list(tensors)[:3]) or "nothing"
+    raise ValueError(
+        f"not a ViT in a known layout ({'; '.join(layouts)}): its tensors begin with {beginning}"
+    )
+
+
+def to_timm(
+    tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS
+) -> tuple[dict[str, Tensor], float]:
+    """Translate a published state dict to timm's names and this file's shapes; also give its eps.
+
+    Raises:
+        ValueError: no layout fits.
+    """
+    layout, prefix = find_layout(tensors, layouts)
+    ignored = re.compile("|".join(layout.ignored))
+    found = {}
     for key, value in tensors.items():
-        key = key[len(prefix):] if key.startswith(prefix) else "../" + key
-        if re.match(ignored, key):
+        name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
+        if ignored.match(name):
             continue
-        for pattern, name in RENAMES.items():
-            key = re.sub(pattern, name, key)
-        found[key.removesuffix(".T")] = value.float().T.contiguous() if key.endswith(".T") else value.float()
-    for q in [key for key in found if ".attn.q." in key]:
-        k, v = q.replace(".q.", ".k."), q.replace(".q.", ".v.")
-        if k in found and v in found:
-            found[q.replace(".q.", ".qkv.")] = torch.cat([found.pop(q), found.pop(k), found.pop(v)])
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        value = value.float()
+        if name.endswith(".T"):
+            name = name.removesuffix(".T")
+            value = value.T.contiguous()
+        found[name] = value
+    stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
-        _normal_positions(found)
-    return found, eps
+        arrange_positions(found)
+    return found, layout.eps
 
 
-def _normal_positions(found: dict[str, Tensor]) -> None:
-    """Bring class token and positions to [1, 1, D] and [1, 1+g·g, D], whatever the file counts among the positions."""
+def stack_qkv(found: dict[str, Tensor]) -> None:
+    """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases."""
+    for q in [name for name in found if ".attn.q." in name]:
+        k = q.replace(".q.", ".k.")
+        v = q.replace(".q.", ".v.")
+        if k in found and v in found:
+            parts = [found.pop(q), found.pop(k), found.pop(v)]
+            found[q.replace(".q.", ".qkv.")] = torch.cat(parts)
+
+
+def arrange_positions(found: dict[str, Tensor]) -> None:
+    """Bring the class token to [1, 1, D] and positions to [1, 1+g², D] (class token, patches).
+
+    A position that a file has for its registers, or for DeiT's distillation token, is added to
+    those tokens, which is the same function.
+    """
     D = found["cls_token"].shape[-1]
-    found["cls_token"], positions = found["cls_token"].reshape(1, 1, D), found["pos_embed"].reshape(1, -1, D)
-    registers = found["reg_token"].shape[1] if "reg_token" in found else 0
+    found["cls_token"] = found["cls_token"].reshape(1, 1, D)
+    positions = found["pos_embed"].reshape(1, -1, D)
     rows = positions.shape[1]
-    extra = next((n for n in (1, 1 + registers, 0) if rows > n and math.isqrt(rows - n) ** 2 == rows - n), 1)
-    if extra == 0:  # timm's DINOv2 with registers: the class token's position is already in the token
+    registers = found["reg_token"].shape[1] if "reg_token" in found else 0
+    # How many rows stand before the g² patches: as many as leave a square number.
+    extra = 1
+    for candidate in (1, 1 + registers, 0):
+        patches = rows - candidate
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:
+            extra = candidate
+            break
+    if extra == 0:  # timm's DINOv2 with registers: the class token holds its position already
         positions = torch.cat([torch.zeros(1, 1, D), positions], dim=1)
     elif extra > 1:
         found["reg_token"] = found["reg_token"] + positions[:, 1:extra]
@@ -393,50 +673,96 @@ def _normal_positions(found: dict[str, Tensor]) -> None:
 
 
 def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Config:
-    """The architecture of a translated state dict. What shapes can't tell is assumed: heads of 64 channels unless
-    `heads` is given, and OpenAI's QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text.
+    """The architecture of a translated state dict.
+
+    What shapes can't tell is assumed: heads of 64 channels unless `heads` is given, and OpenAI's
+    QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text.
 
     Raises:
         ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
-    text, norm_pre = "token_embed.weight" in found, "norm_pre.weight" in found
-    needed = (*(["head.weight"] if text else ["cls_token", "patch_embed.proj.weight"]),
-              "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight")
-    if missing := [key for key in needed if key not in found]:
-        raise ValueError(f"not a whole {'text tower' if text else 'ViT'}: missing {', '.join(missing)}")
-    (tokens, width), hidden = found["pos_embed"].shape[-2:], len(found["blocks.0.mlp.fc1.weight"])
-    patch, grid = (1, tokens) if text else (found["patch_embed.proj.weight"].shape[-1], math.isqrt(tokens - 1))
+    text = "token_embed.weight" in found
+    needed = ["head.weight"] if text else ["cls_token", "patch_embed.proj.weight"]
+    needed += ["pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight"]
+    missing = [key for key in needed if key not in found]
+    if missing:
+        kind = "text tower" if text else "ViT"
+        raise ValueError(f"not a whole {kind}: missing {', '.join(missing)}")
+    tokens, width = found["pos_embed"].shape[-2:]
     if not heads and width % 64:
-        raise ValueError(f"width {width} is no multiple of the usual head width 64; give the number of heads by --heads")
+        raise ValueError(
+            f"width {width} is no multiple of the usual head width 64; "
+            "give the number of heads by --heads"
+        )
+    if text:
+        patch = 1
+        grid = tokens
+    else:
+        patch = found["patch_embed.proj.weight"].shape[-1]
+        grid = math.isqrt(tokens - 1)
+    hidden = len(found["blocks.0.mlp.fc1.weight"])
+    blocks = {int(key.split(".")[1]) for key in found if key.startswith("blocks.")}
+    norm_pre = "norm_pre.weight" in found
     return Config(
-        width=width, heads=heads or width // 64, patch=patch, hidden=0 if hidden == 4 * width else hidden,
-        depth=1 + max(int(key.split(".")[1]) for key in found if key.startswith("blocks.")),
-        image_size=patch * grid, eps=1e-5 if norm_pre else eps, causal=text,
+        width=width,
+        depth=1 + max(blocks),
+        heads=heads or width // 64,
+        patch=patch,
+        image_size=patch * grid,
+        hidden=0 if hidden == 4 * width else hidden,
         registers=found["reg_token"].shape[1] if "reg_token" in found else 0,
-        layer_scale="blocks.0.ls1.gamma" in found, norm_pre=norm_pre, quick_gelu=norm_pre or text,
-        qkv_bias="blocks.0.attn.qkv.bias" in found, patch_bias="patch_embed.proj.bias" in found,
-        pool="mean" if "fc_norm.weight" in found else "token")
+        layer_scale="blocks.0.ls1.gamma" in found,
+        norm_pre=norm_pre,
+        quick_gelu=norm_pre or text,
+        qkv_bias="blocks.0.attn.qkv.bias" in found,
+        patch_bias="patch_embed.proj.bias" in found,
+        pool="mean" if "fc_norm.weight" in found else "token",
+        eps=1e-5 if norm_pre else eps,
+        causal=text,
+    )
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """Positions [1, 1+g·g, D] for a grid of `grid`² patches: bicubic, antialiased, fp32; the class token's is kept."""
+    """Positions [1, 1+g², D] for another grid: bicubic, antialiased, in fp32; the class token's
+    is kept."""
     old = math.isqrt(positions.shape[1] - 1)
     if old == grid:
         return positions
     patches = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, D, g, g]
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+    patches = F.interpolate(
+        patches, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
+    )
+    patches = patches.flatten(2).transpose(1, 2)  # [1, grid², D]
+    return torch.cat([positions[:, :1], patches], dim=1)
 
 
-def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 0, head: bool = False) -> tuple[ViT, Backbone]:
+def choose_backbone(name: str, found: dict[str, Tensor], meta: dict, eps: float, heads: int):
+    """What load takes a file for: the named backbone, else what the file states, else a guess."""
+    if name:
+        return BACKBONES[name]
+    if "config" in meta:  # a file that train.py wrote for --method full or --scratch
+        config = Config(**meta["config"])
+    else:
+        config = infer_config(found, eps=eps, heads=heads)
+    if "mean" in meta:
+        norm = (meta["mean"], meta["std"])
+    else:
+        norm = CLIP if config.norm_pre else IMAGENET
+    return Backbone("", config, norm, meta.get("license", "not stated"))
+
+
+def load(
+    path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 0, head: bool = False
+) -> tuple[ViT, Backbone]:
     """A pretrained ViT from a file, in eval mode, and what it expects of its input.
 
     Args:
-        name: a key of BACKBONES; then the file must have that shape. Without it the shape is read off the file, and the
-            normalisation is what the file states, else CLIP's for a CLIP tower, else ImageNet's.
-        image_size: pixels along one side, if not the backbone's own; positions are resized to it.
+        name: a key of BACKBONES; then the file must have that shape. Without it the shape is read
+            off the file, and the normalisation is what the file states, else CLIP's for a CLIP
+            tower, else ImageNet's.
+        image_size: pixels along a side, if not the backbone's own; positions are resized to it.
         heads: attention heads, if they aren't 64 channels wide.
-        head: keep the file's own classifier (or CLIP's projection) instead of returning features [B, D].
+        head: keep the file's own classifier (or CLIP's projection) instead of giving features.
 
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
@@ -444,21 +770,20 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
     tensors, meta = read_tensors(path)
     try:
         found, eps = to_timm(tensors)
-        backbone = BACKBONES.get(name)
-        if not name:
-            config = Config(**meta["config"]) if "config" in meta else infer_config(found, eps=eps, heads=heads)
-            norm = (meta["mean"], meta["std"]) if "mean" in meta else CLIP if config.norm_pre else IMAGENET
-            backbone = Backbone("", config, norm, license=meta.get("license", "not stated"))
-        backbone = backbone.at(image_size)
+        backbone = choose_backbone(name, found, meta, eps, heads).at(image_size)
         config = backbone.config
-        found = {key.replace("fc_norm.", "norm.") if config.pool == "mean" else key: value for key, value in found.items()
-                 if head or not key.startswith("head.")}
+        if not head:
+            found = {key: value for key, value in found.items() if not key.startswith("head.")}
+        if config.pool == "mean":  # timm calls the norm after the mean fc_norm
+            found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
         if "pos_embed" in found:
             found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
-        with torch.device("meta"):  # no memory, no random numbers: what the file doesn't fill can't be used
+        # No memory and no random numbers: what the file doesn't fill can't be used by mistake.
+        with torch.device("meta"):
             model = ViT(config)
             if "head.weight" in found:
-                model.head = nn.Linear(config.width, len(found["head.weight"]), bias="head.bias" in found)
+                classes = len(found["head.weight"])
+                model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
         check_tensors(model.state_dict(), found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -466,34 +791,57 @@ def load(path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 
     return model.eval(), backbone
 
 
-def load_text(path: str | Path, *, heads: int = 0, quick_gelu: bool = True) -> tuple[TextTower, float]:
-    """CLIP's text tower from a file, in eval mode, and the factor exp(logit_scale) of its cosines (100 if none is stated).
-    Whether OpenAI's QuickGELU is in it no file tells; it is in both towers or in none.
+def load_text(
+    path: str | Path, *, heads: int = 0, quick_gelu: bool = True
+) -> tuple[TextTower, float]:
+    """CLIP's text tower, in eval mode, and exp(logit_scale) (100 if the file doesn't state it).
+
+    Args:
+        quick_gelu: OpenAI's activation; no file tells, but both towers have it or neither.
 
     Raises:
-        ValueError: an unreadable file or one without a text tower; missing, left-over or misshapen tensors, each named.
+        ValueError: an unreadable file or one without a text tower; missing, left-over or misshapen
+            tensors, each of them named.
     """
     tensors, _ = read_tensors(path)
     if not any(key.endswith("token_embedding.weight") for key in tensors):
-        raise ValueError(f"{path} has no text tower of CLIP; give a file with both towers, or use --classifier prototypes")
+        raise ValueError(
+            f"{path} has no text tower of CLIP; give a file with both towers, "
+            "or use --classifier prototypes"
+        )
     try:
-        found, eps = to_timm(tensors, TEXT)
-        config = replace(infer_config(found, eps=eps, heads=heads), quick_gelu=quick_gelu)
+        found, eps = to_timm(tensors, TEXT_LAYOUTS)
+        config = infer_config(found, eps=eps, heads=heads)
+        config = replace(config, quick_gelu=quick_gelu)
         with torch.device("meta"):
             model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
         check_tensors(model.state_dict(), found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(found, assign=True)
-    scale = [value.item() for key, value in tensors.items() if key.removeprefix("module.") == "logit_scale"]
-    return model.eval(), math.exp(scale[0]) if scale else 100.0
+    scale = 100.0
+    for key, value in tensors.items():
+        if key.removeprefix("module.") == "logit_scale":
+            scale = math.exp(value.item())
+    return model.eval(), scale
 
 
 def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise a ValueError that names what is missing, left over or of another shape; return if all agree."""
-    faults = [("missing", [key for key in wanted if key not in found]),
-              ("left over", [key for key in found if key not in wanted]),
-              ("of another shape", [f"{key} {tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
-                                    for key in wanted if key in found and found[key].shape != wanted[key].shape])]
-    if texts := [f"{len(keys)} {fault}: {', '.join(keys[:3])}{' …' * (len(keys) > 3)}" for fault, keys in faults if keys]:
+    """Raise a ValueError that names what is missing, left over or of another shape."""
+    misshapen = []
+    for key in wanted:
+        if key in found and found[key].shape != wanted[key].shape:
+            shapes = f"{tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
+            misshapen.append(f"{key} {shapes}")
+    faults = {
+        "missing": [key for key in wanted if key not in found],
+        "left over": [key for key in found if key not in wanted],
+        "of another shape": misshapen,
+    }
+    texts = []
+    for fault, keys in faults.items():
+        if keys:
+            more = " …" if len(keys) > 3 else ""
+            texts.append(f"{len(keys)} {fault}: {', '.join(keys[:3])}{more}")
+    if texts:
         raise ValueError("; ".join(texts))
