@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -110,11 +111,13 @@ def integers(low: int, high: int = 10**9) -> Callable:
 
 
 def limited(kind: type, low: float, high: float, text: str) -> float:
-    """A text as a number within limits."""
+    """A text as a number, if it is one within limits."""
     try:
         value = kind(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number that it can be") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of type {kind.__name__}"
+        ) from error
     if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
     return value
@@ -169,9 +172,7 @@ def add_options(parser: Parser) -> None:
     add("--data-dir", "DIR", str, "data", "where data sets are, or are downloaded to (data)")
     add("--limit", "N", integer(0), 0, "a quick look: train on N images, choose by N/4 (0: all)")
     add("--shots", "K", integer(0), 0, "train on K images of each class (0: all)")
-    share = (
-        "share for test where there is no test/, drawn by seed (0: a fifth, for all seeds the same)"
-    )
+    share = "share for a missing test set, drawn by seed (0: a fifth, the same for all seeds)"
     add("--test-share", "P", number(0, 0.9), 0.0, share)
     parser.switch("--offline", "never use the network")
 
@@ -180,32 +181,12 @@ def add_options(parser: Parser) -> None:
     add("--backbone", "NAME", str, "", named, choices=vit.BACKBONES)
     add("--weights", "FILE", str, "", "a .safetensors or .pth file, instead of the download")
     add("--heads", "N", integer(0, 10_000), 0, "attention heads of --weights (0: 64 channels each)")
-    add(
-        "--image-size",
-        "PIXELS",
-        integer(0, 100_000),
-        0,
-        "side of the input (0: the backbone's own)",
-    )
+    add("--image-size", "PIXELS", integer(0, 10_000), 0, "side of the input (0: its own)")
 
     parser.section("training")
-    add(
-        "--epochs",
-        "N",
-        integer(0, 10**6),
-        0,
-        "passes over the images (10; digits 12; --cached 100)",
-    )
-    parser.switch(
-        "--cached", "head: train on features that are computed once, without augmentation"
-    )
-    add(
-        "--batch",
-        "N",
-        integer(0, 10**6),
-        0,
-        "images in a step (128; 32 for less than 5,000 images)",
-    )
+    add("--epochs", "N", integer(0), 0, "passes over the images (10; digits 12; --cached 100)")
+    parser.switch("--cached", "head: train on features computed once, without augmentation")
+    add("--batch", "N", integer(0), 0, "images in a step (128; 32 for less than 5,000 images)")
     add("--lr", "LR", number(0, 1000), 0.0, "peak learning rate (by method and backbone)")
     add("--weight-decay", "W", number(0, 1000), 0.05, "on weight matrices only, 0 for off (0.05)")
     add("--label-smoothing", "P", number(0, 1), 0.0, "0 for off (0)")
@@ -289,10 +270,10 @@ def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
     for run in runs:
         parts = []
         for name in varied:
-            if run[name]:
-                parts.append(
-                    f"{run[name]}" if name in ("method", "init") else f"{name} {run[name]}"
-                )
+            if run[name] and name in ("method", "init"):
+                parts.append(str(run[name]))
+            elif run[name]:
+                parts.append(f"{name} {run[name]}")
         run["label"] = " ".join(parts)
     return [argparse.Namespace(**vars(options) | run) for run in runs]
 
@@ -1101,6 +1082,8 @@ def draw_curves(rows: list[list[str]], best_epoch: int, path: Path) -> None:
     if not can_draw(path):
         return
     figure, (loss_axes, accuracy_axes) = new_figure(4.5, 3.5, panels=2)
+    for axes in (loss_axes, accuracy_axes):
+        axes.xaxis.get_major_locator().set_params(integer=True)  # epochs
     epochs = [int(row[0]) for row in rows]
     for name, axes in (("loss", loss_axes), ("train%", accuracy_axes), ("val%", accuracy_axes)):
         column = COLUMNS.index(name)
@@ -1248,53 +1231,52 @@ def print_mistakes(examined: Examined) -> None:
 
 def draw_features(examined: list[Examined], path: Path) -> None:
     """The test images' features in two dimensions, at most 20 classes coloured and named."""
-    figure, panels = new_figure(5, 4.5, panels=len(examined))
+    import matplotlib
+
+    figure, panels = new_figure(5, 5, panels=len(examined))
+    palette = list(matplotlib.colormaps["tab20"].colors)  # ten hues, each dark and light
+    palette[14:16] = ["black", "gold"]  # instead of two greys
+    if len(examined[0].classes) <= 10:
+        palette = palette[::2]
     coloured = examined[0].most_confused(20)
     for axes, each in zip(panels, examined, strict=True):
-        others = ~torch.isin(each.labels, torch.tensor(coloured))
-        axes.scatter(*each.points[others].T, s=6, color="lightgrey", rasterized=True)
-        for i, label in enumerate(coloured):
-            points = each.points[each.labels == label]
-            colour = f"C{i}" if len(coloured) <= 10 else TAB20[i]
+        points = each.points.numpy()
+        axes.scatter(points[:, 0], points[:, 1], s=6, color="lightgrey", rasterized=True)
+        for colour, label in zip(palette, coloured, strict=False):
+            members = points[each.labels == label]
             name = each.classes[label]
-            axes.scatter(*points.T, s=8, color=colour, label=name, rasterized=True)
+            axes.scatter(*members.T, s=8, color=colour, label=name, rasterized=True)
         axes.set(title=f"{each.title} ({each.projection})", xticks=[], yticks=[])
-    title = None
-    if len(coloured) < len(examined[0].classes):
-        title = (
-            f"{len(coloured)} of\n{len(examined[0].classes)} classes,\nmost mistaken;\nothers grey"
-        )
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", title=title, fontsize=8)
+    K = len(examined[0].classes)
+    title = f"the 20 of {K} classes\nwith most mistakes;\nothers grey" if K > 20 else None
+    entries = panels[0].get_legend_handles_labels()
+    style = {"markerscale": 2, "fontsize": 8, "title_fontsize": 8}
+    figure.legend(*entries, loc="outside right upper", title=title, **style)
     save_figure(figure, path)
-
-
-TAB20 = [(i // 2, i % 2) for i in range(20)]
 
 
 def draw_confusion(examined: list[Examined], path: Path) -> None:
     """Confusion matrices, in percent of a row's images; of more than 40 classes the 20 most
     confused."""
     K = len(examined[0].classes)
-    side = 2.5 + 0.22 * min(K, 40)
+    side = 2.5 + 0.25 * (K if K <= 40 else 20)
     figure, panels = new_figure(side, side, panels=len(examined))
     for axes, each in zip(panels, examined, strict=True):
         counts = each.confusion()
-        shown = list(range(K)) if K <= 40 else each.most_confused(20)
         shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        part = shares[shown][:, shown]
+        shown = each.most_confused(K if K <= 40 else 20)
+        part = shares[shown][:, shown].numpy()
         axes.imshow(part, cmap="Blues", vmin=0, vmax=100)
         names = [each.classes[label] for label in shown]
-        axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(shown)), names, fontsize=7)
-        for row, column in part.round().nonzero().tolist():
-            share = part[row, column]
-            colour = "white" if share > 50 else "black"
-            axes.text(column, row, f"{share:.0f}", color=colour, ha="center", va="center", size=5)
-        title = each.title
-        if K > 40:
-            title += f"; the 20 of {K} classes with most mistakes"
-        axes.set(title=title, xlabel="prediction", ylabel="label (numbers: % of its images)")
+        axes.set_xticks(range(len(shown)), names, rotation=90)
+        axes.set_yticks(range(len(shown)), names)
+        for (row, column), share in np.ndenumerate(part):
+            if share >= 0.5:
+                colour = "white" if share > 50 else "black"
+                place = {"ha": "center", "va": "center", "size": 6}
+                axes.text(column, row, f"{share:.0f}", color=colour, **place)
+        title = each.title if K <= 40 else f"{each.title}; the 20 of {K} classes with most mistakes"
+        axes.set(title=title, xlabel="prediction", ylabel="label (% of its images)")
     save_figure(figure, path)
 
 

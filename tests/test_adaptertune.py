@@ -1,108 +1,119 @@
-"""The adapter: what it computes, where it stands, what is trained, what is saved."""
+"""The adapters: what they compute, where they stand, what is trained, what a file holds."""
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import write_tiny
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 import adaptertune
+import export
 import vit
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+D = 32  # width of the tiny backbone, which has two blocks
+
+# -------------------------------------------------------------------------------------- networks
 
 
-def adapted(path, **options):
+def adapted(path, rank=4, **options):
+    """A backbone with adapters and a head for 5 classes."""
     model, _ = vit.load(path)
-    adaptertune.add_adapters(model, **{"rank": 4, "placement": [0, 1], **options})
+    adaptertune.add_adapters(model, rank, **options)
     adaptertune.add_head(model, 5)
     adaptertune.freeze(model)
     return model
 
 
+@torch.no_grad()
 def randomise(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if adaptertune.is_adapter(name):
-                parameter.normal_(std=0.3)
+    """Give adapters, prompts and head random values."""
+    for name, parameter in model.named_parameters():
+        if adaptertune.is_adapter(name):
+            parameter.normal_(std=0.3)
     return model
 
 
+def bottleneck(adapter, z, act):
+    """s · (U · act(V · z + v) + u) of an adapter's own tensors, by einsum."""
+    V, v = adapter.down.weight, adapter.down.bias
+    U, u = adapter.up.weight, adapter.up.bias
+    hidden = act(torch.einsum("rd,bnd->bnr", V, z) + v)
+    return adapter.scale * (torch.einsum("dr,bnr->bnd", U, hidden) + u)
+
+
 def by_the_equations(model, images, method):
-    """Features of an adapted ViT, written from the papers' equations with LayerNorm, attention and MLP as given."""
-    x, gelu, relu = model.embed(images), torch.nn.functional.gelu, torch.relu
+    """Features of an adapted ViT, from the papers' equations for the adapter."""
+    x = model.embed(images)
     for block in model.blocks:
-        adapter, scale1, scale2 = block.adapter, block.ls1, block.ls2
-        V, v, U, u = adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias
-
-        def bottleneck(z, act, V=V, v=v, U=U, u=u):
-            return torch.einsum("dr,bnr->bnd", U, act(torch.einsum("rd,bnd->bnr", V, z) + v)) + u
-
-        x = x + scale1(block.attn(block.norm1(x)))
-        mlp = scale2(block.mlp(block.norm2(x)))
+        adapter = block.adapter
+        x = x + block.ls1(block.attn(block.norm1(x)))
+        mlp = block.ls2(block.mlp(block.norm2(x)))
         if method == "adaptertune":  # arXiv 2603.14706: on the residual stream, after the block
             h = x + mlp
-            x = h + adapter.scale * bottleneck(h, gelu)
+            x = h + bottleneck(adapter, h, F.gelu)
         elif method == "adaptformer":  # arXiv 2205.13535, its code: parallel to the MLP, raw input
-            x = x + mlp + adapter.scale * bottleneck(x, relu)
+            x = x + mlp + bottleneck(adapter, x, torch.relu)
         elif method == "ln":  # its equation
-            x = x + mlp + adapter.scale * bottleneck(block.norm2(x), relu)
+            x = x + mlp + bottleneck(adapter, block.norm2(x), torch.relu)
         else:  # its ablation: sequential
-            x = x + (mlp + adapter.scale * bottleneck(mlp, relu))
+            x = x + mlp + bottleneck(adapter, mlp, torch.relu)
     return model.norm(x[:, 0])
 
 
-METHODS = {"adaptertune": {"scale": 0.7}, "adaptformer": {"reads": "raw", "act": "relu", "scale": 0.1},
-           "ln": {"reads": "ln", "act": "relu", "scale": 0.1}, "sequential": {"reads": "mlp", "act": "relu", "scale": 0.1}}
+METHODS = {
+    "adaptertune": {"scale": 0.7},
+    "adaptformer": {"reads": "raw", "act": "relu", "scale": 0.1},
+    "ln": {"reads": "ln", "act": "relu", "scale": 0.1},
+    "sequential": {"reads": "mlp", "act": "relu", "scale": 0.1},
+}
+
+# -------------------------------------------------------------------------- what adapters compute
 
 
 @pytest.mark.parametrize("layer_scale", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_equation(tmp_path, method, layer_scale):
-    """Outputs and all gradients."""
+    """Outputs and the gradients of all adapters are those of the papers' equations."""
     path = write_tiny(tmp_path / "w.safetensors", seed=0, layer_scale=layer_scale)
     model = randomise(adapted(path, **METHODS[method])).double()
-    ours, expected = model.features(IMAGES.double()), by_the_equations(model, IMAGES.double(), method)
-    assert torch.allclose(ours, expected, atol=1e-10)
-    parameters = [parameter for name, parameter in model.named_parameters() if ".adapter." in name]
-    for got, wanted in zip(*(torch.autograd.grad(x.square().sum(), parameters) for x in (ours, expected)), strict=True):
-        assert torch.allclose(got, wanted, atol=1e-8)
+    found = model.features(IMAGES.double())
+    expected = by_the_equations(model, IMAGES.double(), method)
+    assert torch.allclose(found, expected, atol=1e-10)
+
+    parameters = [each for name, each in model.named_parameters() if ".adapter." in name]
+    found = torch.autograd.grad(found.square().sum(), parameters)
+    expected = torch.autograd.grad(expected.square().sum(), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-8)
 
 
 @pytest.mark.parametrize("changes", [{}, {"layer_scale": True}, {"quick_gelu": True}])
 def test_merge_is_exact(tmp_path, changes):
+    """An adapter merged into the MLP leaves the outputs as they were."""
     path = write_tiny(tmp_path / "w.safetensors", seed=0, **changes)
     model = randomise(adapted(path, reads="ln", act="mlp", scale=0.3)).double()
-    for block in model.blocks:
-        if changes.get("layer_scale"):
-            torch.nn.init.uniform_(block.ls2.gamma, 0.1, 2)
+    if changes.get("layer_scale"):
+        for block in model.blocks:
+            nn.init.uniform_(block.ls2.gamma, 0.1, 2)
     with torch.no_grad():
         before = model(IMAGES.double())
         assert adaptertune.merge(model) == 2
-        assert all(block.adapter is None and block.mlp.fc1.out_features == 64 + 4 == len(block.mlp.fc1.bias)
-                   for block in model.blocks)
-        assert torch.allclose(model(IMAGES.double()), before, atol=1e-10)
+        after = model(IMAGES.double())
+    assert torch.allclose(after, before, atol=1e-10)
+    for block in model.blocks:
+        assert block.adapter is None
+        assert block.mlp.fc1.out_features == len(block.mlp.fc1.bias) == 64 + 4
+        assert block.mlp.fc2.in_features == block.mlp.fc2.weight.shape[1] == 64 + 4
 
 
-@pytest.mark.parametrize("reads", adaptertune.READS)
-@pytest.mark.parametrize("changes", [{}, {"layer_scale": True, "registers": 2}, {"qkv_bias": False, "pool": "mean"}])
-def test_equalise_is_exact(tmp_path, changes, reads):
-    """The same function, and per channel ranges that differ less."""
-    model = randomise(adapted(write_tiny(tmp_path / "w.safetensors", seed=0, **changes), reads=reads)).double()
-    model.requires_grad_(False)
-    for parameter in (parameter for name, parameter in model.named_parameters() if "norm" in name or "bias" in name):
-        parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).double() * 0.3
-    model.blocks[0].norm1.weight[3] = 50  # a channel as loud as those that spoil int8
-    before, images = model(IMAGES.double()), IMAGES.double()
-    low, high = adaptertune.observe(model, images)["blocks.0.attn.qkv"]
-    adaptertune.equalise(model, images)
-    assert torch.allclose(model(images), before, atol=1e-9)
-    new_low, new_high = adaptertune.observe(model, images)["blocks.0.attn.qkv"]
-    spread, new_spread = ((h - l).max() / (h - l).median() for l, h in ((low, high), (new_low, new_high)))  # noqa: E741
-    assert spread > 10
-    assert new_spread < spread / 3
-
-
-@pytest.mark.parametrize("options", [{}, {"reads": "ln", "act": "relu"}, {"reads": "raw", "act": "gelu"}])
-def test_what_cant_be_merged_is_left(tiny_weights, options):
+@pytest.mark.parametrize(
+    "options", [{}, {"reads": "ln", "act": "relu"}, {"reads": "raw", "act": "gelu"}]
+)
+def test_what_cannot_be_merged_is_left(tiny_weights, options):
+    """Adapters with another input or activation than the MLP's stay where they are."""
     model = adapted(tiny_weights, **options)
     assert adaptertune.merge(model) == 0
     assert all(block.adapter is not None for block in model.blocks)
@@ -110,120 +121,426 @@ def test_what_cant_be_merged_is_left(tiny_weights, options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_init_is_the_backbone_bit_for_bit(tiny_weights, method):
+    """New adapters change no output, and those of the ablation "small" do."""
     plain, _ = vit.load(tiny_weights)
+    zero = adapted(tiny_weights, **METHODS[method])
+    small = adapted(tiny_weights, init="small")
     with torch.no_grad():
-        assert torch.equal(adapted(tiny_weights, **METHODS[method]).features(IMAGES), plain(IMAGES))
-        assert not torch.equal(adapted(tiny_weights, init="small").features(IMAGES), plain(IMAGES))
+        assert torch.equal(zero.features(IMAGES), plain(IMAGES))
+        assert not torch.equal(small.features(IMAGES), plain(IMAGES))
 
 
-def test_start_values():
+def spread(model, images):
+    """How much louder than the usual channel the loudest one is, of what enters the first qkv."""
+    low, high = export.channel_ranges(model, images)["blocks.0.attn.qkv"]
+    return (high - low).max() / (high - low).median()
+
+
+@pytest.mark.parametrize("reads", adaptertune.READS)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layer_scale": True, "registers": 2}, {"qkv_bias": False, "pool": "mean"}],
+    ids=["plain", "registers", "no bias"],
+)
+@torch.no_grad()
+def test_equalise_is_exact(tmp_path, changes, reads):
+    """The same function of an adapted network, and channels whose ranges differ less."""
+    path = write_tiny(tmp_path / "w.safetensors", seed=0, **changes)
+    model = randomise(adapted(path, reads=reads)).double()
+    images = IMAGES.double()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter += 0.3 * noise.double()
+    model.blocks[0].norm1.weight[3] = 50  # a channel as loud as those that spoil int8
+    before = model(images)
+    spread_before = spread(model, images)
+    export.equalise(model, images)
+    assert torch.allclose(model(images), before, atol=1e-9)
+    assert spread_before > 10
+    assert spread(model, images) < spread_before / 3
+
+
+# ------------------------------------------------------------------------------- how they start
+
+
+def test_initial_values():
+    """V is Xavier's, biases are 0; U and u are 0 or, with "small", from N(0, 1e-4²)."""
     torch.manual_seed(0)
-    zero, small = adaptertune.Adapter(256, 64), adaptertune.Adapter(256, 64, init="small")
+    zero = adaptertune.Adapter(256, 64)
+    small = adaptertune.Adapter(256, 64, init="small")
     assert zero.down.weight.abs().max() <= (6 / (256 + 64)) ** 0.5  # Xavier's bound
     assert zero.down.weight.std() > 0.9 * (2 / (256 + 64)) ** 0.5
-    assert not any(tensor.any() for tensor in (zero.down.bias, zero.up.weight, zero.up.bias, small.down.bias))
+    for tensor in (zero.down.bias, zero.up.weight, zero.up.bias, small.down.bias):
+        assert not tensor.any()
     assert 0.9e-4 < small.up.weight.std() < 1.1e-4
     assert small.up.bias.any()
 
 
+def test_adaptformer_starts_from_kaiming(tiny_weights):
+    """V of AdaptFormer is within the bound of Kaiming's uniform, and fills it."""
+    torch.manual_seed(0)
+    model = adapted(tiny_weights, method="adaptformer", rank=32)
+    bound = 1 / D**0.5  # sqrt(6 / ((1 + 5) D)); Xavier's would be sqrt(6 / (D + r))
+    assert 0.95 * bound < model.blocks[0].adapter.down.weight.abs().max() <= bound
+
+
+def test_a_rank_alone_is_enough(tiny_weights):
+    """add_adapters(model, rank=8) gives every block the paper's adapter of that rank."""
+    model, _ = vit.load(tiny_weights)
+    adaptertune.add_adapters(model, rank=8)
+    for block in model.blocks:
+        assert block.adapter.down.weight.shape == (8, D)
+        assert (block.adapter.reads, block.adapter.scale) == ("block", 1.0)
+        assert isinstance(block.adapter.act, nn.GELU)
+        assert not block.adapter.up.weight.any()
+
+
+def test_without_a_rank_it_is_the_methods(tiny_weights):
+    """All that isn't said is the method's own default."""
+    model, _ = vit.load(tiny_weights)
+    adaptertune.add_adapters(model, placement=[-1])
+    assert model.blocks[0].adapter is None
+    assert len(model.blocks[1].adapter.down.weight) == 8
+
+    with pytest.raises(ValueError, match="rank 64: choose from 1 to the backbone's width, 32"):
+        adaptertune.add_adapters(model, method="adaptformer")
+    adaptertune.add_adapters(model, 16, method="adaptformer")
+    adapter = model.blocks[0].adapter
+    assert (adapter.reads, adapter.scale, adapter.dropout.p) == ("raw", 0.1, 0.1)
+    assert isinstance(adapter.act, nn.ReLU)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"every": 2}, [1, 3, 5]),
+        ({"every": 4}, [3]),
+        ({"blocks": [5, 0, 5]}, [0, 5]),
+        ({"blocks": [-1, -6]}, [0, 5]),
+    ],
+)
+def test_placement(options, chosen):
+    """Every k-th block, the last of each k; or blocks by number, from either end."""
+    assert adaptertune.choose_blocks(6, **options) == chosen
+
+
+@pytest.mark.parametrize("options", [{"every": 7}, {"every": 0}, {"blocks": [6]}, {"blocks": [-7]}])
+def test_blocks_that_are_not_there(options):
+    """The error states which blocks there are."""
+    with pytest.raises(ValueError, match="choose from 0 to 5"):
+        adaptertune.choose_blocks(6, **options)
+
+
+def test_placement_of_add_adapters_is_checked(tiny_weights):
+    """A block that the model doesn't have is refused there too."""
+    with pytest.raises(ValueError, match="choose from 0 to 1"):
+        adapted(tiny_weights, placement=[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reads": "after"}, "reads 'after': choose block, raw, ln, mlp"),
+        ({"act": "silu"}, "act 'silu': choose gelu, relu, mlp"),
+        ({"init": "one"}, "init 'one': choose zero, small"),
+        ({"method": "vpt"}, "method 'vpt': choose adaptertune, adaptformer"),
+    ],
+)
+def test_choices(tiny_weights, options, message):
+    """An error names the value and the valid choices."""
+    with pytest.raises(ValueError, match=message):
+        adapted(tiny_weights, **options)
+
+
+def test_choices_of_an_adapter():
+    """`Adapter` by itself checks its choices: a near miss isn't taken for the ablation."""
+    with pytest.raises(ValueError, match="init 'zeros': choose zero, small"):
+        adaptertune.Adapter(D, 4, init="zeros")
+    with pytest.raises(ValueError, match="reads 'input': choose block, raw, ln, mlp"):
+        adaptertune.Adapter(D, 4, reads="input")
+
+
+@pytest.mark.parametrize("rank", [0, -1, 33])
+def test_rank_that_cannot_be(tiny_weights, rank):
+    """A rank is at least 1 and at most the width; 0 isn't taken for the default."""
+    with pytest.raises(ValueError, match=f"rank {rank}: choose from 1 to the backbone's width, 32"):
+        adapted(tiny_weights, rank=rank)
+
+
+# ------------------------------------------------------------------------------ what is trained
+
+
 @pytest.mark.parametrize("learn_scale", [False, True])
 def test_counts(tiny_weights, learn_scale):
+    """2Dr + r + D trained parameters for a block, and one more for a learnt scale."""
+    plain, _ = vit.load(tiny_weights)
     model = adapted(tiny_weights, learn_scale=learn_scale)
-    D, r = 32, 4
+    r = 4
     assert adaptertune.count(model) == {
-        "frozen": sum(p.numel() for p in vit.load(tiny_weights)[0].parameters()),
-        "adapters": 2 * (2 * D * r + r + D + learn_scale), "head": D * 5 + 5, "backbone": 0}
+        "frozen": sum(parameter.numel() for parameter in plain.parameters()),
+        "adapters": 2 * (2 * D * r + r + D + learn_scale),
+        "head": D * 5 + 5,
+        "backbone": 0,
+    }
 
 
-def test_the_predicate_is_all_that_is_trained(tiny_weights):
+def test_the_predicate_says_what_is_trained(tiny_weights):
+    """Gradients reach what is_adapter names, and nothing else."""
     model = adapted(tiny_weights)
-    model.head(model.features(IMAGES)).sum().backward()
+    model(IMAGES).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == adaptertune.is_adapter(name)
         assert (parameter.grad is not None) == adaptertune.is_adapter(name)
 
 
-def test_decay_on_matrices_alone(tiny_weights):
+def test_freeze_refuses_a_stray_parameter(tiny_weights):
+    """A module that would be frozen unnoticed is named, and the name that it needs."""
+    model, _ = vit.load(tiny_weights)
+    model.blocks[1].lora = nn.Linear(D, 4, bias=False)
+    message = r"^blocks\.1\.lora\.weight is neither the backbone's .* the name 'adapter'"
+    with pytest.raises(ValueError, match=message):
+        adaptertune.freeze(model)
+    with pytest.raises(ValueError, match=message):
+        adaptertune.freeze(model, everything=True)
+
+
+def test_freeze_accepts_an_adapter_of_ones_own(tiny_weights):
+    """A module called `adapter` is trained, wherever in a block it is."""
+    model, _ = vit.load(tiny_weights)
+    model.blocks[1].attn.adapter = nn.Linear(D, 4, bias=False)
+    adaptertune.freeze(model)
+    assert list(adaptertune.trained(model)) == ["blocks.1.attn.adapter.weight"]
+
+
+def test_weight_decay_on_matrices_alone(tiny_weights):
+    """Biases, norms, tokens, positions and scales aren't decayed."""
     model = adapted(tiny_weights, learn_scale=True)
     adaptertune.freeze(model, everything=True)
-    decayed = {id(parameter) for parameter in adaptertune.groups(model, 0.05)[0]["params"]}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
-    assert {"head.weight", "patch_embed.proj.weight", "blocks.1.adapter.up.weight", "blocks.0.attn.qkv.weight"} <= names
-    assert not [name for name in names if any(part in name for part in ("norm", "token", "pos", "bias", "scale"))]
-    assert adaptertune.groups(model, 0.05)[1]["weight_decay"] == 0
+    decayed, others = adaptertune.parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0)
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+    ids = {id(parameter) for parameter in decayed["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+    expected = {"head.weight", "patch_embed.proj.weight"}
+    for block in ("blocks.0", "blocks.1"):
+        expected |= {f"{block}.adapter.down.weight", f"{block}.adapter.up.weight"}
+        expected |= {f"{block}.attn.qkv.weight", f"{block}.attn.proj.weight"}
+        expected |= {f"{block}.mlp.fc1.weight", f"{block}.mlp.fc2.weight"}
+    assert names == expected
 
 
-@pytest.mark.parametrize(("options", "chosen"), [({}, [0, 1, 2, 3, 4, 5]), ({"every": 2}, [1, 3, 5]), ({"every": 4}, [3]),
-                                                 ({"blocks": [5, 0, 5]}, [0, 5])])
-def test_placement(options, chosen):
-    assert adaptertune.choose_blocks(6, **options) == chosen
+# ---------------------------------------------------------------------------- adapt: each method
+
+HEAD = ["head.bias", "head.weight"]
+ADAPTERS_AND_HEAD = [
+    "blocks.0.adapter.down.bias",
+    "blocks.0.adapter.down.weight",
+    "blocks.0.adapter.up.bias",
+    "blocks.0.adapter.up.weight",
+    "blocks.1.adapter.down.bias",
+    "blocks.1.adapter.down.weight",
+    "blocks.1.adapter.up.bias",
+    "blocks.1.adapter.up.weight",
+    *HEAD,
+]
+TRAINED = {  # "full" and "scratch" train everything
+    "adaptertune": ADAPTERS_AND_HEAD,
+    "adaptformer": ADAPTERS_AND_HEAD,
+    "vpt": ["blocks.0.prompts", "blocks.1.prompts", *HEAD],
+    "clip-adapter": ["head.image.0.weight", "head.image.2.weight"],
+    "zero-shot": [],
+    "head": HEAD,
+}
 
 
-@pytest.mark.parametrize("options", [{"every": 7}, {"every": 0}, {"blocks": [6]}, {"blocks": [-7]}])
-def test_placement_that_cant_be(options):
-    with pytest.raises(ValueError, match="choose from 0 to 5"):
-        adaptertune.choose_blocks(6, **options)
+def adapt(clip, tiny_weights, method, **settings):
+    """A backbone that the method can have, turned by `adapt` into a classifier of 7 classes."""
+    if method in adaptertune.CLIP_METHODS:
+        model, _ = vit.load(clip, head=True)
+    else:
+        model, _ = vit.load(tiny_weights)
+    return model, adaptertune.adapt(model, method, 7, **settings)
 
 
-def test_adaptformer_starts_from_kaiming(tiny_weights):
-    torch.manual_seed(0)
-    model = adapted(tiny_weights, method="adaptformer", rank=32)
-    bound = 1 / 32 ** 0.5  # sqrt(6 / ((1 + 5) D)); Xavier's would be sqrt(6 / (D + r))
-    assert 0.95 * bound < model.blocks[0].adapter.down.weight.abs().max() <= bound
+@pytest.mark.parametrize("method", adaptertune.METHODS)
+def test_adapt_trains_what_the_method_trains(clip, tiny_weights, method):
+    """The exact names of trained parameters, and logits for each class."""
+    settings = {"rank": 4} if method == "adaptformer" else {}
+    model, _ = adapt(clip, tiny_weights, method, **settings)
+    everything = sorted(name for name, _ in model.named_parameters())
+    assert sorted(adaptertune.trained(model)) == TRAINED.get(method, everything)
+    assert model(IMAGES).shape == (3, 7)
+    if method in adaptertune.CLIP_METHODS:
+        assert model.head.classes.shape == (7, 24)
+    else:
+        assert model.head.weight.shape == (7, D)
+        assert not model.head.bias.any()
+        assert 0.01 < model.head.weight.std() < 0.03  # timm's 0.02
 
 
-@pytest.mark.parametrize("options", [{"reads": "after"}, {"act": "silu"}, {"init": "one"}])
-def test_choices(tiny_weights, options):
-    with pytest.raises(ValueError, match="'(after|silu|one)': choose (block, raw, ln, mlp|gelu, relu, mlp|zero, small)"):
-        adapted(tiny_weights, **options)
+@pytest.mark.parametrize("method", adaptertune.METHODS)
+def test_adapt_returns_the_settings_in_force(clip, tiny_weights, method):
+    """The method's defaults, what was given instead, and what was worked out."""
+    expected = dict(adaptertune.METHODS[method])
+    given = {}
+    if method in adaptertune.ADAPTER_METHODS:
+        given = {"rank": 4, "learn_scale": True}
+        expected["placement"] = [0, 1]
+    elif method == "vpt":
+        given = {"prompts": 3}
+    elif method == "clip-adapter":
+        given = {"text_ratio": 0.5}
+        expected["rank"] = 6  # a quarter of the embedding
+    expected |= given
+    _, settings = adapt(clip, tiny_weights, method, **given)
+    assert settings == expected
 
 
-@pytest.mark.parametrize("rank", [0, -1, 33])
-def test_rank_that_cant_be(tiny_weights, rank):
-    with pytest.raises(ValueError, match=f"rank {rank}: choose from 1 to the backbone's width, 32"):
-        adapted(tiny_weights, rank=rank)
+def test_adapt_by_the_settings_given(clip, tiny_weights):
+    """Placement, shallow prompts and learnt ratios do what they say."""
+    model, settings = adapt(clip, tiny_weights, "adaptertune", placement=[-1], scale=0.5)
+    assert model.blocks[0].adapter is None
+    assert model.blocks[1].adapter.scale == 0.5
+    assert settings["placement"] == [1]
+
+    model, _ = adapt(clip, tiny_weights, "vpt", prompts=3, deep=False)
+    assert model.blocks[0].prompts.shape == (3, D)
+    assert model.blocks[1].prompts is None
+
+    model, settings = adapt(clip, tiny_weights, "clip-adapter", rank=5, learn_ratio=True)
+    assert model.head.image[0].weight.shape == (5, 24)
+    assert settings["rank"] == 5
+    assert "head.image_ratio" in adaptertune.trained(model)
+
+
+def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
+    """An unknown method, and methods of CLIP on another backbone."""
+    with pytest.raises(ValueError, match="method 'lora': choose adaptertune, adaptformer, vpt"):
+        adapt(clip, tiny_weights, "lora")
+    model, _ = vit.load(tiny_weights)
+    with pytest.raises(ValueError, match=r"CLIP's image tower .* choose a clip_\* --backbone"):
+        adaptertune.adapt(model, "zero-shot", 7)
+
+
+# ------------------------------------------------------------------------------------- the file
 
 
 def test_file_holds_adapters_and_head_alone(tiny_weights, tmp_path):
-    model = adapted(tiny_weights)
-    with torch.no_grad():
-        for parameter in adaptertune.trained(model).values():
-            parameter.normal_()
-    fingerprint = adaptertune.fingerprint(model)
-    adaptertune.save(tmp_path / "a.safetensors", model, {"fingerprint": fingerprint, "backbone": "tiny"})
+    """The exact set of keys; no other file is left beside it."""
+    adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        keys = set(file.keys())
-    assert keys == {"head.weight", "head.bias"} | {f"blocks.{block}.adapter.{part}.{kind}" for block in (0, 1)
-                                                  for part in ("down", "up") for kind in ("weight", "bias")}
-    again = adapted(tiny_weights)
-    tensors, meta = vit.read_tensors(tmp_path / "a.safetensors")
-    adaptertune.load(again, tensors, meta, backbone=adaptertune.fingerprint(again), name="tiny")
-    with torch.no_grad():
-        assert torch.equal(again(IMAGES), model(IMAGES))
+        assert sorted(file.keys()) == ADAPTERS_AND_HEAD
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("method", adaptertune.METHODS)
+def test_round_trip(clip, tiny_weights, tmp_path, method):
+    """What was saved gives the same logits in a new model, for every method; meta comes back."""
+    settings = {"rank": 4} if method == "adaptformer" else {}
+    torch.manual_seed(1)
+    model, _ = adapt(clip, tiny_weights, method, **settings)
+    original = adaptertune.fingerprint(model)
+    randomise(model)
+    if method in adaptertune.CLIP_METHODS:
+        model.head.classes.normal_()
+        model.head.scale.fill_(20)
+    if method in adaptertune.WHOLE_METHODS:
+        model.blocks[0].attn.qkv.weight.data.add_(0.1)
+    meta = {"version": 1, "backbone": "tiny", "fingerprint": original}
+    adaptertune.save(tmp_path / "a.safetensors", model, meta)
+
+    torch.manual_seed(2)
+    again, _ = adapt(clip, tiny_weights, method, **settings)
+    model.eval()
+    again.eval()
+    with torch.no_grad():
+        assert not torch.equal(again(IMAGES), model(IMAGES))
+        assert adaptertune.load(tmp_path / "a.safetensors", again) == meta
+        assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+def test_save_without_meta(tiny_weights, tmp_path):
+    """The fingerprint is worked out, so that another backbone is refused even then."""
+    model = randomise(adapted(tiny_weights))
+    adaptertune.save(tmp_path / "a.safetensors", model)
+    again = adapted(tiny_weights)
+    meta = adaptertune.load(str(tmp_path / "a.safetensors"), again)
+    assert meta == {"version": 1, "fingerprint": adaptertune.fingerprint(model)}
+    assert torch.equal(again(IMAGES), model(IMAGES))
+
+    other = adapted(write_tiny(tmp_path / "other.safetensors", seed=1))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"on another backbone \(\w{16}\), not on this backbone"):
+        adaptertune.load(tmp_path / "a.safetensors", other)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, before[name])  # nothing was copied
+
+
 def test_another_backbone_is_refused_by_name(tiny_weights, tmp_path):
-    model, other = adapted(tiny_weights), adapted(write_tiny(tmp_path / "other.safetensors", seed=1))
-    adaptertune.save(tmp_path / "a.safetensors", model, {"fingerprint": adaptertune.fingerprint(model), "backbone": "tiny"})
-    before = adaptertune.fingerprint(other)
-    with pytest.raises(ValueError, match=r"trained on tiny \([0-9a-f]{16}\), not on other \([0-9a-f]{16}\)"):
-        adaptertune.load(other, *vit.read_tensors(tmp_path / "a.safetensors"), backbone=before, name="other")
+    """The error gives the names and fingerprints of both."""
+    adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights), {"backbone": "tiny"})
+    other = adapted(write_tiny(tmp_path / "other.safetensors", seed=1))
+    message = r"trained on tiny \([0-9a-f]{16}\), not on other \([0-9a-f]{16}\)"
+    with pytest.raises(ValueError, match=message):
+        adaptertune.load(tmp_path / "a.safetensors", other, name="other")
 
 
-@pytest.mark.parametrize("meta", [{}, {"version": 2, "fingerprint": "", "backbone": "tiny"}])
-def test_a_file_of_another_kind_is_refused(tiny_weights, meta):
-    with pytest.raises(ValueError, match="no adapter file that train.py wrote"):
-        adaptertune.load(adapted(tiny_weights), {}, meta, backbone="", name="tiny")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rank": 8}, "blocks.0.adapter.down.bias"),  # of another shape
+        ({"placement": [0]}, "blocks.1.adapter.down.bias"),  # left over in the file
+        ({"learn_scale": True}, "blocks.0.adapter.scale, blocks.1.adapter.scale"),  # missing
+    ],
+)
+def test_other_adapters_are_refused(tiny_weights, tmp_path, options, named):
+    """Adapters of another shape, placement or kind: the error names the tensors."""
+    adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
+    model = adapted(tiny_weights, **options)
+    with pytest.raises(ValueError, match=f"adapters or head differ from the file's: {named}"):
+        adaptertune.load(tmp_path / "a.safetensors", model)
+
+
+@pytest.mark.parametrize(
+    "meta", [None, {"adaptertune": '{"version": 2, "fingerprint": "", "backbone": "tiny"}'}]
+)
+def test_a_file_of_another_kind_is_refused(tiny_weights, tmp_path, meta):
+    """Somebody else's safetensors file, or one of a later version."""
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=meta)
+    with pytest.raises(ValueError, match=r"no adapter file of train.py \(version .*expected 1"):
+        adaptertune.load(tmp_path / "a.safetensors", adapted(tiny_weights))
+
+
+def test_a_missing_or_damaged_file_is_refused(tiny_weights, tmp_path):
+    """No traceback of safetensors, but one sentence."""
+    model = adapted(tiny_weights)
+    with pytest.raises(ValueError, match="no adapters at .*a.safetensors; give the folder"):
+        adaptertune.load(tmp_path / "a.safetensors", model)
+    adaptertune.save(tmp_path / "a.safetensors", model)
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="a.safetensors is damaged or no safetensors file"):
+        adaptertune.load(tmp_path / "a.safetensors", model)
+
+
+def test_start_from_names_what_is_missing(tiny_weights):
+    """A file with one tensor of four: the first that it lacks is named."""
+    with pytest.raises(ValueError, match="no blocks.0.adapter.down.weight"):
+        adaptertune.start_from(adapted(tiny_weights), {"blocks.0.adapter.up.bias": torch.zeros(D)})
 
 
 def test_fingerprint(tiny_weights):
+    """It is the backbone's alone, at any image size, and any change of a weight changes it."""
     model = adapted(tiny_weights)
+    larger, _ = vit.load(tiny_weights, image_size=32)
     first = adaptertune.fingerprint(model)
+    assert adaptertune.fingerprint(larger) == first
     with torch.no_grad():
         model.head.weight.add_(1)
         model.blocks[0].adapter.up.weight.add_(1)
-    assert adaptertune.fingerprint(model) == first == adaptertune.fingerprint(vit.load(tiny_weights, image_size=32)[0])
-    with torch.no_grad():
+        assert adaptertune.fingerprint(model) == first
         model.blocks[1].norm2.bias[3] += 1e-6
-    assert adaptertune.fingerprint(model) != first
+        assert adaptertune.fingerprint(model) != first

@@ -1,6 +1,8 @@
-"""Data sets, splits and the batches that come of them."""
+"""Data sets, their splits, and the batches made of them."""
+
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,38 +11,51 @@ from conftest import write_cifar10
 
 import data
 
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------- crop and resize
+
 
 @pytest.mark.parametrize("size", [16, 32, 48, 224])
-def test_resize_is_pillows(size):
-    """Crop and resize against Pillow's resize with the same box, which rounds and clamps to 8 bits after each direction:
-    hence the grey values far from both ends."""
+def test_crop_and_resize_equal_pillows(size):
+    """Crop and resize give Pillow's pixels for the same box, within its rounding to 8 bits."""
     image = pytest.importorskip("PIL.Image")
-    pixels = torch.randint(80, 176, (1, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    top, left, height, width = 3.25, 10.5, 30.5, 40.25
+    # Grey values far from 0 and 255: Pillow clamps after each direction.
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(80, 176, (1, 3, 40, 60), dtype=torch.uint8, generator=rng)
+    top, left, height, width = (3.25, 10.5, 30.5, 40.25)
     ours = data.crop_resize(pixels, torch.tensor([[top, left, height, width]]), size)[0]
-    theirs = image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize(
-        (size, size), image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-    theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1) / 255
-    # Pillow's kernel doesn't look beyond the box, ours not beyond the image: compare away from the box's edges
+
+    photo = image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    box = (left, top, left + width, top + height)
+    resized = photo.resize((size, size), image.Resampling.BICUBIC, box=box)
+    theirs = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
+
+    # Pillow's kernel doesn't look beyond the box, ours not beyond the image.
     edge = 1 + int(3 * size / 30)
     inner = (slice(None), slice(edge, -edge), slice(edge, -edge))
     assert (ours[inner] - theirs[inner]).abs().max() < 1.6 / 255
 
 
-def test_whole_image_at_its_own_size_is_untouched():
+def test_whole_image_at_its_own_size_is_unchanged():
+    """Cutting the whole image and resizing it to its own size changes nothing."""
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    out = data.crop_resize(pixels, data.center_boxes(4, 32, 32, 1.0, torch.device("cpu")), 32)
-    assert torch.allclose(out, pixels / 255, atol=1e-6)
+    boxes = data.center_boxes(4, 32, 32, 1.0, CPU)
+    assert torch.allclose(data.crop_resize(pixels, boxes, 32), pixels / 255, atol=1e-6)
 
 
 def test_flip_mirrors():
+    """A flipped crop is the mirror image of the plain one, and only where it is asked for."""
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     boxes = torch.tensor([[2.0, 3.0, 20.0, 25.0]]).expand(2, 4)
-    plain, flipped = (data.crop_resize(pixels, boxes, 24, flip=torch.tensor([flip] * 2)) for flip in (False, True))
-    assert torch.equal(plain.flip(-1), flipped)
+    plain = data.crop_resize(pixels, boxes, 24)
+    flipped = data.crop_resize(pixels, boxes, 24, flip=torch.tensor([True, False]))
+    assert torch.equal(plain[0].flip(-1), flipped[0])
+    assert torch.equal(plain[1], flipped[1])
 
 
 def test_random_boxes_lie_inside():
+    """Random boxes lie inside the image; area and aspect stay within their limits."""
     boxes = data.random_boxes(1000, 32, 48, 0.08, data.generator("boxes"))
     top, left, height, width = boxes.T
     assert (boxes >= 0).all()
@@ -49,73 +64,183 @@ def test_random_boxes_lie_inside():
     area = height * width / (32 * 48)
     assert 0.05 < area.min() < 0.15
     assert area.max() > 0.8
-    free = (height < 32) & (width < 48)
-    assert (width / height)[free].min() >= 0.75 - 1e-4
-    assert (width / height)[free].max() <= 4 / 3 + 1e-4
+    uncut = (height < 32) & (width < 48)
+    aspect = (width / height)[uncut]
+    assert aspect.min() >= 0.75 - 1e-4
+    assert aspect.max() <= 4 / 3 + 1e-4
 
 
-def digits(**options):
+@pytest.mark.parametrize(
+    ("height", "width", "share", "box"),
+    [
+        (32, 32, 1.0, [0, 0, 32, 32]),
+        (183, 183, 7 / 8, [11, 11, 160, 160]),
+        (256, 256, 7 / 8, [16, 16, 224, 224]),
+        (14, 9, 1.0, [2, 0, 9, 9]),
+    ],
+)
+def test_the_centre_is_cut_at_whole_pixels(height, width, share, box):
+    """The central square begins and ends at whole pixels."""
+    assert data.center_boxes(2, height, width, share, CPU).tolist() == [box, box]
+
+
+# ------------------------------------------------------------------------------ digits and splits
+
+
+def split_digits(**options):
     return data.split(data.read("digits"), **options)
 
 
+def sizes(dataset):
+    return [len(part) for part in (dataset.train, dataset.val, dataset.test)]
+
+
+def as_rows(pixels):
+    """Images as sorted tuples of their bytes, to compare sets of images."""
+    return sorted(bytes(image) for image in pixels.flatten(1).numpy())
+
+
 def test_digits():
+    """The digits are 1,797 images of 8 x 8 with grey values from 0 to 255."""
     pixels = data.read("digits").train.pixels
     assert pixels.shape == (1797, 3, 8, 8)
-    assert (pixels.min(), pixels.max()) == (0, 255)
-    sklearn = pytest.importorskip("sklearn.datasets").load_digits()
-    assert np.array_equal(pixels[:, 0].float().mul(16 / 255).round().numpy(), sklearn.images)
+    assert pixels.min() == 0
+    assert pixels.max() == 255
+
+
+def test_digits_are_those_of_scikit_learn():
+    """The embedded digits equal scikit-learn's."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    pixels = data.read("digits").train.pixels
+    dots = pixels[:, 0].float().mul(16 / 255).round()
+    assert np.array_equal(dots.numpy(), datasets.load_digits().images)
 
 
 def test_split_is_stratified_disjoint_and_seeded():
-    first, second = digits(seed=0), digits(seed=1)
-    assert [len(part) for part in (first.train, first.val, first.test)] == [1294, 144, 359]
+    """Parts have the classes in proportion and no image in common; the seed draws validation."""
+    first = split_digits(seed=0)
+    second = split_digits(seed=1)
+    assert sizes(first) == [1294, 144, 359]
     assert torch.equal(first.test.pixels, second.test.pixels)
     assert not torch.equal(first.val.pixels, second.val.pixels)
-    assert torch.equal(first.val.pixels, digits(seed=0).val.pixels)
-    for part, share in ((first.val, 144 / 1797), (first.test, 359 / 1797)):
-        expected = torch.bincount(data.read("digits").train.labels) * share
+    assert torch.equal(first.val.pixels, split_digits(seed=0).val.pixels)
+
+    whole = data.read("digits").train
+    for part in (first.val, first.test):
+        expected = torch.bincount(whole.labels) * len(part) / len(whole)
         assert (torch.bincount(part.labels) - expected).abs().max() <= 1
-    everything = torch.cat([part.pixels for part in (first.train, first.val, first.test)]).flatten(1)
-    whole = data.read("digits").train.pixels.flatten(1)
-    assert sorted(map(tuple, everything.tolist())) == sorted(map(tuple, whole.tolist()))
+    together = torch.cat([first.train.pixels, first.val.pixels, first.test.pixels])
+    assert as_rows(together) == as_rows(whole.pixels)
 
 
 def test_limit_keeps_proportions():
-    some = digits(seed=0, limit=100)
-    assert (len(some.train), len(some.val), len(some.test), some.whole) == (100, 25, 359, (1294, 144))
+    """A limit reduces training and validation, not the test set, and keeps every class."""
+    some = split_digits(seed=0, limit=100)
+    assert sizes(some) == [100, 25, 359]
+    assert some.whole == (1294, 144)
     assert torch.bincount(some.train.labels).min() >= 9
 
 
-def test_batches_depend_on_seed_epoch_and_step_alone():
-    sample, batches = digits(), data.Batches(32, ((0.5,) * 3, (0.5,) * 3), 64, torch.device("cpu"))
+def test_a_share_for_test_is_drawn_by_the_seed():
+    """With a given share the test set has that size and differs between seeds."""
+    first = split_digits(seed=0, test_share=0.5)
+    second = split_digits(seed=1, test_share=0.5)
+    assert len(first.test) == 898
+    assert not torch.equal(first.test.pixels, second.test.pixels)
+    assert torch.equal(first.test.pixels, split_digits(seed=0, test_share=0.5).test.pixels)
 
-    def draw(seed, epoch, first=0):
-        return list(batches.train(sample, seed, epoch, first))
-    one = draw(0, 1)
-    assert len(one) == batches.count(sample.train) == 21
-    assert one[-1][0].shape == (1294 - 20 * 64, 3, 32, 32)
-    for (x, y), (x2, y2) in zip(one[5:], draw(0, 1, first=5), strict=True):
-        assert torch.equal(x, x2)
-        assert torch.equal(y, y2)
-    assert not torch.equal(one[0][0], draw(0, 2)[0][0])
-    assert not torch.equal(one[0][0], draw(1, 1)[0][0])
-    assert sorted(torch.cat([y for _, y in one]).tolist()) == sorted(sample.train.labels.tolist())
-    assert torch.cat([x for x, _ in one]).abs().max() <= 1.001
+
+def test_shots_are_drawn_for_each_class():
+    """Few-shot splits have so many images of each class, and validation at most four others."""
+    few = split_digits(seed=0, shots=6)
+    assert torch.bincount(few.train.labels).tolist() == [6] * 10
+    assert torch.bincount(few.val.labels).tolist() == [4] * 10
+    assert len(few.test) == 359
+    other = split_digits(seed=1, shots=6)
+    assert not torch.equal(few.train.pixels, other.train.pixels)
+
+
+def test_too_many_shots_are_refused():
+    """An error says that a class has fewer images than --shots."""
+    with pytest.raises(ValueError, match="--shots 500: a class of digits has fewer images"):
+        split_digits(shots=500)
+
+
+def test_batches_depend_on_seed_epoch_and_step_alone():
+    """A pass that begins later gives the same batches; another epoch or seed gives others."""
+    digits = split_digits()
+    batches = data.Batches(32, ((0.5,) * 3, (0.5,) * 3), 64, CPU)
+    whole = list(batches.train(digits, seed=0, epoch=1))
+    assert len(whole) == batches.count(digits.train) == 21
+    assert whole[-1][0].shape == (1294 - 20 * 64, 3, 32, 32)
+
+    rest = list(batches.train(digits, seed=0, epoch=1, first=5))
+    for (images, labels), (same_images, same_labels) in zip(whole[5:], rest, strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(labels, same_labels)
+    for seed, epoch in ((0, 2), (1, 1)):
+        images, _ = next(batches.train(digits, seed, epoch))
+        assert not torch.equal(images, whole[0][0])
+
+    labels = torch.cat([labels for _, labels in whole])
+    assert sorted(labels.tolist()) == sorted(digits.train.labels.tolist())
+    images = torch.cat([images for images, _ in whole])
+    assert images.abs().max() <= 1.001
+
+
+# ------------------------------------------------------------------------------ folders of photos
 
 
 def test_folder(photos):
+    """Class folders become images with names; a folder without parts is split in three."""
     pool = data.read(str(photos), image_size=28)
     assert pool.classes == ["apple", "leaf", "sky"]
     assert pool.train.pixels.shape == (60, 3, 32, 32)
     assert pool.train.names[0] == "apple/00.png"
-    assert (pool.train.pixels.float().mean(dim=(2, 3)).argmax(dim=1) == pool.train.labels).all()
+    brightest = pool.train.pixels.float().mean(dim=(2, 3)).argmax(dim=1)
+    assert torch.equal(brightest, pool.train.labels)
     parts = data.split(pool)
-    assert [len(part) for part in (parts.train, parts.val, parts.test)] == [43, 5, 12]
-    names = [name for part in (parts.train, parts.val, parts.test) for name in part.names]
+    assert sizes(parts) == [43, 5, 12]
+    names = parts.train.names + parts.val.names + parts.test.names
     assert sorted(names) == sorted(pool.train.names)
 
 
+def test_one_photo_is_read_as_its_folder_is(photos):
+    """read_photo gives the pixels that a data set has of the same file."""
+    images = data.read(str(photos), image_size=28).train
+    pixels = data.read_photo(photos / images.names[7], side=32)
+    assert torch.equal(pixels, images.pixels[7])
+
+
+def test_a_photo_is_turned_as_its_exif_says(tmp_path):
+    """The EXIF orientation is applied before the centre is cut."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    pixels[:8] = 255  # the upper half is white
+    photo = image.fromarray(pixels)
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    photo.save(tmp_path / "turned.png", exif=exif)
+    read = data.read_photo(tmp_path / "turned.png", side=16)
+    assert (read[:, :, 8:] == 255).all()
+    assert (read[:, :, :8] == 0).all()
+
+
+def test_photos_without_pillow(tmp_path, monkeypatch):
+    """Without Pillow the error says what to install."""
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(b"never opened")
+    message = "^photos need Pillow to be decoded: pip install pillow$"
+    with pytest.raises(ValueError, match=message):
+        data.read(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        data.read_photo(tmp_path / "a" / "0.png", side=32)
+
+
 def test_hidden_files_are_no_photos(photos):
+    """Hidden files and folders and files of other types are passed over."""
     (photos / ".cache").mkdir()
     (photos / "leaf" / "._00.png").write_bytes(b"resource fork")
     (photos / "leaf" / "notes.txt").write_text("x")
@@ -123,62 +248,84 @@ def test_hidden_files_are_no_photos(photos):
 
 
 def test_folder_with_published_parts(photos):
-    for part in ("train", "test"):
-        (photos / part).mkdir()
+    """A test folder beside train is used as it is; validation comes out of train."""
     for name in ("apple", "leaf", "sky"):
-        (photos / "test" / name).mkdir()
+        (photos / "train").mkdir(exist_ok=True)
+        (photos / "test" / name).mkdir(parents=True)
         for path in sorted((photos / name).iterdir())[:5]:
             path.rename(photos / "test" / name / path.name)
         (photos / name).rename(photos / "train" / name)
     parts = data.split(data.read(str(photos), image_size=28))
-    assert [len(part) for part in (parts.train, parts.val, parts.test)] == [41, 4, 15]
+    assert sizes(parts) == [41, 4, 15]
     assert all(name.startswith("test/") for name in parts.test.names)
 
 
 def test_damaged_photo_is_named(photos):
+    """The error names a photo that can't be decoded."""
     path = photos / "leaf" / "07.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"can't read .*leaf/07.png as an image .*; repair or remove it"):
+    message = r"can't read .*leaf/07.png as an image .*; repair or remove it"
+    with pytest.raises(ValueError, match=message):
         data.read(str(photos))
 
 
 def test_empty_class_is_named(photos):
+    """The error names a class folder without photos."""
     (photos / "zebra").mkdir()
     with pytest.raises(ValueError, match="no images in .*zebra"):
         data.read(str(photos))
 
 
 def test_classes_must_be_the_same(photos):
-    (photos.parent / "parts").mkdir()
-    photos.rename(photos.parent / "parts" / "train")
+    """The error names a class that train has and test has not."""
+    root = photos.parent / "parts"
+    root.mkdir()
+    photos.rename(root / "train")
     for name in ("apple", "leaf"):
-        shutil.copytree(photos.parent / "parts" / "train" / name, photos.parent / "parts" / "test" / name)
-    with pytest.raises(ValueError, match="test and .*train don't have the same classes: sky"):
-        data.read(str(photos.parent / "parts"))
+        shutil.copytree(root / "train" / name, root / "test" / name)
+    message = "test and .*train don't have the same classes: sky"
+    with pytest.raises(ValueError, match=message):
+        data.read(str(root))
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda root: (root / "data").mkdir(), "0 class folders; at least 2"),
-    (lambda root: (root / "data" / "test" / "a").mkdir(parents=True), "has test but no train folder"),
-])
-def test_folders_that_arent_data(tmp_path, make, message):
-    make(tmp_path)
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("data", "0 class folders; at least 2"),
+        ("data/test/a", "has test but no train folder"),
+    ],
+)
+def test_folders_that_arent_data_sets(tmp_path, folder, message):
+    """A folder without classes, or with a test part alone, is refused."""
+    (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
         data.read(str(tmp_path / "data"))
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="no data set or folder 'cifar99': choose digits, cifar10, cifar100 or give a folder"):
+    """An unknown name is refused with the choices."""
+    message = "no data set or folder 'cifar99': choose digits, cifar10, cifar100 or give a folder"
+    with pytest.raises(ValueError, match=message):
         data.read("cifar99")
 
 
+# ------------------------------------------------------------------------------------------ CIFAR
+
+
 class Evil:
+    """An object whose pickle writes a file when it is read."""
+
     def __reduce__(self):
         return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
 
 
-@pytest.mark.parametrize("content", [pickle.dumps({b"data": Evil()}), b"", b"\x80\x04garbage", pickle.dumps([1])[:-1]])
+@pytest.mark.parametrize(
+    "content",
+    [pickle.dumps({b"data": Evil()}), b"", b"\x80\x04garbage", pickle.dumps([1])[:-1]],
+    ids=["code", "empty", "garbage", "cut"],
+)
 def test_pickle_is_refused(tmp_path, monkeypatch, content):
+    """A pickle that would run code, or is damaged, is refused and nothing is run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "batch").write_bytes(content)
     with pytest.raises(ValueError, match="batch was refused: .*; delete its folder"):
@@ -187,22 +334,35 @@ def test_pickle_is_refused(tmp_path, monkeypatch, content):
 
 
 def test_cifar10_folder(tmp_path):
-    """CIFAR-10's own file names and keys."""
+    """CIFAR-10 is read from its published file names and keys."""
     write_cifar10(tmp_path)
     images = data.read("cifar10", str(tmp_path), offline=True)
     assert images.train.pixels[:, 0, 0, 0].tolist() == sorted([*range(5)] * 10)
-    assert (images.test.pixels.unique().item(), images.test.labels.tolist()) == (5, list(range(10)))
+    assert images.test.pixels.unique().tolist() == [5]
+    assert images.test.labels.tolist() == list(range(10))
     assert images.classes[:2] == ["class 0", "class 1"]
 
 
 def test_missing_batch_is_named(tmp_path):
+    """The error names a file that the extracted folder lacks."""
     (tmp_path / "cifar-100-python").mkdir()
-    with pytest.raises(ValueError, match="meta was refused: .*No such file.*; delete its folder"):
+    message = "meta was refused: .*No such file.*; delete its folder"
+    with pytest.raises(ValueError, match=message):
         data.read("cifar100", str(tmp_path))
 
 
-@pytest.mark.parametrize(("height", "width", "share", "box"), [
-    (32, 32, 1.0, [0, 0, 32, 32]), (183, 183, 7 / 8, [11, 11, 160, 160]), (256, 256, 7 / 8, [16, 16, 224, 224]),
-    (14, 9, 1.0, [2, 0, 9, 9])])
-def test_the_centre_is_cut_at_whole_pixels(height, width, share, box):
-    assert data.center_boxes(2, height, width, share, torch.device("cpu")).tolist() == [box, box]
+# ----------------------------------------------------------------------------------- the progress
+
+
+def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
+    """On a terminal a line says how much is done and how long the rest takes; else nothing."""
+    monkeypatch.setattr(data.time, "perf_counter", lambda: 110.0)
+    data.progress("fetching", 1, 4, started=100.0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    data.progress("fetching", 1, 4, started=100.0)
+    assert capsys.readouterr().err == "\r\x1b[Kfetching 1 of 4, 30 s left"
+    data.progress("fetching", 3, 4, started=100.0, first=1)
+    assert capsys.readouterr().err == "\r\x1b[Kfetching 3 of 4, 5 s left"
+    data.progress("fetching", 4, 4, started=100.0)
+    assert capsys.readouterr().err == "\r\x1b[K"

@@ -1,103 +1,154 @@
 """The real download code against a real HTTP server on loopback."""
+
 import hashlib
-import os
+import http.server
 import pickle
 import random
-import subprocess
-import sys
+import signal
 import tarfile
+import threading
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT, Handler, write_tiny
+from conftest import Handler, runner, write_tiny
 
 import data
+import train
 
 BODY = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(BODY).hexdigest()
+RIGHT = ("sha256", SHA)
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
+def environment(monkeypatch, tmp_path):
+    """No waiting between tries, a cache of the test's own, no proxy and no token."""
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "HF_TOKEN"):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def files_below(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# --------------------------------------------------------------------------------------- one file
 
 
 def test_whole_file(server, tmp_path):
+    """A file arrives whole, in a new folder, and nothing else is left there."""
     server.files["/f"] = BODY
-    data.download(f"{server.url}/f", tmp_path / "new" / "f", checksum=("sha256", SHA))
-    assert (tmp_path / "new" / "f").read_bytes() == BODY
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["f"]
+    path = tmp_path / "new" / "f"
+    data.download(f"{server.url}/f", path, checksum=RIGHT)
+    assert path.read_bytes() == BODY
+    assert files_below(tmp_path / "new") == [path]
 
 
 def test_cut_connection_is_resumed(server, tmp_path):
-    server.files["/f"], server.cut = BODY, [100_000, 250_000]
-    data.download(f"{server.url}/f", tmp_path / "f", checksum=("sha256", SHA))
+    """A connection that is cut twice is resumed where it was cut."""
+    server.files["/f"] = BODY
+    server.cut = [100_000, 250_000]
+    data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
     assert (tmp_path / "f").read_bytes() == BODY
-    assert [headers.get("Range") for _, headers in server.seen] == [None, "bytes=100000-", "bytes=250000-"]
+    ranges = [headers.get("Range") for _, headers in server.seen]
+    assert ranges == [None, "bytes=100000-", "bytes=250000-"]
 
 
 def test_next_call_resumes(server, tmp_path):
-    server.files["/f"], server.cut = BODY, [100_000]
-    with pytest.raises(ValueError, match="cut at 100,000 of 300,000 bytes; run again to go on"):
+    """After a failure the file isn't there, and the next call goes on with its part."""
+    server.files["/f"] = BODY
+    server.cut = [100_000]
+    message = "cut at 100,000 of 300,000 bytes; run again to go on"
+    with pytest.raises(ValueError, match=message):
         data.download(f"{server.url}/f", tmp_path / "f", tries=1)
     assert not (tmp_path / "f").exists()
-    data.download(f"{server.url}/f", tmp_path / "f", checksum=("sha256", SHA))
+    data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
     assert (tmp_path / "f").read_bytes() == BODY
-    assert server.seen[-1][1]["Range"] == "bytes=100000-"
+    _, headers = server.seen[-1]
+    assert headers["Range"] == "bytes=100000-"
 
 
 def test_server_without_ranges(server, tmp_path):
-    server.files["/f"], server.cut, server.ranges = BODY, [100_000], False
-    data.download(f"{server.url}/f", tmp_path / "f", checksum=("sha256", SHA))
+    """A server that ignores ranges sends the whole file again, and the file is right."""
+    server.files["/f"] = BODY
+    server.cut = [100_000]
+    server.ranges = False
+    data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
     assert (tmp_path / "f").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("left", [300_000, 300_001], ids=["whole", "too long"])
+@pytest.mark.parametrize("left", [BODY, BODY + b"x"], ids=["whole", "too long"])
 def test_part_of_full_length(server, tmp_path, left):
+    """A part that is whole already, or too long, ends as the right file."""
     server.files["/f"] = BODY
-    (tmp_path / "f.part").write_bytes((BODY + b"x")[:left])
-    data.download(f"{server.url}/f", tmp_path / "f", checksum=("sha256", SHA))
+    (tmp_path / "f.part").write_bytes(left)
+    data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
     assert (tmp_path / "f").read_bytes() == BODY
 
 
 def test_wrong_checksum_is_refused_and_removed(server, tmp_path):
+    """A file with a wrong checksum is removed, and the error says so."""
     server.files["/f"] = BODY[:-1] + b"?"
-    with pytest.raises(ValueError, match="wrong sha256 and was removed; try again, or fetch .* by other means"):
-        data.download(f"{server.url}/f", tmp_path / "f", checksum=("sha256", SHA))
-    assert list(tmp_path.iterdir()) == []
+    message = "wrong sha256 and was removed; try again, or fetch .* by other means"
+    with pytest.raises(ValueError, match=message):
+        data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
+    assert files_below(tmp_path) == []
 
 
 def test_404(server, tmp_path):
-    with pytest.raises(ValueError, match=r"/f answered 404 Not Found; fetch .* by other means and put it at .*f or give"):
+    """A file that isn't there is asked for once; the error says how to supply it."""
+    message = r"/f answered 404 Not Found; fetch .* by other means and put it at .*f or give"
+    with pytest.raises(ValueError, match=message):
         data.download(f"{server.url}/f", tmp_path / "f")
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_private_file_needs_a_token(server, tmp_path, status):
+    """The error for a private file names HF_TOKEN."""
+    server.errors = [status]
+    with pytest.raises(ValueError, match=f"answered {status} .*; a private file needs HF_TOKEN;"):
+        data.download(f"{server.url}/f", tmp_path / "f")
+
+
 def test_server_error_is_tried_again(server, tmp_path):
-    server.files["/f"], server.errors = BODY, [503, 500]
-    data.download(f"{server.url}/f", tmp_path / "f", checksum=("sha256", SHA))
+    """Errors of the server are tried again."""
+    server.files["/f"] = BODY
+    server.errors = [503, 500]
+    data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
     assert len(server.seen) == 3
+    assert (tmp_path / "f").read_bytes() == BODY
 
 
 def test_no_network(tmp_path):
-    with pytest.raises(ValueError, match="could not fetch http://127.0.0.1:9/f: .*efused.* by other means and put it at"):
-        data.download("http://127.0.0.1:9/f", tmp_path / "f")
+    """Without a connection the error says how to supply the file."""
+    url = "http://127.0.0.1:9/f"
+    message = f"could not fetch {url}: .*efused.* by other means and put it at"
+    with pytest.raises(ValueError, match=message):
+        data.download(url, tmp_path / "f")
 
 
-def hub(server, body, etag):
-    """Serve a file as the hub does: the first answer redirects to a store and states size and SHA-256."""
-    server.redirects["/timm/net/resolve/main/model.safetensors"] = f"{server.url}/store"
-    server.headers["/timm/net/resolve/main/model.safetensors"] = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(body))}
+# ---------------------------------------------------------------------------------------- the hub
+
+NET = "/timm/net/resolve/main/model.safetensors"
+
+
+def serve_as_hub(server, body, etag, path=NET, store=""):
+    """Serve a file as the hub does: a redirect to a store, which states size and SHA-256."""
+    server.redirects[path] = f"{store or server.url}/store"
+    server.headers[path] = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(body))}
     server.files["/store"] = body
 
 
 def test_hub_file(server, tmp_path, monkeypatch):
+    """A file of the hub is kept in the cache and not asked for again."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    hub(server, BODY, SHA)
+    serve_as_hub(server, BODY, SHA)
     path = data.hub_file("timm/net", "model.safetensors")
     assert path == tmp_path / "cache" / "timm" / "net" / "model.safetensors"
     assert path.read_bytes() == BODY
@@ -107,66 +158,101 @@ def test_hub_file(server, tmp_path, monkeypatch):
 
 
 def test_hub_checksum(server, tmp_path, monkeypatch):
+    """A file that differs from the SHA-256 that the hub states is refused and removed."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    hub(server, BODY[:-1] + b"?", SHA)
+    serve_as_hub(server, BODY[:-1] + b"?", SHA)
     with pytest.raises(ValueError, match="wrong sha256 and was removed"):
         data.hub_file("timm/net", "model.safetensors")
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    assert files_below(tmp_path / "cache") == []
 
 
-def test_token_goes_to_the_hub_alone(server, monkeypatch):
-    import http.server
-    import threading
+@pytest.fixture
+def store():
+    """A second server, as the hub's store is."""
     store = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    store.files, store.headers, store.redirects, store.seen, store.cut, store.errors = {"/store": BODY}, {}, {}, [], [], []
-    threading.Thread(target=store.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    hub(server, BODY, SHA)
-    server.redirects["/timm/net/resolve/main/model.safetensors"] = f"http://127.0.0.1:{store.server_port}/store"
-    data.hub_file("timm/net", "model.safetensors")
+    store.files = {"/store": BODY}
+    store.headers = {}
+    store.redirects = {}
+    store.seen = []
+    store.cut = []
+    store.errors = []
+    store.ranges = True
+    store.url = f"http://127.0.0.1:{store.server_port}"
+    serve = partial(store.serve_forever, poll_interval=0.01)
+    threading.Thread(target=serve, daemon=True).start()
+    yield store
     store.shutdown()
     store.server_close()
-    assert server.seen[0][1]["Authorization"] == "Bearer secret"
-    assert "Authorization" not in store.seen[0][1]
 
 
-def test_offline(tmp_path):
-    with pytest.raises(ValueError, match="--offline given; fetch it once without, or give --weights FILE"):
+def test_token_goes_to_the_hub_alone(server, store, monkeypatch):
+    """HF_TOKEN is sent to the hub and not to the host that it redirects to."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    serve_as_hub(server, BODY, SHA, store=store.url)
+    data.hub_file("timm/net", "model.safetensors")
+    _, to_hub = server.seen[0]
+    _, to_store = store.seen[0]
+    assert to_hub["Authorization"] == "Bearer secret"
+    assert "Authorization" not in to_store
+
+
+def test_offline():
+    """With --offline a file that isn't in the cache is an error that says what to do."""
+    message = "--offline given; fetch it once without, or give --weights FILE"
+    with pytest.raises(ValueError, match=message):
         data.hub_file("timm/net", "model.safetensors", offline=True)
 
 
-def test_train_downloads_a_backbone(server, tmp_path):
-    """The command line fetches deit_ti16 by name, here a random one of its shape, and trains on it."""
-    weights = write_tiny(tmp_path / "w.safetensors", seed=0, width=192, depth=12, heads=3, patch=16, image_size=224, hidden=0)
-    hub(server, weights.read_bytes(), hashlib.sha256(weights.read_bytes()).hexdigest())
-    server.redirects = {"/timm/deit_tiny_patch16_224.fb_in1k/resolve/main/model.safetensors": f"{server.url}/store"}
-    command = [sys.executable, str(ROOT / "train.py"), "--backbone", "deit_ti16", "--limit", "20", "--epochs", "1",
-               "--image-size", "32"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "HF_ENDPOINT": server.url}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "backbone deit_ti16 32px, 5," in done.stdout
-    failed = subprocess.run([*command, "--backbone", "deit_s16", "--name", "other"], cwd=tmp_path, capture_output=True,
-                            env={**os.environ, "HF_ENDPOINT": server.url}, text=True)
-    assert failed.returncode == 1
-    assert failed.stderr.count("\n") == 1
-    assert failed.stderr.startswith("error: ")
-    assert "404" in failed.stderr
-    assert "--weights" in failed.stderr
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path, server):
+    """A function that runs train.py's main in an empty folder, with the server as hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield runner(train.main, capsys)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_train_downloads_a_backbone(server, run, tmp_path):
+    """train.py fetches deit_ti16 by name, here with random weights, and trains on it."""
+    shape = {"width": 192, "depth": 12, "heads": 3, "patch": 16, "image_size": 224, "hidden": 0}
+    body = write_tiny(tmp_path / "w.safetensors", seed=0, **shape).read_bytes()
+    path = "/timm/deit_tiny_patch16_224.fb_in1k/resolve/main/model.safetensors"
+    serve_as_hub(server, body, hashlib.sha256(body).hexdigest(), path)
+    out = run("--backbone", "deit_ti16", "--limit", 20, "--epochs", 1, "--image-size", 32)
+    assert "backbone deit_ti16 32px, 5," in out
+
+
+def test_train_without_the_backbone_on_the_hub(run, tmp_path):
+    """A backbone that the hub hasn't is one line of error that names --weights."""
+    error = run("--backbone", "deit_s16", status=1)
+    assert "404" in error
+    assert "--weights" in error
+    assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------ CIFAR
 
 
 @pytest.fixture
 def cifar_archive(tmp_path):
-    """A small archive in the published form of CIFAR-100's python version, made of real pickles."""
+    """A small archive in the published form of CIFAR-100's python version, of real pickles."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "made" / "cifar-100-python"
     folder.mkdir(parents=True)
     for name, count in (("train", 200), ("test", 50)):
         labels = [i % 5 for i in range(count)]
-        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        batch = {b"data": pixels, b"fine_labels": labels, b"coarse_labels": labels, b"filenames": [b"x.png"] * count}
+        batch = {
+            b"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
+            b"fine_labels": labels,
+            b"coarse_labels": labels,
+            b"filenames": [b"x.png"] * count,
+        }
         (folder / name).write_bytes(pickle.dumps(batch, protocol=3))
-    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"apple", b"bear", b"cup", b"dog", b"elm"]}, protocol=3))
+    meta = {b"fine_label_names": [b"apple", b"bear", b"cup", b"dog", b"elm"]}
+    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=3))
     archive = tmp_path / "made" / "cifar-100-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, "cifar-100-python")
@@ -174,27 +260,38 @@ def cifar_archive(tmp_path):
 
 
 def test_cifar_from_the_network(server, cifar_archive, tmp_path, monkeypatch):
+    """The archive is fetched over a cut connection, extracted, and then read from its folder."""
     body = cifar_archive.read_bytes()
     md5 = hashlib.md5(body).hexdigest()
-    server.files["/kriz/cifar-100-python.tar.gz"], server.cut = body, [1000]
+    server.files["/kriz/cifar-100-python.tar.gz"] = body
+    server.cut = [1000]
     monkeypatch.setattr(data, "CIFAR", f"{server.url}/kriz/")
-    monkeypatch.setitem(data.DATASETS, "cifar100", partial(data.DATASETS["cifar100"], md5=md5))
-    with pytest.raises(ValueError, match="--offline given; put the published archive cifar-100-python.tar.gz into"):
-        data.read("cifar100", str(tmp_path / "data"), offline=True)
-    got = data.read("cifar100", str(tmp_path / "data"))
-    assert (len(got.train), len(got.test), got.classes[1]) == (200, 50, "bear")
-    again = data.read("cifar100", str(tmp_path / "data"), offline=True)  # now from the folder
-    assert (again.train.pixels == got.train.pixels).all()
-    expected = pickle.loads((cifar_archive.parent / "cifar-100-python" / "test").read_bytes())[b"data"]
-    assert (got.test.pixels.reshape(50, -1).numpy() == expected).all()
+    small = partial(data.DATASETS["cifar100"], md5=md5)
+    monkeypatch.setitem(data.DATASETS, "cifar100", small)
+
+    folder = str(tmp_path / "data")
+    message = "--offline given; put the published archive cifar-100-python.tar.gz into"
+    with pytest.raises(ValueError, match=message):
+        data.read("cifar100", folder, offline=True)
+    fetched = data.read("cifar100", folder)
+    assert len(fetched.train) == 200
+    assert len(fetched.test) == 50
+    assert fetched.classes[1] == "bear"
+    again = data.read("cifar100", folder, offline=True)
+    assert (again.train.pixels == fetched.train.pixels).all()
+    published = (cifar_archive.parent / "cifar-100-python" / "test").read_bytes()
+    expected = pickle.loads(published)[b"data"]
+    assert (fetched.test.pixels.reshape(50, -1).numpy() == expected).all()
 
 
 def test_cifar_with_a_wrong_md5(server, cifar_archive, tmp_path, monkeypatch):
+    """An archive that isn't the published one is refused, fetched or found."""
+    folder = tmp_path / "data"
     server.files["/kriz/cifar-100-python.tar.gz"] = cifar_archive.read_bytes()
     monkeypatch.setattr(data, "CIFAR", f"{server.url}/kriz/")
     with pytest.raises(ValueError, match="wrong md5 and was removed"):
-        data.read("cifar100", str(tmp_path / "data"))
-    assert list((tmp_path / "data").iterdir()) == []
-    (tmp_path / "data" / "cifar-100-python.tar.gz").write_bytes(cifar_archive.read_bytes())
+        data.read("cifar100", str(folder))
+    assert list(folder.iterdir()) == []
+    (folder / cifar_archive.name).write_bytes(cifar_archive.read_bytes())
     with pytest.raises(ValueError, match="is not the published archive"):
-        data.read("cifar100", str(tmp_path / "data"))
+        data.read("cifar100", str(folder))

@@ -1,21 +1,28 @@
-"""The neighbours: CLIP-Adapter, zero-shot, prototypes, VPT, AdaptFormer's files; few shots, cached features, pictures."""
+"""The other methods (CLIP-Adapter, zero-shot, VPT, AdaptFormer's files) and what is common to all.
+
+Few shots, cached features, comparisons, pictures, opening a run, and how often test is read.
+"""
+
 import csv
+import importlib.util
 import json
+import math
 import re
+import shutil
 import signal
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import runner, write_tiny, write_tiny_clip
-from safetensors.torch import load_file, save_file
+from conftest import runner, write_cifar10, write_tiny, write_tiny_clip
+from safetensors.torch import load_file
 from torch import nn
 
 import adaptertune
-import cli
 import data
 import export
 import train
@@ -35,16 +42,39 @@ def run(capsys, monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory):
-    return write_tiny_clip(tmp_path_factory.mktemp("clip"))
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    """As if matplotlib weren't installed; where pictures don't matter, this saves their time."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
-# ------------------------------------------------------------------------------------------------------------ CLIP-Adapter
+@pytest.fixture
+def no_sklearn(monkeypatch):
+    """As if scikit-learn weren't installed: principal components instead of t-SNE."""
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+
+
+def open_run(folder):
+    """The finished run of a folder, as --eval opens it."""
+    options, *_ = train.parse(["--eval", str(folder)])
+    return train.open_run(options)
+
+
+def read_result(folder):
+    """A run's result.json."""
+    return json.loads((folder / "result.json").read_text())
+
+
+def accuracies_on_test(out):
+    """The numbers of the lines "test" in the output."""
+    return re.findall(r"^test +([\d.]+) %", out, re.M)
+
+
+# ---------------------------------------------------------------------------------- CLIP-Adapter
 
 
 def clip_head(**options):
-    """A ClipHead whose every tensor is random."""
+    """A ClipHead for 7 classes whose every tensor is random."""
     torch.manual_seed(0)
     head = adaptertune.ClipHead(torch.randn(24, 32), 7, rank=6, **options).double()
     head.classes = torch.randn(7, 24, dtype=torch.float64)
@@ -53,387 +83,773 @@ def clip_head(**options):
 
 def by_the_paper(head, x, a, b):
     """Equations 4 to 7 of https://arxiv.org/abs/2110.04544, with CLIP's cosines."""
-    f, W = x @ head.projection.T, head.classes
+    f = x @ head.projection.T
+    W = head.classes
     if head.image is not None:
-        f = a * (f @ head.image[0].weight.T).clamp(min=0).matmul(head.image[2].weight.T).clamp(min=0) + (1 - a) * f
+        hidden = (f @ head.image[0].weight.T).clamp(min=0)
+        adapted = (hidden @ head.image[2].weight.T).clamp(min=0)
+        f = a * adapted + (1 - a) * f
     if head.text is not None:
-        W = b * (W @ head.text[0].weight.T).clamp(min=0).matmul(head.text[2].weight.T).clamp(min=0) + (1 - b) * W
-    return 100 * (f / f.norm(dim=1, keepdim=True)) @ (W / W.norm(dim=1, keepdim=True)).T
+        hidden = (W @ head.text[0].weight.T).clamp(min=0)
+        adapted = (hidden @ head.text[2].weight.T).clamp(min=0)
+        W = b * adapted + (1 - b) * W
+    f = f / f.norm(dim=1, keepdim=True)
+    W = W / W.norm(dim=1, keepdim=True)
+    return 100 * f @ W.T
 
 
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize(("a", "b"), [(0.2, 0), (0, 0.6), (0.3, 0.5), (0, 0)])
 def test_clip_adapter_is_the_papers(a, b, learn):
-    """Logits, and the gradient of every trained number."""
-    head, x = clip_head(ratio=a, text_ratio=b, learn_ratio=learn), torch.randn(5, 32, dtype=torch.float64)
-    parameters = dict(head.named_parameters())
-    assert set(parameters) == {f"{side}.{i}.weight" for side, r in (("image", a), ("text", b)) for i in (0, 2) if r} | {
-        f"{side}_ratio" for side, r in (("image", a), ("text", b)) if r and learn}
-    ours, expected = head(x), by_the_paper(head, x, head.image_ratio, head.text_ratio)
-    assert torch.allclose(ours, expected, atol=1e-10)
-    if parameters:
-        for got, wanted in zip(*(torch.autograd.grad(y.square().sum(), list(parameters.values())) for y in (ours, expected)),
-                               strict=True):
-            assert torch.allclose(got, wanted, rtol=1e-8)
-            assert got.abs().max() > 0
+    """Logits and the gradient of every trained parameter; a side of ratio 0 has none."""
+    head = clip_head(ratio=a, text_ratio=b, learn_ratio=learn)
+    x = torch.randn(5, 32, dtype=torch.float64)
+    names = set()
+    for side, ratio in (("image", a), ("text", b)):
+        if ratio:
+            names |= {f"{side}.0.weight", f"{side}.2.weight"}
+        if ratio and learn:
+            names.add(f"{side}_ratio")
+    assert {name for name, _ in head.named_parameters()} == names
+
+    found = head(x)
+    expected = by_the_paper(head, x, head.image_ratio, head.text_ratio)
+    assert torch.allclose(found, expected, atol=1e-10)
+    if not names:
+        return
+    parameters = list(head.parameters())
+    found = torch.autograd.grad(found.square().sum(), parameters)
+    expected = torch.autograd.grad(expected.square().sum(), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-8)
+        assert ours.abs().max() > 0
 
 
 def test_ratio_0_is_zero_shot_bit_for_bit():
-    head, plain, x = clip_head(ratio=0.2, text_ratio=0.3), clip_head(), torch.randn(5, 32, dtype=torch.float64)
+    """So is a head inside `zero_shot`, which gives the bottlenecks back."""
+    head = clip_head(ratio=0.2, text_ratio=0.3)
+    plain = clip_head()
     plain.classes = head.classes
-    assert not torch.equal(head(x), plain(x))
-    head.image_ratio = head.text_ratio = 0.0
+    x = torch.randn(5, 32, dtype=torch.float64)
+    before = head(x)
+    assert not torch.equal(before, plain(x))
+    with head.zero_shot():
+        assert torch.equal(head(x), plain(x))
+    assert torch.equal(head(x), before)
+    head.image_ratio = 0.0
+    head.text_ratio = 0.0
     assert torch.equal(head(x), plain(x))
 
 
 def test_prototypes_are_class_means():
-    embeddings, labels = torch.randn(8, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
+    """The mean of a class's normalised embeddings."""
+    embeddings = torch.randn(8, 5)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
     found = adaptertune.prototypes(embeddings, labels)
-    assert torch.allclose(found[2], (embeddings[2] / embeddings[2].norm() + embeddings[5] / embeddings[5].norm()) / 2)
+    first = embeddings[2] / embeddings[2].norm()
+    second = embeddings[5] / embeddings[5].norm()
+    assert torch.allclose(found[2], (first + second) / 2)
     assert found.shape == (3, 5)
 
 
-@pytest.mark.parametrize("weights", ["both", "two files"])
-def test_clip_on_the_command_line(run, clip, tmp_path, monkeypatch, weights):
-    """Class names become embeddings; zero-shot is printed first and is what zero-shot alone gives; the file is enough later."""
-    options = ["--weights", clip]
-    if weights == "two files":
-        (tmp_path / "image").mkdir()
-        options = ["--weights", write_tiny_clip(tmp_path / "image", text=False), "--text-weights", clip]
-    common = [*options, "--shots", 2, "--epochs", 3]
-    out = run(*common, "--method", "zero-shot", "clip-adapter", "--text-ratio", 0.3, "--learn-ratio", "--name", "c")
-    stated = re.findall(r"^zeroshot ([\d.]+) %", out, re.M)
-    tests = re.findall(r"^test +([\d.]+) %", out, re.M)
-    assert stated[0] == stated[1] == tests[0]
+@pytest.fixture(params=["both", "two files"])
+def clip_options(request, clip, tmp_path):
+    """--weights of a file with both towers, or --weights and --text-weights of two files."""
+    if request.param == "both":
+        return ["--weights", clip]
+    (tmp_path / "image").mkdir()
+    image_tower = write_tiny_clip(tmp_path / "image", text=False)
+    return ["--weights", image_tower, "--text-weights", clip]
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch):
+    """Class names become embeddings; both methods report zero-shot on val; the file is enough."""
+    common = [*clip_options, "--shots", 2, "--epochs", 3, "--text-ratio", 0.3, "--learn-ratio"]
+    out = run(*common, "--method", "zero-shot", "clip-adapter", "--name", "c")
     assert "20 of 1,438 train / 20 val / 359 test" in out
     assert re.search(r"^test .*\(nothing to choose\)$", out, re.M)
-    tensors = load_file(tmp_path / "runs/c-clip-adapter/adapters.safetensors")
-    assert set(tensors) == {"head.classes", "head.scale", "head.image_ratio", "head.text_ratio",
-                            *(f"head.{side}.{i}.weight" for side in ("image", "text") for i in (0, 2))}
+
+    # Zero-shot is measured on the validation images.
+    adapter = tmp_path / "runs/c-clip-adapter"
+    zero_shot = tmp_path / "runs/c-zero-shot"
+    again = open_run(zero_shot)
+    expected = train.evaluate(again, again.data.val, "val")
+    stated = re.findall(r"^zeroshot (.*)$", out, re.M)
+    assert stated == [f"{expected:.2f} %   (val, by text alone, before training)"] * 2
+    for folder in (zero_shot, adapter):
+        assert read_result(folder)["zero_shot_val_accuracy"] == expected
+    assert read_result(zero_shot)["val_accuracy"] == expected
+
+    # The adapter's file.
+    tensors = load_file(adapter / "adapters.safetensors")
+    names = {"head.classes", "head.scale", "head.image_ratio", "head.text_ratio"}
+    names |= {"head.image.0.weight", "head.image.2.weight"}
+    names |= {"head.text.0.weight", "head.text.2.weight"}
+    assert set(tensors) == names
     assert tensors["head.image.0.weight"].shape == (6, 24)  # a quarter of the embedding
     tower, scale = vit.load_text(clip)
-    sentences = [f'a photo of the number: "{i}".' for i in range(10)]
-    tokenizer = adaptertune.Tokenizer(clip.with_name("merges.txt"))
+    tokenizer = vit.Tokenizer(clip.with_name("merges.txt"))
+    sentences = [f'a photo of the number: "{digit}".' for digit in range(10)]
     assert torch.allclose(tensors["head.classes"], tower(tokenizer(sentences)), atol=1e-6)
-    assert tensors["head.scale"].item() == pytest.approx(scale) == pytest.approx(20.0855, abs=1e-3)
-    monkeypatch.setattr(vit, "load_text", None)  # not needed any more
-    stated = json.loads((tmp_path / "runs/c-clip-adapter/result.json").read_text())["test_accuracy"]
-    assert f"test     {stated:.2f} %" in run("--eval", "runs/c-clip-adapter")
-    assert run("--eval", "runs/c-zero-shot").rstrip().endswith(f"(its file says {tests[0]} %)")
+    assert tensors["head.scale"].item() == pytest.approx(scale)
+    assert scale == pytest.approx(20.0855, abs=1e-3)
+
+    # The text tower isn't needed any more.
+    monkeypatch.setattr(vit, "load_text", None)
+    tests = accuracies_on_test(out)
+    for folder, test in (("c-zero-shot", tests[0]), ("c-clip-adapter", tests[1])):
+        again = run("--eval", f"runs/{folder}")
+        assert again.rstrip().endswith(f"test     {test} %   (its file says {test} %)")
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_no_zero_shot_line_without_validation_images(run, clip, tmp_path):
+    """Where all images of the pool are shots, there is nothing to measure zero-shot on."""
+    write_cifar10(tmp_path)
+    common = ["--dataset", "cifar10", "--data-dir", tmp_path, "--weights", clip]
+    common += ["--shots", 5, "--epochs", 2, "--method", "zero-shot", "clip-adapter"]
+    out = run(*common, "--name", "c")
+    assert out.count("data     cifar10: 50 train / 0 val / 10 test, 10 classes") == 2
+    assert "zeroshot" not in out
+    assert "(epoch 2, the last, no image being left for val; test read once)" in out
+    for name in ("c-zero-shot", "c-clip-adapter"):
+        result = read_result(tmp_path / "runs" / name)
+        assert "zero_shot_val_accuracy" not in result
+        assert result["val_accuracy"] is None
 
 
 def test_another_vocabulary_is_refused(run, clip, tmp_path):
+    """The numbers of ids differ: the error names both files."""
     (tmp_path / "merges.txt").write_text("#version: 0.2\nd i\n")
-    error = run("--weights", clip, "--method", "zero-shot", "--vocab", tmp_path / "merges.txt", status=1)
+    common = ["--weights", clip, "--method", "zero-shot"]
+    error = run(*common, "--vocab", tmp_path / "merges.txt", status=1)
     assert re.search(r"merges.txt has 515 ids, .*clip.safetensors 522; give its --vocab", error)
 
 
 def test_template(run, clip, tmp_path):
-    run("--weights", clip, "--method", "zero-shot", "--template", "digit {}, photo", "--name", "t")
-    tower, tokens = vit.load_text(clip)[0], adaptertune.Tokenizer(clip.with_name("merges.txt"))
+    """--template, what it must have, and the published ones by data set."""
+    common = ["--weights", clip, "--method", "zero-shot"]
+    run(*common, "--template", "digit {}, photo", "--name", "t")
+    tower, _ = vit.load_text(clip)
+    tokenizer = vit.Tokenizer(clip.with_name("merges.txt"))
+    expected = tower(tokenizer([f"digit {digit}, photo" for digit in range(10)]))
     found = load_file(tmp_path / "runs/t/adapters.safetensors")["head.classes"]
-    assert torch.allclose(found, tower(tokens([f"digit {i}, photo" for i in range(10)])), atol=1e-6)
-    assert "has no {}" in run("--weights", clip, "--method", "zero-shot", "--template", "digits", "--name", "u", status=1)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+    error = run(*common, "--template", "digits", "--name", "u", status=1)
+    assert "has no {}" in error
     assert data.sentences("oxford", ["sea_horse"]) == ["a photo of a sea horse."]
     assert data.sentences("flowers12", ["rose"]) == ["a photo of a rose, a type of flower."]
 
 
+@torch.no_grad()
 def test_prototypes_need_no_text(run, tmp_path):
+    """Accuracy of class means from an image tower alone, as worked out here."""
     weights = write_tiny_clip(tmp_path, text=False)
     (tmp_path / "merges.txt").unlink()
-    out = run("--weights", weights, "--method", "zero-shot", "--classifier", "prototypes", "--shots", 4)
+    common = ["--weights", weights, "--method", "zero-shot", "--classifier", "prototypes"]
+    out = run(*common, "--shots", 4)
+    assert re.search(r"^zeroshot [\d.]+ %   \(val, by prototypes alone", out, re.M)
+
     model, backbone = vit.load(weights, head=True)
     images = data.split(data.read("digits"), seed=0, shots=4)
     batches = data.Batches(16, backbone.norm, 50, torch.device("cpu"))
-    with torch.no_grad():
-        train_x, test_x = (torch.cat([model(x) for x, _ in batches.eval(part, 1.0)]) for part in (images.train, images.test))
-        means = torch.stack([F.normalize(train_x[images.train.labels == i], dim=1).mean(0) for i in range(10)])
-        right = (F.cosine_similarity(test_x[:, None], means, dim=2).argmax(1) == images.test.labels).float().mean()
-    assert f"test     {100 * right:.2f} %" in out
-    features = sorted((tmp_path / "cache").rglob("*"))
-    error = run("--weights", weights, "--method", "zero-shot", "--name", "text", "--shots", 5, status=1)
-    assert sorted((tmp_path / "cache").rglob("*")) == features  # an error before what takes long
+    train_x = torch.cat([model(x) for x, _ in batches.eval(images.train, 1.0)])
+    test_x = torch.cat([model(x) for x, _ in batches.eval(images.test, 1.0)])
+    train_x = F.normalize(train_x, dim=1)
+    means = torch.stack([train_x[images.train.labels == i].mean(dim=0) for i in range(10)])
+    predictions = F.cosine_similarity(test_x[:, None], means, dim=2).argmax(dim=1)
+    accuracy = (predictions == images.test.labels).float().mean()
+    assert accuracies_on_test(out) == [f"{100 * accuracy:.2f}"]
+
+
+def test_a_missing_text_tower_is_found_first(run, tmp_path):
+    """The error comes before the features are computed, which takes long."""
+    weights = write_tiny_clip(tmp_path, text=False)
+    error = run("--weights", weights, "--method", "zero-shot", status=1)
     assert "no text tower" in error
     assert "--classifier prototypes" in error
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "runs").exists()
 
 
-def test_clip_methods_want_clip(run, tiny_weights):
-    for method in ("zero-shot", "clip-adapter"):
-        assert "choose a clip_* --backbone" in run("--weights", tiny_weights, "--method", method, status=1)
+@pytest.mark.parametrize("method", adaptertune.CLIP_METHODS)
+def test_clip_methods_want_clip(run, tiny_weights, method):
+    """Another backbone is refused, with what to do."""
+    error = run("--weights", tiny_weights, "--method", method, status=1)
+    assert "choose a clip_* --backbone" in error
 
 
-# ----------------------------------------------------------------------------------------------- few shots, cached features
+@pytest.mark.parametrize("name", ["clip_b16", "clip_b16_laion"])
+def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path, name):
+    """By name, both towers and the vocabulary are fetched once. LAION's have GELU in both."""
+    backbone = vit.BACKBONES[name]
+    quick_gelu = backbone.config.quick_gelu
+    config = replace(vit.load(clip)[1].config, quick_gelu=quick_gelu)
+    monkeypatch.setitem(vit.BACKBONES, name, replace(backbone, config=config))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    repository = f"/{backbone.repo}/resolve/main"
+    server.files = {
+        f"{repository}/model.safetensors": clip.read_bytes(),
+        f"{repository}/merges.txt": clip.with_name("merges.txt").read_bytes(),
+    }
+    common = ["--backbone", name, "--method", "zero-shot", "--shots", 2]
+    out = run(*common, "--name", "hub")
+    assert [path for path, _ in server.seen] == list(server.files)
+    again = run(*common, "--offline", "--name", "offline")
+    assert accuracies_on_test(again) == accuracies_on_test(out)
+    assert len(server.seen) == 2
+
+    by_file = run("--weights", clip, *common[2:], "--name", "file")
+    if quick_gelu:  # which a file of that layout is taken to have
+        assert accuracies_on_test(by_file) == accuracies_on_test(out)
+    classes = {}
+    for each in ("hub", "file"):
+        tensors = load_file(tmp_path / "runs" / each / "adapters.safetensors")
+        classes[each] = tensors["head.classes"]
+    assert torch.equal(classes["hub"], classes["file"]) == quick_gelu
+
+
+# -------------------------------------------------------------------- few shots, cached features
 
 
 def test_shots_are_drawn_by_class_and_seed():
+    """As many of each class for train and val, other ones for another seed, none of them twice."""
     images = data.read("digits")
-    first, again, other = (data.split(images, seed=seed, shots=3) for seed in (0, 0, 1))
-    for part, count in ((first.train, 3), (first.val, 3)):
-        assert torch.bincount(part.labels).tolist() == [count] * 10
+    first = data.split(images, seed=0, shots=3)
+    again = data.split(images, seed=0, shots=3)
+    other = data.split(images, seed=1, shots=3)
+    for part in (first.train, first.val):
+        assert torch.bincount(part.labels).tolist() == [3] * 10
     assert torch.equal(first.train.pixels, again.train.pixels)
     assert not torch.equal(first.train.pixels, other.train.pixels)
     assert torch.equal(first.test.pixels, other.test.pixels)
-    everyone = {image.numpy().tobytes() for image in (*first.train.pixels, *first.val.pixels)}
-    assert len(everyone) == 60
-    assert torch.bincount(data.split(images, shots=9).val.labels).tolist() == [4] * 10
+    chosen = {image.numpy().tobytes() for image in (*first.train.pixels, *first.val.pixels)}
+    assert len(chosen) == 60
+
+    more = data.split(images, shots=9)
+    assert torch.bincount(more.val.labels).tolist() == [4] * 10
     with pytest.raises(ValueError, match="--shots 500: a class of digits has fewer"):
         data.split(images, shots=500)
 
 
 def test_test_share_is_drawn_by_seed():
+    """Half of digits for test, and another half for another seed."""
     images = data.read("digits")
-    one, two = (data.split(images, seed=seed, test_share=0.5) for seed in (0, 1))
-    assert len(one.test) == 898
-    assert not torch.equal(one.test.labels, two.test.labels)
+    first = data.split(images, seed=0, test_share=0.5)
+    second = data.split(images, seed=1, test_share=0.5)
+    assert len(first.test) == 898
+    assert not torch.equal(first.test.labels, second.test.labels)
 
 
 def test_no_image_left_for_val(run, photos, tiny_weights, tmp_path):
     """All pool images are shots: the last epoch is kept, and the report says so."""
-    out = run("--dataset", photos, "--weights", tiny_weights, "--test-share", 0.5, "--shots", 10, "--epochs", 2, "--name", "a")
+    common = ["--dataset", photos, "--weights", tiny_weights, "--test-share", 0.5, "--shots", 10]
+    out = run(*common, "--epochs", 2, "--name", "a")
     assert "data     photos: 30 train / 0 val / 30 test, 3 classes" in out
-    assert re.search(r"\(epoch 2, the last, no image being left for val; test read once\)", out)
-    assert "<polyline" in (tmp_path / "runs/a/curves.svg").read_text()
-    assert json.loads((tmp_path / "runs/a/result.json").read_text())["val_accuracy"] is None
+    assert "(epoch 2, the last, no image being left for val; test read once)" in out
+    assert read_result(tmp_path / "runs/a")["val_accuracy"] is None
+    check_picture(tmp_path / "runs/a/curves.svg")
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 def test_features_are_computed_once(run, tiny_weights, tmp_path, monkeypatch):
-    """The second run reads them from disk; the accuracy is the one that the images give."""
-    common = ["--weights", tiny_weights, "--method", "head", "--cached", "--shots", 5, "--epochs", 5]
-    out = run(*common, "--name", "a")
-    count = len(list((tmp_path / "cache/features").iterdir()))
-    assert count == 3
+    """A second run reads them from disk; --eval, which has the images, gives the same accuracy."""
+    common = ["--method", "head", "--cached", "--shots", 5, "--epochs", 5]
+    features = tmp_path / "cache/features"
+    out = run("--weights", tiny_weights, *common, "--name", "a")
+    assert len(list(features.iterdir())) == 3  # train, val and test
     with monkeypatch.context() as patch:
         patch.setattr(vit.ViT, "features", None)
-        again = run(*common, "--lr", 0.02, "--name", "b")
-    assert re.search(r"^test", again, re.M)
-    test = re.search(r"^test +([\d.]+)", out, re.M)[1]
-    assert f"test     {test} %" in run("--eval", "runs/a")
+        again = run("--weights", tiny_weights, *common, "--lr", 0.02, "--name", "b")
+    assert len(accuracies_on_test(again)) == 1
+    assert accuracies_on_test(run("--eval", "runs/a")) == accuracies_on_test(out)
+
     other = write_tiny(tmp_path / "other.safetensors", seed=1)
-    run("--weights", other, *common[2:], "--name", "c")
-    assert len(list((tmp_path / "cache/features").iterdir())) == 2 * count  # another backbone, other features
+    run("--weights", other, *common, "--name", "c")
+    assert len(list(features.iterdir())) == 6  # another backbone, other features
 
 
-# ---------------------------------------------------------------------------------------------------- VPT, AdaptFormer's files
+# ----------------------------------------------------------------------- VPT, AdaptFormer's files
 
 
-@pytest.mark.parametrize("changes", [{}, {"registers": 2, "pool": "mean"}, {"norm_pre": True, "quick_gelu": True}])
+def vpt_by_the_paper(model, images, prompts, deep):
+    """Features by equations 4 to 8 of https://arxiv.org/abs/2203.12119.
+
+    Prompts stand between the class token and the patches. Each block gets new ones in their place
+    (deep), or those of the first block are carried on (shallow).
+    """
+    x = model.embed(images)
+    for i, block in enumerate(model.blocks):
+        if i == 0 or deep:
+            rest = x[:, 1:] if i == 0 else x[:, 1 + prompts :]
+            own = block.prompts.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], own, rest], dim=1)
+        x = block(x)
+    if model.config.pool == "token":
+        return model.norm(x[:, 0])
+    first_patch = 1 + prompts + model.config.registers
+    return model.norm(x[:, first_patch:].mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"registers": 2, "pool": "mean"}, {"norm_pre": True, "quick_gelu": True}],
+    ids=["plain", "registers", "clip"],
+)
 @pytest.mark.parametrize("deep", [True, False])
 def test_vpt_is_the_papers(tmp_path, deep, changes):
-    """Equations 4 to 8 of https://arxiv.org/abs/2203.12119: prompts between the class token and the patches, new ones in each
-    block (deep) or carried on (shallow). Outputs and gradients."""
+    """Outputs and the gradients of all prompts."""
     model, _ = vit.load(write_tiny(tmp_path / "w.safetensors", seed=0, **changes))
     torch.manual_seed(0)
     adaptertune.add_prompts(model, prompts=5, deep=deep)
-    model = model.double()
-    x, P = model.embed(IMAGES.double()), 5
-    for i, block in enumerate(model.blocks):
-        if i == 0 or deep:
-            x = torch.cat([x[:, :1], block.prompts.expand(3, -1, -1), x[:, 1 + (P if i else 0):]], dim=1)
-        x = block(x)
-    R = model.config.registers
-    expected = model.norm(x[:, 0] if model.config.pool == "token" else x[:, 1 + P + R:].mean(dim=1))
-    found = model.features(IMAGES.double())
-    assert torch.allclose(found, expected, atol=1e-10)
     adaptertune.freeze(model)
+    model = model.double()
+    found = model.features(IMAGES.double())
+    expected = vpt_by_the_paper(model, IMAGES.double(), 5, deep)
+    assert torch.allclose(found, expected, atol=1e-10)
+
     parameters = list(adaptertune.trained(model).values())
-    assert [p.shape for p in parameters] == [(5, 32)] * (2 if deep else 1)
-    for got, wanted in zip(*(torch.autograd.grad(y.square().sum(), parameters) for y in (found, expected)), strict=True):
-        assert torch.allclose(got, wanted, atol=1e-9)
-        assert got.abs().max() > 0
+    assert [each.shape for each in parameters] == [(5, 32)] * (2 if deep else 1)
+    found = torch.autograd.grad(found.square().sum(), parameters)
+    expected = torch.autograd.grad(expected.square().sum(), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-9)
+        assert ours.abs().max() > 0
 
 
 def test_prompts_start_where_vpts_do(tiny_weights):
+    """Uniform within VPT's bound, and filling it; at least one."""
     model, _ = vit.load(tiny_weights)
     adaptertune.add_prompts(model, prompts=200, deep=True)
     bound = (6 / (3 * 4 * 4 + 32)) ** 0.5
     assert 0.95 * bound < model.blocks[1].prompts.abs().max() <= bound
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="0 prompts: at least one is needed"):
         adaptertune.add_prompts(model, prompts=0, deep=True)
 
 
 class PublishedAdapter(nn.Module):
-    """An AdaptFormer block's `adaptmlp` as its code has it (names, order, scale), written from the paper's equation 2."""
+    """An AdaptFormer block's `adaptmlp` with the names of its code, from the paper's equation 2."""
 
     def __init__(self, width, rank):
         super().__init__()
-        self.down_proj, self.up_proj = nn.Linear(width, rank), nn.Linear(rank, width)
+        self.down_proj = nn.Linear(width, rank)
+        self.up_proj = nn.Linear(rank, width)
         self.scale = nn.Parameter(torch.ones(1) * 0.3)
 
     def forward(self, x):
         return self.scale * self.up_proj(F.relu(self.down_proj(x)))
 
 
-def test_adaptformers_published_files_load(run, tiny_weights, tmp_path):
-    """As --init FILE, with the function that they had; our own files too; a wrong rank is an error."""
+@pytest.fixture
+def published():
+    """AdaptFormer's adapters of rank 4 for the tiny backbone: the modules, and their tensors."""
     torch.manual_seed(0)
-    published = {f"blocks.{i}.adaptmlp.{name}": value.detach() for i in (0, 1)
-                 for name, value in PublishedAdapter(32, 4).named_parameters()}
-    torch.save({"model": published | {"head.weight": torch.zeros(5, 32)}}, tmp_path / "published.pth")
+    modules = [PublishedAdapter(32, 4), PublishedAdapter(32, 4)]
+    tensors = {}
+    for i, module in enumerate(modules):
+        for name, value in module.named_parameters():
+            tensors[f"blocks.{i}.adaptmlp.{name}"] = value.detach()
+    return modules, tensors
+
+
+def test_adaptformers_published_adapters(tiny_weights, published):
+    """Their tensors give the function that they had."""
+    modules, tensors = published
     model, _ = vit.load(tiny_weights)
-    adaptertune.add_adapters(model, method="adaptformer", placement=[0, 1], rank=4, reads="raw", act="relu", learn_scale=True)
-    adaptertune.start_from(model, published)
-    theirs, x = PublishedAdapter(32, 4), torch.randn(2, 3, 32)
-    theirs.load_state_dict({name.split("adaptmlp.")[1]: value for name, value in published.items() if "blocks.1" in name})
-    assert torch.allclose(model.blocks[1].adapter(x), theirs(x), atol=1e-6)
-    common = ["--weights", tiny_weights, "--method", "adaptformer", "--rank", 4, "--epochs", 1, "--limit", 64, "--learn-scale"]
-    run(*common, "--init", tmp_path / "published.pth", "--lr", 1e-9, "--name", "a")
-    tensors = load_file(tmp_path / "runs/a/adapters.safetensors")
-    assert torch.allclose(tensors["blocks.0.adapter.up.weight"], published["blocks.0.adaptmlp.up_proj.weight"], atol=1e-6)
-    run(*common, "--init", tmp_path / "runs/a/adapters.safetensors", "--lr", 1e-9, "--name", "b")
-    again = load_file(tmp_path / "runs/b/adapters.safetensors")
-    assert torch.allclose(again["blocks.1.adapter.up.weight"], tensors["blocks.1.adapter.up.weight"], atol=1e-6)
-    error = run(*common, "--rank", 8, "--init", tmp_path / "published.pth", "--name", "c", status=1)
-    assert "of the right shape" in error
+    adaptertune.add_adapters(model, 4, method="adaptformer", learn_scale=True, dropout=0.0)
+    adaptertune.start_from(model, tensors)
+    x = torch.randn(2, 3, 32)
+    for block, module in zip(model.blocks, modules, strict=True):
+        assert torch.allclose(block.adapter(x), module(x), atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------- comparisons, pictures
+@pytest.mark.usefixtures("no_matplotlib")
+def test_init_from_a_file(run, tiny_weights, published, tmp_path):
+    """--init FILE: AdaptFormer's, and our own; a wrong rank is an error."""
+    _, tensors = published
+    content = tensors | {"head.weight": torch.zeros(5, 32)}
+    torch.save({"model": content}, tmp_path / "published.pth")
+    common = ["--weights", tiny_weights, "--method", "adaptformer", "--learn-scale"]
+    common += ["--epochs", 1, "--limit", 64, "--lr", 1e-9]  # too small to move anything
+    run(*common, "--rank", 4, "--init", tmp_path / "published.pth", "--name", "a")
+    first = load_file(tmp_path / "runs/a/adapters.safetensors")
+    expected = tensors["blocks.0.adaptmlp.up_proj.weight"]
+    assert torch.allclose(first["blocks.0.adapter.up.weight"], expected, atol=1e-6)
+
+    run(*common, "--rank", 4, "--init", tmp_path / "runs/a/adapters.safetensors", "--name", "b")
+    second = load_file(tmp_path / "runs/b/adapters.safetensors")
+    expected = first["blocks.1.adapter.up.weight"]
+    assert torch.allclose(second["blocks.1.adapter.up.weight"], expected, atol=1e-6)
+
+    wrong = ["--rank", 8, "--init", tmp_path / "published.pth", "--name", "c"]
+    assert "of the right shape" in run(*common, *wrong, status=1)
 
 
-def parsed(path):
-    """An SVG's root; it must be well-formed XML and have no number that isn't one."""
-    assert "nan" not in path.read_text()
-    return ElementTree.fromstring(path.read_text())
+# ------------------------------------------------------------------------------ the test set, once
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+@pytest.mark.parametrize("method", [*adaptertune.METHODS, "head --cached"])
+def test_the_test_set_is_read_once(run, clip, tiny_weights, monkeypatch, method):
+    """One evaluation on test, the last, for each method; the network sees its images once."""
+    arguments = ["--epochs", 2, "--shots", 2]
+    if method == "scratch":
+        arguments += ["--scratch"]
+    elif method in adaptertune.CLIP_METHODS:
+        arguments += ["--weights", clip, "--method", method]
+    else:
+        arguments += ["--weights", tiny_weights, "--method", *method.split()]
+    if method == "adaptformer":
+        arguments += ["--rank", 4]
+
+    evaluated = []
+    evaluate = train.evaluate
+
+    def recorded_evaluate(run, images, what):
+        evaluated.append("test" if images is run.data.test else what)
+        assert (what == "test") == (images is run.data.test)
+        return evaluate(run, images, what)
+
+    seen = []
+    eval_batches = data.Batches.eval
+
+    def recorded_batches(self, images, center):
+        if images.pixels.ndim > 2:  # not features
+            seen.append(len(images))
+        return eval_batches(self, images, center)
+
+    monkeypatch.setattr(train, "evaluate", recorded_evaluate)
+    monkeypatch.setattr(data.Batches, "eval", recorded_batches)
+    out = run(*arguments)
+    assert evaluated.count("test") == 1
+    assert evaluated[-1] == "test"
+    assert seen.count(359) == 1
+    assert len(accuracies_on_test(out)) == 1
+
+
+# ----------------------------------------------------------------- a run, opened in one's own code
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+@pytest.mark.parametrize("method", ["adaptertune", "vpt", "clip-adapter", "full"])
+def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
+    """The logits that evaluation gives, photo by photo, when the data set's folder is gone."""
+    weights = clip if method == "clip-adapter" else tiny_weights
+    common = ["--dataset", photos, "--weights", weights, "--epochs", 2, "--amp", "off"]
+    run(*common, "--method", method, "--name", "a")
+    finished = open_run("runs/a")
+    finished.model.eval()
+    test = finished.data.test
+    expected = []
+    with torch.no_grad():
+        for x, _ in finished.batches.eval(test, finished.data.center):
+            expected.append(finished.logits(x))
+    expected = torch.cat(expected)
+    assert expected.shape == (12, 3)
+
+    elsewhere = shutil.move(photos, tmp_path / "elsewhere")
+    model, preprocess, classes = train.load_run(tmp_path / "runs/a")
+    assert classes == ["apple", "leaf", "sky"]
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for name, row in zip(test.names, expected, strict=True):
+        x = preprocess(elsewhere / name)
+        assert x.shape == (1, 3, 16, 16)
+        assert torch.allclose(model(x), row[None], atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_load_run_refuses_what_is_no_run(run, tiny_weights, tmp_path):
+    """An unfinished run, a run on another backbone, a photo that isn't one."""
+    weights = shutil.copy(tiny_weights, tmp_path / "w.safetensors")
+    run("--weights", weights, "--epochs", 1, "--limit", 40, "--name", "a")
+    write_tiny(weights, seed=1)
+    with pytest.raises(ValueError, match=r"trained on w \(\w{16}\), not on w \(\w{16}\)"):
+        train.load_run("runs/a")
+    (tmp_path / "runs/a/adapters.safetensors").unlink()
+    with pytest.raises(ValueError, match="no adapters at runs/a/adapters.safetensors"):
+        train.load_run("runs/a")
+
+
+# --------------------------------------------------------------------------------- comparisons
+
+
+def check_picture(path):
+    """Where matplotlib is installed there is a well-formed SVG, else none. Returns its texts."""
+    if importlib.util.find_spec("matplotlib") is None:
+        assert not path.exists()
+        return None
+    return texts_of(path)
+
+
+def texts_of(path):
+    """The texts of one of matplotlib's SVGs, which stand in comments beside their outlines."""
+    content = path.read_text()
+    root = ElementTree.fromstring(content)
+    assert root.tag.endswith("}svg")
+    for each in root.iter():
+        assert "nan" not in each.get("d", "")
+    return re.findall(r"<!-- (.*?) -->", content)
+
+
+def read_csv(path):
+    """The rows of a CSV file, as dictionaries."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_comparison(run, tiny_weights, tmp_path):
-    """A run for each method and seed, one table, the same figures in CSV, a picture; finished runs aren't run again."""
+    """A run for each method and seed, a table, the same figures in CSV, a picture; --resume."""
+    methods = ("adaptertune", "vpt", "head")
     common = ["--weights", tiny_weights, "--epochs", 2, "--limit", 60, "--seeds", "0,1"]
-    common += ["--method", "adaptertune", "vpt", "head"]
+    common += ["--method", *methods]
     out = run(*common)
-    names = {f"digits-{method}-n60-s{seed}" for method in ("adaptertune-r8", "vpt-p10", "head") for seed in (0, 1)}
-    assert {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()} == names
-    rows = list(csv.DictReader((tmp_path / "runs/digits-comparison.csv").open()))
-    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("adaptertune", "vpt", "head") for s in "01"]
-    for name, trained in (("adaptertune", "1,434"), ("vpt", "970"), ("head", "330")):
-        tests = [float(row["test_accuracy"]) for row in rows if row["method"] == name]
-        mean, spread = sum(tests) / 2, abs(tests[0] - tests[1]) / 2 ** 0.5
-        assert re.search(rf"^{name} +{trained} +{mean:.2f} ± {spread:.2f} ", out, re.M), (name, out)
-    assert len(parsed(tmp_path / "runs/digits-comparison.svg").findall(".//{*}circle")) == 3
-    again = run(*common, "--resume")
+    folders = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()}
+    names = set()
+    for name in ("adaptertune-r8", "vpt-p10", "head"):
+        names |= {f"digits-{name}-n60-s0", f"digits-{name}-n60-s1"}
+    assert folders == names
+
+    rows = read_csv(tmp_path / "runs/digits-comparison.csv")
+    assert [row["method"] for row in rows] == [*("adaptertune",) * 2, *("vpt",) * 2, *("head",) * 2]
+    assert [row["seed"] for row in rows] == ["0", "1"] * 3
+    for method, trained in zip(methods, ("1,434", "970", "330"), strict=True):
+        first, second = (float(row["test_accuracy"]) for row in rows if row["method"] == method)
+        mean = (first + second) / 2
+        spread = abs(first - second) / 2**0.5
+        assert re.search(rf"^{method} +{trained} +{mean:.2f} ± {spread:.2f} ", out, re.M)
+    texts = check_picture(tmp_path / "runs/digits-comparison.svg")
+    if texts:
+        assert {"adaptertune (1,434)", "vpt (970)", "head (330)"} <= set(texts)
+
+    again = run(*common, "--resume")  # finished runs aren't run again
     assert again.count("finished before") == 6
-    assert again.splitlines()[-6:] == out.splitlines()[-6:]
+    table = out[out.rindex("trained") :]
+    assert again[again.rindex("trained") :] == table
 
 
-def test_sweep(run, tiny_weights, tmp_path):
-    """Ranks, placements and inits with each other; methods without them run once; the elbow by its rule."""
+def test_sweep_over_ranks(run, tiny_weights, tmp_path):
+    """The elbow is the least rank within a standard error of the best."""
     common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60]
     out = run(*common, "--ranks", "1,2,8", "--seeds", "0,1")
-    rows = list(csv.DictReader((tmp_path / "runs/digits-comparison.csv").open()))
-    tests = {rank: [float(row["test_accuracy"]) for row in rows if row["rank"] == rank] for rank in ("1", "2", "8")}
-    means = {int(rank): sum(values) / 2 for rank, values in tests.items()}
+    rows = read_csv(tmp_path / "runs/digits-comparison.csv")
+    means = {}
+    errors = {}
+    for rank in (1, 2, 8):
+        first, second = (float(row["test_accuracy"]) for row in rows if row["rank"] == str(rank))
+        means[rank] = (first + second) / 2
+        errors[rank] = abs(first - second) / 2  # their spread / √2, which is |a - b| / √2
     best = max(means, key=means.get)
-    error = abs(tests[str(best)][0] - tests[str(best)][1]) / 2  # of two: their spread / sqrt 2, that again / sqrt 2
-    elbow = min(rank for rank, mean in means.items() if mean >= means[best] - error)
-    assert f"elbow    rank {elbow}, the least within a standard error ({error:.2f}) of the best (rank {best})" in out
-    picture = parsed(tmp_path / "runs/digits-comparison.svg")
-    assert [each.text for each in picture.findall(".//{*}text")][-4:-1] == ["1", "2", "8"]
-    out = run(*common, "--method", "adaptertune", "head", "--blocks", "first1", "last1", "--init", "zero,small", "--name", "g")
-    folders = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir() and path.name.startswith("g-")}
-    assert folders == {"g-adaptertune-blocks-0-zero", "g-adaptertune-blocks-0-small", "g-adaptertune-blocks--1-zero",
-                       "g-adaptertune-blocks--1-small", "g-head"}
-    assert out.count("test     ") == 5
-    rows = list(csv.DictReader((tmp_path / "runs/g-comparison.csv").open()))
-    assert [row["label"] for row in rows] == ["adaptertune blocks [0] zero", "adaptertune blocks [0] small",
-                                              "adaptertune blocks [-1] zero", "adaptertune blocks [-1] small", "head"]
+    within = [rank for rank in means if means[rank] >= means[best] - errors[best]]
+    assert (
+        f"elbow    rank {min(within)}, the least within a standard error "
+        f"({errors[best]:.2f}) of the best (rank {best})" in out
+    )
+    texts = check_picture(tmp_path / "runs/digits-comparison.svg")
+    if texts:
+        assert {"1", "2", "8", f"elbow: rank {min(within)}"} <= set(texts)
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_grid(run, tiny_weights, tmp_path):
+    """Placements and inits with each other; a method without them runs once."""
+    common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60, "--name", "g"]
+    grid = ["--blocks", "first1", "last1", "--init", "zero,small"]
+    out = run(*common, "--method", "adaptertune", "head", *grid)
+    assert len(accuracies_on_test(out)) == 5
+    folders = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()}
+    assert folders == {
+        "g-adaptertune-blocks-0-zero",
+        "g-adaptertune-blocks-0-small",
+        "g-adaptertune-blocks--1-zero",
+        "g-adaptertune-blocks--1-small",
+        "g-head",
+    }
+    assert [row["label"] for row in read_csv(tmp_path / "runs/g-comparison.csv")] == [
+        "adaptertune blocks [0] zero",
+        "adaptertune blocks [0] small",
+        "adaptertune blocks [-1] zero",
+        "adaptertune blocks [-1] small",
+        "head",
+    ]
     tensors = load_file(tmp_path / "runs/g-adaptertune-blocks--1-small/adapters.safetensors")
     assert "blocks.1.adapter.up.weight" in tensors
     assert "blocks.0.adapter.up.weight" not in tensors
-    assert f"test     {json.loads((tmp_path / 'runs/g-head/result.json').read_text())['test_accuracy']:.2f} %" in run(
-        "--eval", "runs/g-head")
+    stated = read_result(tmp_path / "runs/g-head")["test_accuracy"]
+    assert accuracies_on_test(run("--eval", "runs/g-head")) == [f"{stated:.2f}"]
 
 
-@pytest.mark.parametrize(("tests", "elbow"), [
-    ({1: [80, 81], 2: [88.9, 89.1], 4: [89, 91]}, 2), ({1: [80, 81], 2: [88.8, 89], 4: [89, 91]}, 4),
-    ({1: [90, 90], 2: [80, 81], 4: [89, 90]}, 1)])
+@pytest.mark.parametrize(
+    ("tests", "elbow"),
+    [
+        ({1: [80, 81], 2: [88.9, 89.1], 4: [89, 91]}, 2),
+        ({1: [80, 81], 2: [88.8, 89], 4: [89, 91]}, 4),
+        ({1: [90, 90], 2: [80, 81], 4: [89, 90]}, 1),
+    ],
+)
 def test_the_elbow_is_within_a_standard_error_of_the_best(capsys, tmp_path, tests, elbow):
     """Of two seeds that lie 2 apart the standard error is 1."""
-    common = {"method": "adaptertune", "dataset": "d", "backbone": "b", "trained": 9, "val_accuracy": 1.0, "lr": 1e-3,
-              "seconds": 1.0, "memory": 0.1, "epoch": 1}
-    results = [(f"rank {rank}", common | {"rank": rank, "seed": seed, "test_accuracy": float(test)})
-               for rank, both in tests.items() for seed, test in enumerate(both)]
-    cli.compare(results, tmp_path / "c")
-    assert f"elbow    rank {elbow}, the least within a standard error" in capsys.readouterr().out
+    common = {"method": "adaptertune", "dataset": "d", "backbone": "b", "trained": 9}
+    common |= {"val_accuracy": 1.0, "lr": 1e-3, "seconds": 1.0, "memory": 0.1, "epoch": 1}
+    results = []
+    for rank, accuracies in tests.items():
+        for seed, accuracy in enumerate(accuracies):
+            own = {"rank": rank, "seed": seed, "test_accuracy": float(accuracy)}
+            results.append((f"rank {rank}", common | own))
+    train.compare(results, tmp_path / "c")
+    out = capsys.readouterr().out
+    assert f"elbow    rank {elbow}, the least within a standard error" in out
 
 
-@pytest.mark.parametrize("tsne", [True, False])
-def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, monkeypatch, tsne):
-    if tsne:
+# ------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.usefixtures("no_matplotlib", "no_sklearn")
+def test_without_matplotlib_pictures_are_left_out(run, tiny_weights, tmp_path):
+    """A line names each picture that is left out, and what to do; all else is as ever."""
+    common = ["--weights", tiny_weights, "--limit", 60, "--epochs", 1, "--seeds", "0,1"]
+    out = run(*common, "--plot", "features", "--name", "p")
+    lines = [line for line in out.splitlines() if line.startswith("pictures")]
+    left_out = [
+        "runs/p-s0/curves.svg",
+        "runs/p-s1/curves.svg",
+        "runs/p-comparison.svg",
+        "runs/p-s0/test-features.svg, runs/p-s0/test-confusion.svg",
+    ]
+    expected = [
+        f"pictures {each} left out; to have them: pip install matplotlib" for each in left_out
+    ]
+    assert lines == expected
+    assert not list(tmp_path.rglob("*.svg"))
+    assert (tmp_path / "runs/p-s0/test-predictions.csv").exists()
+
+
+def test_curves(run, tiny_weights, tmp_path):
+    """The picture of a run has its three curves, and the chosen epoch."""
+    pytest.importorskip("matplotlib")
+    out = run("--weights", tiny_weights, "--limit", 60, "--epochs", 2, "--name", "a")
+    assert "saved    runs/a/curves.svg" in out
+    texts = texts_of(tmp_path / "runs/a/curves.svg")
+    assert {"training loss", "accuracy in %", "train", "val", "chosen"} <= set(texts)
+
+
+def confusion_of(run):
+    """Counts [10, 10] of a run's test images by label and prediction, worked out here."""
+    counts = np.zeros((10, 10), dtype=int)
+    run.model.eval()
+    with torch.no_grad():
+        for x, labels in run.batches.eval(run.data.test, run.data.center):
+            predictions = run.logits(x).argmax(dim=1)
+            np.add.at(counts, (labels.numpy(), predictions.numpy()), 1)
+    return counts
+
+
+@pytest.mark.usefixtures("no_matplotlib", "no_sklearn")
+def test_predictions_and_mistakes(run, tiny_weights, tmp_path):
+    """--plot features: every test image of every run in a CSV; the worst mistakes by number."""
+    common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60, "--plot", "features"]
+    out = run(*common, "--method", "adaptertune", "head", "--name", "p")
+    rows = read_csv(tmp_path / "runs/p-predictions.csv")
+    assert list(rows[0]) == ["run", "image", "label", "prediction", "x", "y"]
+    for method in ("adaptertune", "head"):
+        counts = confusion_of(open_run(tmp_path / f"runs/p-{method}"))
+        of_run = [row for row in rows if row["run"].startswith(f"{method}, ")]
+        assert [row["image"] for row in of_run] == [str(i) for i in range(359)]
+        found = np.zeros((10, 10), dtype=int)
+        for row in of_run:
+            found[int(row["label"]), int(row["prediction"])] += 1
+            assert math.isfinite(float(row["x"]) + float(row["y"]))
+        assert np.array_equal(found, counts)
+
+        pattern = rf"^mistaken {method}: (\d+) of (\d+) images of '(\d)' for '(\d)'$"
+        shown = np.array(re.findall(pattern, out, re.M), dtype=int)
+        wrong = counts - np.diag(counts.diagonal())
+        assert shown[:, 0].tolist() == sorted(wrong.flatten(), reverse=True)[:3]
+        for number, total, label, prediction in shown:
+            assert wrong[label, prediction] == number
+            assert counts[label].sum() == total
+
+
+@pytest.mark.parametrize("how", ["t-SNE", "two principal components"])
+def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, request, how):
+    """Panels for each run, with its classes and the percentages of its confusion matrix."""
+    pytest.importorskip("matplotlib")
+    if how == "t-SNE":
         pytest.importorskip("sklearn")
     else:
-        monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    out = run("--weights", tiny_weights, "--method", "adaptertune", "head", "--epochs", 1, "--limit", 60, "--plot", "features",
-              "--name", "p")
-    features, confusion = (parsed(tmp_path / f"runs/p-{what}.svg") for what in ("features", "confusion"))
-    assert len(features.findall(".//{*}circle")) == 2 * 359
-    assert len({each.get("fill") for each in features.findall(".//{*}circle")}) == 10
-    run_ = train.open_run(cli.parse(["--eval", "runs/p-head"])[0])
-    with torch.no_grad():
-        answers = torch.cat([run_.model.eval()(x).argmax(1) for x, _ in run_.batches.eval(run_.data.test, 1.0)])
-    counts = torch.zeros(10, 10).long().index_put_((run_.data.test.labels, answers), torch.tensor(1), accumulate=True)
-    wrong = counts - counts.diag().diag()
-    shown = re.findall(r"^mistaken head: (\d+) of (\d+) images of '(\d)' for '(\d)'$", out, re.M)
-    assert len(shown) == 3
-    assert all(wrong[int(i), int(k)] == int(n) and counts[int(i)].sum() == int(of) for n, of, i, k in shown)
-    assert [int(n) for n, *_ in shown] == wrong.flatten().sort(descending=True)[0][:3].tolist()
-    cells = [each for each in confusion.findall(".//{*}rect") if each.get("fill-opacity")]
-    assert len(cells) > int((counts > 0).sum())  # and those of the other method
-    assert run("--eval", "runs/p-head", "--plot", "features").count("saved") == 2
-    assert (tmp_path / "runs/p-head/test-features.svg").exists()
+        request.getfixturevalue("no_sklearn")
+    common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60, "--plot", "features"]
+    common += ["--test-share", 0.05]  # a small test set, which t-SNE is quick with
+    out = run(*common, "--method", "adaptertune", "head", "--name", "p")
+    assert "saved    runs/p-features.svg" in out
+    assert "saved    runs/p-confusion.svg" in out
+    digits = [str(digit) for digit in range(10)]
+    features = texts_of(tmp_path / "runs/p-features.svg")
+    confusion = texts_of(tmp_path / "runs/p-confusion.svg")
+    assert set(digits) <= set(features)
+    numbers = []
+    for method in ("adaptertune", "head"):
+        accuracy = read_result(tmp_path / f"runs/p-{method}")["test_accuracy"]
+        title = f"{method}, {accuracy:.2f} %"
+        assert f"{title} ({how})" in features
+        assert title in confusion
+        counts = confusion_of(open_run(tmp_path / f"runs/p-{method}"))
+        shares = (100 * counts / counts.sum(axis=1, keepdims=True)).round().astype(int)
+        numbers += [*digits, *digits, *map(str, shares[shares > 0])]
+    assert sorted(text for text in confusion if text.isdigit()) == sorted(numbers)
+
+    again = run("--eval", "runs/p-head", "--plot", "features")
+    assert again.count("saved") == 3
+    for name in ("features.svg", "confusion.svg", "predictions.csv"):
+        assert (tmp_path / f"runs/p-head/test-{name}").exists()
 
 
-def test_axes_are_round():
-    assert cli.Axis([0.0, 100.0], 0, 300).ticks() == [0, 20, 40, 60, 80, 100]
-    assert cli.Axis([93.1, 98.9], 0, 300).ticks() == [94, 96, 98]
-    assert cli.Axis([1300, 800000], 0, 300, log=True).ticks() == [1000, 10000, 100000, 1000000]
-    axis = cli.Axis([0.0, 10.0], 50, 100)
-    assert 50 < axis(0) < axis(5) == 100 < axis(10) < 150
-    assert cli.Axis([5.0], 0, 100)(5.0) == 50
+@pytest.mark.usefixtures("no_sklearn")
+def test_principal_components():
+    """Features that lie in a plane keep their distances, the widest direction along x."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(40, 2, generator=generator, dtype=torch.float64)
+    points[:, 1] *= 5
+    plane = torch.randn(8, 2, generator=generator, dtype=torch.float64)
+    plane, _ = torch.linalg.qr(plane)  # [8, 2], orthonormal columns
+    found, how = train.to_two_dimensions(points @ plane.T + 3)
+    assert how == "two principal components"
+    assert torch.allclose(torch.cdist(found, found), torch.cdist(points, points))
+    assert found[:, 0].std() > found[:, 1].std()
 
 
-# -------------------------------------------------------------------------------------------------------------- the graph
+# ------------------------------------------------------------------------------------ the graph
 
 
-@pytest.mark.parametrize("options", [
-    ["--method", "clip-adapter"], ["--method", "clip-adapter", "--ratio", 0, "--text-ratio", 0.5],
-    ["--method", "clip-adapter", "--text-ratio", 0.5, "--learn-ratio"], ["--method", "zero-shot"],
-    ["--method", "vpt", "--prompts", 3], ["--method", "vpt", "--shallow"]], ids=lambda options: "".join(map(str, options)))
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "clip-adapter"],
+        ["--method", "clip-adapter", "--ratio", 0, "--text-ratio", 0.5],
+        ["--method", "clip-adapter", "--text-ratio", 0.5, "--learn-ratio"],
+        ["--method", "zero-shot"],
+        ["--method", "vpt", "--prompts", 3],
+        ["--method", "vpt", "--shallow"],
+    ],
+    ids=lambda options: " ".join(map(str, options[1:])),
+)
+@pytest.mark.usefixtures("no_matplotlib")
 def test_every_method_exports(run, clip, tmp_path, options, capsys):
-    """With the same check against torch; the text adapter folds into the class matrix, so its graph is that of zero-shot."""
+    """The graph agrees with torch; the text adapter is folded into the class matrix."""
     run("--weights", clip, "--shots", 4, "--epochs", 2, "--name", "m", *options)
     to_file = runner(export.main, capsys)
-    for more in (["--opset", 17], ["--opset", 23, "--input", "uint8", "--output", "probabilities"], ["--output", "embedding"]):
-        assert "top-1 agreement 100 % ok" in to_file("runs/m", "--images", 0, *more)
+    pixels = ["--opset", 23, "--input", "uint8", "--output", "probabilities"]
+    for more in (["--opset", 17], pixels, ["--output", "embedding"]):
+        out = to_file("runs/m", "--images", 0, *more)
+        assert "top-1 agreement 100 % ok" in out
     to_file("runs/m")
     import onnx
-    names = [node.name for node in onnx.load(tmp_path / "runs/m/model.onnx").graph.node]
+
+    graph = onnx.load(tmp_path / "runs/m/model.onnx").graph
+    names = [node.name for node in graph.node]
     assert not [name for name in names if "text" in name]
-    assert ("head.image" in names) == ("clip-adapter" in options and "--ratio" not in options)
+    has_image_adapter = "clip-adapter" in options and "--ratio" not in options
+    assert ("head.image" in names) == has_image_adapter
     assert "export it without --swappable" in to_file("runs/m", "--swappable", status=1)
-
-
-def test_start_from_names_what_is_missing(tiny_weights, tmp_path):
-    model, _ = vit.load(tiny_weights)
-    adaptertune.add_adapters(model, placement=[0, 1], rank=4)
-    save_file({"blocks.0.adapter.up.bias": torch.zeros(32)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="no blocks.0.adapter.down.weight"):
-        adaptertune.start_from(model, load_file(tmp_path / "a.safetensors"))
-
-
-@pytest.mark.parametrize("name", ["clip_b16", "clip_b16_laion"])
-def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path, name):
-    """A backbone by name: both towers and the vocabulary are fetched once from its repository. LAION's have GELU in both."""
-    row, config = vit.BACKBONES[name], vit.load(clip)[1].config
-    monkeypatch.setitem(vit.BACKBONES, name, replace(row, config=replace(config, quick_gelu=row.config.quick_gelu)))
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    repository = f"/{row.repo}/resolve/main/"
-    server.files = {f"{repository}model.safetensors": clip.read_bytes(),
-                    f"{repository}merges.txt": clip.with_name("merges.txt").read_bytes()}
-    common = ["--backbone", name, "--method", "zero-shot"]
-    out = run(*common, "--name", "a")
-    assert [path for path, _ in server.seen] == list(server.files)
-    assert re.search(r"^test", run(*common, "--offline", "--name", "b"), re.M)
-    assert len(server.seen) == 2
-    test = re.search(r"^test +[\d.]+ %", out, re.M)[0]
-    assert test in run("--weights", clip, "--method", "zero-shot", "--name", "c") or name != "clip_b16"
-    by_name, by_file = (load_file(tmp_path / f"runs/{each}/adapters.safetensors")["head.classes"] for each in "ac")
-    assert torch.equal(by_name, by_file) == (name == "clip_b16")

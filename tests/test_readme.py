@@ -1,56 +1,181 @@
-"""README.md says what is there: its commands parse, its files exist, and .ci/run runs its set-up commands."""
+"""README.md does what it says: its commands and its Python run, its files exist."""
+
 import re
+import runpy
 import shlex
+import shutil
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, write_tiny
+from safetensors.torch import save_file
 
-import cli
 import export
+import train
+import vit
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [command.strip() for command in re.findall(r"(?:^|`|&& |next +)(python (?:train|export)\.py[^`\n#]*)", README, re.M)
-            if "…" not in command]
+SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+# Commands in code, without their comments; those with "…" aren't whole.
+FOUND = re.findall(r"(?:^|`|&& |\$ |next +)(python [\w/]+\.py[^`\n#]*)", README, re.M)
+COMMANDS = sorted({command.strip() for command in FOUND if "…" not in command})
+WEIGHTS = "deit_tiny_patch16_224.safetensors"
+SMALL = ["--epochs", "1", "--limit", "40"]
 
 
-def test_there_are_commands():
-    assert len([command for command in COMMANDS if "train.py" in command]) > 5
-    assert len([command for command in COMMANDS if "export.py" in command]) > 3
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with all that README's examples name: weights, runs/NAME and the run of digits."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "assets").symlink_to(ROOT / "assets")
+    write_tiny(folder / WEIGHTS, seed=0, width=64, depth=6, heads=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("NAME", "digits-adaptertune-r8-s0"):
+            arguments = ["--weights", WEIGHTS, *SMALL, "--name", name]
+            assert train.main(arguments) == 0
+    return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_parses(command, monkeypatch, tmp_path):
-    _, program, *arguments = shlex.split(command)
-    if "--help" in arguments:
+@pytest.fixture
+def in_workplace(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(workplace / "cache"))
+    return workplace
+
+
+@pytest.fixture
+def photos_there(in_workplace, photos):
+    """path/to/photos and photo.jpg, where Pillow is installed."""
+    image = pytest.importorskip("PIL.Image")
+    target = in_workplace / "path" / "to" / "photos"
+    if not target.exists():
+        shutil.copytree(photos, target)
+        image.open(target / "apple" / "00.png").save(in_workplace / "photo.jpg")
+
+
+def write_published(folder, name):
+    """A random network in the shape of a backbone, where a download would have put it."""
+    path = folder / "cache" / vit.BACKBONES[name].repo / "model.safetensors"
+    if path.exists():
         return
-    if program == "export.py":
-        _, more = export.parse(arguments)
-        assert not more
-        return
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = vit.ViT(vit.BACKBONES[name].config)
+    model.init_weights()
+    save_file(model.state_dict(), path)
+
+
+def run_train(arguments, folder):
+    """A command of train.py, made small."""
     if "--eval" in arguments:
-        folder = tmp_path / arguments[arguments.index("--eval") + 1]
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        monkeypatch.chdir(tmp_path)
-    cli.parse(arguments)
+        assert train.main(arguments) == 0
+        return
+    options = train.parse(arguments)[0]
+    if options.dataset.startswith("cifar"):  # a download of 170 MB
+        return
+    if options.dataset == "digits" and not options.weights:
+        arguments = [*arguments, "--weights", WEIGHTS]
+    elif not options.weights:
+        write_published(folder, options.backbone)
+        patch = str(2 * vit.BACKBONES[options.backbone].config.patch)
+        arguments = [*arguments, "--image-size", patch]
+    if "--seeds" in arguments:  # one is enough here
+        arguments[arguments.index("--seeds") + 1] = "0"
+    name = re.sub(r"\W+", "-", " ".join(arguments))[:60]
+    assert train.main([*arguments, *SMALL, "--name", f"readme{name}"]) == 0
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if " train.py" in each])
+def test_train_commands_run(command, request, in_workplace, capsys):
+    _, _, *arguments = shlex.split(command)
+    if "path/to/photos" in arguments:
+        request.getfixturevalue("photos_there")
+    run_train(arguments, in_workplace)
+    assert re.search(r"^test ", capsys.readouterr().out, re.M) or "cifar100" in command
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if " export.py" in each])
+def test_export_commands_run(command, in_workplace, capsys):
+    _, _, *arguments = shlex.split(command)
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as stopped:
+            export.main(arguments)
+        assert stopped.value.code == 0
+        return
+    if "int8" in arguments:  # forty training images make no network that survives 8 bits
+        arguments.append("--force")
+    assert export.main(arguments) == 0
+    assert "saved    runs/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if "label.py" in each])
+def test_device_commands_run(command, photos_there, monkeypatch, capsys):
+    assert export.main(["runs/NAME"]) == 0
+    assert export.main(["runs/NAME", "--swappable"]) == 0
+    _, *arguments = shlex.split(command)
+    monkeypatch.setattr("sys.argv", arguments)
+    capsys.readouterr()
+    runpy.run_path(arguments[0], run_name="__main__")
+    assert re.fullmatch(r"photo.jpg(  \d 0\.\d{3}){3}\n", capsys.readouterr().out)
+
+
+def test_every_kind_of_command_is_tested():
+    assert len([command for command in COMMANDS if " train.py" in command]) >= 7
+    assert len([command for command in COMMANDS if " export.py" in command]) >= 5
+    assert len([command for command in COMMANDS if "label.py" in command]) == 2
+
+
+def test_python_runs(in_workplace, capsys):
+    """The importable API: what is counted is what is saved, and loads again."""
+    scope = {}
+    exec(SNIPPETS[0], scope)
+    assert "'adapters': 13104, 'head': 1290" in capsys.readouterr().out
+    assert scope["meta"]["task"] == "digits"
+    assert len(scope["meta"]["fingerprint"]) == 16
+    assert sum(parameter.numel() for parameter in scope["parameters"]) == 13_104 + 1_290
+
+
+def test_python_for_a_run_runs(photos_there, capsys):
+    exec(SNIPPETS[1], {})
+    assert re.fullmatch(r"\d\n", capsys.readouterr().out)
+
+
+def test_every_snippet_is_tested():
+    assert len(SNIPPETS) == 2
 
 
 def test_set_up_commands_are_those_of_ci():
-    block = next(block for _, block in BLOCKS if "pip install -r requirements.txt" in block)
-    commands = [line for line in block.splitlines() if line]
+    block = next(text for _, text in BLOCKS if "pip install -r requirements.txt" in text)
+    commands = block.split("\n")[:-1]
     assert commands == ["pip install -r requirements.txt && python train.py", "pytest"]
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert all(command in ci for command in commands)
+    for command in commands:
+        assert command in ci
 
 
-def test_linked_files_exist():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+@pytest.mark.parametrize("name", ["README.md", "assets/README.md", "assets/results/README.md"])
+def test_linked_files_and_sections_exist(name):
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    links = [link for link in links if not link.startswith("http")]
     assert links
     for link in links:
-        assert (ROOT / link).exists(), link
+        path, _, section = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if section:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert section in slugs, link
+
+
+def test_length():
+    assert len(README.split()) <= 1500
 
 
 def test_five_requirements():
-    names = [re.match(r"[\w-]+", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line]
+    lines = (ROOT / "requirements.txt").read_text().split("\n")[:-1]
+    names = [re.match(r"[\w-]+", line)[0] for line in lines]
     assert names == ["torch", "safetensors", "onnx", "onnxruntime", "pytest"]

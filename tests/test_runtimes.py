@@ -1,9 +1,14 @@
-"""The same file in runtimes that share no code: onnxruntime, the reference evaluator of onnx (numpy), OpenVINO, and
-onnxruntime-web in headless Chromium, there by the page of README.md too.
+"""One file in runtimes that share no code: the same labels in each, and nearly the same numbers.
 
-The images are the test set of digits and, where ADAPTERTUNE_REAL names the folder that test_real.py describes, of twelve
-kinds of flowers. Skipped, with the reason, where a runtime isn't there: pip install openvino; Debian's package chromium, and
-npm's onnxruntime-web, whose folder dist is expected in node_modules or named by ADAPTERTUNE_ORT_WEB."""
+They are onnxruntime, the reference evaluator of onnx (numpy), OpenVINO, and onnxruntime-web in
+headless Chromium, there by assets/device/index.html too. The images are the test set of digits and,
+where ADAPTERTUNE_REAL names the folder that test_real.py describes, of twelve kinds of flowers.
+
+Skipped, with the reason, where a runtime isn't there: pip install openvino; Debian's chromium; and
+npm's onnxruntime-web, whose folder dist is looked for in node_modules or named by
+ADAPTERTUNE_ORT_WEB.
+"""
+
 import functools
 import http.server
 import json
@@ -12,6 +17,7 @@ import re
 import shutil
 import subprocess
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,146 +26,273 @@ import pytest
 import torch
 from conftest import REAL, ROOT
 
-import cli
 import export
 import train
 
 WEB = Path(os.environ.get("ADAPTERTUNE_ORT_WEB", ROOT / "node_modules/onnxruntime-web/dist"))
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLOWERS = {"--dataset": f"{REAL}/data/flowers12", "--weights": f"{REAL}/weights/deit_tiny_patch16_224.safetensors",
-           "--limit": "200", "--epochs": "1", "--lr": "3e-3"}
-TASKS = {"digits": {"--epochs": "2"}} | ({"flowers": FLOWERS} if REAL else {})
+PAGE = ROOT / "assets/device/index.html"
+TASKS = {"digits": ["--epochs", "2"]}
+if REAL:
+    weights = f"{REAL}/weights/deit_tiny_patch16_224.safetensors"
+    TASKS["flowers"] = ["--dataset", f"{REAL}/data/flowers12", "--weights", weights]
+    TASKS["flowers"] += ["--limit", "200", "--epochs", "1", "--lr", "3e-3"]
+
+
+@dataclass
+class Task:
+    """A trained and exported run, and what torch makes of its whole test set."""
+
+    folder: Path  # holds model.onnx
+    run: train.Run
+    images: np.ndarray  # [n, 3, S, S], normalised
+    logits: np.ndarray  # [n, K]
 
 
 @pytest.fixture(scope="module", params=TASKS)
 def task(request, tmp_path_factory):
-    """A trained run, exported: (folder of model.onnx, run, images [n, 3, S, S] of its whole test set, torch's logits)."""
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        options = [word for pair in TASKS[request.param].items() for word in pair]
-        assert train.main([*options, "--name", "run"]) == 0
+        assert train.main([*TASKS[request.param], "--name", "run"]) == 0
         assert export.main(["runs/run", "-o", "model.onnx", "--images", "0"]) == 0
-        run = train.open_run(cli.parse(["--eval", "runs/run"])[0])
+        options, *_ = train.parse(["--eval", "runs/run"])
+        run = train.open_run(options)
+        run.model.eval()
+        batches = run.batches.eval(run.data.test, run.data.center)
         with torch.inference_mode():
-            images = torch.cat([x for x, _ in run.batches.eval(run.data.test, run.data.center)])
-            logits = torch.cat([run.model.eval()(x) for x in images.split(32)])
+            images = torch.cat([x for x, _ in batches])
+            logits = torch.cat([run.model(x) for x in images.split(32)])
         assert len(images) >= 200
-        yield folder, run, images.numpy(), logits.numpy()
+        yield Task(folder, run, images.numpy(), logits.numpy())
 
 
-def same(got, expected):
-    """As many labels, all of them torch's; the numbers near torch's."""
-    got = np.asarray(got, np.float32).reshape(expected.shape)
-    assert (got.argmax(axis=1) == expected.argmax(axis=1)).all()
-    assert np.abs(got - expected).max() < 1e-3
+def check_logits(got, task):
+    """As many labels as there are images, all of them torch's; the numbers near torch's."""
+    got = np.asarray(got, np.float32).reshape(task.logits.shape)
+    assert (got.argmax(axis=1) == task.logits.argmax(axis=1)).all()
+    assert np.abs(got - task.logits).max() < 1e-3
 
 
 def test_onnxruntime(task):
-    folder, _, images, expected = task
-    graph = export.in_onnxruntime(export.session(folder / "model.onnx"))
-    same([graph(image[None])[0][0] for image in images], expected)
+    session = export.session(task.folder / "model.onnx")
+    check_logits([session.run(None, {"image": image[None]})[0] for image in task.images], task)
 
 
 def test_reference_evaluator(task):
-    folder, run, images, expected = task
-    if run.data.name != "digits":
+    if task.run.data.name != "digits":
         pytest.skip("the reference evaluator takes a second for an image of 224 px")
     from onnx.reference import ReferenceEvaluator
-    graph = ReferenceEvaluator(onnx.load(folder / "model.onnx"))
-    same(np.concatenate([graph.run(None, {"image": part})[0] for part in np.array_split(images, 12)]), expected)
+
+    graph = ReferenceEvaluator(onnx.load(task.folder / "model.onnx"))
+    logits = []
+    for images in np.array_split(task.images, 12):
+        logits.extend(graph.run(None, {"image": images})[0])
+    check_logits(logits, task)
 
 
 def test_openvino(task):
     openvino = pytest.importorskip("openvino")
-    folder, _, images, expected = task
-    model = openvino.Core().compile_model(folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    same([model([image[None]])[0][0] for image in images], expected)
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}
+    path = task.folder / "model.onnx"
+    model = openvino.Core().compile_model(path, "CPU", precision)
+    check_logits([model([image[None]])[0] for image in task.images], task)
 
 
-def browse(folder, page, timeout=300):
-    """Open `page` of `folder` in Chromium over HTTP, and return what it POSTs, as JSON; an error that it reports fails."""
-    if not CHROMIUM:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+# ----------------------------------------------------------------------------------- the browser
+
+# What a page sends to the test: its result, or the error that it met.
+REPORT = """<script>
+const send = result => fetch("/", {method: "POST", body: JSON.stringify(result)});
+addEventListener("unhandledrejection", event => send({error: String(event.reason)}));
+addEventListener("error", event => send({error: String(event.message)}));
+</script>
+"""
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
+
+
+def find_chromium():
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if shutil.which(name):
+            return name
+    return pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+
+
+class Page(http.server.SimpleHTTPRequestHandler):
+    """Serves files; server.answer is what a page POSTs, as JSON, and server.answered an event."""
+
+    def do_POST(self):  # noqa: N802
+        length = int(self.headers["Content-Length"])
+        self.server.answer = json.loads(self.rfile.read(length))
+        self.send_response(204)
+        self.end_headers()
+        self.server.answered.set()
+
+    def log_message(self, *_):
+        pass
+
+
+def browse(folder, name, timeout=300):
+    """Open a page of `folder` in Chromium over HTTP and return what it sends; an error fails."""
+    chromium = find_chromium()
     if not (WEB / "ort.wasm.min.js").is_file():
-        pytest.skip(f"no onnxruntime-web at {WEB} (npm install onnxruntime-web, or set ADAPTERTUNE_ORT_WEB to its dist)")
-    answer, arrived = [], threading.Event()
+        pytest.skip(f"no onnxruntime-web at {WEB} (npm install, or set ADAPTERTUNE_ORT_WEB)")
+    web = folder / "node_modules/onnxruntime-web/dist"
+    ignore = shutil.ignore_patterns("*.map", "*webgpu*", "*jsep*", "*asyncify*", "*jspi*")
+    shutil.copytree(WEB, web, dirs_exist_ok=True, ignore=ignore)
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_POST(self):  # noqa: N802
-            answer.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-            arrived.set()
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    handler = functools.partial(Page, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.answered = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    web = folder / "node_modules/onnxruntime-web"
-    web.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(WEB, web / "dist", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.map", "*webgpu*", "*jsep*"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
-    browser = subprocess.Popen([CHROMIUM, *flags, f"http://127.0.0.1:{server.server_port}/{page}"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{server.server_port}/{name}"
+    command = [chromium, *FLAGS, f"--user-data-dir={folder / 'profile'}", url]
+    with (folder / "chromium.log").open("wb") as log:
+        browser = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        assert arrived.wait(timeout), f"{page} sent nothing within {timeout} s"
+        assert server.answered.wait(timeout), f"{name} sent nothing within {timeout} s"
     finally:
         browser.terminate()
         browser.wait()
         server.shutdown()
         server.server_close()
-    assert "error" not in answer[0], answer[0]
-    return answer[0]
+    assert "error" not in server.answer, server.answer
+    return server.answer
 
 
-REPORT = """const send = result => fetch("/", {method: "POST", body: JSON.stringify(result)});
-addEventListener("unhandledrejection", event => send({error: String(event.reason)}));
-addEventListener("error", event => send({error: String(event.message)}));
+LOGITS_PAGE = """<script src="node_modules/onnxruntime-web/dist/ort.wasm.min.js"></script>
+<script type="module">
+const images = new Float32Array(await (await fetch("images.bin")).arrayBuffer());
+const session = await ort.InferenceSession.create("model.onnx");
+const shape = [1, 3, SIDE, SIDE];
+const size = 3 * SIDE * SIDE;
+const all = [];
+for (let i = 0; i < images.length; i += size) {
+  const image = new ort.Tensor("float32", images.subarray(i, i + size), shape);
+  const {logits} = await session.run({image});
+  all.push(...logits.data);
+}
+send({logits: all});
+</script>
 """
 
 
 def test_onnxruntime_web(task):
-    folder, _, images, expected = task
-    (folder / "images.bin").write_bytes(images.tobytes())
-    (folder / "logits.html").write_text(f"""<script>{REPORT}</script>
-<script src="node_modules/onnxruntime-web/dist/ort.wasm.min.js"></script><script type="module">
-const images = new Float32Array(await (await fetch("images.bin")).arrayBuffer());
-const session = await ort.InferenceSession.create("model.onnx");
-const size = {images[0].size}, logits = [];
-for (let i = 0; i < images.length; i += size) {{
-  const image = new ort.Tensor("float32", images.subarray(i, i + size), {[1, *images.shape[1:]]});
-  logits.push(...(await session.run({{image}})).logits.data);
-}}
-send({{logits}});
-</script>""")
-    same(browse(folder, "logits.html")["logits"], expected)
+    """The graph itself in the browser, on normalised images one by one."""
+    (task.folder / "images.bin").write_bytes(task.images.tobytes())
+    page = LOGITS_PAGE.replace("SIDE", str(task.images.shape[-1]))
+    (task.folder / "logits.html").write_text(REPORT + page)
+    check_logits(browse(task.folder, "logits.html")["logits"], task)
 
 
-def test_the_page_of_the_readme(task, monkeypatch):
-    """README's page, as it stands there, on photos of their full size as PNG: the labels of export.py --run, and nearly its
-    probabilities."""
+@pytest.fixture(scope="module")
+def site(task):
+    """A folder with index.html's model.onnx, and every third photo of the test set as PNG.
+
+    Gives the folder, the number of photos and onnxruntime's probabilities of each, [n, K].
+    """
     image = pytest.importorskip("PIL.Image")
-    folder, run, _, _ = task
-    page = re.search(r"^```html\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
-    monkeypatch.chdir(folder)
-    (folder / "page").mkdir()
-    assert export.main(["runs/run", "--resize", "--output", "probabilities", "-o", "page/model.onnx"]) == 0
-    graph = export.in_onnxruntime(export.session("page/model.onnx"))
-    pixels, expected = run.data.test.pixels.permute(0, 2, 3, 1).numpy()[::3], []
-    for i, each in enumerate(pixels):
-        image.fromarray(each).save(folder / "page" / f"{i}.png")
-        expected.append(graph(each[None])[0][0])
-    (folder / "page/index.html").write_text(page + f"""<script>{REPORT}</script><script type="module">
+    folder = task.folder / "site"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(task.folder)
+        options = ["--resize", "--output", "probabilities", "-o", "site/model.onnx"]
+        assert export.main(["runs/run", *options]) == 0
+    session = export.session(folder / "model.onnx")
+    photos = task.run.data.test.pixels.permute(0, 2, 3, 1).numpy()[::3]
+    expected = []
+    for i, photo in enumerate(photos):
+        image.fromarray(photo).save(folder / f"{i}.png")
+        expected.append(session.run(None, {"image": photo[None]})[0][0])
+    return folder, np.stack(expected)
+
+
+def check_text(text, classes, probabilities):
+    """The text that index.html shows names the likeliest class, and its probability."""
+    name, percent = re.fullmatch(r"(.+) ([\d.]+) %", text).groups()
+    assert name == classes[probabilities.argmax()]
+    assert abs(float(percent) - 100 * probabilities.max()) < 0.2
+
+
+CALL_LABEL = """<script type="module">
 const labels = [];
-for (let i = 0; i < {len(pixels)}; i++) labels.push(await label(await (await fetch(i + ".png")).blob()));
-send({{labels}});
-</script>""")
-    labels = browse(folder / "page", "index.html")["labels"]
-    assert len(labels) == len(pixels)
-    for text, wanted in zip(labels, expected, strict=True):
-        name, percent = re.match(r"(.+?) ([\d.]+) %", text).groups()
-        assert name == run.data.classes[wanted.argmax()]
-        assert abs(float(percent) - 100 * wanted.max()) < 0.2
+for (let i = 0; i < COUNT; i++) {
+  const photo = await fetch(`${i}.png`);
+  labels.push(await label(await photo.blob()));
+}
+send({labels});
+</script>
+"""
+
+
+def test_function_of_the_page(task, site):
+    """index.html's `label` on photos in full size: onnxruntime's labels, nearly its probabilities;
+    the names of the classes are those of the file."""
+    folder, expected = site
+    script = CALL_LABEL.replace("COUNT", str(len(expected)))
+    (folder / "labels.html").write_text(REPORT + PAGE.read_text() + script)
+    labels = browse(folder, "labels.html")["labels"]
+    for text, probabilities in zip(labels, expected, strict=True):
+        check_text(text, task.run.data.classes, probabilities)
+
+
+# Files are put into the page's input as a user's choice does it, and what the page shows is read:
+# a photo, a file that is none, and the photo again.
+CHOOSE_FILES = """<script type="module">
+const input = document.querySelector("input");
+const output = document.querySelector("pre");
+
+async function choose(file) {
+  const files = new DataTransfer();
+  files.items.add(file);
+  input.files = files.files;
+  await input.onchange({target: input});
+  return output.textContent;
+}
+
+const loading = output.textContent;
+await ready;
+const loaded = output.textContent;
+const photo = new File([await (await fetch("0.png")).blob()], "0.png");
+const text = new File(["no photo"], "text.png");
+const shown = [await choose(photo), await choose(text), await choose(photo)];
+send({loading, loaded, shown});
+</script>
+"""
+
+
+def test_elements_of_the_page(task, site):
+    """index.html as a user sees it: it says when it is ready, labels the chosen photo, says that a
+    file is no photo, and goes on after that."""
+    folder, expected = site
+    (folder / "choose.html").write_text(REPORT + PAGE.read_text() + CHOOSE_FILES)
+    answer = browse(folder, "choose.html")
+    assert answer["loading"] == "loading model.onnx …"
+    assert answer["loaded"] == "ready"
+    first, refused, again = answer["shown"]
+    check_text(first, task.run.data.classes, expected[0])
+    assert refused.startswith("can't label this photo: ")
+    assert again == first
+
+
+READ_OUTPUT = """<script type="module">
+const failed = await ready.then(() => false, () => true);
+send({failed, shown: document.querySelector("pre").textContent});
+</script>
+"""
+
+
+def test_page_without_a_model(tmp_path):
+    """index.html says that there is no model.onnx beside it."""
+    page = PAGE.read_text().replace("</script>\n", "</script>\n", 1)
+    (tmp_path / "index.html").write_text(REPORT + page + READ_OUTPUT)
+    answer = browse(tmp_path, "index.html")
+    assert answer == {"failed": True, "shown": "can't load model.onnx: no model.onnx here (404)"}

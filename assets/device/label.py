@@ -1,0 +1,93 @@
+"""Label photos with an ONNX file of export.py. Needs no torch and no onnx: copy it to the device.
+
+    pip install onnxruntime pillow
+    python label.py model.onnx photo.jpg …
+    python label.py backbone.onnx --adapter flowers.onnx_adapter photo.jpg …
+
+Class names, image size, normalisation and the form of input and output are read from the file.
+"""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def read_photo(path, meta):
+    """A photo as the graph takes it, prepared as in training: a batch of 1."""
+    size = json.loads(meta["image_size"])
+    side = round(size / json.loads(meta["center"]))  # 256 for 224
+    with Image.open(path) as image:
+        image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    if meta["resize"] == "false":  # the graph doesn't: centre square to `side` pixels, its middle
+        edge = min(image.size)
+        left = (image.width - edge) // 2
+        top = (image.height - edge) // 2
+        square = (left, top, left + edge, top + edge)
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box=square)
+        start = (side - size) // 2
+        image = image.crop((start, start, start + size, start + size))
+    pixels = np.asarray(image)[None]  # uint8 [1, height, width, 3]
+    if meta["input"] == "uint8":
+        return pixels
+    mean = np.array(json.loads(meta["mean"]), np.float32)
+    std = np.array(json.loads(meta["std"]), np.float32)
+    return ((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+
+
+def load_adapter(path, meta):
+    """Run options with an adapter, and the metadata of its task. An adapter has a tensor named
+    after the backbone that it belongs to, which holds them."""
+    tensors = onnxruntime.AdapterFormat.read_adapter(path).get_parameters()
+    key = next((name for name in tensors if name.startswith("for.")), "for another program")
+    if key != meta.get("swappable"):
+        sys.exit(f"error: {path} is {key}; the model takes {meta.get('swappable', 'no adapters')}")
+    task = json.loads(tensors[key].numpy().tobytes())
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(path)
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(adapter)
+    meta |= {name: json.dumps(task[name]) for name in ("classes", "center")}
+    return options, adapter  # the options don't keep the adapter alive
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Label photos with an ONNX file of export.py.")
+    parser.add_argument("model", help="model.onnx")
+    parser.add_argument("photos", nargs="+", metavar="photo")
+    parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
+    arguments = parser.parse_args()
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # no warnings of inputs that have a default
+    session = onnxruntime.InferenceSession(arguments.model, settings)
+    meta = dict(session.get_modelmeta().custom_metadata_map)
+    options = adapter = None
+    if arguments.adapter:
+        options, adapter = load_adapter(arguments.adapter, meta)
+    if "classes" not in meta:
+        sys.exit(f"error: {arguments.model} has no class names; give the task's --adapter")
+    if meta["output"] == "embedding":
+        sys.exit(f"error: {arguments.model} gives embeddings, not labels")
+    classes = json.loads(meta["classes"])
+    batch = json.loads(meta["batch"]) or 1  # a fixed batch is filled up
+
+    for photo in arguments.photos:
+        try:
+            image = np.repeat(read_photo(photo, meta), batch, axis=0)
+        except OSError as error:
+            sys.exit(f"error: can't read {photo} as an image ({error})")
+        scores = session.run(None, {"image": image}, options)[0][0]
+        if meta["output"] == "logits":
+            scores = np.exp(scores - scores.max())
+            scores /= scores.sum()
+        best = np.argsort(-scores)[:3]
+        print(photo, *(f"{classes[i]} {scores[i]:.3f}" for i in best), sep="  ")
+
+
+if __name__ == "__main__":
+    main()
