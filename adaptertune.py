@@ -21,14 +21,14 @@ Beside adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), and the bas
 Shapes: B images, N tokens, D width, r rank, P prompts, E CLIP's embedding width, K classes.
 
 How to add a method, with LoRA on qkv as the example:
-1. Here: a row in METHODS with its settings, {"rank": 8, "scale": 1.0}; a module with A [r, D] and
-   B [3D, r] = 0; a function `add_lora` that puts one into each `block.attn.adapter`; and a branch
-   in `adapt` that calls it. `is_adapter` already matches the name.
-2. vit.py: the line of Attention.forward that adds it, `qkv = self.qkv(x) + self.adapter(x)`.
-3. train.py: a row in RATES, the method's learning rate. Its settings are options there already;
-   a new setting needs an option in `add_method_options`.
-4. export.py: LoRA is linear, so `merge` adds s·B·A to qkv.weight and the graph stays as it is. A
-   method whose graph differs needs a branch in `write_block` or `write_head`.
+1. Here: a row in METHODS with its settings, {"rank": 8, "scale": 1.0}; a module of two nn.Linear,
+   down [r, D] and up [3D, r] = 0, which a function `add_lora` puts into each `block.attn.adapter`;
+   and a branch in `adapt` that calls it. `is_adapter` matches that name already.
+2. vit.py, Attention: `self.adapter = None`, and a line of forward that adds its output to qkv.
+3. train.py: a row in RATES, the method's learning rate. Rank and scale are options already; a new
+   setting needs one in `add_method_options`. For --every and --blocks, see `adapt` and `expand`.
+4. export.py: LoRA is linear, so `merge` adds s·up·down to qkv.weight and the graph stays as it is.
+   A method whose graph differs needs a branch in `write_block` or `write_head`.
 """
 
 import hashlib
@@ -194,7 +194,7 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
     Raises:
         ValueError: a block that isn't there, or none at all.
     """
-    if blocks:
+    if blocks is not None:
         chosen = sorted({block + depth if block < 0 else block for block in blocks})
     elif every > 0:
         chosen = list(range(every - 1, depth, every))
@@ -219,7 +219,7 @@ def add_adapters(
     """Put an adapter behind blocks of a vit.ViT.
 
     Args:
-        method: "adaptertune" or "adaptformer"; gives the defaults of all that isn't said (METHODS).
+        method: "adaptertune" or "adaptformer", whose defaults hold for what is left out (METHODS).
         placement: the blocks, counted from 0; every block if left out.
         act: "gelu", "relu", or "mlp" for the activation of the block's MLP.
         settings: `reads`, `init`, `scale`, `learn_scale` and `dropout` of Adapter.
@@ -230,13 +230,12 @@ def add_adapters(
     """
     check_choice("method", method, ADAPTER_METHODS)
     settings = METHODS[method] | settings
-    method_act = settings.pop("act")
-    act = act or method_act
+    default_act = settings.pop("act")
+    default_rank = settings.pop("rank")
+    act = default_act if act is None else act
+    rank = default_rank if rank is None else rank
     check_choice("act", act, (*ACTS, "mlp"))
-    method_rank = settings.pop("rank")
-    rank = method_rank if rank is None else rank
-    depth = len(model.blocks)
-    for index in choose_blocks(depth, blocks=placement):
+    for index in choose_blocks(len(model.blocks), blocks=placement):
         block = model.blocks[index]
         module = type(block.mlp.act)() if act == "mlp" else ACTS[act]()
         block.adapter = Adapter(
@@ -389,7 +388,7 @@ def prototypes(embeddings: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(means)
 
 
-# ----------------------------------------------------------------------- what a method makes of it
+# ------------------------------------------------------------- methods: from backbone to model
 
 
 def add_head(model: nn.Module, classes: int) -> None:
@@ -433,11 +432,13 @@ def adapt(
         The settings in force, for the adapter file's metadata.
 
     Raises:
-        ValueError: an unknown method, or settings that this model can't have.
+        ValueError: an unknown method, or settings that it or this model can't have.
     """
     check_choice("method", method, METHODS)
+    for name in settings:
+        check_choice(f"setting of {method}", name, METHODS[method])
     settings = METHODS[method] | settings
-    if method in ("adaptertune", "adaptformer"):
+    if method in ADAPTER_METHODS:
         add_adapters(model, method=method, placement=placement, **settings)
         add_head(model, classes)
         settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
@@ -460,7 +461,8 @@ def adapt(
 def is_adapter(name: str) -> bool:
     """Does a parameter of this name belong to the adapters, the prompts or the head?
 
-    This alone decides what is frozen, counted, optimised and saved.
+    This predicate is the only thing that tells them from the backbone: freezing, counting, saving
+    and the fingerprint use it. (The optimiser gets what isn't frozen.)
     """
     return ".adapter." in name or name.endswith(".prompts") or name.startswith("head.")
 
@@ -528,8 +530,8 @@ def count(model: nn.Module) -> dict[str, int]:
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits (of a SHA-256) that identify a backbone, adapted or not.
 
-    They cover names, shapes and values of all its tensors but the positions, which are resized to
-    the image size in use.
+    They cover names, shapes and values of all its tensors but the head and the positions, which
+    are resized to the image size in use.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

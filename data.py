@@ -10,7 +10,7 @@ Crop, flip and antialiased resize are linear and separable, so they are two smal
     out[S, S] = rows[S, H] · image[H, W] · cols[S, W]ᵀ
 
 with the weights of Pillow's bicubic resize in them (Keys' cubic, a = -1/2). A flip reverses the
-order of the columns' matrix.
+order of the rows of `cols`.
 
 Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels along a side that the
 network sees, K classes.
@@ -116,11 +116,11 @@ def split(
     protocol).
 
     Args:
-        limit: train on so many images only, classes in proportion, and choose by a quarter as many;
-            0 for all.
-        shots: train on so many images of each class, drawn by `seed`, and choose by as many others,
-            4 at most (the few-shot protocol of CoOp, https://arxiv.org/abs/2109.01134), or as there
-            are, perhaps none; 0 for all.
+        limit: keep so many training images, classes in proportion, and a quarter as many for
+            validation; 0 for all.
+        shots: keep so many training images of each class, drawn by `seed`, and at most 4 others of
+            each for validation, or none if none are left (the few-shot protocol of CoOp,
+            https://arxiv.org/abs/2109.01134); 0 for all.
         test_share: the share of a missing test set, which then is drawn by `seed`.
 
     Raises:
@@ -163,7 +163,7 @@ def sample_shots(images: Images, shots: int, key: str) -> tuple[Images, Images]:
     """At most `shots` images of each class, drawn by `key`, and the rest."""
     order = stratified_order(images.labels, key)
     labels = images.labels[order]
-    position = torch.empty_like(labels)  # how many of its class came before it, and itself
+    position = torch.empty_like(labels)  # 1 for the first of its class, 2 for the second, …
     for label in labels.unique():
         members = labels == label
         position[members] = torch.arange(1, int(members.sum()) + 1)
@@ -175,20 +175,23 @@ def stratified_order(labels: Tensor, key: str) -> Tensor:
     """A random order [n], fixed by `key`, whose every beginning holds the classes in proportion:
     cut it to split."""
     shuffled = torch.randperm(len(labels), generator=generator(key))
-    place = torch.empty(len(labels))  # where an image stands in its own class, 0..1
+    shuffled_labels = labels[shuffled]
+    place = torch.empty(len(labels))  # of each shuffled image within its class, 0..1
     for label in labels.unique():
-        members = shuffled[labels[shuffled] == label]
-        place[members] = (torch.arange(len(members)) + 0.5) / len(members)
-    return shuffled[place[shuffled].argsort(stable=True)]
+        members = shuffled_labels == label
+        size = int(members.sum())
+        place[members] = (torch.arange(size) + 0.5) / size
+    # By place, the classes alternate; of equal places the one that was shuffled first comes first.
+    return shuffled[place.argsort(stable=True)]
 
 
 def generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator seeded by a readable key such as "0/3/17" (seed, epoch, step)."""
-    return torch.Generator(device).manual_seed(checksum(key))
+    return torch.Generator(device).manual_seed(seed_from(key))
 
 
-def checksum(key: str) -> int:
-    """32 bits to seed a generator with: one on the CPU keeps no more of its seed."""
+def seed_from(key: str) -> int:
+    """A key as a seed of 32 bits; a CPU generator ignores the higher bits of its seed."""
     return zlib.crc32(key.encode())
 
 
@@ -612,9 +615,9 @@ def download(
 ) -> None:
     """Fetch `url` to `path`, which exists only once it is whole and its checksum right.
 
-    What has arrived stays in `path`.part. A cut connection is resumed at once, `tries` times, and
-    by the next call after that. Size and SHA-256 are checked against what the hub states (the
-    headers X-Linked-Size and X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal digits).
+    What has arrived stays in `path`.part. A cut connection is resumed, at most `tries` requests in
+    all, and by the next call after that. Size and SHA-256 are checked against what the hub states
+    (X-Linked-Size and X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal digits).
 
     Args:
         checksum: kind and hexadecimal digest, instead of what the server states.
@@ -625,7 +628,7 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     by_hand = f"fetch {url} by other means and put it at {path}"
-    if path.suffix != ".gz":
+    if path.suffix not in (".gz", ".txt"):
         by_hand += " or give it by --weights"
     reason = ""
     for attempt in range(tries):

@@ -8,17 +8,16 @@
 assets/device/label.py labels photos with such a file, by onnxruntime alone.
 
 The graph reads like vit.py, top to bottom, and each value is named after the torch module that it
-comes out of. What is the same for every image is worked out here and not on the device. All of it
+comes out of. What is the same for every image is worked out here and not on the device; all of it
 is exact but for rounding:
 
-    attention's 1/√d goes into the query; the bias of k shifts all scores of a query alike, which
-    softmax doesn't see
-    softmax's rows sum to 1, so the bias of v goes through proj into its bias; LayerScale goes into
-    proj and fc2
-    an adapter's s goes into U, su into fc2's bias, and v' = v - V·su where it reads what fc2 gave
-    after the last attention the class token goes on alone, where the head reads nothing else
-    1/(255 std) of pixels goes into the patch embedding, whose bias goes, with -mean/std in it, into
-    the positions
+    query            W_q' = W_q / √d, b_q' = b_q / √d
+    key              without bias: it shifts all scores of a query alike, which softmax ignores
+    value, proj      b' = b + W · b_v: the rows of softmax sum to 1;  W' = γW, b' = γb (LayerScale)
+    fc2, adapter     b' = γb + su, U' = sU, and v' = v - V·su where the adapter reads fc2's output
+    last block       the class token alone after attention, if the head reads nothing else
+    pixels 0..255    W' = W / (255 std), b' = b - Σ W · mean / std in the patch embedding
+    positions        + b', the patch embedding's bias
 
 From the top: the graph, int8, the check, files, the command line.
 
@@ -296,11 +295,11 @@ def write_pooling(g: Graph, model: vit.ViT, x: str, prompts: int) -> str:
     return g("Squeeze", x, g.constant("axis1", [1]), name="features")
 
 
-def write_head(g: Graph, model: vit.ViT, method: str, x: str) -> str:
-    """Features [B, D] to logits [B, K], as each method has them."""
-    if method in adaptertune.CLIP_METHODS:
-        return write_clip_head(g, model.head, x)
-    return g.linear("head", x, model.head.weight, model.head.bias)
+def write_head(g: Graph, head: nn.Module, x: str) -> str:
+    """Features [B, D] to logits [B, K]."""
+    if isinstance(head, adaptertune.ClipHead):
+        return write_clip_head(g, head, x)
+    return g.linear("head", x, head.weight, head.bias)
 
 
 def write_clip_head(g: Graph, head: adaptertune.ClipHead, x: str) -> str:
@@ -334,7 +333,7 @@ def write_vit(g: Graph, model: vit.ViT, meta: dict) -> None:
         x = write_block(g, f"blocks.{i}", block, x, last=last and config.pool == "token")
     x = write_pooling(g, model, x, prompts)
     if meta["output"] != "embedding":
-        x = write_head(g, model, meta["method"], x)
+        x = write_head(g, model.head, x)
     if g.dtype != "float32":
         x = g("Cast", x, name="cast", to=TensorProto.FLOAT)
     if meta["output"] == "probabilities":
@@ -343,14 +342,14 @@ def write_vit(g: Graph, model: vit.ViT, meta: dict) -> None:
 
 
 # What --swappable makes inputs of the graph: the ends of the constants' names, and which of their
-# dimensions is the task's own, rank or classes. (The biases u have gone into fc2's.)
+# dimensions is the task's own. (The graph's matrices are transposed; u has gone into fc2's bias.)
 SWAPPED = {
-    "adapter.down.weight": 1,
-    "adapter.down.bias": 0,
-    "adapter.up.weight": 0,
-    "mlp.fc2.bias": None,
-    "head.weight": 1,
-    "head.bias": 0,
+    "adapter.down.weight": 1,  # [D, r]
+    "adapter.down.bias": 0,  # [r]
+    "adapter.up.weight": 0,  # [r, D]
+    "mlp.fc2.bias": None,  # [D]
+    "head.weight": 1,  # [D, K]
+    "head.bias": 0,  # [K]
 }
 
 
@@ -416,7 +415,8 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
 
 # ------------------------------------------------------------------------------------------ int8
 
-# The matrices in 8 bits: the blocks', but the first fc2, whose input spans most (1 % of the time).
+# The matrices in 8 bits: the blocks', but for the first fc2, whose input has the widest range. Kept
+# in fp32 it costs 1 % of the run time.
 INT8 = re.compile(r"(?!blocks\.0\.mlp\.fc2)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc)")
 
 
@@ -449,21 +449,20 @@ def channel_ranges(model: vit.ViT, images: Tensor) -> dict[str, tuple[Tensor, Te
     return ranges
 
 
-def channel_factors(reach: Tensor, weight: Tensor) -> Tensor:
-    """How much larger a channel is than 8 bits hold well, [in]: what its activations are divided
-    and its weights multiplied by. A share of 0.7 gave the least error on DeiT-tiny.
+def channel_factors(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """What each channel's activations are divided and its weights multiplied by, [in]:
+    SmoothQuant's equation 4.
 
     Args:
-        reach: its largest activation, [in].
+        reach: its largest |activation|, [in].
         weight: of the matrix that reads it, [out, in].
     """
-    share = 0.7
     largest = weight.abs().amax(dim=0)
-    return reach.clamp(min=1e-5) ** share / largest.clamp(min=1e-5) ** (1 - share)
+    return reach.clamp(min=1e-5) ** alpha / largest.clamp(min=1e-5) ** (1 - alpha)
 
 
 @torch.no_grad()
-def equalise(model: vit.ViT, images: Tensor) -> None:
+def equalise(model: vit.ViT, images: Tensor, alpha: float = 0.7) -> None:
     """Rewrite a ViT into the same function with activations that 8 bits hold better.
 
     What LayerNorm and attention give is centred and scaled per channel, and the next matrix undoes
@@ -472,17 +471,19 @@ def equalise(model: vit.ViT, images: Tensor) -> None:
 
     Args:
         images: [n, 3, S, S], which show what is usual.
+        alpha: how much of a channel's range moves into the weights, 0 to 1; 0.7 gave the least
+            error on DeiT-tiny (tests/bench_int8.py).
     """
     D = model.config.width
     ranges = channel_ranges(model, images)
     for i, block in enumerate(model.blocks):
         qkv = block.attn.qkv
         proj = block.attn.proj
-        equalise_norm(block.norm1, ranges[f"blocks.{i}.attn.qkv"], [qkv])
+        equalise_norm(block.norm1, ranges[f"blocks.{i}.attn.qkv"], [qkv], alpha)
         readers = [block.mlp.fc1]
         if block.adapter is not None and block.adapter.reads == "ln":
             readers.append(block.adapter.down)
-        equalise_norm(block.norm2, ranges[f"blocks.{i}.mlp.fc1"], readers)
+        equalise_norm(block.norm2, ranges[f"blocks.{i}.mlp.fc1"], readers, alpha)
         if qkv.bias is not None:  # v's goes through attention as it is
             proj.bias += proj.weight @ qkv.bias[2 * D :]
             qkv.bias[2 * D :] = 0
@@ -490,13 +491,13 @@ def equalise(model: vit.ViT, images: Tensor) -> None:
     for i, block in enumerate(model.blocks):
         proj = block.attn.proj
         low, high = ranges[f"blocks.{i}.attn.proj"]
-        factor = channel_factors(torch.maximum(-low, high), proj.weight)
+        factor = channel_factors(torch.maximum(-low, high), proj.weight, alpha)
         block.attn.qkv.weight[2 * D :] /= factor[:, None]
         proj.weight *= factor
 
 
 def equalise_norm(
-    norm: nn.LayerNorm, span: tuple[Tensor, Tensor], readers: list[nn.Linear]
+    norm: nn.LayerNorm, span: tuple[Tensor, Tensor], readers: list[nn.Linear], alpha: float
 ) -> None:
     """Centre and scale what a LayerNorm gives, and undo it in the matrices that read it."""
     low, high = span
@@ -504,7 +505,8 @@ def equalise_norm(
     if readers[0].bias is None:  # nothing could undo a shift
         middle = torch.zeros_like(middle)
     reach = torch.maximum(high - middle, middle - low)
-    factor = channel_factors(reach, torch.cat([reader.weight for reader in readers]))
+    weight = torch.cat([reader.weight for reader in readers])
+    factor = channel_factors(reach, weight, alpha)
     for reader in readers:
         if reader.bias is not None:
             reader.bias += reader.weight @ middle
@@ -521,10 +523,12 @@ def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         if node.op_type == "MatMul" and INT8.match(node.name):
             names.append(node.name)
     logging.disable()  # it warns that the graph wasn't prepared, which this one needn't be
-    quantize_dynamic(
-        proto, path, op_types_to_quantize=["MatMul"], nodes_to_quantize=names, per_channel=True
-    )
-    logging.disable(logging.NOTSET)
+    try:
+        quantize_dynamic(
+            proto, path, op_types_to_quantize=["MatMul"], nodes_to_quantize=names, per_channel=True
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     return onnx.load(path)
 
 
@@ -548,9 +552,9 @@ def session(model: str | Path) -> onnxruntime.InferenceSession:
 class Checked:
     """Test images as the graph takes them, as torch takes them, and their labels."""
 
-    image: np.ndarray  # what `input` says
+    image: np.ndarray  # [B, …], what the graph's input is
     x: Tensor  # [B, 3, S, S], normalised
-    labels: np.ndarray  # [B]
+    labels: np.ndarray  # [n]: less than B where a fixed batch was filled up with repeated images
 
 
 def in_onnxruntime(graph: onnxruntime.InferenceSession, adapter: Path | None = None) -> Callable:
@@ -561,17 +565,18 @@ def in_onnxruntime(graph: onnxruntime.InferenceSession, adapter: Path | None = N
         lora.Load(str(adapter))
         options.add_active_adapter(lora)
 
-    def outputs(images: Checked, keep=lora) -> np.ndarray:  # the options don't keep it alive
+    def output(images: Checked) -> np.ndarray:
         return graph.run(None, {INPUT: images.image}, options)[0]
 
-    return outputs
+    output.adapter = lora  # RunOptions doesn't keep the adapter alive: it would crash
+    return output
 
 
 def in_torch(model: vit.ViT, meta: dict) -> Callable:
     """The same output by torch."""
 
     @torch.inference_mode()
-    def outputs(images: Checked) -> np.ndarray:
+    def output(images: Checked) -> np.ndarray:
         if meta["output"] == "embedding":
             return model.features(images.x).numpy()
         logits = model(images.x)
@@ -579,12 +584,15 @@ def in_torch(model: vit.ViT, meta: dict) -> Callable:
             return logits.softmax(dim=-1).numpy()
         return logits.numpy()
 
-    return outputs
+    return output
 
 
 def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
-    """`count` test images, evenly over the set: most, 55 at best, one by one, and then seven at a
-    time; or in the graph's own batch."""
+    """`count` test images, evenly over the set, in the graph's own batch if it has one.
+
+    Else up to 55 of them come one by one, for the time of batch 1, and the rest seven at a time,
+    with a smaller batch last: 7 and 2 of the usual 64, so that odd batches are tried too.
+    """
     index = torch.linspace(0, len(run.data.test) - 1, count).long()
     batch = run.meta["batch"]
     if batch:
@@ -593,26 +601,26 @@ def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
         single = min(55, 7 * count // 8)
         parts = [*index[:single].split(1), *index[single:].split(7)]
     for part in parts:
-        if not len(part):
-            continue
-        if batch:  # the last one is filled up
-            part = part[torch.arange(batch) % len(part)]
-        yield to_check(run, run.data.test[part])
+        if len(part):
+            yield to_check(run, run.data.test[part])
 
 
 def to_check(run: train.Run, images: data.Images) -> Checked:
-    """A batch as the graph and as torch take it."""
+    """A batch as the graph and as torch take it; a fixed batch is filled up."""
+    labels = images.labels.numpy()
+    batch = run.meta["batch"] or len(images)
+    images = images[torch.arange(batch) % len(images)]
     pixels = images.pixels
     boxes = data.center_boxes(len(images), *pixels.shape[-2:], run.data.center, pixels.device)
     x = run.batches.finish(pixels, boxes)
     if run.meta["input"] == "float":
-        return Checked(x.numpy(), x, images.labels.numpy())
+        return Checked(x.numpy(), x, labels)
     if not run.meta["resize"]:  # whole numbers of S pixels, for both
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in run.batches.norm)
         pixels = ((x * std + mean) * 255).round().byte()
         x = (pixels / 255 - mean) / std
     image = np.ascontiguousarray(pixels.permute(0, 2, 3, 1))
-    return Checked(image, x, images.labels.numpy())
+    return Checked(image, x, labels)
 
 
 @dataclass
@@ -647,13 +655,14 @@ def measure(exact: Callable, graph: Callable, run: train.Run, count: int) -> Agr
         middle = time.perf_counter()
         other = graph(images)
         end = time.perf_counter()
-        if len(images.labels) == (run.meta["batch"] or 1):
+        n = len(images.labels)
+        if len(images.x) == (run.meta["batch"] or 1):
             found.times.append((middle - moment, end - middle))
         found.worst = float(np.maximum(found.worst, np.abs(one - other).max()))  # keeps a NaN
-        found.before.append(top1(one))
-        found.after.append(top1(other))
+        found.before.append(top1(one)[:n])
+        found.after.append(top1(other)[:n])
         found.labels.append(images.labels)
-        seen += len(images.labels)
+        seen += n
         data.progress("checking, image", seen, count, started)
     return found
 
@@ -685,9 +694,8 @@ def verify(
     total = sum(map(len, found.labels))
     text = f"{names[1]} against {names[0]}, {total:,} test images: max |diff| {found.worst:.1e}"
     if least == 100:
-        clip_logits = run.meta["method"] in adaptertune.CLIP_METHODS
-        clip_logits = clip_logits and run.meta["output"] == "logits"
-        limit = 10 * LIMIT if run.meta["resize"] or clip_logits else LIMIT
+        clip = run.meta["method"] in adaptertune.CLIP_METHODS and run.meta["output"] == "logits"
+        limit = 10 * LIMIT if run.meta["resize"] or clip else LIMIT
         good = same == 100 and found.worst <= limit
         bound = f"{limit:.0e}".replace("-0", "-")
         text += f" (limit {bound}), top-1 agreement {same:.4g} %"
@@ -703,10 +711,10 @@ def verify(
         raise ValueError(text)
     print(f"check    {text} ok", flush=True)
     times = found.times[5:] or found.times  # after a warm-up
-    slow, fast = 1000 * np.median(times, axis=0)
+    first, second = 1000 * np.median(times, axis=0)
     print(
-        f"speed    batch {run.meta['batch'] or 1}: {fast:.1f} ms {names[1]}, {slow:.1f} ms "
-        f"{names[0]}, ratio {fast / slow:.2f} (median of {len(times)}, CPU, "
+        f"speed    batch {run.meta['batch'] or 1}: {second:.1f} ms {names[1]}, {first:.1f} ms "
+        f"{names[0]}, ratio {second / first:.2f} (median of {len(times)}, CPU, "
         f"{os.cpu_count()} threads)"
     )
 
@@ -787,7 +795,7 @@ def with_empty_adapters(model: vit.ViT, *, reads: str, act: str) -> vit.ViT:
     empty = copy.deepcopy(model)
     adaptertune.add_adapters(empty, rank=1, reads=reads, act=act)
     adaptertune.add_head(empty, empty.config.width)
-    for block in empty.blocks:
+    for block in empty.blocks:  # else V is random, and the file another one each time
         nn.init.zeros_(block.adapter.down.weight)
     nn.init.eye_(empty.head.weight)
     return empty.requires_grad_(False)
@@ -810,8 +818,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     empty = with_empty_adapters(run.model, **kind)
     backbone_graph = Graph(options.opset)
     shared = {name: meta[name] for name in SHARED}
-    shared |= {"method": "adaptertune", "swappable": key}
-    proto = to_model(backbone_graph, empty, shared)
+    proto = to_model(backbone_graph, empty, shared | {"swappable": key})
 
     # What differs from the backbone's constants is the adapter.
     own_graph = Graph(options.opset)
@@ -869,21 +876,21 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.section("graph")
     add = parser.value
     place = "where to: a file or, with --swappable, a folder (in or beside the run's folder)"
-    add("-o", "PATH", str, "", place)
+    add("-o", "PATH", str, place, "")
     opset = "17 runs nearly everywhere, 23 is newest (17; 18 with --resize)"
-    add("--opset", "N", int, 0, opset, choices=sorted(IR))
-    add("--batch", "N", train.integer(0, 10**6), 0, "images in every call (0: as many as come)")
+    add("--opset", "N", int, opset, 0, choices=sorted(IR))
+    add("--batch", "N", train.integer(0), "images in every call (0: as many as come)", 0)
     image = "normalised [batch, 3, S, S], or pixels uint8 [batch, S, S, 3] (float)"
-    parser.choice("--input", ("float", "uint8"), "", image)
+    parser.choice("--input", ("float", "uint8"), image, "")
     parser.switch("--resize", "take uint8 pixels of any size, and resize them as in training")
     outputs = ("logits", "probabilities", "embedding")
-    parser.choice("--output", outputs, "logits", "what the graph gives (logits)")
+    parser.choice("--output", outputs, "what the graph gives (logits)", "logits")
     precision = "of the weights; int8 is for CPUs (fp32)"
-    parser.choice("--precision", ("fp32", "fp16", "int8"), "fp32", precision)
+    parser.choice("--precision", ("fp32", "fp16", "int8"), precision, "fp32")
     parser.switch("--swappable", "one backbone.onnx for all tasks, one .onnx_adapter for each")
     parser.section("check")
     count = "test images to check with, 0 for all (64; 1,000 for fp16 and int8)"
-    add("--images", "N", train.integer(0), None, count)
+    add("--images", "N", train.integer(0), count, None)
     parser.switch("--force", f"keep fp16 or int8 even if under {AGREE:g} %% of the labels agree")
     options, more = parser.parse_known_args(arguments)
 
@@ -906,6 +913,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_options, *_ = train.parse(["--eval", options.run, "--device", "cpu", *more])
         run = train.open_run(run_options)
         run.model.eval().requires_grad_(False)
+        # From here on run.meta describes the graph, and goes into it.
         for name in ("config", "learn_scale", "init", "dropout"):  # of no use to a deployer
             run.meta.pop(name, None)
         for name in CHOICES:

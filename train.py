@@ -11,8 +11,9 @@ clipped to norm 1, random resized crops and flips. The epoch is chosen by valida
 test set is read once, at the very end, with the weights of that epoch.
 
 A run leaves runs/NAME/ with adapters.safetensors (the trained tensors alone), result.json,
-metrics.csv, config.json and, where matplotlib is installed, curves.svg. While it is unfinished
-state.pt stands there, and --resume goes on exactly where it was stopped.
+metrics.csv, config.json, for photos split.json, and, where matplotlib is installed, curves.svg.
+While it is unfinished state.pt stands there, and --resume goes on exactly where it was stopped, on
+the same kind of device.
 
 From the top: options, setting up, training, opening a run, the terminal, pictures, main.
 """
@@ -60,9 +61,10 @@ RATES = {
     "full": (1e-4, 5e-4),
     "scratch": (1e-3, 1e-3),
 }
-GRID = ("method", "rank", "every", "blocks", "init")  # may have several values, each with each
+# Options that may have several values; every combination is a run.
+GRID = ("method", "rank", "every", "blocks", "init")
 NOT_KEPT = ("resume", "eval", "name", "label", "plot")  # options that config.json leaves out
-HERE = ("data_dir", "offline", "device")  # where a run is made, not what it is
+MAY_DIFFER = ("data_dir", "offline", "device")  # options that may differ when a run is resumed
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 WIDTHS = (6, 8, 9, 8, 9, 10, 10)
@@ -80,12 +82,12 @@ class Parser(argparse.ArgumentParser):
         """Put the options that follow under this title."""
         self.group = self.add_argument_group(title)
 
-    def value(self, name: str, metavar: str, kind: Callable, default, text: str, **more) -> None:
-        """An option with a value, which `kind` reads."""
+    def value(self, name: str, metavar: str, kind: Callable, text: str, default, **more) -> None:
+        """An option with a value, which `kind` reads from its text."""
         more |= {"metavar": metavar, "type": kind, "default": default}
         self.group.add_argument(*name.split(), help=text, **more)
 
-    def choice(self, name: str, choices: Sequence[str], default, text: str, **more) -> None:
+    def choice(self, name: str, choices: Sequence[str], text: str, default, **more) -> None:
         """An option with one value of a few."""
         more |= {"metavar": "|".join(choices), "choices": choices, "default": default}
         self.group.add_argument(name, help=text, **more)
@@ -144,14 +146,11 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
     add_method_options(parser)
     options = parser.parse_args(arguments)
     if options.eval:  # the run's own options, unless the command line says otherwise
-        path = Path(options.eval) / "config.json"
-        if not path.is_file():
-            parser.error(f"no run in {options.eval}: {path} is missing")
-        saved = json.loads(path.read_text())
-        for name in GRID:
-            if name in saved:
-                saved[name] = [saved[name]]
-        parser.set_defaults(**saved)
+        try:
+            saved = read_config(Path(options.eval))
+        except ValueError as error:
+            parser.error(str(error))
+        parser.set_defaults(**saved | {name: [saved[name]] for name in GRID if name in saved})
         options = parser.parse_args(arguments)
     grid = expand(options)
     for run_options in grid:
@@ -168,39 +167,39 @@ def add_options(parser: Parser) -> None:
     backbones = ", ".join(vit.BACKBONES)
 
     parser.section("task")
-    add("--dataset", "NAME", str, "digits", f"{datasets}, or a folder of images (digits)")
-    add("--data-dir", "DIR", str, "data", "where data sets are, or are downloaded to (data)")
-    add("--limit", "N", integer(0), 0, "a quick look: train on N images, choose by N/4 (0: all)")
-    add("--shots", "K", integer(0), 0, "train on K images of each class (0: all)")
+    add("--dataset", "NAME", str, f"{datasets}, or a folder of images (digits)", "digits")
+    add("--data-dir", "DIR", str, "where data sets are, or are downloaded to (data)", "data")
+    add("--limit", "N", integer(0), "a quick look: train on N images, choose by N/4 (0: all)", 0)
+    add("--shots", "K", integer(0), "train on K images of each class (0: all)", 0)
     share = "share for a missing test set, drawn by seed (0: a fifth, the same for all seeds)"
-    add("--test-share", "P", number(0, 0.9), 0.0, share)
+    add("--test-share", "P", number(0, 0.9), share, 0.0)
     parser.switch("--offline", "never use the network")
 
     parser.section("backbone")
     named = f"{backbones} (vit_s16; vit_micro for digits)"
-    add("--backbone", "NAME", str, "", named, choices=vit.BACKBONES)
-    add("--weights", "FILE", str, "", "a .safetensors or .pth file, instead of the download")
-    add("--heads", "N", integer(0, 10_000), 0, "attention heads of --weights (0: 64 channels each)")
-    add("--image-size", "PIXELS", integer(0, 10_000), 0, "side of the input (0: its own)")
+    add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
+    add("--weights", "FILE", str, "a .safetensors or .pth file, instead of the download", "")
+    add("--heads", "N", integer(0, 10_000), "attention heads of --weights (0: 64 channels each)", 0)
+    add("--image-size", "PIXELS", integer(0, 10_000), "side of the input (0: its own)", 0)
 
     parser.section("training")
-    add("--epochs", "N", integer(0), 0, "passes over the images (10; digits 12; --cached 100)")
+    add("--epochs", "N", integer(0), "passes over the images (10; digits 12; --cached 100)", 0)
     parser.switch("--cached", "head: train on features computed once, without augmentation")
-    add("--batch", "N", integer(0), 0, "images in a step (128; 32 for less than 5,000 images)")
-    add("--lr", "LR", number(0, 1000), 0.0, "peak learning rate (by method and backbone)")
-    add("--weight-decay", "W", number(0, 1000), 0.05, "on weight matrices only, 0 for off (0.05)")
-    add("--label-smoothing", "P", number(0, 1), 0.0, "0 for off (0)")
-    add("--min-scale", "A", number(0, 1), 0.0, "least area of a training crop (0.08; digits 0.85)")
-    add("--seeds", "I,J,…", integers(0), [0], "a run for each; mean and spread at the end (0)")
-    parser.choice("--amp", ("auto", "bf16", "off"), "auto", "bf16 where it is faster (auto)")
-    add("--device", "NAME", str, "auto", "cpu, cuda, cuda:1 (auto: cuda if there is one)")
+    add("--batch", "N", integer(0), "images in a step (128; 32 for less than 5,000 images)", 0)
+    add("--lr", "LR", number(0, 1000), "peak learning rate (by method and backbone)", 0.0)
+    add("--weight-decay", "W", number(0, 1000), "on weight matrices only, 0 for off (0.05)", 0.05)
+    add("--label-smoothing", "P", number(0, 1), "0 for off (0)", 0.0)
+    add("--min-scale", "A", number(0, 1), "least area of a training crop (0.08; digits 0.85)", 0.0)
+    add("--seeds", "I,J,…", integers(0), "a run for each; mean and spread at the end (0)", [0])
+    parser.choice("--amp", ("auto", "bf16", "off"), "bf16 where it is faster (auto)", "auto")
+    add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
 
     parser.section("run")
-    add("--name", "NAME", str, "", "folder below runs/ (from data set, method and seed)")
+    add("--name", "NAME", str, "folder below runs/ (from data set, method and seed)", "")
     parser.switch("--resume", "go on with stopped runs; finished ones are kept as they are")
-    add("--eval", "runs/NAME", str, "", "don't train: read the test set of a finished run again")
+    add("--eval", "runs/NAME", str, "don't train: read the test set of a finished run again", "")
     drawn = "draw the test images as the head reads them, and the confusion matrix"
-    parser.choice("--plot", ("features",), None, drawn)
+    parser.choice("--plot", ("features",), drawn, None)
 
 
 def add_method_options(parser: Parser) -> None:
@@ -209,7 +208,7 @@ def add_method_options(parser: Parser) -> None:
 
     def add(name: str, metavar: str, kind: Callable, text: str, default=None, **more) -> None:
         setting = name.split()[0].removeprefix("--").replace("-", "_")
-        parser.value(name, metavar, kind, default, text + defaults_of(setting), **more)
+        parser.value(name, metavar, kind, text + defaults_of(setting), default, **more)
 
     parser.section("method")
     several = f"{', '.join(methods)}; several are compared (adaptertune)"
@@ -222,9 +221,9 @@ def add_method_options(parser: Parser) -> None:
     add("--blocks", "I,J,…", placement, where, [None], nargs="+")
     reads = "adapters read the block's output, the MLP's input before (raw) or after its LayerNorm "
     reads += f"(ln), or the MLP's output (mlp){defaults_of('reads')}"
-    parser.choice("--adapter-input", adaptertune.READS, None, reads, dest="reads")
+    parser.choice("--adapter-input", adaptertune.READS, reads, None, dest="reads")
     act = f"their activation, mlp for that of the block's MLP{defaults_of('act')}"
-    parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), None, act, dest="act")
+    parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
     init = "up-projection: zeros, or N(0, 1e-4²); or a file's adapters, ours or AdaptFormer's"
     add("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
     add("--scale", "S", float, "factor of the adapters' output")
@@ -239,7 +238,7 @@ def add_method_options(parser: Parser) -> None:
     add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none")
     parser.switch("--learn-ratio", "train those that aren't 0", default=None)
     source = "class embeddings from class names (text), or from training images"
-    parser.choice("--classifier", ("text", "prototypes"), "text", source)
+    parser.choice("--classifier", ("text", "prototypes"), source, "text")
     add("--template", "TEXT", str, 'such as "a photo of a {}." (by data set)', "")
     add("--text-weights", "FILE", str, "CLIP's text tower (in the backbone's file)", "")
     add("--vocab", "FILE", str, f"{' or '.join(VOCABULARIES)} (beside the weights)", "")
@@ -300,7 +299,8 @@ def fill_in(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace, parser: Parser) -> None:
     """Refuse options that can't go together."""
     adapters = options.method in adaptertune.ADAPTER_METHODS
-    if adapters and options.init not in adaptertune.INITS and not Path(options.init).is_file():
+    known = options.init in adaptertune.INITS or options.eval  # then the run's file has them
+    if adapters and not known and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
@@ -316,12 +316,14 @@ class State:
     """How far a run has come: with weights and optimiser all that --resume needs."""
 
     epoch: int = 1
-    step: int = 0  # steps done in this epoch, and of them:
+    # Of this epoch (see end_epoch):
+    step: int = 0  # steps done
     seen: int = 0  # images
     hits: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # summed
     epoch_time: float = 0.0  # seconds
-    train_time: float = 0.0  # of all finished epochs
+    # Of the run:
+    train_time: float = 0.0  # of the finished epochs
     eval_time: float = 0.0
     rows: list[list[str]] = field(default_factory=list)  # of metrics.csv
     best_epoch: int = 0
@@ -344,11 +346,18 @@ class Run:
     meta: dict  # goes into adapters.safetensors
     state: State = field(default_factory=State)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to what the head reads, [B, D]; cached features as they are."""
+        return images if images.ndim == 2 else self.model.features(images)
+
     def logits(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S], or their features [B, D], to logits [B, K]."""
-        network = self.model.head if images.ndim == 2 else self.model
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return network(images).float()
+        """Images [B, 3, S, S], or their cached features [B, D], to logits [B, K]."""
+        with self.autocast():
+            return self.model.head(self.features(images)).float()
+
+    def autocast(self) -> torch.autocast:
+        """The run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 def choose_device(name: str, amp: str) -> tuple[torch.device, bool]:
@@ -401,7 +410,7 @@ def backbone_name(options: argparse.Namespace) -> str:
     return options.backbone or weights.stem
 
 
-def adapt(model: vit.ViT, options: argparse.Namespace, classes: int) -> dict:
+def adapt_backbone(model: vit.ViT, options: argparse.Namespace, classes: int) -> dict:
     """Put into a backbone what the options' method trains; return its settings in force."""
     settings = {name: getattr(options, name) for name in adaptertune.METHODS[options.method]}
     if options.method not in adaptertune.ADAPTER_METHODS:
@@ -413,8 +422,9 @@ def adapt(model: vit.ViT, options: argparse.Namespace, classes: int) -> dict:
     if options.init in adaptertune.INITS:
         return adaptertune.adapt(model, options.method, classes, **settings)
     used = adaptertune.adapt(model, options.method, classes, **settings | {"init": "zero"})
-    tensors, _ = vit.read_tensors(options.init)
-    adaptertune.start_from(model, tensors)
+    if not options.eval:
+        tensors, _ = vit.read_tensors(options.init)
+        adaptertune.start_from(model, tensors)
     return used | {"init": options.init}
 
 
@@ -426,17 +436,17 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     data.check_name(options.dataset)  # before a backbone is downloaded
     folder = run_folder(options, seed)
     device, bf16 = choose_device(options.device, options.amp)
-    torch.manual_seed(data.checksum(f"{seed}/init"))
+    torch.manual_seed(data.seed_from(f"{seed}/init"))
     model, backbone = load_backbone(options)
     size = backbone.config.image_size
-    images = data.split(
+    dataset = data.split(
         read_dataset(options.dataset, options.data_dir, size, options.offline),
         seed=seed,
         limit=options.limit,
         shots=options.shots,
         test_share=options.test_share,
     )
-    images.min_scale = options.min_scale or images.min_scale
+    dataset.min_scale = options.min_scale or dataset.min_scale
     scratch = options.method == "scratch"
     meta = {
         "method": options.method,
@@ -447,9 +457,9 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
         "mean": backbone.norm[0],
         "std": backbone.norm[1],
         "interpolation": "bicubic",
-        "center": images.center,
-        "dataset": images.name,
-        "classes": images.classes,
+        "center": dataset.center,
+        "dataset": dataset.name,
+        "classes": dataset.classes,
         "seed": seed,
         "limit": options.limit,
         "shots": options.shots,
@@ -459,12 +469,12 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
         meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
     if options.method in adaptertune.CLIP_METHODS:
         meta["classifier"] = options.classifier
-    meta |= adapt(model, options, len(images.classes))
+    meta |= adapt_backbone(model, options, len(dataset.classes))
     batch = options.batch
     if not batch:
-        batch = 32 if len(images.train) < 5000 else 128  # a small set needs its steps
+        batch = 32 if len(dataset.train) < 5000 else 128  # a small set needs its steps
     batches = data.Batches(size, backbone.norm, batch, device)
-    return Run(options, seed, folder, images, model.to(device), batches, device, bf16, meta)
+    return Run(options, seed, folder, dataset, model.to(device), batches, device, bf16, meta)
 
 
 def run_name(options: argparse.Namespace, seed: int) -> str:
@@ -494,15 +504,15 @@ def run_name(options: argparse.Namespace, seed: int) -> str:
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
-    """runs/NAME. An unfinished run, or another run's results in it, are never overwritten."""
+    """runs/NAME. Neither an unfinished run nor the results of another one is overwritten."""
     if options.eval:
         return Path(options.eval)
     folder = Path("runs") / run_name(options, seed)
     if not (folder / "config.json").exists():
         return folder
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_config(folder)
     for key, value in kept_options(options, seed).items():
-        if key not in HERE and saved.get(key) != value:
+        if key not in MAY_DIFFER and saved.get(key) != value:
             raise ValueError(
                 f"{folder} holds a run with other options; give this one a --name, "
                 "or delete that folder"
@@ -512,6 +522,15 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
             f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
         )
     return folder
+
+
+def read_config(folder: Path) -> dict:
+    """The options of the run in a folder. Raises ValueError if there is none."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no run in {folder}: {path} is missing or damaged") from error
 
 
 def kept_options(options: argparse.Namespace, seed: int) -> dict:
@@ -530,15 +549,14 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     key.update(images.pixels.numpy())
     path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
     if not path.exists():
-        features = [torch.zeros(0, run.model.config.width)]
+        features = [torch.zeros(0, run.model.config.width)]  # there may be no image at all
         total = run.batches.count(images)
         started = time.perf_counter()
         run.model.eval()
         for x, _ in run.batches.eval(images, run.data.center):
             stop_if_asked()
-            autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)
-            with torch.inference_mode(), autocast:
-                features.append(run.model.features(x).float().cpu())
+            with torch.inference_mode(), run.autocast():
+                features.append(run.features(x).float().cpu())
             data.progress(f"features of {what}, batch", len(features) - 1, total, started)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = f"{path}.part"
@@ -632,7 +650,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
             step = (state.epoch - 1) * count + state.step
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * schedule(step, options.epochs * count)
-            torch.manual_seed(data.checksum(f"{run.seed}/{state.epoch}/{state.step}"))
+            torch.manual_seed(data.seed_from(f"{run.seed}/{state.epoch}/{state.step}"))
 
             logits = run.logits(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
@@ -660,7 +678,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
         val = evaluate(run, run.data.val, "validation")
         # Of equally good epochs the later one, which has seen more. Without validation images val
-        # is NaN, and the last epoch is taken.
+        # is NaN, which no comparison holds for: every epoch is taken, and the last one stays.
         if not val < state.best_val:
             state.best_epoch = state.epoch
             state.best_val = val
@@ -686,10 +704,9 @@ def end_epoch(state: State, val: float, epochs: int) -> None:
     state.rows.append(row)
     if is_shown(state.epoch, epochs):
         print_row(row)
-    fresh = State()
-    for name in ("step", "seen", "hits", "loss", "epoch_time"):
-        setattr(state, name, getattr(fresh, name))
-    state.epoch += 1
+    start = State(epoch=state.epoch + 1)
+    for name in ("epoch", "step", "seen", "hits", "loss", "epoch_time"):
+        setattr(state, name, getattr(start, name))
 
 
 @torch.inference_mode()
@@ -718,7 +735,9 @@ def fit(run: Run) -> None:
     describe(run)
     try:
         if run.options.method in adaptertune.CLIP_METHODS:
-            validate_zero_shot(run)
+            zero_shot = validate_zero_shot(run)
+            if run.options.method == "zero-shot":  # no epoch will follow
+                state.best_val = zero_shot
         if run.options.epochs:
             print_header(state.rows, run.options.epochs)
         train_epochs(run, optimizer)
@@ -731,16 +750,15 @@ def fit(run: Run) -> None:
         raise
 
 
-def validate_zero_shot(run: Run) -> None:
-    """Print what CLIP's class embeddings alone say of the validation images."""
+def validate_zero_shot(run: Run) -> float:
+    """Validation accuracy of CLIP's class embeddings alone, in percent, printed and put into the
+    metadata; NaN without validation images."""
     with run.model.head.zero_shot():
         val = evaluate(run, run.data.val, "zero-shot")
-    if not run.options.epochs:
-        run.state.best_val = val
-    if math.isnan(val):
-        return
-    run.meta["zero_shot_val_accuracy"] = val
-    print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
+    if not math.isnan(val):
+        run.meta["zero_shot_val_accuracy"] = val
+        print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
+    return val
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -843,11 +861,12 @@ def load_run(folder: str | Path) -> tuple[vit.ViT, Callable, list[str]]:
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    options, *_ = parse(["--eval", str(folder)])
     path = Path(folder) / "adapters.safetensors"
     _, meta = adaptertune.read(path)
-    model, backbone = load_backbone(options)
-    adapt(model, options, len(meta["classes"]))
+    read_config(Path(folder))  # an error, where parse would exit
+    options, *_ = parse(["--eval", str(folder)])
+    model, _ = load_backbone(options)
+    adapt_backbone(model, options, len(meta["classes"]))
     adaptertune.load(path, model, name=backbone_name(options))
     size = meta["image_size"]
     batches = data.Batches(size, (meta["mean"], meta["std"]), 1, torch.device("cpu"))
@@ -883,7 +902,7 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
         return 0.0
     if reset:
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back (man 5 proc)
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
 
 
@@ -996,7 +1015,7 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
 
     Args:
         results: label and result.json of each run.
-        path: of both files, but for their suffix.
+        path: of both files, without suffix.
     """
     by_label: dict[str, list[dict]] = {}
     for label, result in results:
@@ -1017,19 +1036,20 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
     seeds = len(results) // len(summaries)
     print(f"{seeds} seeds: mean ± standard deviation of the test accuracy; mean time of training")
     elbow = None
-    if len(summaries) > 2 and all(label.startswith("rank ") for label in by_label):
+    if len(summaries) > 2 and all(re.fullmatch(r"rank \d+", label) for label in by_label):
         elbow = find_elbow(summaries)
 
     columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
     columns += ("epoch", "lr", "seconds", "memory")
-    with path.with_suffix(".csv").open("w", newline="") as file:
+    table = path.with_name(f"{path.name}.csv")
+    with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for label, result in results:
             writer.writerow({"label": label, **result})
-    print(f"saved    {path.with_suffix('.csv')}")
+    print(f"saved    {table}")
     title = f"{results[0][1]['dataset']} on {results[0][1]['backbone']}, {seeds} seeds"
-    draw_comparison(summaries, elbow, title, path.with_suffix(".svg"))
+    draw_comparison(summaries, elbow, title, path.with_name(f"{path.name}.svg"))
 
 
 def find_elbow(summaries: list[Summary]) -> int:
@@ -1155,11 +1175,12 @@ def examine(run: Run) -> Examined:
     started = time.perf_counter()
     run.model.eval()
     for x, _ in run.batches.eval(run.data.test, run.data.center):
-        x = run.model.features(x)
-        predictions.append(run.model.head(x).argmax(dim=-1).cpu())
-        if run.meta["method"] in adaptertune.CLIP_METHODS:
-            x = run.model.head.embed(x)
-        features.append(x.cpu())
+        with run.autocast():
+            x = run.features(x)
+            predictions.append(run.model.head(x).argmax(dim=-1).cpu())
+            if run.meta["method"] in adaptertune.CLIP_METHODS:
+                x = run.model.head.embed(x)
+        features.append(x.float().cpu())
         data.progress("test images, batch", len(features), total, started)
     points, projection = to_two_dimensions(torch.cat(features))
     test = run.data.test
@@ -1327,7 +1348,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        command = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
+        command = sys.argv
+        if not grid[0].eval and not grid[0].resume:
+            command = [*command, "--resume"]
         print(f"\nstopped; to go on: python {shlex.join(command)}", file=sys.stderr)
         return 130
     return 0

@@ -160,7 +160,9 @@ class Block(nn.Module):
             return h + self.adapter(x)
         if self.adapter.reads == "ln":  # AdaptFormer's equation: parallel to the MLP
             return h + self.adapter(z)
-        return h + self.adapter(y)  # "mlp", AdaptFormer's sequential form: after the MLP
+        if self.adapter.reads == "mlp":  # AdaptFormer's sequential form: after the MLP
+            return h + self.adapter(y)
+        raise ValueError(f"an adapter that reads {self.adapter.reads!r}; see adaptertune.READS")
 
 
 class PatchEmbed(nn.Module):
@@ -385,14 +387,14 @@ class Backbone:
 
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
-    """The field's common shapes: 12 blocks (24 from width 1024 on), heads of 64 channels."""
+    """The usual shapes: 12 blocks (24 for width 1024), heads of 64 channels."""
     depth = 24 if width == 1024 else 12
     shape = {"width": width, "depth": depth, "heads": width // 64, "patch": patch}
     return Config(**shape | {"image_size": image_size} | more)
 
 
 _DINOV2 = {"layer_scale": True}
-_REG = {"layer_scale": True, "registers": 4}
+_REG = _DINOV2 | {"registers": 4}
 _LAION = {"norm_pre": True, "patch_bias": False, "eps": 1e-5}
 _CLIP = _LAION | {"quick_gelu": True}
 _MICRO = {"depth": 6, "heads": 4, "hidden": 256, "pool": "mean"}
@@ -442,8 +444,9 @@ BACKBONES = {
 class Layout:
     """A family of published files. All patterns are regular expressions.
 
-    What stands before the match of `tell` is a prefix ("module.", "vision_model."). It is stripped
-    from all keys; keys without it are marked by "../" in front.
+    What stands before the match of `tell` is the backbone's prefix ("module.", "vision_model.").
+    It is stripped from all keys. A key without it isn't the backbone's (a text tower's, perhaps)
+    and gets "../" in front, so that patterns can tell the two.
     """
 
     tell: str  # ends a key that only this family has
@@ -452,7 +455,7 @@ class Layout:
     ignored: tuple[str, ...]
 
 
-LAYOUTS = {
+LAYOUTS = {  # the first one that fits is taken
     "OpenAI CLIP, open_clip": Layout(
         r"\bconv1\.weight$",
         1e-5,
@@ -737,7 +740,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def choose_backbone(name: str, found: dict[str, Tensor], meta: dict, eps: float, heads: int):
-    """What load takes a file for: the named backbone, else what the file states, else a guess."""
+    """The named backbone, else the one that the file describes, else what its shapes suggest."""
     if name:
         return BACKBONES[name]
     if "config" in meta:  # a file that train.py wrote for --method full or --scratch

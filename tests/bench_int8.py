@@ -1,11 +1,16 @@
-"""What int8 costs and brings on a trained run, part by part: top-1 agreement with fp32, accuracy, the error of the logits, and
-the time on one thread (CPU time, all called in turn, ratio of medians to fp32).
+"""What int8 costs and brings on a trained run, part by part.
 
-    python tests/bench_int8.py runs/NAME [--images 2000] [--rounds 40] [options of train.py that say where things are]
+    python tests/bench_int8.py runs/NAME [--images 2000] [--rounds 40] [options of train.py]
 
-All are made by onnxruntime's dynamic quantiser, per channel; "equalised" is adaptertune.equalise before it, "without" leaves
-matrices in fp32.
+Printed for each variant: top-1 agreement with fp32, accuracy, the error of the logits, and the time
+on one thread (CPU time, all called in turn, ratio of medians to fp32). The options of train.py say
+where things are now.
+
+All are made by onnxruntime's dynamic quantiser, per channel; "equalised" is export.equalise before
+it, "share" what of a channel's range it moves into the weights, and "without" leaves matrices in
+fp32.
 """
+
 import argparse
 import copy
 import re
@@ -13,80 +18,170 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import adaptertune  # noqa: E402
-import cli  # noqa: E402
-import export  # noqa: E402
-import train  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import export
+import train
 
+WARM_UP = 3  # rounds that don't count
+FIRST_FC2 = r"blocks\.0\.mlp\.fc2"
+# Name: the share by which inputs are equalised (None: not at all), and the matrices left in fp32.
+VARIANTS = {
+    "the quantiser alone": (None, "none"),
+    "without fc2 of block 0": (None, FIRST_FC2),
+    "equalised": (0.7, "none"),
+    "ours: both": (0.7, FIRST_FC2),
+    "share 0.5": (0.5, FIRST_FC2),
+    "share 0.9": (0.9, FIRST_FC2),
+    "without fc2 of blocks 0 and 8": (0.7, r"blocks\.[08]\.mlp\.fc2"),
+    "without any fc2": (0.7, r".*fc2"),
+    "without any fc1": (0.7, r".*fc1"),
+    "without any qkv": (0.7, r".*qkv"),
+}
 
-def batches(run, images):
-    """All of `images` as the network takes them."""
-    return torch.cat([x for x, _ in run.batches.eval(images, run.data.center)])
-
-
-def variants(run):
-    """Name: model."""
-    few = batches(run, run.data.train[torch.linspace(0, len(run.data.train) - 1, 64).long()])
-
-    def proto(share=None, leave=r"blocks\.0\.mlp\.fc2"):
-        """In int8, of inputs equalised by `share` or (None) as they are, all but the matrices that `leave` matches."""
-        model = copy.deepcopy(run.model)
-        if share is not None:
-            adaptertune.equalise(model, few, share)
-        export.INT8 = re.compile(rf"(?!{leave})blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc)")
-        with tempfile.TemporaryDirectory() as folder:
-            return export.to_int8(export.to_model(export.Graph(17), model, run.meta), Path(folder, "int8.onnx"))
-
-    return {"fp32": export.to_model(export.Graph(17), copy.deepcopy(run.model), run.meta),
-            "the quantiser alone": proto(None, "none"), "without fc2 of block 0": proto(None),
-            "equalised": proto(0.7, "none"), "ours: both": proto(0.7), "share 0.5": proto(0.5), "share 0.9": proto(0.9),
-            "without fc2 of blocks 0 and 8": proto(0.7, r"blocks\.[08]\.mlp\.fc2"), "without any fc2": proto(0.7, r".*fc2"),
-            "without any fc1": proto(0.7, r".*fc1"), "without any qkv": proto(0.7, r".*qkv")}
+# ---------------------------------------------------------------------------------- the variants
 
 
-def session(proto, threads):
+def as_input(run: train.Run, images: data.Images) -> Tensor:
+    """All of the images as the network sees them, [n, 3, S, S]."""
+    batches = run.batches.eval(images, run.data.center)
+    return torch.cat([x for x, _ in batches])
+
+
+def factors_by(share: float) -> Callable:
+    """export.channel_factors with another share than its 0.7."""
+
+    def channel_factors(reach: Tensor, weight: Tensor) -> Tensor:
+        largest = weight.abs().amax(dim=0)
+        return reach.clamp(min=1e-5) ** share / largest.clamp(min=1e-5) ** (1 - share)
+
+    return channel_factors
+
+
+def to_fp32(run: train.Run) -> onnx.ModelProto:
+    """The run's graph as it is."""
+    return export.to_model(export.Graph(17), run.model, run.meta)
+
+
+def to_int8(
+    run: train.Run, images: Tensor, share: float | None, left_in_fp32: str
+) -> onnx.ModelProto:
+    """The run's graph in int8.
+
+    Args:
+        images: [n, 3, S, S], to equalise on.
+        share: by which inputs are equalised; None for as they are.
+        left_in_fp32: pattern of the matrices that are not quantised.
+    """
+    model = copy.deepcopy(run.model)
+    if share is not None:
+        with mock.patch.object(export, "channel_factors", factors_by(share)):
+            export.equalise(model, images)
+    proto = export.to_model(export.Graph(17), model, run.meta)
+    quantised = re.compile(rf"(?!{left_in_fp32})blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc)")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(export, "INT8", quantised),
+    ):
+        return export.to_int8(proto, Path(folder, "int8.onnx"))
+
+
+def make_variants(run: train.Run) -> dict[str, onnx.ModelProto]:
+    """Every variant's graph."""
+    images = export.calibration_images(run)
+    protos = {"fp32": to_fp32(run)}
+    for name, (share, left_in_fp32) in VARIANTS.items():
+        protos[name] = to_int8(run, images, share, left_in_fp32)
+    return protos
+
+
+# ----------------------------------------------------------------------------------- the figures
+
+
+def session(proto: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:
+    """onnxruntime's session on so many threads; 0 for all."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def time_in_turn(protos: dict[str, onnx.ModelProto], image: np.ndarray, rounds: int) -> dict:
+    """The median of each graph's CPU time on one thread, in seconds."""
+    names = list(protos)
+    sessions = {name: session(proto, threads=1) for name, proto in protos.items()}
+    times = {name: [] for name in names}
+    for i in range(rounds + WARM_UP):
+        first = i % len(names)  # so that none always runs after the same other one
+        for name in names[first:] + names[:first]:
+            started = time.process_time()
+            sessions[name].run(None, {export.INPUT: image})
+            if i >= WARM_UP:
+                times[name].append(time.process_time() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def logits_of(proto: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+    """Logits [n, K] of images [n, 3, S, S], one by one."""
+    graph = session(proto, threads=0)
+    rows = [graph.run(None, {export.INPUT: image[None]})[0] for image in images]
+    return np.concatenate(rows)
+
+
+def open_run(folder: str, more: list[str]) -> train.Run:
+    """A finished run, ready for export."""
+    options, *_ = train.parse(["--eval", folder, "--device", "cpu", *more])
+    run = train.open_run(options)
+    run.model.eval().requires_grad_(False)
+    run.meta |= {"input": "float", "resize": False, "output": "logits", "batch": 0}
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=40)
     options, more = parser.parse_known_args()
-    run = train.open_run(cli.parse(["--eval", options.run, "--device", "cpu", *more])[0])
-    run.model.eval().requires_grad_(False)
-    run.meta.update(input="float", resize=False, output="logits", top_k=0, batch=0)
-    test = run.data.test[torch.linspace(0, len(run.data.test) - 1, min(options.images, len(run.data.test))).long()]
-    images, labels, protos = batches(run, test).numpy(), test.labels.numpy(), variants(run)
+    run = open_run(options.run, more)
+    count = min(options.images, len(run.data.test))
+    index = torch.linspace(0, len(run.data.test) - 1, count).long()
+    test = run.data.test[index]
+    images = as_input(run, test).numpy()
+    labels = test.labels.numpy()
+    protos = make_variants(run)
+    medians = time_in_turn(protos, images[:1], options.rounds)
 
-    singles = {name: session(proto, 1) for name, proto in protos.items()}
-    times = {name: [] for name in protos}
-    for i in range(options.rounds + 3):
-        for name in list(protos)[i % len(protos):] + list(protos)[:i % len(protos)]:
-            started = time.process_time()
-            singles[name].run(None, {"image": images[:1]})
-            times[name] += [time.process_time() - started] * (i >= 3)
-    medians, logits = {name: statistics.median(each) for name, each in times.items()}, {}
-    print(f"{options.run}, {len(images):,} test images, onnxruntime {onnxruntime.__version__}, time of batch 1 on one thread")
+    print(
+        f"{options.run}, {len(images):,} test images, onnxruntime {onnxruntime.__version__}, "
+        "time of batch 1 on one thread"
+    )
     print(f"{'variant':32}{'agreement %':>12}{'accuracy %':>12}{'error':>8}{'time':>7}{'MB':>7}")
+    exact = logits_of(protos["fp32"], images)
     for name, proto in protos.items():
-        graph = session(proto, 0)
-        logits[name] = np.concatenate([graph.run(None, {"image": image[None]})[0] for image in images])
-        same = (logits[name].argmax(axis=1) == logits["fp32"].argmax(axis=1)).mean()
-        right = (logits[name].argmax(axis=1) == labels).mean()
-        error = np.sqrt(np.square(logits[name] - logits["fp32"]).mean())
-        print(f"{name:32}{100 * same:12.2f}{100 * right:12.2f}{error:8.3f}{medians[name] / medians['fp32']:7.2f}"
-              f"{proto.ByteSize() / 1e6:7.1f}", flush=True)
+        logits = logits_of(proto, images)
+        top1 = logits.argmax(axis=1)
+        agreement = 100 * (top1 == exact.argmax(axis=1)).mean()
+        accuracy = 100 * (top1 == labels).mean()
+        error = np.sqrt(np.square(logits - exact).mean())
+        ratio = medians[name] / medians["fp32"]
+        megabytes = proto.ByteSize() / 1e6
+        row = f"{name:32}{agreement:12.2f}{accuracy:12.2f}{error:8.3f}"
+        print(f"{row}{ratio:7.2f}{megabytes:7.1f}", flush=True)
 
 
 if __name__ == "__main__":

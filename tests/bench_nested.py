@@ -1,64 +1,110 @@
-"""Does one short training run with all ranks at once tell how much rank a task needs? In each step the adapters use only their
-first r hidden units, r drawn from RANKS (DyLoRA, https://arxiv.org/abs/2210.07558); then the validation images are read with
-each rank. Printed: the mean loss by rank, and the least rank whose loss is within a standard error of the least (of the
-differences, image by image).
+"""Does one short training run with all ranks at once tell how much rank a task needs?
 
     python tests/bench_nested.py --epochs 3 --seeds 0,1,2 [options of train.py]
+
+In each step the adapters use only their first r hidden units, r drawn from RANKS (DyLoRA,
+https://arxiv.org/abs/2210.07558). Then the validation images are read with each rank. Printed: the
+mean loss by rank, and the least rank whose loss is within a standard error of the least (of the
+differences, image by image).
 """
-import functools
+
+import argparse
+import contextlib
+import io
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import adaptertune  # noqa: E402
-import cli  # noqa: E402
-import train  # noqa: E402
+import adaptertune
+import train
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def first_units(adapter, rank, z):
-    """What Adapter.forward gives with `rank` (a list of one number) hidden units alone."""
-    r, down, up = rank[0], adapter.down, adapter.up
-    return adapter.scale * F.linear(adapter.act(F.linear(z, down.weight[:r], down.bias[:r])), up.weight[:, :r], up.bias)
+class FirstUnits(nn.Module):
+    """An adapter of which only the first `rank` hidden units are in use."""
+
+    def __init__(self, adapter: adaptertune.Adapter):
+        super().__init__()
+        self.reads = adapter.reads
+        self.adapter = adapter
+        self.rank = 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        r = self.rank
+        down = self.adapter.down
+        up = self.adapter.up
+        hidden = F.linear(z, down.weight[:r], down.bias[:r])  # [B, N, r]
+        hidden = self.adapter.act(hidden)
+        return self.adapter.scale * F.linear(hidden, up.weight[:, :r], up.bias)  # [B, N, D]
 
 
-def losses(options, seed):
-    """The loss of each validation image with each rank, [ranks, n], after the epochs of `options`."""
-    run, rank, drawn = train.prepare(options, seed), [0], torch.Generator().manual_seed(seed)
+def set_rank(model: nn.Module, rank: int) -> None:
+    """Let all adapters use their first `rank` hidden units."""
+    for block in model.blocks:
+        if block.adapter is not None:
+            block.adapter.rank = rank
+
+
+def train_all_ranks(options: argparse.Namespace, seed: int) -> train.Run:
+    """A run after its last epoch, in each step of which a rank was drawn."""
+    run = train.prepare(options, seed)
+    generator = torch.Generator().manual_seed(seed)
     for block in run.model.blocks:
-        if block.adapter:
-            block.adapter.forward = functools.partial(first_units, block.adapter, rank)
+        if block.adapter is not None:
+            block.adapter = FirstUnits(block.adapter)
 
-    def draw(module, _):
-        if module.training:
-            rank[0] = RANKS[int(torch.randint(len(RANKS), (1,), generator=drawn))]
+    def draw_rank(model: nn.Module, _) -> None:
+        if model.training:
+            drawn = int(torch.randint(len(RANKS), (1,), generator=generator))
+            set_rank(model, RANKS[drawn])
 
-    run.model.register_forward_pre_hook(draw)
-    optimizer = torch.optim.AdamW(adaptertune.groups(run.model, options.weight_decay), lr=options.lr)
-    for epoch in range(1, options.epochs + 1):
-        run.state = train.State(epoch)
-        train.train_epoch(run, optimizer)
+    run.model.register_forward_pre_hook(draw_rank)
+    groups = adaptertune.parameter_groups(run.model, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run = replace(run, folder=Path(folder))
+        train.train_epochs(run, optimizer)
     run.model.eval()
-    found = []
-    with torch.inference_mode():
-        for rank[0] in RANKS:
-            found.append(torch.cat([F.cross_entropy(run.logits(x), labels, reduction="none")
-                                    for x, labels in run.batches.eval(run.data.val, run.data.center)]))
-    return torch.stack(found)
+    return run
 
 
-def main():
-    options = cli.parse(sys.argv[1:] + ["--rank", str(RANKS[-1])])[0]
-    print("seed", *(f"{f'rank {rank}':>8}" for rank in RANKS), "  within a standard error")
+@torch.inference_mode()
+def validation_losses(run: train.Run) -> Tensor:
+    """The loss of each of n validation images with each rank, [ranks, n]."""
+    by_rank = []
+    for rank in RANKS:
+        set_rank(run.model, rank)
+        losses = []
+        for x, labels in run.batches.eval(run.data.val, run.data.center):
+            losses.append(F.cross_entropy(run.logits(x), labels, reduction="none"))
+        by_rank.append(torch.cat(losses))
+    return torch.stack(by_rank)
+
+
+def least_sufficient(losses: Tensor) -> int:
+    """The least rank whose mean loss is within a standard error of the least, from [ranks, n]."""
+    best = losses.mean(dim=1).argmin()
+    excess = losses - losses[best]
+    standard_error = excess.std(dim=1) / losses.shape[1] ** 0.5
+    near = excess.mean(dim=1) <= standard_error
+    return RANKS[int(near.nonzero()[0])]
+
+
+def main() -> None:
+    options, *_ = train.parse([*sys.argv[1:], "--rank", str(RANKS[-1])])
+    titles = [f"rank {rank}" for rank in RANKS]
+    print("seed", *(f"{title:>8}" for title in titles), "  within a standard error")
     for seed in options.seeds:
-        loss = losses(options, seed)
-        more = loss - loss[loss.mean(dim=1).argmin()]
-        near = more.mean(dim=1) <= more.std(dim=1) / loss.shape[1] ** 0.5
-        print(f"{seed:4}", *(f"{each:8.4f}" for each in loss.mean(dim=1)), f"  rank {RANKS[int(near.nonzero()[0])]}")
+        losses = validation_losses(train_all_ranks(options, seed))
+        means = [f"{mean:8.4f}" for mean in losses.mean(dim=1)]
+        print(f"{seed:4}", *means, f"  rank {least_sufficient(losses)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Write tests/golden/*.safetensors: a tiny random network of each family, as its library stores it, with an input and the
+"""Write tests/golden/*.safetensors, by which test_parity.py checks vit.py without the libraries.
+
+Each file has a tiny random network of a family, as its library stores it, with an input and the
 library's own output for it. Run by hand when a family is added:
 
     pip install timm transformers open_clip_torch
     python tests/make_golden.py
 """
+
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -14,17 +17,28 @@ from safetensors.torch import save_file
 
 GOLDEN = Path(__file__).parent / "golden"
 
+
+@torch.no_grad()
+def write(name, made_with):
+    """Write one family's file, floats in fp16 but for input and output."""
+    state, reference, options = references.FAMILIES[name]()
+    tensors = {}
+    for key, value in state.items():
+        if value.is_floating_point():
+            value = value.half()
+        tensors[key] = value.contiguous()
+    output = reference(references.images())
+    tensors["golden.input"] = references.images()
+    tensors["golden.output"] = output.contiguous()
+    meta = {"golden": json.dumps({"options": options, "made_with": made_with})}
+    save_file(tensors, GOLDEN / f"{name}.safetensors", metadata=meta)
+    print(f"{name:24} {tuple(output.shape)}  |output| {output.abs().mean():.2f}")
+
+
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     torch.set_num_threads(1)  # so that the files come out the same each time
-    made_with = {name: version(name) for name in ("torch", "timm", "transformers", "open_clip_torch")}
-    for name, build in references.FAMILIES.items():
-        state, reference, options = build()
-        with torch.no_grad():
-            output = reference(references.images())
-        tensors = {key: value.half().contiguous() if value.is_floating_point() else value.contiguous()
-                   for key, value in state.items()}
-        tensors |= {"golden.input": references.images(), "golden.output": output.contiguous()}
-        save_file(tensors, GOLDEN / f"{name}.safetensors",
-                  metadata={"golden": json.dumps({"options": options, "made_with": made_with})})
-        print(f"{name:24} {tuple(output.shape)}  |output| {output.abs().mean():.2f}")
+    packages = ("torch", "timm", "transformers", "open_clip_torch")
+    versions = {package: version(package) for package in packages}
+    for family in references.FAMILIES:
+        write(family, versions)

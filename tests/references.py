@@ -1,191 +1,346 @@
-"""Tiny random networks of every family that vit.py reads, built by the libraries that published them.
+"""Tiny random networks of every family that vit.py reads, built by the libraries that publish them.
 
-Each builder returns (state dict as that library's files have it, reference function from images to outputs, options for
-vit.load). make_golden.py keeps them as files; test_parity.py builds them anew.
+Each builder in FAMILIES returns
+    the state dict, as that library's files have it,
+    a reference function, images to outputs,
+    the options that vit.load needs.
+make_golden.py keeps them as files; test_parity.py builds them anew.
 """
+
 import re
+import tempfile
+from functools import partial
 
 import torch
+from safetensors.torch import load_file
 
-SIZE, PATCH, WIDTH, HEADS, HIDDEN, CLASSES = 16, 4, 32, 2, 64, 5
+SIZE = 16  # pixels along a side
+PATCH = 4
+WIDTH = 32
+HEADS = 2
+HIDDEN = 64  # of the MLP
+CLASSES = 5
+
+# Of an open_clip text tower, which has to be there and isn't looked at.
+OPEN_CLIP_TEXT = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
 
 
+def images(count=3):
+    """Random images that are the same everywhere and fit into fp16."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(count, 3, SIZE, SIZE, generator=generator).half().float()
+
+
+@torch.no_grad()
 def randomise(model):
-    """Every tensor random and far from its usual start, so that a mix-up of any two shows; values that fit into fp16."""
+    """Random values for all tensors, far from their usual start, so that a mix-up shows.
+
+    They fit into fp16.
+    """
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 and len(parameter) > 1 else 25  # matrices; else 0.2
-            value = torch.randn(parameter.shape, generator=generator) / fan_in ** 0.5 + (1.0 if is_factor(name) else 0.0)
-            parameter.copy_(value.half().float())
+    for name, parameter in model.named_parameters():
+        std = 0.2
+        if parameter.ndim > 1 and len(parameter) > 1:  # a matrix
+            std = parameter[0].numel() ** -0.5
+        value = torch.randn(parameter.shape, generator=generator) * std
+        if is_factor(name):
+            value += 1
+        parameter.copy_(value.half().float())
     return model.eval()
 
 
 def is_factor(name):
-    """LayerNorm's weights and LayerScale's gammas lie about 1."""
-    return bool(re.search(r"(norm\w*|ln_\w+|layernorm\w*|layrnorm|layernorm_\w+)\.weight$|gamma$|lambda1$", name))
+    """Does the tensor lie about 1? LayerNorm's weights and LayerScale's gammas do."""
+    norms = r"(norm\w*|ln_\w+|layernorm\w*|layrnorm|layernorm_\w+)\.weight$"
+    return bool(re.search(f"{norms}|gamma$|lambda1$", name))
+
+
+# ------------------------------------------------------------------------------------------ timm
 
 
 def timm_vit(**options):
+    """A ViT with a classifier; `options` of timm's VisionTransformer."""
     import timm
-    model = timm.models.vision_transformer.VisionTransformer(**{
-        "img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "num_heads": HEADS, "mlp_ratio": HIDDEN / WIDTH,
-        "num_classes": CLASSES, **options})
-    model = randomise(model)
+
+    shape = {
+        "img_size": SIZE,
+        "patch_size": PATCH,
+        "embed_dim": WIDTH,
+        "depth": 2,
+        "num_heads": HEADS,
+        "mlp_ratio": HIDDEN / WIDTH,
+        "num_classes": CLASSES,
+    }
+    shape |= options
+    model = randomise(timm.models.vision_transformer.VisionTransformer(**shape))
     return model.state_dict(), model, {"heads": HEADS, "head": True}
 
 
 def timm_mean():
+    """The head reads the mean of the patches."""
     return timm_vit(global_pool="avg", class_token=True)
 
 
 def timm_clip():
-    from functools import partial
-
+    """CLIP's image tower."""
     import timm
-    return timm_vit(pre_norm=True, act_layer=timm.layers.QuickGELU, norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
+
+    norm = partial(torch.nn.LayerNorm, eps=1e-5)
+    return timm_vit(pre_norm=True, act_layer=timm.layers.QuickGELU, norm_layer=norm)
 
 
 def timm_dinov2_reg():
+    """DINOv2 with registers."""
     state, model, _ = timm_vit(reg_tokens=4, init_values=1e-5, no_embed_class=True, num_classes=0)
     return state, model, {"heads": HEADS}
 
 
 def timm_deit_distilled():
+    """DeiT with a distillation token; the reference reads the class token alone."""
     import timm
-    model = randomise(timm.models.deit.VisionTransformerDistilled(
-        img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=2, num_heads=HEADS, mlp_ratio=HIDDEN / WIDTH,
-        num_classes=CLASSES))
-    return model.state_dict(), lambda images: model.head(model.forward_features(images)[:, 0]), {"heads": HEADS, "head": True}
+
+    model = timm.models.deit.VisionTransformerDistilled(
+        img_size=SIZE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=2,
+        num_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        num_classes=CLASSES,
+    )
+    model = randomise(model)
+
+    def reference(images):
+        tokens = model.forward_features(images)
+        return model.head(tokens[:, 0])
+
+    return model.state_dict(), reference, {"heads": HEADS, "head": True}
 
 
 def facebook_dinov2_reg():
-    """DINOv2's own files: `register_tokens`, a position for the class token, a mask token. timm reads them by its filter."""
+    """DINOv2's own files, which timm reads by its filter.
+
+    They call registers `register_tokens`, and have a position for the class token and a mask token.
+    """
     import timm
+
     state, model, options = timm_dinov2_reg()
-    first = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(1)).half().float() * 0.125
-    published = {key: value for key, value in state.items() if key not in ("reg_token", "pos_embed", "cls_token")}
-    published |= {"register_tokens": state["reg_token"], "mask_token": torch.zeros(1, WIDTH),
-                  "cls_token": (state["cls_token"] - first).half().float(),
-                  "pos_embed": torch.cat([first, state["pos_embed"]], dim=1)}
-    model.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(dict(published), model))
+    first = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(1))
+    first = first.half().float() * 0.125  # the class token's position
+    published = dict(state)
+    published["register_tokens"] = published.pop("reg_token")
+    published["mask_token"] = torch.zeros(1, WIDTH)
+    published["cls_token"] = (state["cls_token"] - first).half().float()
+    published["pos_embed"] = torch.cat([first, state["pos_embed"]], dim=1)
+    to_timm = timm.models.vision_transformer.checkpoint_filter_fn
+    model.load_state_dict(to_timm(dict(published), model))
     return published, model, options
 
 
-def hugging_face(kind, output, **more):
-    """A transformers model as save_pretrained writes it."""
-    import tempfile
+# ---------------------------------------------------------------------------------- transformers
 
+
+def hugging_face(config_name, model_name, **more):
+    """A model of transformers and the tensors that its save_pretrained writes."""
     import transformers
-    from safetensors.torch import load_file
+
     transformers.logging.set_verbosity_error()
-    options = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "image_size": SIZE,
-               "patch_size": PATCH, "num_labels": CLASSES, **more}
-    config_name, model_name = kind
-    model = randomise(getattr(transformers, model_name)(getattr(transformers, config_name)(**options)))
+    options = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+        "num_labels": CLASSES,
+    }
+    options |= more
+    config = getattr(transformers, config_name)(**options)
+    model = randomise(getattr(transformers, model_name)(config))
+    return saved_state(model), model
+
+
+def saved_state(model):
+    """The tensors of the file that save_pretrained writes."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        state = load_file(f"{folder}/model.safetensors")
-    return state, lambda images: output(model(pixel_values=images)), {"heads": HEADS, "head": "Features" not in output.__name__}
-
-
-def logits(result):
-    return result.logits
-
-
-def embeds(result):
-    return result.image_embeds
-
-
-def pooled_Features(result):  # noqa: N802
-    return result.pooler_output
-
-
-def class_Features(result):  # noqa: N802
-    return result.last_hidden_state[:, 0]
+        return load_file(f"{folder}/model.safetensors")
 
 
 def hf_vit():
-    return hugging_face(("ViTConfig", "ViTForImageClassification"), logits, intermediate_size=HIDDEN)
+    """ViT with a classifier."""
+    state, model = hugging_face("ViTConfig", "ViTForImageClassification", intermediate_size=HIDDEN)
+
+    def reference(images):
+        return model(pixel_values=images).logits
+
+    return state, reference, {"heads": HEADS, "head": True}
 
 
 def hf_deit():
-    return hugging_face(("DeiTConfig", "DeiTForImageClassification"), logits, intermediate_size=HIDDEN)
+    """DeiT with a classifier."""
+    state, model = hugging_face(
+        "DeiTConfig", "DeiTForImageClassification", intermediate_size=HIDDEN
+    )
+
+    def reference(images):
+        return model(pixel_values=images).logits
+
+    return state, reference, {"heads": HEADS, "head": True}
 
 
 def hf_dinov2():
-    return hugging_face(("Dinov2Config", "Dinov2Model"), class_Features, mlp_ratio=2)
+    """DINOv2 without a head."""
+    state, model = hugging_face("Dinov2Config", "Dinov2Model", mlp_ratio=2)
+
+    def reference(images):
+        return model(pixel_values=images).last_hidden_state[:, 0]
+
+    return state, reference, {"heads": HEADS, "head": False}
 
 
 def hf_dinov2_reg():
-    return hugging_face(("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"), class_Features, mlp_ratio=2,
-                        num_register_tokens=3)
+    """DINOv2 with registers, without a head."""
+    state, model = hugging_face(
+        "Dinov2WithRegistersConfig",
+        "Dinov2WithRegistersModel",
+        mlp_ratio=2,
+        num_register_tokens=3,
+    )
+
+    def reference(images):
+        return model(pixel_values=images).last_hidden_state[:, 0]
+
+    return state, reference, {"heads": HEADS, "head": False}
 
 
 def hf_clip_vision():
-    return hugging_face(("CLIPVisionConfig", "CLIPVisionModelWithProjection"), embeds, intermediate_size=HIDDEN,
-                        projection_dim=CLASSES)
+    """CLIP's image tower with its projection."""
+    state, model = hugging_face(
+        "CLIPVisionConfig",
+        "CLIPVisionModelWithProjection",
+        intermediate_size=HIDDEN,
+        projection_dim=CLASSES,
+    )
+
+    def reference(images):
+        return model(pixel_values=images).image_embeds
+
+    return state, reference, {"heads": HEADS, "head": True}
 
 
 def hf_clip_vision_features():
-    return hugging_face(("CLIPVisionConfig", "CLIPVisionModel"), pooled_Features, intermediate_size=HIDDEN)
+    """CLIP's image tower without projection."""
+    state, model = hugging_face("CLIPVisionConfig", "CLIPVisionModel", intermediate_size=HIDDEN)
+
+    def reference(images):
+        return model(pixel_values=images).pooler_output
+
+    return state, reference, {"heads": HEADS, "head": False}
 
 
 def hf_clip_both():
     """CLIPModel: both towers in one file, as openai/clip-vit-base-patch16 has them."""
-    import tempfile
-
     import transformers
-    from safetensors.torch import load_file
-    vision = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "image_size": SIZE,
-              "patch_size": PATCH, "intermediate_size": HIDDEN}
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20,
-            "max_position_embeddings": 6, "eos_token_id": 2}
-    model = randomise(transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text,
-                                                                     projection_dim=CLASSES)))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        state = load_file(f"{folder}/model.safetensors")
+
+    vision = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+        "intermediate_size": HIDDEN,
+    }
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 20,
+        "max_position_embeddings": 6,
+        "eos_token_id": 2,
+    }
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=CLASSES)
+    model = randomise(transformers.CLIPModel(config))
 
     def reference(images):
-        return model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
-    return state, reference, {"heads": HEADS, "head": True}
+        features = model.vision_model(pixel_values=images).pooler_output
+        return model.visual_projection(features)
+
+    return saved_state(model), reference, {"heads": HEADS, "head": True}
+
+
+# ------------------------------------------------------------------------------------- open_clip
 
 
 def open_clip_openai():
-    """OpenAI's own key names, which open_clip has kept: both towers."""
+    """Both towers with OpenAI's own key names, which open_clip has kept."""
     import open_clip
-    vision = open_clip.CLIPVisionCfg(layers=2, width=WIDTH, head_width=WIDTH // HEADS, patch_size=PATCH, image_size=SIZE,
-                                     mlp_ratio=HIDDEN / WIDTH)
-    text = open_clip.CLIPTextCfg(context_length=6, vocab_size=20, width=16, heads=2, layers=1)
-    model = randomise(open_clip.CLIP(embed_dim=CLASSES, vision_cfg=vision, text_cfg=text, quick_gelu=True))
+
+    vision = open_clip.CLIPVisionCfg(
+        layers=2,
+        width=WIDTH,
+        head_width=WIDTH // HEADS,
+        patch_size=PATCH,
+        image_size=SIZE,
+        mlp_ratio=HIDDEN / WIDTH,
+    )
+    text = open_clip.CLIPTextCfg(**OPEN_CLIP_TEXT)
+    model = open_clip.CLIP(embed_dim=CLASSES, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    model = randomise(model)
     return model.state_dict(), model.encode_image, {"heads": HEADS, "head": True}
 
 
 def open_clip_timm():
-    """open_clip around a timm tower: its keys begin with visual.trunk, the projection is visual.head.proj."""
+    """open_clip around a tower of timm: keys begin with visual.trunk and visual.head.proj."""
     import open_clip
     import timm
 
-    def tiny_for_open_clip(pretrained=False, num_classes=0, global_pool="token", img_size=SIZE, **_):
+    def tiny_for_open_clip(
+        pretrained=False, num_classes=0, global_pool="token", img_size=SIZE, **_
+    ):
         model = timm.models.vision_transformer.VisionTransformer(
-            img_size=img_size, patch_size=PATCH, embed_dim=WIDTH, depth=2, num_heads=HEADS, mlp_ratio=HIDDEN / WIDTH,
-            num_classes=num_classes, global_pool=global_pool)
-        model.default_cfg = model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+            img_size=img_size,
+            patch_size=PATCH,
+            embed_dim=WIDTH,
+            depth=2,
+            num_heads=HEADS,
+            mlp_ratio=HIDDEN / WIDTH,
+            num_classes=num_classes,
+            global_pool=global_pool,
+        )
+        norm = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), **norm}
+        model.default_cfg = model.pretrained_cfg
         return model
+
     timm.models.register_model(tiny_for_open_clip)
-    vision = open_clip.CLIPVisionCfg(timm_model_name="tiny_for_open_clip", timm_pool="token", timm_proj="linear",
-                                     image_size=SIZE)
-    text = open_clip.CLIPTextCfg(context_length=6, vocab_size=20, width=16, heads=2, layers=1)
-    model = randomise(open_clip.CustomTextCLIP(embed_dim=CLASSES, vision_cfg=vision, text_cfg=text))
+    vision = open_clip.CLIPVisionCfg(
+        timm_model_name="tiny_for_open_clip",
+        timm_pool="token",
+        timm_proj="linear",
+        image_size=SIZE,
+    )
+    text = open_clip.CLIPTextCfg(**OPEN_CLIP_TEXT)
+    model = open_clip.CustomTextCLIP(embed_dim=CLASSES, vision_cfg=vision, text_cfg=text)
+    model = randomise(model)
     return model.state_dict(), model.encode_image, {"heads": HEADS, "head": True}
 
 
-FAMILIES = {build.__name__: build for build in (
-    timm_vit, timm_mean, timm_clip, timm_dinov2_reg, timm_deit_distilled, facebook_dinov2_reg, hf_vit, hf_deit, hf_dinov2,
-    hf_dinov2_reg, hf_clip_vision, hf_clip_vision_features, hf_clip_both, open_clip_openai, open_clip_timm)}
-
-
-def images(count=3):
-    """Random images that are the same everywhere and fit into fp16."""
-    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2)).half().float()
+BUILDERS = (
+    timm_vit,
+    timm_mean,
+    timm_clip,
+    timm_dinov2_reg,
+    timm_deit_distilled,
+    facebook_dinov2_reg,
+    hf_vit,
+    hf_deit,
+    hf_dinov2,
+    hf_dinov2_reg,
+    hf_clip_vision,
+    hf_clip_vision_features,
+    hf_clip_both,
+    open_clip_openai,
+    open_clip_timm,
+)
+FAMILIES = {build.__name__: build for build in BUILDERS}

@@ -226,7 +226,9 @@ def test_placement(options, chosen):
     assert adaptertune.choose_blocks(6, **options) == chosen
 
 
-@pytest.mark.parametrize("options", [{"every": 7}, {"every": 0}, {"blocks": [6]}, {"blocks": [-7]}])
+@pytest.mark.parametrize(
+    "options", [{"every": 7}, {"every": 0}, {"blocks": [6]}, {"blocks": [-7]}, {"blocks": []}]
+)
 def test_blocks_that_are_not_there(options):
     """The error states which blocks there are."""
     with pytest.raises(ValueError, match="choose from 0 to 5"):

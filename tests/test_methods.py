@@ -4,7 +4,6 @@ Few shots, cached features, comparisons, pictures, opening a run, and how often 
 """
 
 import csv
-import importlib.util
 import json
 import math
 import re
@@ -578,7 +577,9 @@ def test_load_run_refuses_what_is_no_run(run, tiny_weights, tmp_path):
 
 def check_picture(path):
     """Where matplotlib is installed there is a well-formed SVG, else none. Returns its texts."""
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
         assert not path.exists()
         return None
     return texts_of(path)
@@ -816,7 +817,7 @@ def test_principal_components():
     plane, _ = torch.linalg.qr(plane)  # [8, 2], orthonormal columns
     found, how = train.to_two_dimensions(points @ plane.T + 3)
     assert how == "two principal components"
-    assert torch.allclose(torch.cdist(found, found), torch.cdist(points, points))
+    assert torch.allclose(torch.cdist(found, found), torch.cdist(points, points), atol=1e-6)
     assert found[:, 0].std() > found[:, 1].std()
 
 

@@ -1,188 +1,261 @@
-"""Published weights and photographs. They aren't part of the project: ADAPTERTUNE_REAL names a folder that holds
-weights/deit_tiny_patch16_224.safetensors (timm/deit_tiny_patch16_224.fb_in1k), data/imagenet200/ (photos named
-INDEX_wnid_name.jpg by ImageNet class) and data/flowers12/train,test/CLASS/; ADAPTERTUNE_RESTORED one with
-clip_vitb16_visual.safetensors (the image tower of openai/clip-vit-base-patch16) and cifar-100-python/."""
+"""Published weights and photographs, which aren't part of the project.
+
+ADAPTERTUNE_REAL names a folder that holds
+
+    weights/deit_tiny_patch16_224.safetensors   timm/deit_tiny_patch16_224.fb_in1k
+    data/imagenet200/                           photos INDEX_wnid_name.jpg, by ImageNet class
+    data/flowers12/train,test/CLASS/            photos
+
+and ADAPTERTUNE_RESTORED one with
+
+    clip_vitb16_visual.safetensors              the image tower of openai/clip-vit-base-patch16
+    cifar-100-python/                           CIFAR-100 as published
+"""
+
+import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
-from conftest import REAL
+from conftest import REAL, runner
 
 import adaptertune
-import cli
 import data
 import export
 import train
 import vit
 
-pytestmark = pytest.mark.skipif(not REAL, reason="set ADAPTERTUNE_REAL to a folder with published weights and photos")
+pytestmark = pytest.mark.skipif(
+    not REAL, reason="set ADAPTERTUNE_REAL to a folder with published weights and photos"
+)
 REAL = Path(REAL or ".")
 RESTORED = Path(os.environ.get("ADAPTERTUNE_RESTORED", "."))
 DEIT = REAL / "weights" / "deit_tiny_patch16_224.safetensors"
 CLIP = RESTORED / "clip_vitb16_visual.safetensors"
+FLOWERS = REAL / "data" / "flowers12"
+TOWERS = pytest.mark.parametrize("path", [DEIT, CLIP], ids=["DeiT-tiny", "CLIP"])
 
 
 @pytest.fixture(scope="module")
 def photos():
     """The 200 photos as data.py decodes them, with ImageNet's class numbers."""
     pytest.importorskip("PIL")
-    paths = sorted((REAL / "data" / "imagenet200").glob("*.jpg"))
-    return data.decode(paths, [int(path.name.split("_")[0]) for path in paths], 256, paths[0].parent)
+    folder = REAL / "data" / "imagenet200"
+    paths = sorted(folder.glob("*.jpg"))
+    labels = [int(path.name.split("_")[0]) for path in paths]
+    return data.decode(paths, labels, 256, folder)
+
+
+@pytest.fixture
+def commands(capsys, monkeypatch, tmp_path):
+    """Functions that run train.py and export.py in an empty folder and give the output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield runner(train.main, capsys), runner(export.main, capsys)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def prepared(photos, backbone):
-    batches = data.Batches(backbone.config.image_size, backbone.norm, 50, torch.device("cpu"))
+    """The photos in batches of 50, as a backbone expects them."""
+    size = backbone.config.image_size
+    batches = data.Batches(size, backbone.norm, 50, torch.device("cpu"))
     return batches.eval(photos, 7 / 8)
+
+
+# -------------------------------------------------------------------------------------- backbones
 
 
 @torch.inference_mode()
 def test_deit_tiny_on_imagenet_photos(photos):
-    """A reference implementation gets 163 of these 200 right."""
+    """DeiT-tiny names at least 160 of 200 photos; a reference implementation names 163."""
     model, backbone = vit.load(DEIT, head=True)
-    right = sum(int((model(x).argmax(dim=1) == labels).sum()) for x, labels in prepared(photos, backbone))
+    right = 0
+    for x, labels in prepared(photos, backbone):
+        right += int((model(x).argmax(dim=1) == labels).sum())
     print(f"DeiT-tiny: {right} of {len(photos)} right")
     assert right >= 160
 
 
 @torch.inference_mode()
 def test_deit_tiny_as_timm_runs_it(photos):
-    """timm's own network on the same pixels: the same logits and as many right."""
+    """timm's own network gives the same logits of the same pixels, and as many right."""
     timm = pytest.importorskip("timm")
     theirs = timm.create_model("deit_tiny_patch16_224.fb_in1k").eval()
     theirs.load_state_dict(vit.read_tensors(DEIT)[0])
-    model, backbone = vit.load(DEIT, head=True)
-    right = torch.zeros(2, dtype=torch.long)
+    ours, backbone = vit.load(DEIT, head=True)
+    our_right = 0
+    their_right = 0
     for x, labels in prepared(photos, backbone):
-        ours, expected = model(x), theirs(x)
-        assert (ours - expected).abs().max() < 1e-4
-        right += torch.stack([(logits.argmax(dim=1) == labels).sum() for logits in (ours, expected)])
-    print(f"ours {right[0]}, timm {right[1]} right")
-    assert right[0] == right[1]
+        logits = ours(x)
+        expected = theirs(x)
+        assert (logits - expected).abs().max() < 1e-4
+        our_right += int((logits.argmax(dim=1) == labels).sum())
+        their_right += int((expected.argmax(dim=1) == labels).sum())
+    print(f"ours {our_right}, timm {their_right} right")
+    assert our_right == their_right
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("path", [DEIT, CLIP], ids=["DeiT-tiny", "CLIP"])
+@TOWERS
 def test_zero_init_is_bit_identical(photos, path):
-    """Logits of DeiT-tiny and embeddings of CLIP's image tower, with untrained adapters and without."""
+    """Untrained adapters don't change a bit of a published network's output; small ones do."""
     model, backbone = vit.load(path, head=True)
-    x = next(prepared(photos, backbone))[0][:8]
+    batch, _ = next(prepared(photos, backbone))
+    x = batch[:8]
     plain = model(x)
     assert plain.shape == (8, 1000 if path == DEIT else 512)
-    blocks = adaptertune.choose_blocks(backbone.config.depth)
-    adaptertune.add_adapters(model, rank=8, placement=blocks)
+    adaptertune.add_adapters(model, rank=8)
     assert torch.equal(model(x), plain)
-    adaptertune.add_adapters(model, rank=8, placement=blocks, init="small")
+    adaptertune.add_adapters(model, rank=8, init="small")
     assert not torch.equal(model(x), plain)
 
 
 def test_clip_tower_needs_no_option():
-    model, backbone = vit.load(CLIP)
+    """CLIP's image tower is recognised by its tensors alone."""
+    _, backbone = vit.load(CLIP)
     assert backbone.norm == vit.CLIP
     assert backbone.config == vit.BACKBONES["clip_b16"].config
-    assert vit.load(CLIP, name="clip_b16")[1].config == backbone.config
+    _, named = vit.load(CLIP, name="clip_b16")
+    assert named.config == backbone.config
 
 
 def test_heads_of_a_narrow_net():
+    """A network with heads of 32 channels is read when their number is given."""
     path = REAL / "weights" / "vit_cifar10_p4_d128_l4_h4.safetensors"
-    assert vit.load(path, heads=4)[1].config.grid == 8
+    _, backbone = vit.load(path, heads=4)
+    assert backbone.config.grid == 8
+
+
+# -------------------------------------------------------------------------------------- data sets
 
 
 def test_cifar100_as_published():
+    """CIFAR-100 has its sizes, its class names, and as many images of each class."""
     images = data.read("cifar100", str(RESTORED), offline=True)
     assert images.train.pixels.shape == (50_000, 3, 32, 32)
     assert images.test.pixels.shape == (10_000, 3, 32, 32)
     assert torch.bincount(images.train.labels).tolist() == [500] * 100
-    assert (images.classes[0], images.classes[99]) == ("apple", "worm")
+    assert images.classes[0] == "apple"
+    assert images.classes[99] == "worm"
     parts = data.split(images)
-    assert (len(parts.train), len(parts.val)) == (45_000, 5_000)
+    assert len(parts.train) == 45_000
+    assert len(parts.val) == 5_000
     assert torch.bincount(parts.val.labels).tolist() == [50] * 100
 
 
-def test_flowers_on_deit_tiny(tmp_path, monkeypatch, capsys):
-    """Twelve kinds of flowers in two epochs over 200 photos, from train/ and test/ folders, and the same test accuracy again
-    from the file."""
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--dataset", str(REAL / "data" / "flowers12"), "--weights", str(DEIT), "--epochs", "2", "--limit", "200",
-                 "--lr", "3e-3", "--name", "flowers"]
-    assert train.main(arguments) == 0
-    out = capsys.readouterr().out
-    print(out)
+def test_flowers_on_deit_tiny(commands):
+    """Two epochs on 200 photos of flowers give over 60 %, and --eval the same from the file."""
+    pytest.importorskip("PIL")
+    run, _ = commands
+    arguments = ["--dataset", FLOWERS, "--weights", DEIT, "--epochs", 2, "--limit", 200]
+    out = run(*arguments, "--lr", 3e-3, "--name", "flowers")
     assert "240 test, 12 classes" in out
-    _, meta = vit.read_tensors(tmp_path / "runs" / "flowers" / "adapters.safetensors")
+    _, meta = adaptertune.read("runs/flowers/adapters.safetensors")
     assert meta["test_accuracy"] > 60
-    assert train.main(["--eval", "runs/flowers"]) == 0
     stated = f"{meta['test_accuracy']:.2f} %"
-    assert capsys.readouterr().out.endswith(f"test     {stated}   (its file says {stated})\n")
+    out = run("--eval", "runs/flowers")
+    assert out.endswith(f"test     {stated}   (its file says {stated})\n")
 
 
-def export_meta(backbone, **more):
-    return {"input": "float", "resize": False, "output": "logits", "top_k": 0, "batch": 0, "backbone": "real", "center": 7 / 8,
-            "interpolation": "bicubic", "mean": backbone.norm[0], "std": backbone.norm[1], **more}
+# ----------------------------------------------------------------------------------------- export
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("opset", [17, 20, 23])
-@pytest.mark.parametrize("path", [DEIT, CLIP], ids=["DeiT-tiny", "CLIP"])
+@TOWERS
 def test_export_of_real_weights(photos, path, opset):
-    """Adapters that do something on DeiT-tiny and on CLIP's image tower: the same logits and labels of photos."""
+    """The graph of a published network with adapters gives torch's logits and labels of photos."""
     model, backbone = vit.load(path, head=True)
     torch.manual_seed(0)
-    adaptertune.add_adapters(model, rank=8, placement=range(12))
+    adaptertune.add_adapters(model, rank=8)
     for block in model.blocks:
         torch.nn.init.normal_(block.adapter.up.weight, std=0.05)
-    model.requires_grad_(False)
     if model.head.bias is None:  # CLIP's projection
-        model.head.bias = torch.nn.Parameter(torch.zeros(len(model.head.weight)), requires_grad=False)
-    proto = export.to_model(export.Graph(opset), model, export_meta(backbone))
-    graph = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    x = next(prepared(photos, backbone))[0][:20 if path == DEIT else 6]
-    got, expected = graph.run(None, {"image": x.numpy()})[0], model(x).numpy()
-    assert abs(got - expected).max() < 1e-4
-    assert (got.argmax(axis=1) == expected.argmax(axis=1)).all()
+        model.head.bias = torch.nn.Parameter(torch.zeros(len(model.head.weight)))
+    model.requires_grad_(False)
+
+    meta = {
+        "method": "adaptertune",
+        "input": "float",
+        "resize": False,
+        "output": "logits",
+        "batch": 0,
+        "backbone": "real",
+        "center": 7 / 8,
+        "interpolation": "bicubic",
+        "mean": backbone.norm[0],
+        "std": backbone.norm[1],
+    }
+    proto = export.to_model(export.Graph(opset), model, meta)
+    providers = ["CPUExecutionProvider"]
+    graph = onnxruntime.InferenceSession(proto.SerializeToString(), providers=providers)
+    batch, _ = next(prepared(photos, backbone))
+    x = batch[: 20 if path == DEIT else 6]
+    (logits,) = graph.run(None, {"image": x.numpy()})
+    expected = model(x).numpy()
+    assert abs(logits - expected).max() < 1e-4
+    assert (logits.argmax(axis=1) == expected.argmax(axis=1)).all()
 
 
-def test_two_tasks_on_one_deit_tiny(tmp_path, monkeypatch, capsys):
-    """Flowers (rank 4, 12 classes) and digits (rank 16, 10 classes) from one session, swapped per call, each as its own torch
-    model; the adapters' files are hardly larger than what is in them."""
-    monkeypatch.chdir(tmp_path)
-    common = ["--weights", str(DEIT), "--epochs", "1", "--lr", "3e-3"]
-    for name, dataset, rank in (("flowers", str(REAL / "data/flowers12"), "4"), ("digits", "digits", "16")):
-        assert train.main([*common, "--dataset", dataset, "--rank", rank, "--limit", "120", "--name", name]) == 0
-        assert export.main([f"runs/{name}", "--swappable"]) == 0
-    print(capsys.readouterr().out)
+def test_two_tasks_on_one_deit_tiny(commands):
+    """Flowers and digits, swapped per call in one session, each give the logits of its torch model.
+
+    Their ranks and numbers of classes differ. An adapter's file is hardly larger than its tensors.
+    """
+    pytest.importorskip("PIL")
+    run, run_export = commands
+    tasks = {"flowers": (FLOWERS, 4, 12), "digits": ("digits", 16, 10)}
+    for name, (dataset, rank, _) in tasks.items():
+        common = ["--weights", DEIT, "--epochs", 1, "--lr", 3e-3, "--limit", 120]
+        common += ["--test-share", 0.1]  # of digits; the flowers have a test set
+        run(*common, "--dataset", dataset, "--rank", rank, "--name", name)
+        run_export(f"runs/{name}", "--swappable")
+
     session = export.session("runs/backbone.onnx")
-    runs = {name: train.open_run(cli.parse(["--eval", f"runs/{name}"])[0]) for name in ("flowers", "digits")}
-    graphs = {name: export.in_onnxruntime(session, f"runs/{name}.onnx_adapter") for name in runs}
+    runs = {name: train.open_folder(Path("runs", name)) for name in tasks}
     for start in (0, 8, 16):
-        for name, run in runs.items():
-            images = run.data.test[torch.arange(start, start + 8)]
-            x = next(run.batches.eval(images, run.data.center))[0]
+        for name, opened in runs.items():
+            images = opened.data.test[torch.arange(start, start + 8)]
+            x, _ = next(opened.batches.eval(images, opened.data.center))
             with torch.inference_mode():
-                expected = run.model.eval()(x).numpy()
-            got = graphs[name](x.numpy())[0]
-            assert got.shape == (8, {"flowers": 12, "digits": 10}[name])
-            assert abs(got - expected).max() < 1e-4
-    for name in runs:
-        path = tmp_path / "runs" / f"{name}.onnx_adapter"
-        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        assert path.stat().st_size < 1.1 * sum(value.numpy().nbytes for value in parameters.values())
+                expected = opened.model.eval()(x).numpy()
+            graph = export.in_onnxruntime(session, Path("runs", f"{name}.onnx_adapter"))
+            logits = graph(x.numpy())[0]
+            _, _, classes = tasks[name]
+            assert logits.shape == (8, classes)
+            assert abs(logits - expected).max() < 1e-4
+
+    for name in tasks:
+        path = Path("runs", f"{name}.onnx_adapter")
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
+        tensors = [value.numpy() for value in adapter.get_parameters().values()]
+        assert path.stat().st_size < 1.1 * sum(tensor.nbytes for tensor in tensors)
 
 
-def test_few_shots_on_clip(tmp_path, monkeypatch, capsys):
-    """Two photos of each of twelve flowers: class means name most of the others, CLIP-Adapter starts there, and both export."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
-    flowers = ["--dataset", str(REAL / "data/flowers12"), "--weights", str(CLIP), "--classifier", "prototypes", "--shots", "2"]
-    assert train.main([*flowers, "--method", "zero-shot", "clip-adapter", "--name", "f"]) == 0
-    out = capsys.readouterr().out
-    print(out)
-    zero_shot, adapted = (float(value) for value in re.findall(r"^test +([\d.]+) %", out, re.M))
+def test_few_shots_on_clip(commands):
+    """Class means of two photos name most flowers; CLIP-Adapter starts there, and both export.
+
+    The zero-shot accuracy that both runs print is that of the validation photos.
+    """
+    pytest.importorskip("PIL")
+    run, run_export = commands
+    flowers = ["--dataset", FLOWERS, "--weights", CLIP, "--classifier", "prototypes"]
+    out = run(*flowers, "--shots", 2, "--method", "zero-shot", "clip-adapter", "--name", "f")
+    zero_shot, adapted = map(float, re.findall(r"^test +([\d.]+) %", out, re.M))
     assert zero_shot > 80
     assert adapted > zero_shot - 5
-    assert re.findall(r"^zeroshot ([\d.]+) %", out, re.M) == [f"{zero_shot:.2f}"] * 2
+
+    line = r"^zeroshot ([\d.]+) %   \(val, by prototypes alone, before training\)$"
+    before, before_training = re.findall(line, out, re.M)
+    assert before == before_training
+    result = json.loads(Path("runs/f-zero-shot/result.json").read_text())
+    assert f"{result['zero_shot_val_accuracy']:.2f}" == before
+    assert result["val_accuracy"] == result["zero_shot_val_accuracy"]
     for name in ("zero-shot", "clip-adapter"):
-        assert export.main([f"runs/f-{name}", "--images", "24"]) == 0
-        assert "24 test images" in capsys.readouterr().out
+        assert "24 test images" in run_export(f"runs/f-{name}", "--images", 24)

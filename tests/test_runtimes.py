@@ -31,7 +31,8 @@ import train
 
 WEB = Path(os.environ.get("ADAPTERTUNE_ORT_WEB", ROOT / "node_modules/onnxruntime-web/dist"))
 PAGE = ROOT / "assets/device/index.html"
-TASKS = {"digits": ["--epochs", "2"]}
+ORIENTATION = 0x0112  # EXIF's tag
+TASKS = {"digits": ["--epochs", "2", "--limit", "500"]}
 if REAL:
     weights = f"{REAL}/weights/deit_tiny_patch16_224.safetensors"
     TASKS["flowers"] = ["--dataset", f"{REAL}/data/flowers12", "--weights", weights]
@@ -50,6 +51,7 @@ class Task:
 
 @pytest.fixture(scope="module", params=TASKS)
 def task(request, tmp_path_factory):
+    """Each of TASKS, trained and exported in a folder of its own."""
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -74,11 +76,13 @@ def check_logits(got, task):
 
 
 def test_onnxruntime(task):
+    """onnxruntime, image by image."""
     session = export.session(task.folder / "model.onnx")
     check_logits([session.run(None, {"image": image[None]})[0] for image in task.images], task)
 
 
 def test_reference_evaluator(task):
+    """onnx's own evaluator, which is numpy and slow, in batches."""
     if task.run.data.name != "digits":
         pytest.skip("the reference evaluator takes a second for an image of 224 px")
     from onnx.reference import ReferenceEvaluator
@@ -91,6 +95,7 @@ def test_reference_evaluator(task):
 
 
 def test_openvino(task):
+    """OpenVINO on the CPU in fp32, image by image."""
     openvino = pytest.importorskip("openvino")
     precision = {"INFERENCE_PRECISION_HINT": "f32"}
     path = task.folder / "model.onnx"
@@ -197,7 +202,7 @@ def test_onnxruntime_web(task):
 def site(task):
     """A folder with index.html's model.onnx, and every third photo of the test set as PNG.
 
-    Gives the folder, the number of photos and onnxruntime's probabilities of each, [n, K].
+    Gives the folder and onnxruntime's probabilities of each photo, [n, K].
     """
     image = pytest.importorskip("PIL.Image")
     folder = task.folder / "site"
@@ -244,8 +249,7 @@ def test_function_of_the_page(task, site):
         check_text(text, task.run.data.classes, probabilities)
 
 
-# Files are put into the page's input as a user's choice does it, and what the page shows is read:
-# a photo, a file that is none, and the photo again.
+# Files are put into the page's input as a user's choice does it, and what the page shows is read.
 CHOOSE_FILES = """<script type="module">
 const input = document.querySelector("input");
 const output = document.querySelector("pre");
@@ -258,29 +262,49 @@ async function choose(file) {
   return output.textContent;
 }
 
-const loading = output.textContent;
+async function chooseServed(name) {
+  const answer = await fetch(name);
+  return choose(new File([await answer.blob()], name));
+}
+
 await ready;
 const loaded = output.textContent;
-const photo = new File([await (await fetch("0.png")).blob()], "0.png");
-const text = new File(["no photo"], "text.png");
-const shown = [await choose(photo), await choose(text), await choose(photo)];
-send({loading, loaded, shown});
+const first = await chooseServed("0.png");
+const refused = await choose(new File(["no photo"], "text.png"));
+const turned = await chooseServed("turned.jpg");
+send({loaded, first, refused, turned});
 </script>
 """
 
 
+def save_turned(pixels, path):
+    """Save pixels uint8 [H, W, 3] as a JPEG photo that its EXIF data turn by 90°. Returns them as
+    they are to be seen: [W, H, 3]."""
+    from PIL import Image, ImageOps
+
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.fromarray(pixels).save(path, quality=95, exif=exif)
+    with Image.open(path) as image:
+        return np.array(ImageOps.exif_transpose(image))
+
+
 def test_elements_of_the_page(task, site):
     """index.html as a user sees it: it says when it is ready, labels the chosen photo, says that a
-    file is no photo, and goes on after that."""
+    file is no photo, and goes on after that with one that EXIF data turn."""
     folder, expected = site
+    photos = task.run.data.test.pixels.permute(0, 2, 3, 1).numpy()
+    turned = save_turned(photos[0], folder / "turned.jpg")
+    session = export.session(folder / "model.onnx")
+    expected_turned = session.run(None, {"image": turned[None]})[0][0]
+    assert np.abs(expected_turned - expected[0]).max() > 0.05
+
     (folder / "choose.html").write_text(REPORT + PAGE.read_text() + CHOOSE_FILES)
-    answer = browse(folder, "choose.html")
-    assert answer["loading"] == "loading model.onnx …"
-    assert answer["loaded"] == "ready"
-    first, refused, again = answer["shown"]
-    check_text(first, task.run.data.classes, expected[0])
-    assert refused.startswith("can't label this photo: ")
-    assert again == first
+    shown = browse(folder, "choose.html")
+    assert shown["loaded"] == "ready"
+    check_text(shown["first"], task.run.data.classes, expected[0])
+    assert shown["refused"].startswith("can't label this photo: ")
+    check_text(shown["turned"], task.run.data.classes, expected_turned)
 
 
 READ_OUTPUT = """<script type="module">
@@ -292,7 +316,6 @@ send({failed, shown: document.querySelector("pre").textContent});
 
 def test_page_without_a_model(tmp_path):
     """index.html says that there is no model.onnx beside it."""
-    page = PAGE.read_text().replace("</script>\n", "</script>\n", 1)
-    (tmp_path / "index.html").write_text(REPORT + page + READ_OUTPUT)
+    (tmp_path / "index.html").write_text(REPORT + PAGE.read_text() + READ_OUTPUT)
     answer = browse(tmp_path, "index.html")
     assert answer == {"failed": True, "shown": "can't load model.onnx: no model.onnx here (404)"}

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -63,7 +64,9 @@ def without_times(rows):
 def printed_rows(out):
     """The cells of the table of epochs on the terminal, its head among them."""
     lines = [line.split() for line in out.splitlines()]
-    return [cells for cells in lines if len(cells) == 7 and (cells[0] == "epoch" or cells[0].isdigit())]
+    return [
+        cells for cells in lines if len(cells) == 7 and (cells[0] == "epoch" or cells[0].isdigit())
+    ]
 
 
 def stated_test(out):
@@ -75,7 +78,7 @@ def stated_test(out):
 
 
 def test_what_a_run_says(run, tiny_weights, tmp_path):
-    """The terminal shows the environment, the parameters, the data, the choice and the next step."""
+    """The terminal shows environment, parameters, data, the chosen epoch and the next step."""
     out = run(*quick(tiny_weights))
     assert re.search(r"^env      torch [\d.+a-z]+ · cpu \d+ threads · fp32 · seed 0$", out, re.M)
     assert re.search(r"^backbone tiny 16px, [\d,]+ frozen$", out, re.M)
@@ -129,4 +132,618 @@ def test_what_a_run_leaves(run, tiny_weights, tmp_path):
     assert expected.items() <= meta.items()
     assert stated_test(out) == [f"{meta['test_accuracy']:.2f}"]
     result = json.loads((folder / "result.json").read_text())
-    assert meta.items() - {"version": 1}.items() <= result.items() if False else True
+    assert result["trained"] == 1434
+    assert meta.pop("version") == adaptertune.VERSION
+    assert meta.items() <= {key: result.get(key) for key in meta}.items()
+
+
+def test_the_terminal_and_metrics_csv_have_the_same_rows(run, tiny_weights, tmp_path):
+    """Every cell of the table of epochs is in metrics.csv, in the same order, and no other."""
+    out = run(*quick(tiny_weights, "--name", "a"))
+    table = read_table(tmp_path / "runs/a")
+    assert [row[0] for row in table] == ["epoch", "1", "2", "3"]
+    assert printed_rows(out) == table
+
+
+def test_of_many_epochs_the_terminal_shows_every_tenth(run, tiny_weights, tmp_path):
+    """Of more than 40 epochs every tenth row is shown, as metrics.csv has it, which has all."""
+    out = run(*quick(tiny_weights, "--method", "head", "--cached", "--epochs", 50, "--name", "a"))
+    head, *rows = read_table(tmp_path / "runs/a")
+    assert [row[0] for row in rows] == [str(epoch) for epoch in range(1, 51)]
+    assert printed_rows(out) == [head, *rows[9::10]]
+
+
+def test_the_embedded_default_learns(run, tmp_path):
+    """Digits on vit_micro, without an option but for fewer epochs; the adapters are small."""
+    out = run("--epochs", 2)
+    (accuracy,) = stated_test(out)
+    assert float(accuracy) > 85
+    adapters = tmp_path / "runs/digits-adaptertune-r8-s0/adapters.safetensors"
+    assert adapters.stat().st_size < 300_000
+
+
+def test_the_embedded_backbone_is_small():
+    """vit_micro has at most 2 million parameters and 4 MB, and its file states its shape."""
+    weights = ROOT / "assets" / "vit_micro.safetensors"
+    assert weights.stat().st_size <= 4_000_000
+    model, backbone = vit.load(weights, name="vit_micro")
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 2_000_000
+    assert vit.load(weights)[1].config == backbone.config
+
+
+def test_same_command_same_metrics(run, tiny_weights, tmp_path):
+    """The same command gives the same numbers and the same file; another seed gives others."""
+    arguments = quick(tiny_weights, "--dropout", 0.3)
+    for name in ("a", "b"):
+        run(*arguments, "--name", name)
+    run(*arguments, "--name", "c", "--seeds", 1)
+    metrics = {name: without_times(read_table(tmp_path / "runs" / name)) for name in "abc"}
+    assert metrics["a"] == metrics["b"]
+    assert metrics["a"] != metrics["c"]
+    first = (tmp_path / "runs/a/adapters.safetensors").read_bytes()
+    assert (tmp_path / "runs/b/adapters.safetensors").read_bytes() == first
+    assert (tmp_path / "runs/c/adapters.safetensors").read_bytes() != first
+
+
+def test_frozen_tensors_stay_and_have_no_gradient(tiny_weights, tmp_path, monkeypatch, handlers):
+    """Training changes every adapter and the head, and gives no gradient to anything else."""
+    monkeypatch.chdir(tmp_path)
+    (options,) = train.parse([str(each) for each in quick(tiny_weights)])
+    prepared = train.prepare(options, 0)
+    before = {name: tensor.clone() for name, tensor in prepared.model.state_dict().items()}
+    train.fit(prepared)
+    after = prepared.model.state_dict()
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) != adaptertune.is_adapter(name), name
+    for name, parameter in prepared.model.named_parameters():
+        assert (parameter.grad is not None) == adaptertune.is_adapter(name), name
+    for name, tensor in load_file(tiny_weights).items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def test_diverging_training_says_so(run, tiny_weights, tmp_path):
+    """A loss that isn't finite ends the run with advice and leaves nothing behind."""
+    diverging = ["--method", "full", "--lr", 1000, "--weight-decay", 900]
+    assert "lower --lr (1000)" in run(*quick(tiny_weights, *diverging), status=1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bf16_trains(run, tiny_weights):
+    """--amp bf16 trains in bf16, and the terminal says so."""
+    assert "· bf16 · seed 0" in run(*quick(tiny_weights, "--amp", "bf16", "--epochs", 1))
+
+
+def test_schedule():
+    """The learning rate rises over a tenth of the steps and falls as a cosine to zero."""
+    factors = [train.schedule(step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert factors[10] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 0.001
+    falling = factors[10:]
+    assert falling == sorted(falling, reverse=True)
+    assert len(set(falling)) == len(falling)
+
+
+# ------------------------------------------------------------------------------------- many runs
+
+
+def test_seeds(run, tiny_weights, tmp_path):
+    """Several seeds end in a row of mean and standard deviation, a .csv and a picture."""
+    out = run(*quick(tiny_weights, "--seeds", "0,1", "--method", "head"))
+    first, second = map(float, stated_test(out))
+    row = re.search(r"^head +330 +([\d.]+) ± ([\d.]+) ", out, re.M)
+    assert float(row[1]) == pytest.approx((first + second) / 2, abs=0.011)
+    assert float(row[2]) == pytest.approx(abs(first - second) / 2**0.5, abs=0.02)
+    names = {"digits-head-n200-s0", "digits-head-n200-s1", "digits-comparison.csv"}
+    if HAS_MATPLOTLIB:
+        names.add("digits-comparison.svg")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == names
+
+
+def test_scratch_leaves_a_backbone(run, tmp_path):
+    """A network trained from random weights is the backbone of the next run."""
+    few = ["--epochs", 1, "--limit", 64, "--test-share", 0.05]
+    run("--scratch", "--backbone", "vit_micro", *few, "--name", "base")
+    weights = tmp_path / "runs/base/adapters.safetensors"
+    model, backbone = vit.load(weights, head=True)
+    assert backbone.config == vit.BACKBONES["vit_micro"].config
+    assert model.head.weight.shape == (10, 128)
+    out = run("--weights", weights, *few, "--name", "next")
+    assert "backbone base 32px, 809,856 frozen" in out
+
+
+def test_a_run_is_not_overwritten_by_another(run, tiny_weights, tmp_path):
+    """A folder takes the same run again, made elsewhere or not, and no run with other options."""
+    run(*quick(tiny_weights))
+    error = run(*quick(tiny_weights, "--dropout", 0.2), status=1)
+    assert "holds a run with other options; give this one a --name" in error
+    run(*quick(tiny_weights, "--offline", "--data-dir", tmp_path, "--device", "cpu"))
+
+
+# ----------------------------------------------------------------------- the finished run, again
+
+
+@pytest.mark.parametrize("method", ["adaptertune", "head", "full"])
+def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
+    """--eval reads the same test accuracy off the saved tensors."""
+    out = run(*quick(tiny_weights, "--method", method, "--name", "a"))
+    (stated,) = stated_test(out)
+    expected = f"test     {stated} %   (its file says {stated} %)"
+    assert expected in run("--eval", "runs/a")
+
+
+def test_another_backbone_is_refused_by_name(run, tiny_weights, tmp_path):
+    """Adapters on another backbone are an error with both names and fingerprints."""
+    other = write_tiny(tmp_path / "other.safetensors", seed=1)
+    run(*quick(tiny_weights, "--name", "a"))
+    error = run("--eval", "runs/a", "--weights", other, status=1)
+    message = r"trained on tiny \([0-9a-f]{16}\), not on other \([0-9a-f]{16}\)"
+    assert re.search(message, error)
+
+
+def test_photos(run, photos, tiny_weights, tmp_path):
+    """A folder of photos trains, and split.json says which photo was in which part."""
+    out = run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--name", "a"))
+    assert "data     photos: 43 train / 5 val / 12 test, 3 classes" in out
+    parts = json.loads((tmp_path / "runs/a/split.json").read_text())
+    assert [len(parts[part]) for part in ("train", "val", "test")] == [43, 5, 12]
+    names = parts["train"] + parts["val"] + parts["test"]
+    assert len(set(names)) == 60
+
+
+def test_load_run_gives_the_network_of_the_run(run, photos, tiny_weights):
+    """load_run's network and preprocessing give the logits that the run has of its test photos."""
+    run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--name", "a"))
+    model, preprocess, classes = train.load_run("runs/a")
+    assert classes == ["apple", "leaf", "sky"]
+    assert not model.training
+    opened = train.open_folder("runs/a")
+    test = opened.data.test
+    images = torch.cat([preprocess(photos / name) for name in test.names])
+    prepared, _ = next(opened.batches.eval(test, opened.data.center))
+    assert torch.equal(images, prepared)
+    with torch.no_grad():
+        assert torch.equal(model(images), opened.model.eval()(prepared))
+
+
+# ----------------------------------------------------------------------------- stop and go on
+
+STEPS = 7  # in an epoch of 200 images, 32 at a time
+CHECKS = 2  # batches of its 50 validation images
+EPOCH = STEPS + CHECKS  # places in an epoch where a run may stop
+# Where a run of 3 epochs is stopped: the place counted from where it began or went on, and the
+# epoch and step at which it will go on.
+STOPS = {
+    "before the first step": [(0, 1, 0)],
+    "in the first epoch": [(4, 1, 4)],
+    "in the first validation": [(STEPS + 1, 1, STEPS)],
+    "before the last epoch": [(2 * EPOCH, 3, 0)],
+    "before the last step": [(2 * EPOCH + STEPS - 1, 3, STEPS - 1)],
+    "in the last validation": [(2 * EPOCH + STEPS, 3, STEPS)],
+    "in the test": [(3 * EPOCH + 1, 4, 0)],
+    "in the first and in the last epoch": [(4, 1, 4), (2 * EPOCH - 4 + 2, 3, 2)],
+}
+
+
+def resumable(weights, name):
+    arguments = quick(weights, "--dropout", 0.3, "--name", name, "--resume")
+    return [str(each) for each in arguments]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_weights, tmp_path_factory):
+    """The folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train.signal, "signal", lambda number, handler: None)
+        assert train.main(resumable(tiny_weights, "whole")) == 0
+    return folder / "runs/whole"
+
+
+def stop_at(patch, place, number):
+    """Make a run send itself a signal at a place where it may stop, counted from 0."""
+    plain = train.stop_if_asked
+    places = itertools.count()
+
+    def stop_if_asked():
+        if next(places) == place:
+            assert signal.getsignal(number) is train.ask_stop
+            signal.raise_signal(number)
+        plain()
+
+    patch.setattr(train, "stop_if_asked", stop_if_asked)
+
+
+@pytest.mark.parametrize("stops", STOPS.values(), ids=STOPS)
+def test_resuming_gives_bit_identical_adapters(
+    stops, whole, tiny_weights, tmp_path, monkeypatch, handlers
+):
+    """A run that is stopped and resumed leaves the bytes of one that never was, and its metrics."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/cut"
+    for place, epoch, step in stops:
+        with monkeypatch.context() as patch:
+            stop_at(patch, place, signal.SIGTERM)
+            assert train.main(resumable(tiny_weights, "cut")) == 130
+        train.stop_asked.clear()
+        state = torch.load(folder / "state.pt", weights_only=True)
+        assert state["epoch"] == epoch
+        assert state["step"] == step
+        assert not (folder / "adapters.safetensors").exists()
+    assert train.main(resumable(tiny_weights, "cut")) == 0
+    expected = (whole / "adapters.safetensors").read_bytes()
+    assert (folder / "adapters.safetensors").read_bytes() == expected
+    assert without_times(read_table(folder)) == without_times(read_table(whole))
+    assert not (folder / "state.pt").exists()
+
+
+def test_a_resumed_run_shows_the_rows_before(tiny_weights, tmp_path, monkeypatch, handlers, capsys):
+    """The table of a resumed run has the rows of all its epochs, as metrics.csv has them."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2 * EPOCH + 3, signal.SIGINT)
+        assert train.main(resumable(tiny_weights, "cut")) == 130
+    train.stop_asked.clear()
+    before = printed_rows(capsys.readouterr().out)
+    assert train.main(resumable(tiny_weights, "cut")) == 0
+    rows = printed_rows(capsys.readouterr().out)
+    assert rows == read_table(tmp_path / "runs/cut")
+    assert rows[:3] == before
+
+
+def test_a_finished_run_is_kept(run, tiny_weights, tmp_path):
+    """--resume leaves a finished run as it is, and says so."""
+    arguments = quick(tiny_weights, "--name", "a")
+    run(*arguments)
+    adapters = tmp_path / "runs/a/adapters.safetensors"
+    written = adapters.stat().st_mtime_ns
+    out = run(*arguments, "--resume")
+    assert "kept     runs/a/adapters.safetensors, finished before" in out
+    assert adapters.stat().st_mtime_ns == written
+
+
+def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
+    """Ctrl-C ends a process with status 130 and the command to go on with."""
+    arguments = quick(tiny_weights, "--epochs", 40, "--name", "cut")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("     1 "):  # the first epoch is done
+                process.send_signal(signal.SIGINT)
+                break
+        rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130, rest + error
+    go_on = r"stopped; to go on: python \S+train\.py --weights .* --name cut --resume\n"
+    assert re.search(go_on, error)
+    assert "Traceback" not in error
+    assert (tmp_path / "runs/cut/state.pt").exists()
+
+    assert "unfinished run; go on with --resume" in run(*arguments, status=1)
+    different = run(*arguments, "--resume", "--rank", 4, status=1)
+    assert "holds a run with other options" in different
+    unfinished = run("--eval", "runs/cut", status=1)
+    assert "no adapters at runs/cut/adapters.safetensors; give the folder of a" in unfinished
+
+
+# ---------------------------------------------------------------------------- optional packages
+
+
+def test_curves(run, tiny_weights, tmp_path):
+    """Where matplotlib is installed a run draws its loss and accuracy."""
+    pytest.importorskip("matplotlib")
+    out = run(*quick(tiny_weights, "--name", "a"))
+    assert "saved    runs/a/curves.svg\n" in out
+    assert "left out" not in out
+    picture = tmp_path / "runs/a/curves.svg"
+    assert ElementTree.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    text = picture.read_text()
+    for title in ("training loss", "accuracy in %", "train", "val", "chosen"):
+        assert f"<!-- {title} -->" in text
+
+
+def test_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
+    """Without matplotlib a run ends well, says once what is left out, and writes no picture."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = run(*quick(tiny_weights, "--name", "a"))
+    left_out = "pictures runs/a/curves.svg left out; to have them: pip install matplotlib"
+    assert re.findall("^pictures.*", out, re.M) == [left_out]
+    assert out.count("matplotlib") == 1
+    assert out.endswith("next     python export.py runs/a\n")
+    names = {"adapters.safetensors", "metrics.csv", "config.json", "result.json"}
+    assert {path.name for path in (tmp_path / "runs/a").iterdir()} == names
+
+
+def test_comparison_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
+    """Without matplotlib a comparison and --plot write their .csv and no picture."""
+    for package in ("matplotlib", "sklearn", "sklearn.manifold"):
+        monkeypatch.setitem(sys.modules, package, None)
+    methods = ["--method", "adaptertune", "head", "--plot", "features", "--name", "a"]
+    out = run(*quick(tiny_weights, *methods, "--epochs", 1))
+    left_out = [line.split(" left out;")[0] for line in re.findall("^pictures.*", out, re.M)]
+    assert left_out == [
+        "pictures runs/a-adaptertune/curves.svg",
+        "pictures runs/a-head/curves.svg",
+        "pictures runs/a-comparison.svg",
+        "pictures runs/a-features.svg, runs/a-confusion.svg",
+    ]
+    assert list(tmp_path.rglob("*.svg")) == []
+    assert (tmp_path / "runs/a-comparison.csv").exists()
+    assert (tmp_path / "runs/a-predictions.csv").exists()
+
+
+def test_a_process_without_pillow_and_matplotlib(tiny_weights, tmp_path):
+    """train.py starts and trains digits where neither Pillow nor matplotlib is installed."""
+    hidden = tmp_path / "hidden"
+    for package in ("PIL", "matplotlib"):
+        (hidden / package).mkdir(parents=True)
+        (hidden / package / "__init__.py").write_text("raise ImportError('hidden')")
+    arguments = map(str, quick(tiny_weights, "--epochs", 1))
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(hidden)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left out; to have them: pip install matplotlib\n") == 1
+    assert list(tmp_path.rglob("*.svg")) == []
+
+
+def test_without_pillow(run, tiny_weights, tmp_path, monkeypatch):
+    """Without Pillow CIFAR trains, and a folder of photos says what to install."""
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    write_cifar10(tmp_path / "data")
+    run("--dataset", "cifar10", *quick(tiny_weights))
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "0.png").write_bytes(b"never opened")
+    error = run("--dataset", "photos", "--weights", tiny_weights, status=1)
+    assert error == "error: photos need Pillow to be decoded: pip install pillow\n"
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def foreign(folder, tiny):
+    """A file of another network."""
+    save_file({"layer1.weight": torch.zeros(3)}, folder / "foreign.safetensors")
+    return "foreign.safetensors"
+
+
+def truncated(folder, tiny):
+    """A file that is cut."""
+    (folder / "cut.safetensors").write_bytes(tiny.read_bytes()[:5000])
+    return "cut.safetensors"
+
+
+class Evil:
+    """An object whose pickle writes a file when it is read."""
+
+    def __reduce__(self):
+        return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
+
+
+def code(folder, tiny):
+    """A file that would run code."""
+    torch.save({"model": Evil()}, folder / "code.pth")
+    return "code.pth"
+
+
+def lacking(folder, tiny):
+    """A file with a tensor too few and one too many."""
+    tensors = load_file(tiny)
+    del tensors["norm.bias"]
+    tensors["blocks.0.more"] = torch.zeros(1)
+    save_file(tensors, folder / "lacking.safetensors")
+    return "lacking.safetensors"
+
+
+WRONG_USAGE = [
+    (["--backbone", "vit_s17"], "argument --backbone: invalid choice: 'vit_s17' .*vit_s16"),
+    (["--method", "lora"], "argument --method: invalid choice: 'lora' .*adaptertune.*head.*full"),
+    (["--init", "ones"], "--init ones: choose zero, small or a file with adapters"),
+    (["--batch", "-1"], "argument --batch: -1 is not between 0 and 1,000,000,000"),
+    (["--epochs", "-1"], "argument --epochs: -1 is not between 0 and 1,000,000,000"),
+    (["--epochs", "two"], "argument --epochs: 'two' is no number of type int"),
+    (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 1"),
+    (["--seeds", "0,-1"], "argument --seeds: -1 is not between 0 and"),
+    (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
+    (["--scratch"], "--scratch starts from random weights; leave out --weights"),
+    (["--unknown"], "unrecognized arguments: --unknown"),
+    (["--eval", "runs/none"], "no run in runs/none: runs/none/config.json is missing"),
+]
+REFUSED = [
+    (["--dataset", "cifar99"], "no data set or folder 'cifar99': choose digits, cifar10, cifar100"),
+    (["--dataset", "no/such/folder"], "no data set or folder 'no/such/folder'"),
+    (["--dataset", "cifar100", "--offline"], "--offline given; put the published archive"),
+    (["--rank", "0"], "rank 0: choose from 1 to the backbone's width, 32"),
+    (["--rank", "33"], "rank 33: choose from 1 to the backbone's width, 32"),
+    (["--every", "3"], "choose from 0 to 1, or every 1 to 2"),
+    (["--blocks", "2"], r"adapters in blocks \[2\]: choose from 0 to 1"),
+    (["--shots", "500"], "--shots 500: a class of digits has fewer images to train on"),
+    (["--image-size", "18"], "image size 18 is not a multiple of the patch size 4"),
+    (["--device", "cuda:99"], "device 'cuda:99' can't be used here"),
+    (["--weights", "none.pth"], "no weights at none.pth"),
+    (["--weights", foreign], "foreign.safetensors: not a ViT in a known layout"),
+    (["--weights", truncated], "cut.safetensors is damaged or cut short"),
+    (["--weights", code], "code.pth holds more than tensors.*refused"),
+    (["--weights", lacking, "--heads", "2"], "1 missing: norm.bias; 1 left over: blocks.0.more"),
+]
+
+
+def named(arguments):
+    """A test's name from its arguments."""
+    words = [getattr(each, "__name__", each) for each in arguments]
+    return "-".join(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG_USAGE, ids=[named(each) for each, _ in WRONG_USAGE]
+)
+def test_wrong_usage(run, tiny_weights, tmp_path, arguments, message):
+    """Options that can't be are one line and status 2, and nothing is left behind."""
+    error = run("--weights", tiny_weights, *arguments, status=2)
+    assert re.match(f"error: {message}", error)
+    assert error.endswith("; python train.py --help lists all options\n")
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), REFUSED, ids=[named(each) for each, _ in REFUSED]
+)
+def test_bad_input(run, tiny_weights, tmp_path, arguments, message):
+    """Input that can't be used is one line and status 1, and nothing is left behind."""
+    made = [each(tmp_path, tiny_weights) if callable(each) else each for each in arguments]
+    before = set(tmp_path.rglob("*"))
+    error = run("--weights", tiny_weights, *made, status=1)
+    assert re.search(message, error)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_bad_photos(run, photos, tiny_weights, tmp_path):
+    """A damaged photo and an empty class are named, and no run is begun."""
+    arguments = ["--dataset", photos, "--weights", tiny_weights]
+    (photos / "sky" / "03.png").write_bytes(b"no photo")
+    assert re.search(r"can't read .*sky/03.png", run(*arguments, status=1))
+    (photos / "sky" / "03.png").unlink()
+    (photos / "empty").mkdir()
+    assert re.search("no images in .*empty", run(*arguments, status=1))
+    assert not (tmp_path / "runs").exists()
+
+
+# -------------------------------------------------------------------------------------------- help
+
+# What the help says of each option's default.
+STATED = {
+    "--dataset": "(digits)",
+    "--data-dir": "(data)",
+    "--limit": "(0: all)",
+    "--shots": "(0: all)",
+    "--test-share": "(0: a fifth, the same for all seeds)",
+    "--backbone": "(vit_s16; vit_micro for digits)",
+    "--weights": "instead of the download",
+    "--heads": "(0: 64 channels each)",
+    "--image-size": "(0: its own)",
+    "--epochs": "(10; digits 12; --cached 100)",
+    "--batch": "(128; 32 for less than 5,000 images)",
+    "--lr": "(by method and backbone)",
+    "--weight-decay": "(0.05)",
+    "--label-smoothing": "(0)",
+    "--min-scale": "(0.08; digits 0.85)",
+    "--seeds": "(0)",
+    "--amp": "(auto)",
+    "--device": "(auto: cuda if there is one)",
+    "--name": "(from data set, method and seed)",
+    "--method": "(adaptertune)",
+    "--rank": "(adaptertune 8, adaptformer 64, clip-adapter 0)",
+    "--every": "(1)",
+    "--blocks": "(all)",
+    "--adapter-input": "(adaptertune block, adaptformer raw)",
+    "--adapter-act": "(adaptertune gelu, adaptformer relu)",
+    "--init": "(adaptertune zero, adaptformer zero)",
+    "--scale": "(adaptertune 1.0, adaptformer 0.1)",
+    "--dropout": "(adaptertune 0.0, adaptformer 0.1)",
+    "--prompts": "(vpt 10)",
+    "--ratio": "(clip-adapter 0.2)",
+    "--text-ratio": "(clip-adapter 0.0)",
+    "--classifier": "(text)",
+    "--template": "(by data set)",
+    "--text-weights": "(in the backbone's file)",
+    "--vocab": "(beside the weights)",
+}
+# Off unless they are given.
+SWITCHES = {"--offline", "--cached", "--resume", "--scratch", "--learn-scale", "--shallow"}
+SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot"}
+# What each setting's option is called, where it isn't the setting's name.
+OPTIONS = {"reads": "--adapter-input", "act": "--adapter-act", "deep": "--shallow"}
+
+
+def help_of_options(text):
+    """The help's paragraph of each option."""
+    paragraphs = {}
+    for part in re.split(r"\n  (?=-)", text)[1:]:
+        part, _, _ = part.partition("\n\n")
+        option = re.search(r"--[\w-]+", part)[0]
+        paragraphs[option] = " ".join(part.split())
+    return paragraphs
+
+
+def test_help_names_every_option_and_its_default(run, monkeypatch):
+    """Every option stands in the help, with its default or as a switch."""
+    monkeypatch.setenv("COLUMNS", "200")
+    paragraphs = help_of_options(run("--help"))
+    assert set(paragraphs) == set(STATED) | SWITCHES
+    for option, default in STATED.items():
+        assert default in paragraphs[option], option
+    (options,) = train.parse([])
+    for setting in set(vars(options)) - {"label"}:
+        option = OPTIONS.get(setting, "--" + setting.replace("_", "-"))
+        assert option in paragraphs, setting
+
+
+DIGITS = {
+    "dataset": "digits",
+    "data_dir": "data",
+    "limit": 0,
+    "shots": 0,
+    "test_share": 0,
+    "backbone": "vit_micro",
+    "weights": "",
+    "heads": 0,
+    "image_size": 0,
+    "epochs": 12,
+    "cached": False,
+    "lr": 5e-3,
+    "weight_decay": 0.05,
+    "label_smoothing": 0,
+    "seeds": [0],
+    "amp": "auto",
+    "device": "auto",
+    "method": "adaptertune",
+    "rank": 8,
+    "every": 1,
+    "blocks": None,
+    "reads": "block",
+    "act": "gelu",
+    "init": "zero",
+    "scale": 1.0,
+    "learn_scale": False,
+    "dropout": 0.0,
+}
+ADAPTFORMER = {"rank": 64, "reads": "raw", "act": "relu", "init": "zero", "scale": 0.1}
+CLIP_ADAPTER = {"rank": 0, "ratio": 0.2, "text_ratio": 0.0, "learn_ratio": False, "cached": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], DIGITS),
+        (["--dataset", "cifar10"], {"backbone": "vit_s16", "epochs": 10, "lr": 1e-3}),
+        (["--method", "head", "--cached"], {"epochs": 100, "cached": True}),
+        (["--method", "adaptformer"], ADAPTFORMER | {"dropout": 0.1, "learn_scale": False}),
+        (["--method", "vpt"], {"prompts": 10, "deep": True}),
+        (["--method", "clip-adapter"], CLIP_ADAPTER | {"classifier": "text", "epochs": 100}),
+        (["--method", "zero-shot"], {"classifier": "text", "epochs": 0}),
+    ],
+    ids=["digits", "cifar10", "cached", "adaptformer", "vpt", "clip-adapter", "zero-shot"],
+)
+def test_the_stated_defaults_are_in_force(arguments, expected):
+    """The defaults that the help states are those of a run."""
+    (options,) = train.parse(arguments)
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+def test_the_defaults_of_a_data_set_are_in_force(tiny_weights, tmp_path, monkeypatch):
+    """Batch and crop follow the data set unless they are given."""
+    monkeypatch.chdir(tmp_path)
+    (options,) = train.parse(["--weights", str(tiny_weights)])
+    prepared = train.prepare(options, 0)
+    assert prepared.batches.batch == 32
+    assert prepared.data.min_scale == 0.85
+    write_cifar10(tmp_path / "data")
+    (options,) = train.parse(["--weights", str(tiny_weights), "--dataset", "cifar10"])
+    assert train.prepare(options, 0).data.min_scale == 0.08
+    (options,) = train.parse(["--weights", str(tiny_weights), "--batch", "7", "--min-scale", "1"])
+    prepared = train.prepare(options, 0)
+    assert prepared.batches.batch == 7
+    assert prepared.data.min_scale == 1

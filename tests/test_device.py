@@ -1,0 +1,403 @@
+"""assets/device/label.py, as a process without torch and onnx: torch's labels and probabilities."""
+
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT, runner, write_tiny
+from onnx import TensorProto, helper
+
+import export
+import train
+
+Image = pytest.importorskip("PIL.Image")
+LABEL = ROOT / "assets/device/label.py"
+BACKBONE = ["--weights", str(ROOT / "assets/vit_micro.safetensors")]
+PHOTOS = ["--dataset", "photos", "--epochs", "6", "--lr", "3e-3"]
+CLASSES = ("dark", "light above", "light below", "light in the middle")
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {  # from what is seen to the stored pixels, by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+# ---------------------------------------------------------------------------------------- photos
+
+
+def draw(kind, height, width, rng):
+    """A noisy image of one of CLASSES, RGB, in a random colour."""
+    down = np.linspace(0, 1, height)[:, None]
+    right = np.linspace(0, 1, width)[None]
+    if kind == "light above":
+        light = 1 - down + 0 * right
+    elif kind == "light below":
+        light = down + 0 * right
+    elif kind == "light in the middle":
+        light = 1 - 2 * np.maximum(abs(down - 0.5), abs(right - 0.5))
+    else:
+        light = np.full((height, width), 0.1)
+    colour = rng.uniform(120, 255, 3)
+    noise = rng.normal(0, 12, (height, width, 3))
+    pixels = light[..., None] * colour + noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def save_class_folders(folder):
+    """16 PNG photos of each class, of many sizes."""
+    rng = np.random.default_rng(0)
+    for kind in CLASSES:
+        (folder / kind).mkdir(parents=True)
+        for i in range(16):
+            image = draw(kind, 24 + 3 * i, 70 - 2 * i, rng)
+            image.save(folder / kind / f"{i:02}.png")
+
+
+def save_odd_photos(folder):
+    """Photos of every form and of odd sizes, of each class."""
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for kind in CLASSES:
+        image = draw(kind, 61, 47, rng)
+        grey = image.convert("L")
+        grey.save(folder / f"{kind}, grey.png")
+        grey.save(folder / f"{kind}, grey.jpg")
+        grey.convert("I;16").save(folder / f"{kind}, 16 bits.png")
+        image.convert("1").save(folder / f"{kind}, 1 bit.png")
+        image.convert("P").save(folder / f"{kind}, palette.png")
+        image.convert("RGBA").save(folder / f"{kind}, alpha.png")
+        image.convert("CMYK").save(folder / f"{kind}, CMYK.jpg")
+        image.save(folder / f"{kind}.webp")
+        image.save(folder / f"{kind}.bmp")
+        image.resize((640, 403)).save(folder / f"{kind}, large.jpg")  # draft() makes it smaller
+        image.resize((9, 7)).save(folder / f"{kind}, small.png")
+        image.resize((300, 5)).save(folder / f"{kind}, wide.png")
+        save_turned(image, folder / f"{kind}, turned.jpg", 8)
+
+
+def save_turned(image, path, orientation):
+    """Save a photo whose pixels are turned, and whose EXIF data say how to turn them back."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    turned = image.transpose(TURNS[orientation])
+    turned.save(path, quality=100, subsampling=0, exif=exif)
+
+
+# ------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with photos/CLASS, odd photos in odd/, and a run on photos/ in runs/photos."""
+    folder = tmp_path_factory.mktemp("work")
+    save_class_folders(folder / "photos")
+    save_odd_photos(folder / "odd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train.main([*BACKBONE, *PHOTOS, "--name", "photos"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def absent(tmp_path_factory):
+    """A folder for PYTHONPATH: packages that can't be imported, as if they weren't installed."""
+    folder = tmp_path_factory.mktemp("absent")
+    for name in ("torch", "onnx", "safetensors"):
+        (folder / f"{name}.py").write_text(f"raise ImportError('there is no {name} here')")
+    return folder
+
+
+@pytest.fixture
+def python(work, absent, monkeypatch):
+    """Runs Python in the folder `work`, in a process without torch and onnx."""
+    monkeypatch.chdir(work)
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(absent)}
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def label(python):
+    """Runs label.py and gives its output; an error must be one line, which then is given."""
+
+    def run(*arguments, status=0):
+        done = python(LABEL, *arguments)
+        assert done.returncode == status, done.stdout + done.stderr
+        if status == 0:
+            assert done.stderr == ""
+            return done.stdout
+        assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture
+def run_export(work, monkeypatch, capsys):
+    """Runs export.py's main in the folder `work`."""
+    monkeypatch.chdir(work)
+    return runner(export.main, capsys)
+
+
+def in_torch(run, photos):
+    """Torch's probabilities, {photo: {class: probability}}."""
+    model, preprocess, classes = train.load_run(run)
+    found = {}
+    for photo in photos:
+        scores = model(preprocess(photo)).softmax(dim=1)[0].tolist()
+        found[str(photo)] = dict(zip(classes, scores, strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def odd_photos(work):
+    """The odd photos, and torch's probabilities of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        return in_torch("runs/photos", sorted(Path("odd").iterdir()))
+
+
+def check_labels(out, expected, tolerance=0.001):
+    """A line for each photo, in order, with torch's three likeliest classes and probabilities."""
+    for line, (photo, probabilities) in zip(out.splitlines(), expected.items(), strict=True):
+        path, *labels = line.split("  ")
+        assert path == photo
+        assert len(labels) == 3
+        shown = []
+        rest = dict(probabilities)
+        for text in labels:
+            name, _, number = text.rpartition(" ")
+            shown.append(float(number))
+            assert abs(shown[-1] - probabilities[name]) < tolerance, line
+            assert probabilities[name] > max(rest.values()) - tolerance, line
+            del rest[name]
+        assert shown == sorted(shown, reverse=True)
+
+
+# ---------------------------------------------------------------------------------------- labels
+
+
+def test_packages_are_absent(python):
+    """The other tests do run without torch: it can't be imported there."""
+    for name in ("torch", "onnx", "safetensors"):
+        done = python("-c", f"import {name}")
+        assert f"ImportError: there is no {name} here" in done.stderr
+
+
+def test_photos_differ(odd_photos):
+    """The comparisons below aren't blind: each class is torch's likeliest for some photo, and its
+    probabilities vary from photo to photo."""
+    likeliest = {max(each, key=each.get) for each in odd_photos.values()}
+    assert likeliest == set(CLASSES)
+    table = np.array([list(each.values()) for each in odd_photos.values()])
+    assert (table.std(axis=0) > 0.1).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--output probabilities",
+        "--input uint8",
+        "--input uint8 --output probabilities --opset 23",
+        "--batch 3",
+        "--input uint8 --batch 2",
+        "--resize",
+        "--resize --output probabilities --batch 2",
+    ],
+)
+def test_labels_are_those_of_torch(run_export, label, odd_photos, tmp_path, options):
+    """Every form of input and output that a graph may have, on photos of every form."""
+    run_export("runs/photos", "-o", tmp_path, "--images", 8, *options.split())
+    out = label(tmp_path / "model.onnx", *odd_photos)
+    # In the graph a resized photo isn't rounded to whole pixel values.
+    tolerance = 0.02 if "--resize" in options else 0.001
+    check_labels(out, odd_photos, tolerance)
+
+
+def test_turned_photos_are_seen_upright(run_export, label, tmp_path):
+    """Each EXIF orientation: the labels of the photo as it is seen, not as its pixels are stored.
+
+    The comparison with torch couldn't show a mistake that both make.
+    """
+    image = draw("light above", 64, 64, np.random.default_rng(2))
+    upright = str(tmp_path / "upright.png")
+    stored = str(tmp_path / "stored.png")
+    image.save(upright)
+    image.transpose(TURNS[3]).save(stored)
+    probabilities = in_torch("runs/photos", [upright, stored])
+    assert probabilities[upright]["light above"] > 0.3 + probabilities[stored]["light above"]
+
+    run_export("runs/photos", "-o", tmp_path, "--images", 8)
+    expected = {}
+    for orientation in TURNS:
+        photo = tmp_path / f"{orientation}.jpg"
+        save_turned(image, photo, orientation)
+        expected[str(photo)] = probabilities[upright]
+    check_labels(label(tmp_path / "model.onnx", *expected), expected, tolerance=0.05)
+
+
+# ---------------------------------------------------------------------------- swappable adapters
+
+
+@pytest.fixture(scope="module")
+def swappable(work):
+    """The folder `swappable` below `work`, with backbone.onnx and the adapters of two tasks, and
+    with third.onnx_adapter, which is of another backbone."""
+    folder = work / "swappable"
+    third = write_tiny(work / "third.safetensors", seed=1)
+    digits = ["--epochs", "1", "--limit", "100"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        assert train.main([*BACKBONE, *digits, "--rank", "3", "--name", "digits"]) == 0
+        assert train.main(["--weights", str(third), *digits, "--name", "third"]) == 0
+        for run, place in (("photos", folder), ("digits", folder), ("third", work / "apart")):
+            options = ["--swappable", "--images", "8", "-o", str(place)]
+            assert export.main([f"runs/{run}", *options]) == 0
+    (work / "apart/third.onnx_adapter").rename(folder / "third.onnx_adapter")
+    return folder
+
+
+def test_tasks_on_one_backbone(swappable, label, odd_photos):
+    """Two tasks with ranks, classes and crops of their own, both on backbone.onnx."""
+    backbone = swappable / "backbone.onnx"
+    out = label(backbone, "--adapter", swappable / "photos.onnx_adapter", *odd_photos)
+    check_labels(out, odd_photos)
+
+    expected = in_torch("runs/digits", list(odd_photos)[::5])
+    out = label(backbone, "--adapter", swappable / "digits.onnx_adapter", *expected)
+    check_labels(out, expected)
+
+
+def test_adapters_that_do_not_fit(swappable, run_export, label, tmp_path):
+    """An adapter of another backbone, one of another program, and a graph that takes none."""
+    photo = "odd/dark.bmp"
+    backbone = swappable / "backbone.onnx"
+    error = label(backbone, "--adapter", swappable / "third.onnx_adapter", photo, status=1)
+    message = (
+        r"third.onnx_adapter is for\.[0-9a-f]{16}\.16px\.block\.gelu; "
+        r"the model takes for\.[0-9a-f]{16}\.32px\.block\.gelu$"
+    )
+    assert re.search(message, error)
+
+    export.save_adapter({"weight": np.zeros(3, np.float32)}, tmp_path / "else.onnx_adapter")
+    error = label(backbone, "--adapter", tmp_path / "else.onnx_adapter", photo, status=1)
+    assert "else.onnx_adapter is for another program; the model takes for." in error
+
+    run_export("runs/photos", "-o", tmp_path, "--images", 8)
+    arguments = ["--adapter", swappable / "photos.onnx_adapter", photo]
+    error = label(tmp_path / "model.onnx", *arguments, status=1)
+    assert "the model takes no adapters" in error
+
+
+def test_backbone_without_adapter(swappable, label):
+    """A swappable backbone has no class names of its own."""
+    error = label(swappable / "backbone.onnx", "odd/dark.bmp", status=1)
+    assert "backbone.onnx has no class names; give the task's --adapter" in error
+
+
+@pytest.mark.parametrize("name", ["gone.onnx_adapter", "odd/dark.bmp", "."])
+def test_files_that_are_no_adapter(swappable, label, name):
+    """An adapter that is missing, of another kind, or a folder: a line with its name."""
+    error = label(swappable / "backbone.onnx", "--adapter", name, "odd/dark.bmp", status=1)
+    assert name in error
+
+
+# ----------------------------------------------------------------------------------- other errors
+
+
+@pytest.mark.parametrize("name", ["gone.onnx", "odd/dark.bmp", "."])
+def test_files_that_are_no_graph(label, name):
+    """A graph that is missing, of another kind, or a folder: a line with its name."""
+    assert name in label(name, "odd/dark.bmp", status=1)
+
+
+def test_graphs_that_give_no_labels(run_export, label, tmp_path):
+    """A graph of embeddings, and one that export.py didn't write."""
+    run_export("runs/photos", "-o", tmp_path, "--output", "embedding", "--images", 8)
+    error = label(tmp_path / "model.onnx", "odd/dark.bmp", status=1)
+    assert "model.onnx gives embeddings, not labels" in error
+
+    x = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 32, 32])
+    y = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 3, 32, 32])
+    node = helper.make_node("Identity", ["image"], ["logits"])
+    graph = helper.make_graph([node], "other", [x], [y])
+    opset = helper.make_opsetid("", 17)
+    onnx.save(
+        helper.make_model(graph, ir_version=8, opset_imports=[opset]), tmp_path / "other.onnx"
+    )
+    assert "other.onnx has no class names" in label(tmp_path / "other.onnx", "x.png", status=1)
+
+
+def png_chunk(kind, content):
+    """A part of a PNG file, with its length and its check sum."""
+    checked = kind + content
+    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+
+def huge_png():
+    """The beginning of a PNG file that claims to be of 30,000 x 30,000 pixels."""
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"")
+
+
+def broken_png():
+    """A PNG file whose second part has a wrong check sum."""
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
+    data = png_chunk(b"IDAT", zlib.compress(bytes(25 * 8)))
+    end = png_chunk(b"IEND", b"")
+    start = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+    return start + png_chunk(b"gAMA", bytes(4))[:-1] + b"?" + data + end
+
+
+@pytest.fixture
+def wrong_photos(work):
+    """Files of these names below `work` that are no photos, though the names say so."""
+    whole = (work / "odd/dark, large.jpg").read_bytes()
+    contents = {
+        "empty.png": b"",
+        "text.png": b"no image",
+        "truncated.jpg": whole[: len(whole) // 2],
+        "broken.png": broken_png(),
+        "huge.png": huge_png(),
+    }
+    folder = work / "wrong"
+    (folder / "folder.png").mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gone.png", "folder.png", "empty.png", "text.png", "truncated.jpg", "broken.png", "huge.png"],
+)
+def test_photos_that_are_none(run_export, label, wrong_photos, tmp_path, name):
+    """A missing, damaged or dangerous photo: a line with its name, after the labels of others."""
+    run_export("runs/photos", "-o", tmp_path, "--images", 8)
+    error = label(tmp_path / "model.onnx", "odd/dark.bmp", f"wrong/{name}", status=1)
+    assert f"can't read wrong/{name} as an image" in error
+
+
+def test_wrong_usage(python):
+    """No photo at all: status 2, and what is missing."""
+    done = python(LABEL, "model.onnx")
+    assert done.returncode == 2
+    assert "error: the following arguments are required: photo" in done.stderr
