@@ -346,14 +346,11 @@ class Run:
     meta: dict  # goes into adapters.safetensors
     state: State = field(default_factory=State)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to what the head reads, [B, D]; cached features as they are."""
-        return images if images.ndim == 2 else self.model.features(images)
-
     def logits(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], or their cached features [B, D], to logits [B, K]."""
+        network = self.model.head if images.ndim == 2 else self.model
         with self.autocast():
-            return self.model.head(self.features(images)).float()
+            return network(images).float()
 
     def autocast(self) -> torch.autocast:
         """The run's precision."""
@@ -556,7 +553,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
         for x, _ in run.batches.eval(images, run.data.center):
             stop_if_asked()
             with torch.inference_mode(), run.autocast():
-                features.append(run.features(x).float().cpu())
+                features.append(run.model.features(x).float().cpu())
             data.progress(f"features of {what}, batch", len(features) - 1, total, started)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = f"{path}.part"
@@ -1176,7 +1173,7 @@ def examine(run: Run) -> Examined:
     run.model.eval()
     for x, _ in run.batches.eval(run.data.test, run.data.center):
         with run.autocast():
-            x = run.features(x)
+            x = run.model.features(x)
             predictions.append(run.model.head(x).argmax(dim=-1).cpu())
             if run.meta["method"] in adaptertune.CLIP_METHODS:
                 x = run.model.head.embed(x)

@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -58,16 +57,6 @@ def as_input(run: train.Run, images: data.Images) -> Tensor:
     return torch.cat([x for x, _ in batches])
 
 
-def factors_by(share: float) -> Callable:
-    """export.channel_factors with another share than its 0.7."""
-
-    def channel_factors(reach: Tensor, weight: Tensor) -> Tensor:
-        largest = weight.abs().amax(dim=0)
-        return reach.clamp(min=1e-5) ** share / largest.clamp(min=1e-5) ** (1 - share)
-
-    return channel_factors
-
-
 def to_fp32(run: train.Run) -> onnx.ModelProto:
     """The run's graph as it is."""
     return export.to_model(export.Graph(17), run.model, run.meta)
@@ -85,8 +74,7 @@ def to_int8(
     """
     model = copy.deepcopy(run.model)
     if share is not None:
-        with mock.patch.object(export, "channel_factors", factors_by(share)):
-            export.equalise(model, images)
+        export.equalise(model, images, alpha=share)
     proto = export.to_model(export.Graph(17), model, run.meta)
     quantised = re.compile(rf"(?!{left_in_fp32})blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc)")
     with (

@@ -34,7 +34,7 @@ class FirstUnits(nn.Module):
         super().__init__()
         self.reads = adapter.reads
         self.adapter = adapter
-        self.rank = 0
+        self.rank = adapter.down.out_features
 
     def forward(self, z: Tensor) -> Tensor:
         r = self.rank
@@ -60,12 +60,12 @@ def train_all_ranks(options: argparse.Namespace, seed: int) -> train.Run:
         if block.adapter is not None:
             block.adapter = FirstUnits(block.adapter)
 
-    def draw_rank(model: nn.Module, _) -> None:
-        if model.training:
+    def draw_rank(block: nn.Module, _) -> None:
+        if block.training:
             drawn = int(torch.randint(len(RANKS), (1,), generator=generator))
-            set_rank(model, RANKS[drawn])
+            set_rank(run.model, RANKS[drawn])
 
-    run.model.register_forward_pre_hook(draw_rank)
+    run.model.blocks[0].register_forward_pre_hook(draw_rank)
     groups = adaptertune.parameter_groups(run.model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

@@ -12,14 +12,14 @@ Of all first steps of the same size E|M·h|² = |M·C^½|², the best one is alo
 W = G·C^(-½). The best one of rank r is along W's r leading singular pairs (Eckart and Young); of
 |W|² it takes Σ_{i<=r} σ_i². That much is proved, to first order, for each block by itself.
 n images give W only up to noise, which adds to every σ_i. Two halves of the images, W and W', take
-it out: a pair (u_i, v_i) of one is worth σ_i·u_iᵀ·W'·v_i in the other, whose expectation has no noise
-in it. `estimate` prints the least rank that takes 90 % of what any rank takes.
+it out: a pair (u_i, v_i) of one is worth σ_i·u_iᵀ·W'·v_i in the other, whose expectation has no
+noise in it. `estimate` prints the least rank that takes 90 % of what any rank takes.
 
-What is assumed: the first step wants what the whole training wants; an adapter of rank r does what a
-linear map of rank r does; blocks don't stand in for each other. None of it holds exactly.
+What is assumed: the first step wants what the whole training wants; an adapter of rank r does what
+a linear map of rank r does; blocks don't stand in for each other. None of it holds exactly.
 
-What came out. The elbow is the least of the ranks 1, 2, 4, ... 64 whose mean test accuracy is within
-a standard error of the best (seeds 0 to 2):
+What came out. The elbow is the least of the ranks 1, 2, 4, ... 64 whose mean test accuracy is
+within a standard error of the best (seeds 0 to 2; CIFAR-100 with 5,000 training images):
 
                                           estimate noted    estimate now,
                                 blocks   before the sweep      by seed       elbow
@@ -29,9 +29,10 @@ a standard error of the best (seeds 0 to 2):
     CIFAR-100 on a small ViT       4            10           16, 17, 16       64
     its 20 superclasses on that    4            14           14, 15, 15       64
 
-It says nearly the same for every task, and four times too little where there are four blocks:
-blocks do stand in for each other. So it isn't in train.py. It does tell which blocks want to change
-most: on digits the first three have 72 %. The notes: assets/results/rank-predictions.txt.
+The estimates noted before are by earlier forms; today's was settled when some of the elbows were
+known. It says nearly the same for every task, and four times too little where there are four
+blocks. So it isn't in train.py. It does tell which blocks want to change most: on digits the first
+three have 72 %. The notes: assets/results/rank-predictions.txt.
 
 `start` trains adapters of one rank in every block from four starts, with G and C as above, but from
 all training images, with both halves in either role and without the temperature of `estimate`:
@@ -43,9 +44,10 @@ all training images, with both halves in either role and without the temperature
     uneven   zero, but block by block a rank goes where it is worth most, at least 1 each, the same
              sum of ranks
 
-What came out, against zero, in points of test accuracy (five seeds): white +0.61 ± 0.19 on digits,
-+1.33 ± 0.77 on flowers12 and -0.14 ± 0.44 on CIFAR-100; plain -0.06, +0.25 and +0.03; uneven -0.34,
-+0.42 and -0.14. None was kept. The runs: assets/results/spectrum-start.txt.
+What came out, against zero, in points of test accuracy (mean of five seeds ± standard error): white
++0.61 ± 0.19 on digits, +1.33 ± 0.77 on flowers12 and -0.14 ± 0.44 on CIFAR-100; plain -0.06, +0.25
+and +0.03; uneven -0.34, +0.42 and -0.14. None was kept. The runs:
+assets/results/spectrum-start.txt.
 
 Shapes: B images, N tokens, D width, L blocks, r rank.
 """
@@ -295,8 +297,8 @@ def directions(G: Tensor, C: Tensor, rank: int, white: bool) -> Tensor:
     whiten = whitener(C)
     _, _, right = torch.linalg.svd(G.double() @ whiten)  # rows
     V = right[:rank]  # of length 1
-    # The entries of Xavier's uniform have a variance of 2/(r + D). A row's squared length is D times
-    # that, the mean square of what it reads trace(C) times that.
+    # The entries of Xavier's uniform have a variance of 2/(r + D). A row's squared length is D
+    # times that, and the mean square of V·h is trace(C) times that.
     if not white:
         return (V * (2 * D / (rank + D)) ** 0.5).float()
     V = V @ whiten

@@ -482,7 +482,8 @@ def test_a_process_without_pillow_and_matplotlib(tiny_weights, tmp_path):
         (hidden / package / "__init__.py").write_text("raise ImportError('hidden')")
     arguments = map(str, quick(tiny_weights, "--epochs", 1))
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(hidden)}
+    paths = [str(hidden), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("left out; to have them: pip install matplotlib\n") == 1

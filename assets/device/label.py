@@ -42,8 +42,14 @@ def read_photo(path, meta):
 def load_adapter(path, meta):
     """Run options with an adapter, and the metadata of its task. An adapter has a tensor named
     after the backbone that it belongs to, which holds them."""
-    tensors = onnxruntime.AdapterFormat.read_adapter(path).get_parameters()
-    key = next((name for name in tensors if name.startswith("for.")), "for another program")
+    try:
+        tensors = onnxruntime.AdapterFormat.read_adapter(path).get_parameters()
+    except RuntimeError:
+        sys.exit(f"error: {path} is missing or no adapter that onnxruntime can read")
+    key = "for another program"
+    for name in tensors:
+        if name.startswith("for."):
+            key = name
     if key != meta.get("swappable"):
         sys.exit(f"error: {path} is {key}; the model takes {meta.get('swappable', 'no adapters')}")
     task = json.loads(tensors[key].numpy().tobytes())
@@ -64,7 +70,10 @@ def main():
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # no warnings of inputs that have a default
-    session = onnxruntime.InferenceSession(arguments.model, settings)
+    try:
+        session = onnxruntime.InferenceSession(arguments.model, settings)
+    except Exception as error:  # onnxruntime's own kinds derive from nothing else
+        sys.exit(f"error: can't load {arguments.model}: {str(error).splitlines()[0]}")
     meta = dict(session.get_modelmeta().custom_metadata_map)
     options = adapter = None
     if arguments.adapter:
@@ -79,7 +88,7 @@ def main():
     for photo in arguments.photos:
         try:
             image = np.repeat(read_photo(photo, meta), batch, axis=0)
-        except OSError as error:
+        except Exception as error:  # Pillow's decoders raise many kinds
             sys.exit(f"error: can't read {photo} as an image ({error})")
         scores = session.run(None, {"image": image}, options)[0][0]
         if meta["output"] == "logits":
