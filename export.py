@@ -227,7 +227,8 @@ def layer_scale(module: nn.Module, width: int) -> Tensor:
 
 def write_block(g: Graph, name: str, block: vit.Block, x: str, last: bool) -> str:
     """One block with its adapter; the `last` gives the class token alone, [B, 1, D]."""
-    z = query = g.layer_norm(f"{name}.norm1", x, block.norm1)
+    z = g.layer_norm(f"{name}.norm1", x, block.norm1)
+    query = z
     if last:  # from 0 to 1 along axis 1
         axis0 = g.constant("axis0", [0])
         axis1 = g.constant("axis1", [1])
@@ -593,7 +594,7 @@ def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
     Else up to 55 of them come one by one, for the time of batch 1, and the rest seven at a time,
     with a smaller batch last: 7 and 2 of the usual 64, so that odd batches are tried too.
     """
-    index = torch.linspace(0, len(run.data.test) - 1, count).long()
+    index = torch.linspace(0, len(run.dataset.test) - 1, count).long()
     batch = run.meta["batch"]
     if batch:
         parts = index.split(batch)
@@ -602,7 +603,7 @@ def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
         parts = [*index[:single].split(1), *index[single:].split(7)]
     for part in parts:
         if len(part):
-            yield to_check(run, run.data.test[part])
+            yield to_check(run, run.dataset.test[part])
 
 
 def to_check(run: train.Run, images: data.Images) -> Checked:
@@ -611,7 +612,7 @@ def to_check(run: train.Run, images: data.Images) -> Checked:
     batch = run.meta["batch"] or len(images)
     images = images[torch.arange(batch) % len(images)]
     pixels = images.pixels
-    boxes = data.center_boxes(len(images), *pixels.shape[-2:], run.data.center, pixels.device)
+    boxes = data.center_boxes(len(images), *pixels.shape[-2:], run.dataset.center, pixels.device)
     x = run.batches.finish(pixels, boxes)
     if run.meta["input"] == "float":
         return Checked(x.numpy(), x, labels)
@@ -688,7 +689,7 @@ def verify(
     """
     if count is None:
         count = 64 if least == 100 else 1000
-    count = min(count or len(run.data.test), len(run.data.test))
+    count = min(count or len(run.dataset.test), len(run.dataset.test))
     found = measure(exact, graph, run, count)
     same = found.percent(found.before, found.after)
     total = sum(map(len, found.labels))
@@ -779,8 +780,8 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
 
 def calibration_images(run: train.Run) -> Tensor:
     """64 training images, evenly over the set, as the network sees them."""
-    index = torch.linspace(0, len(run.data.train) - 1, 64).long()
-    batches = run.batches.eval(run.data.train[index], run.data.center)
+    index = torch.linspace(0, len(run.dataset.train) - 1, 64).long()
+    batches = run.batches.eval(run.dataset.train[index], run.dataset.center)
     return torch.cat([x for x, _ in batches])
 
 

@@ -147,7 +147,7 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
     options = parser.parse_args(arguments)
     if options.eval:  # the run's own options, unless the command line says otherwise
         try:
-            saved = read_config(Path(options.eval))
+            saved = read_json(Path(options.eval) / "config.json")
         except ValueError as error:
             parser.error(str(error))
         parser.set_defaults(**saved | {name: [saved[name]] for name in GRID if name in saved})
@@ -178,7 +178,7 @@ def add_options(parser: Parser) -> None:
     parser.section("backbone")
     named = f"{backbones} (vit_s16; vit_micro for digits)"
     add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
-    add("--weights", "FILE", str, "a .safetensors or .pth file, instead of the download", "")
+    add("--weights", "FILE", str, "a .safetensors or .pth file (downloaded)", "")
     add("--heads", "N", integer(0, 10_000), "attention heads of --weights (0: 64 channels each)", 0)
     add("--image-size", "PIXELS", integer(0, 10_000), "side of the input (0: its own)", 0)
 
@@ -215,7 +215,8 @@ def add_method_options(parser: Parser) -> None:
     add("--method", "NAME", str, several, ["adaptertune"], nargs="+", choices=methods)
     scratch = {"dest": "method", "action": "store_const", "const": ["scratch"]}
     parser.switch("--scratch", "train all of --backbone from random weights", **scratch)
-    add("--rank --ranks", "R,…", integers(0, 10_000), "width of the bottlenecks", [None])
+    width = "width of the bottlenecks; 0 for a quarter of CLIP's embedding"
+    add("--rank --ranks", "R,…", integers(0, 10_000), width, [None])
     add("--every", "K,…", integers(0), "adapters in every K-th block (1)", [1])
     where = "adapters in these blocks, counted from 0, or first6, last6 (all)"
     add("--blocks", "I,J,…", placement, where, [None], nargs="+")
@@ -237,7 +238,7 @@ def add_method_options(parser: Parser) -> None:
     add("--ratio", "A", number(0, 1), "share of the image adapter, 0 for none; 0.6 if fine-grained")
     add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none")
     parser.switch("--learn-ratio", "train those that aren't 0", default=None)
-    source = "class embeddings from class names (text), or from training images"
+    source = "class embeddings from class names or from training images (text)"
     parser.choice("--classifier", ("text", "prototypes"), source, "text")
     add("--template", "TEXT", str, 'such as "a photo of a {}." (by data set)', "")
     add("--text-weights", "FILE", str, "CLIP's text tower (in the backbone's file)", "")
@@ -265,16 +266,22 @@ def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
             run |= {"every": 1, "blocks": None, "init": None}
         if run not in runs:
             runs.append(run)
-    varied = [name for name in GRID if any(run[name] != runs[0][name] for run in runs)]
+    grid = []
     for run in runs:
-        parts = []
-        for name in varied:
-            if run[name] and name in ("method", "init"):
-                parts.append(str(run[name]))
-            elif run[name]:
-                parts.append(f"{name} {run[name]}")
-        run["label"] = " ".join(parts)
-    return [argparse.Namespace(**vars(options) | run) for run in runs]
+        label = label_of(run, runs)
+        grid.append(argparse.Namespace(**vars(options) | run, label=label))
+    return grid
+
+
+def label_of(run: dict, runs: list[dict]) -> str:
+    """What tells a run from the others, such as "adaptformer rank 8"."""
+    parts = []
+    for name in GRID:
+        values = {str(each[name]) for each in runs}
+        if len(values) == 1 or not run[name]:
+            continue
+        parts.append(run[name] if name in ("method", "init") else f"{name} {run[name]}")
+    return " ".join(parts)
 
 
 def fill_in(options: argparse.Namespace) -> None:
@@ -338,7 +345,7 @@ class Run:
     options: argparse.Namespace
     seed: int
     folder: Path
-    data: data.Dataset
+    dataset: data.Dataset
     model: vit.ViT
     batches: data.Batches
     device: torch.device
@@ -507,7 +514,7 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     folder = Path("runs") / run_name(options, seed)
     if not (folder / "config.json").exists():
         return folder
-    saved = read_config(folder)
+    saved = read_json(folder / "config.json")
     for key, value in kept_options(options, seed).items():
         if key not in MAY_DIFFER and saved.get(key) != value:
             raise ValueError(
@@ -521,13 +528,12 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     return folder
 
 
-def read_config(folder: Path) -> dict:
-    """The options of the run in a folder. Raises ValueError if there is none."""
-    path = folder / "config.json"
+def read_json(path: Path) -> dict:
+    """A run's config.json or result.json. Raises ValueError if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"no run in {folder}: {path} is missing or damaged") from error
+        raise ValueError(f"no run in {path.parent}: {path} is missing or damaged") from error
 
 
 def kept_options(options: argparse.Namespace, seed: int) -> dict:
@@ -541,7 +547,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
 
     They are kept on disk by backbone, image size and content, for other runs to find.
     """
-    inputs = f"{run.meta['fingerprint']} {run.meta['image_size']} {run.data.center} {run.bf16}"
+    inputs = f"{run.meta['fingerprint']} {run.meta['image_size']} {run.dataset.center} {run.bf16}"
     key = hashlib.sha256(inputs.encode())
     key.update(images.pixels.numpy())
     path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
@@ -550,7 +556,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
         total = run.batches.count(images)
         started = time.perf_counter()
         run.model.eval()
-        for x, _ in run.batches.eval(images, run.data.center):
+        for x, _ in run.batches.eval(images, run.dataset.center):
             stop_if_asked()
             with torch.inference_mode(), run.autocast():
                 features.append(run.model.features(x).float().cpu())
@@ -578,7 +584,7 @@ def embed_class_names(run: Run) -> None:
         raise ValueError(
             f"{vocab} has {tokenizer.size} ids, {weights} {vocabulary}; give its --vocab"
         )
-    sentences = data.sentences(run.data.name, run.data.classes, options.template)
+    sentences = data.sentences(run.dataset.name, run.dataset.classes, options.template)
     ids = tokenizer(sentences, len(tower.pos_embed))
     run.model.head.classes = tower(ids).to(run.device)
     run.model.head.scale.fill_(scale)
@@ -600,8 +606,8 @@ def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Pa
 def average_class_images(run: Run) -> None:
     """Give a ClipHead its class matrix from the features of the training images."""
     head = run.model.head
-    embeddings = run.data.train.pixels.to(run.device) @ head.projection.T  # [n, E]
-    head.classes = adaptertune.prototypes(embeddings, run.data.train.labels.to(run.device))
+    embeddings = run.dataset.train.pixels.to(run.device) @ head.projection.T  # [n, E]
+    head.classes = adaptertune.prototypes(embeddings, run.dataset.train.labels.to(run.device))
 
 
 # -------------------------------------------------------------------------------------- training
@@ -635,12 +641,13 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
     state = run.state
     options = run.options
     parameters = adaptertune.trained(run.model)
-    count = run.batches.count(run.data.train)  # steps in an epoch
+    count = run.batches.count(run.dataset.train)  # steps in an epoch
     while state.epoch <= options.epochs:
         run.model.train()
         first = state.step  # not 0 where a stopped run goes on
-        started = clock = time.perf_counter()
-        for images, labels in run.batches.train(run.data, run.seed, state.epoch, first=first):
+        started = time.perf_counter()
+        clock = started
+        for images, labels in run.batches.train(run.dataset, run.seed, state.epoch, first=first):
             stop_if_asked()  # here, between two steps, weights and optimiser agree
             # Learning rate and dropout depend on the position alone, as the batches do: so a
             # resumed run takes the steps that it would have taken.
@@ -673,7 +680,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
                 f"lower --lr ({options.lr:g})"
             )
 
-        val = evaluate(run, run.data.val, "validation")
+        val = evaluate(run, run.dataset.val, "validation")
         # Of equally good epochs the later one, which has seen more. Without validation images val
         # is NaN, which no comparison holds for: every epoch is taken, and the last one stays.
         if not val < state.best_val:
@@ -713,7 +720,7 @@ def evaluate(run: Run, images: data.Images, what: str) -> float:
     seen = 0
     started = time.perf_counter()
     run.model.eval()
-    for x, labels in run.batches.eval(images, run.data.center):
+    for x, labels in run.batches.eval(images, run.dataset.center):
         stop_if_asked()
         hits += (run.logits(x).argmax(dim=-1) == labels).sum()
         seen += len(labels)
@@ -741,7 +748,7 @@ def fit(run: Run) -> None:
         run.model.load_state_dict(state.best, strict=False)
         run.meta["epoch"] = state.best_epoch
         run.meta["val_accuracy"] = None if math.isnan(state.best_val) else state.best_val
-        run.meta["test_accuracy"] = evaluate(run, run.data.test, "test")
+        run.meta["test_accuracy"] = evaluate(run, run.dataset.test, "test")
     except KeyboardInterrupt:
         save_state(run, optimizer)
         raise
@@ -751,7 +758,7 @@ def validate_zero_shot(run: Run) -> float:
     """Validation accuracy of CLIP's class embeddings alone, in percent, printed and put into the
     metadata; NaN without validation images."""
     with run.model.head.zero_shot():
-        val = evaluate(run, run.data.val, "zero-shot")
+        val = evaluate(run, run.dataset.val, "zero-shot")
     if not math.isnan(val):
         run.meta["zero_shot_val_accuracy"] = val
         print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
@@ -770,9 +777,13 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Stand where the stopped run stood."""
-    saved = torch.load(run.folder / "state.pt", map_location=run.device, weights_only=True)
-    optimizer.load_state_dict(saved.pop("optimizer"))
-    run.model.load_state_dict(saved.pop("weights"), strict=False)
+    path = run.folder / "state.pt"
+    try:
+        saved = torch.load(path, map_location=run.device, weights_only=True)
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        run.model.load_state_dict(saved.pop("weights"), strict=False)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path} is damaged; delete that folder and train again") from error
     for name, value in saved.items():
         setattr(run.state, name, value)
 
@@ -784,8 +795,8 @@ def write_records(run: Run) -> None:
     (run.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     lines = [",".join(row) for row in (COLUMNS, *run.state.rows)]
     (run.folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    if run.data.train.names:
-        names = {part: getattr(run.data, part).names for part in ("train", "val", "test")}
+    if run.dataset.train.names:
+        names = {part: getattr(run.dataset, part).names for part in ("train", "val", "test")}
         (run.folder / "split.json").write_text(json.dumps(names, indent=1) + "\n")
 
 
@@ -810,10 +821,11 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
     folder = run_folder(options, seed)
     path = folder / "adapters.safetensors"
     if options.resume and path.exists() and not (folder / "state.pt").exists():
+        result = read_json(folder / "result.json")
         print(f"kept     {path}, finished before")
-        result = json.loads((folder / "result.json").read_text())
         return result | {"folder": folder}
     run = prepare(options, seed)
+    stop_asked.clear()
     signal.signal(signal.SIGINT, ask_stop)
     signal.signal(signal.SIGTERM, ask_stop)
     peak_memory(run.device, reset=True)
@@ -822,7 +834,7 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         embed_class_names(run)
     if options.cached:
         for part in ("train", "val", "test"):
-            setattr(run.data, part, cache_features(run, getattr(run.data, part), part))
+            setattr(run.dataset, part, cache_features(run, getattr(run.dataset, part), part))
     if clip and options.classifier == "prototypes":
         average_class_images(run)
     fit(run)
@@ -860,7 +872,7 @@ def load_run(folder: str | Path) -> tuple[vit.ViT, Callable, list[str]]:
     """
     path = Path(folder) / "adapters.safetensors"
     _, meta = adaptertune.read(path)
-    read_config(Path(folder))  # an error, where parse would exit
+    read_json(Path(folder) / "config.json")  # an error, where parse would exit
     options, *_ = parse(["--eval", str(folder)])
     model, _ = load_backbone(options)
     adapt_backbone(model, options, len(meta["classes"]))
@@ -924,7 +936,7 @@ def describe(run: Run) -> None:
         text += ": " + ", ".join(f"{name} {counts[name]:,}" for name in parts)
     print(text)
 
-    images = run.data
+    images = run.dataset
     train = of_all(len(images.train), images.whole[0])
     val = of_all(len(images.val), images.whole[1])
     text = f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, "
@@ -964,7 +976,7 @@ def conclude(run: Run) -> None:
     state = run.state
     if not state.rows:
         how = "nothing to choose"
-    elif len(run.data.val):
+    elif len(run.dataset.val):
         how = f"epoch {state.best_epoch}, chosen on val; test read once"
     else:
         how = f"epoch {state.best_epoch}, the last, no image being left for val; test read once"
@@ -1168,10 +1180,10 @@ def examine(run: Run) -> Examined:
     """Features and predictions of a finished run's test images."""
     features = []
     predictions = []
-    total = run.batches.count(run.data.test)
+    total = run.batches.count(run.dataset.test)
     started = time.perf_counter()
     run.model.eval()
-    for x, _ in run.batches.eval(run.data.test, run.data.center):
+    for x, _ in run.batches.eval(run.dataset.test, run.dataset.center):
         with run.autocast():
             x = run.model.features(x)
             predictions.append(run.model.head(x).argmax(dim=-1).cpu())
@@ -1180,10 +1192,10 @@ def examine(run: Run) -> Examined:
         features.append(x.float().cpu())
         data.progress("test images, batch", len(features), total, started)
     points, projection = to_two_dimensions(torch.cat(features))
-    test = run.data.test
+    test = run.dataset.test
     return Examined(
         title=f"{run.meta['method']}, {run.meta['test_accuracy']:.2f} %",
-        classes=run.data.classes,
+        classes=run.dataset.classes,
         names=test.names or [str(i) for i in range(len(test))],
         labels=test.labels,
         predictions=torch.cat(predictions),
@@ -1327,7 +1339,7 @@ def evaluate_again(options: argparse.Namespace) -> None:
     """--eval: read the test set of a finished run again."""
     run = open_run(options)
     describe(run)
-    test = evaluate(run, run.data.test, "test")
+    test = evaluate(run, run.dataset.test, "test")
     print(f"test     {test:.2f} %   (its file says {run.meta['test_accuracy']:.2f} %)")
     if options.plot:
         plot([run], run.folder / "test")

@@ -53,7 +53,7 @@ VARIANTS = {
 
 def as_input(run: train.Run, images: data.Images) -> Tensor:
     """All of the images as the network sees them, [n, 3, S, S]."""
-    batches = run.batches.eval(images, run.data.center)
+    batches = run.batches.eval(images, run.dataset.center)
     return torch.cat([x for x, _ in batches])
 
 
@@ -146,9 +146,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     options, more = parser.parse_known_args()
     run = open_run(options.run, more)
-    count = min(options.images, len(run.data.test))
-    index = torch.linspace(0, len(run.data.test) - 1, count).long()
-    test = run.data.test[index]
+    count = min(options.images, len(run.dataset.test))
+    index = torch.linspace(0, len(run.dataset.test) - 1, count).long()
+    test = run.dataset.test[index]
     images = as_input(run, test).numpy()
     labels = test.labels.numpy()
     protos = make_variants(run)

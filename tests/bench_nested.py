@@ -82,7 +82,7 @@ def validation_losses(run: train.Run) -> Tensor:
     for rank in RANKS:
         set_rank(run.model, rank)
         losses = []
-        for x, labels in run.batches.eval(run.data.val, run.data.center):
+        for x, labels in run.batches.eval(run.dataset.val, run.dataset.center):
             losses.append(F.cross_entropy(run.logits(x), labels, reduction="none"))
         by_rank.append(torch.cat(losses))
     return torch.stack(by_rank)

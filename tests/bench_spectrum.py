@@ -188,7 +188,7 @@ def fit_head(run: train.Run, images: data.Images, val: data.Images) -> None:
     """
     options = run.options
     head = run.model.head
-    features = replace(run.data, train=images)
+    features = replace(run.dataset, train=images)
     steps = options.epochs * run.batches.count(images)
     optimizer = torch.optim.AdamW(adaptertune.parameter_groups(run.model, options.weight_decay))
     taken = 0  # steps
@@ -236,14 +236,14 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> None:
     """
     started = time.perf_counter()
     run = prepare_head(options, seed, epochs=12)
-    images = run.data.train
+    images = run.dataset.train
     order = data.stratified_order(images.labels, f"spectrum/{seed}")
     count = min(4000, round(0.8 * len(images)))
     for_head, for_gradient = order[:count].tensor_split(2)
     features = train.cache_features(run, images[for_head], "train")
-    val = train.cache_features(run, run.data.val, "val")
+    val = train.cache_features(run, run.dataset.val, "val")
     fit_head(run, features, val)
-    batches = run.batches.eval(images[for_gradient], run.data.center)
+    batches = run.batches.eval(images[for_gradient], run.dataset.center)
     G, C = shift_gradients(run.model, batches, flattened_loss)
     energy = spectrum(G, C)
     print_blocks(energy)
@@ -269,18 +269,18 @@ def print_blocks(energy: Tensor) -> None:
 def measure_gradients(options: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """G [L, D, D], C [L, D, D] and the spectrum [L, D], each the mean over both ways round."""
     run = prepare_head(options, seed, epochs=30)
-    images = run.data.train[data.stratified_order(run.data.train.labels, f"spectrum/{seed}")]
+    images = run.dataset.train[data.stratified_order(run.dataset.train.labels, f"spectrum/{seed}")]
     features = train.cache_features(run, images, "train")
-    val = train.cache_features(run, run.data.val, "val")
+    val = train.cache_features(run, run.dataset.val, "val")
     first, second = torch.arange(len(images)).tensor_split(2)
     gradients = []
     moments = []
     spectra = []
     for for_head, for_gradient in ((first, second), (second, first)):
-        adaptertune.add_head(run.model, len(run.data.classes))
+        adaptertune.add_head(run.model, len(run.dataset.classes))
         run.model.to(run.device)
         fit_head(run, features[for_head], val)
-        batches = run.batches.eval(images[for_gradient], run.data.center)
+        batches = run.batches.eval(images[for_gradient], run.dataset.center)
         G, C = shift_gradients(run.model, batches)
         gradients.append(G)
         moments.append(C)

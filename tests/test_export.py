@@ -510,7 +510,7 @@ def test_one_session_serves_several_tasks(run, tmp_path):
 
     session = export.session(backbone)
     tasks = {name: opened(name) for name in ("a", "b", "head")}
-    x, labels = next(tasks["a"].batches.eval(tasks["a"].data.test, 1.0))
+    x, labels = next(tasks["a"].batches.eval(tasks["a"].dataset.test, 1.0))
     images = export.Checked(x.numpy(), x, labels.numpy())
     for name in ("a", "b", "a", "head", "b"):
         task = export.in_onnxruntime(session, tmp_path / f"{name}.onnx_adapter")

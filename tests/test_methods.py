@@ -173,7 +173,7 @@ def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch
     adapter = tmp_path / "runs/c-clip-adapter"
     zero_shot = tmp_path / "runs/c-zero-shot"
     again = open_run(zero_shot)
-    expected = train.evaluate(again, again.data.val, "val")
+    expected = train.evaluate(again, again.dataset.val, "val")
     stated = re.findall(r"^zeroshot (.*)$", out, re.M)
     assert stated == [f"{expected:.2f} %   (val, by text alone, before training)"] * 2
     for folder in (zero_shot, adapter):
@@ -507,8 +507,8 @@ def test_the_test_set_is_read_once(run, clip, tiny_weights, monkeypatch, method)
     evaluate = train.evaluate
 
     def recorded_evaluate(run, images, what):
-        evaluated.append("test" if images is run.data.test else what)
-        assert (what == "test") == (images is run.data.test)
+        evaluated.append("test" if images is run.dataset.test else what)
+        assert (what == "test") == (images is run.dataset.test)
         return evaluate(run, images, what)
 
     seen = []
@@ -540,10 +540,10 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
     run(*common, "--method", method, "--name", "a")
     finished = open_run("runs/a")
     finished.model.eval()
-    test = finished.data.test
+    test = finished.dataset.test
     expected = []
     with torch.no_grad():
-        for x, _ in finished.batches.eval(test, finished.data.center):
+        for x, _ in finished.batches.eval(test, finished.dataset.center):
             expected.append(finished.logits(x))
     expected = torch.cat(expected)
     assert expected.shape == (12, 3)
@@ -741,7 +741,7 @@ def confusion_of(run):
     counts = np.zeros((10, 10), dtype=int)
     run.model.eval()
     with torch.no_grad():
-        for x, labels in run.batches.eval(run.data.test, run.data.center):
+        for x, labels in run.batches.eval(run.dataset.test, run.dataset.center):
             predictions = run.logits(x).argmax(dim=1)
             np.add.at(counts, (labels.numpy(), predictions.numpy()), 1)
     return counts

@@ -224,8 +224,8 @@ def test_two_tasks_on_one_deit_tiny(commands):
         graphs[name] = export.in_onnxruntime(session, Path("runs", f"{name}.onnx_adapter"))
     for start in (0, 8, 16):
         for name, opened in runs.items():
-            images = opened.data.test[torch.arange(start, start + 8)]
-            x, labels = next(opened.batches.eval(images, opened.data.center))
+            images = opened.dataset.test[torch.arange(start, start + 8)]
+            x, labels = next(opened.batches.eval(images, opened.dataset.center))
             with torch.inference_mode():
                 expected = opened.model.eval()(x).numpy()
             logits = graphs[name](export.Checked(x.numpy(), x, labels.numpy()))

@@ -60,7 +60,7 @@ def task(request, tmp_path_factory):
         options, *_ = train.parse(["--eval", "runs/run"])
         run = train.open_run(options)
         run.model.eval()
-        batches = run.batches.eval(run.data.test, run.data.center)
+        batches = run.batches.eval(run.dataset.test, run.dataset.center)
         with torch.inference_mode():
             images = torch.cat([x for x, _ in batches])
             logits = torch.cat([run.model(x) for x in images.split(32)])
@@ -83,7 +83,7 @@ def test_onnxruntime(task):
 
 def test_reference_evaluator(task):
     """onnx's own evaluator, which is numpy and slow, in batches."""
-    if task.run.data.name != "digits":
+    if task.run.dataset.name != "digits":
         pytest.skip("the reference evaluator takes a second for an image of 224 px")
     from onnx.reference import ReferenceEvaluator
 
@@ -212,7 +212,7 @@ def site(task):
         options = ["--resize", "--output", "probabilities", "-o", "site/model.onnx"]
         assert export.main(["runs/run", *options]) == 0
     session = export.session(folder / "model.onnx")
-    photos = task.run.data.test.pixels.permute(0, 2, 3, 1).numpy()[::3]
+    photos = task.run.dataset.test.pixels.permute(0, 2, 3, 1).numpy()[::3]
     expected = []
     for i, photo in enumerate(photos):
         image.fromarray(photo).save(folder / f"{i}.png")
@@ -246,7 +246,7 @@ def test_function_of_the_page(task, site):
     (folder / "labels.html").write_text(REPORT + PAGE.read_text() + script)
     labels = browse(folder, "labels.html")["labels"]
     for text, probabilities in zip(labels, expected, strict=True):
-        check_text(text, task.run.data.classes, probabilities)
+        check_text(text, task.run.dataset.classes, probabilities)
 
 
 # Files are put into the page's input as a user's choice does it, and what the page shows is read.
@@ -293,7 +293,7 @@ def test_elements_of_the_page(task, site):
     """index.html as a user sees it: it says when it is ready, labels the chosen photo, says that a
     file is no photo, and goes on after that with one that EXIF data turn."""
     folder, expected = site
-    photos = task.run.data.test.pixels.permute(0, 2, 3, 1).numpy()
+    photos = task.run.dataset.test.pixels.permute(0, 2, 3, 1).numpy()
     turned = save_turned(photos[0], folder / "turned.jpg")
     session = export.session(folder / "model.onnx")
     expected_turned = session.run(None, {"image": turned[None]})[0][0]
@@ -302,9 +302,9 @@ def test_elements_of_the_page(task, site):
     (folder / "choose.html").write_text(REPORT + PAGE.read_text() + CHOOSE_FILES)
     shown = browse(folder, "choose.html")
     assert shown["loaded"] == "ready"
-    check_text(shown["first"], task.run.data.classes, expected[0])
+    check_text(shown["first"], task.run.dataset.classes, expected[0])
     assert shown["refused"].startswith("can't label this photo: ")
-    check_text(shown["turned"], task.run.data.classes, expected_turned)
+    check_text(shown["turned"], task.run.dataset.classes, expected_turned)
 
 
 READ_OUTPUT = """<script type="module">

@@ -273,6 +273,15 @@ def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
     assert expected in run("--eval", "runs/a")
 
 
+def test_a_damaged_configuration_is_named(run, tiny_weights, tmp_path):
+    """A config.json that can't be read is one line of error, with --eval and for a new run."""
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    (tmp_path / "runs/a/config.json").write_text("{ cut")
+    message = "error: no run in runs/a: runs/a/config.json is missing or damaged"
+    assert run("--eval", "runs/a", status=2).startswith(message)
+    assert run(*quick(tiny_weights, "--epochs", 1, "--name", "a"), status=1).startswith(message)
+
+
 def test_another_backbone_is_refused_by_name(run, tiny_weights, tmp_path):
     """Adapters on another backbone are an error with both names and fingerprints."""
     other = write_tiny(tmp_path / "other.safetensors", seed=1)
@@ -299,9 +308,9 @@ def test_load_run_gives_the_network_of_the_run(run, photos, tiny_weights):
     assert classes == ["apple", "leaf", "sky"]
     assert not model.training
     opened = train.open_folder("runs/a")
-    test = opened.data.test
+    test = opened.dataset.test
     images = torch.cat([preprocess(photos / name) for name in test.names])
-    prepared, _ = next(opened.batches.eval(test, opened.data.center))
+    prepared, _ = next(opened.batches.eval(test, opened.dataset.center))
     assert torch.equal(images, prepared)
     with torch.no_grad():
         assert torch.equal(model(images), opened.model.eval()(prepared))
@@ -740,11 +749,11 @@ def test_the_defaults_of_a_data_set_are_in_force(tiny_weights, tmp_path, monkeyp
     (options,) = train.parse(["--weights", str(tiny_weights)])
     prepared = train.prepare(options, 0)
     assert prepared.batches.batch == 32
-    assert prepared.data.min_scale == 0.85
+    assert prepared.dataset.min_scale == 0.85
     write_cifar10(tmp_path / "data")
     (options,) = train.parse(["--weights", str(tiny_weights), "--dataset", "cifar10"])
-    assert train.prepare(options, 0).data.min_scale == 0.08
+    assert train.prepare(options, 0).dataset.min_scale == 0.08
     (options,) = train.parse(["--weights", str(tiny_weights), "--batch", "7", "--min-scale", "1"])
     prepared = train.prepare(options, 0)
     assert prepared.batches.batch == 7
-    assert prepared.data.min_scale == 1
+    assert prepared.dataset.min_scale == 1
