@@ -1,6 +1,6 @@
 """AdapterTune: adapt a frozen Vision Transformer with low-rank adapters initialised to zero.
 
-A small bottleneck behind a block adds a correction to the residual stream h:
+A small bottleneck after a block adds a correction to the residual stream h:
 
     h <- h + s · (U · act(V · z + v) + u)        V [r, D]   v [r]   U [D, r]   u [D]
 
@@ -21,14 +21,15 @@ Beside adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), and the bas
 Shapes: B images, N tokens, D width, r rank, P prompts, E CLIP's embedding width, K classes.
 
 How to add a method, with LoRA on qkv as the example:
-1. Here: a row in METHODS with its settings, {"rank": 8, "scale": 1.0}; a module of two nn.Linear,
-   down [r, D] and up [3D, r] = 0, which a function `add_lora` puts into each `block.attn.adapter`;
-   and a branch in `adapt` that calls it. `is_adapter` matches that name already.
+1. Here: a row in METHODS with its settings, {"rank": 8, "scale": 1.0}; a module of two nn.Linear
+   without biases, down [r, D] and up [3D, r] = 0, which a function `add_lora` puts into each
+   `block.attn.adapter`; and a branch in `adapt` that calls it. `is_added` matches that name.
+   LoRA is linear, so `merge` can add s·up·down to qkv.weight, and export.py needs no change.
 2. vit.py, Attention: `self.adapter = None`, and a line of forward that adds its output to qkv.
 3. train.py: a row in RATES, the method's learning rate. Rank and scale are options already; a new
-   setting needs one in `add_method_options`. For --every and --blocks, see `adapt` and `expand`.
-4. export.py: LoRA is linear, so `merge` adds s·up·down to qkv.weight and the graph stays as it is.
-   A method whose graph differs needs a branch in `write_block` or `write_head`.
+   setting needs one in `add_method_options`. To honour --every and --blocks, add it to `expand`
+   and `adapt_backbone`.
+4. export.py, for a method whose graph differs: a branch in `write_block` or `write_head`.
 """
 
 import hashlib
@@ -144,15 +145,26 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} {value!r}: choose {', '.join(choices)}")
 
 
+def check_settings(method: str, settings: dict) -> None:
+    """Raise a ValueError for a setting that a method doesn't have."""
+    for name in settings:
+        if name not in METHODS[method]:
+            known = ", ".join(METHODS[method]) or "none"
+            raise ValueError(f"{method} has no setting {name!r}; its settings: {known}")
+
+
 @torch.no_grad()
 def merge_into_mlp(block: nn.Module) -> bool:
-    """Turn a block's adapter into r more hidden units of its MLP, if that is exact; say whether.
+    """Turn a block's adapter into r more hidden units of its MLP, if that is exact.
 
     It is exact for an adapter that reads "ln" through the MLP's own activation:
 
         fc1' = [W1; V]      fc2' = [W2, sU/γ]      b1' = [b1; v]      b2' = b2 + su/γ
 
     with γ [D] the block's LayerScale, if it has one.
+
+    Returns:
+        Whether it was.
     """
     adapter = block.adapter
     if adapter is None or adapter.reads != "ln" or type(adapter.act) is not type(block.mlp.act):
@@ -192,7 +204,7 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         every: without `blocks`, every k-th block, the last of each k.
 
     Raises:
-        ValueError: a block that isn't there, or none at all.
+        ValueError: an index out of range, or no block selected.
     """
     if blocks is not None:
         chosen = sorted({block + depth if block < 0 else block for block in blocks})
@@ -213,38 +225,36 @@ def add_adapters(
     *,
     method: str = "adaptertune",
     placement: Sequence[int] | None = None,
-    act: str | None = None,
     **settings,
 ) -> None:
-    """Put an adapter behind blocks of a vit.ViT.
+    """Put an adapter after blocks of a vit.ViT.
 
     Args:
         method: "adaptertune" or "adaptformer", whose defaults hold for what is left out (METHODS).
         placement: the blocks, counted from 0; every block if left out.
-        act: "gelu", "relu", or "mlp" for the activation of the block's MLP.
-        settings: `reads`, `init`, `scale`, `learn_scale` and `dropout` of Adapter.
+        settings: `act`, which is "gelu", "relu", or "mlp" for the activation of the block's MLP;
+            `reads`, `init`, `scale`, `learn_scale` and `dropout` of Adapter.
 
     Raises:
-        ValueError: a rank below 1 or above the width; an unknown method, reads, act or init; a
-            block that isn't there.
+        ValueError: a rank below 1 or above the width; an unknown method, setting, reads, act or
+            init; an index out of range.
     """
     check_choice("method", method, ADAPTER_METHODS)
+    check_settings(method, settings)
     settings = METHODS[method] | settings
-    default_act = settings.pop("act")
-    default_rank = settings.pop("rank")
-    act = default_act if act is None else act
-    rank = default_rank if rank is None else rank
+    if rank is not None:
+        settings["rank"] = rank
+    act = settings.pop("act")
     check_choice("act", act, (*ACTS, "mlp"))
     for index in choose_blocks(len(model.blocks), blocks=placement):
         block = model.blocks[index]
         module = type(block.mlp.act)() if act == "mlp" else ACTS[act]()
-        block.adapter = Adapter(
-            model.config.width, rank, act=module, kaiming=method == "adaptformer", **settings
-        )
+        kaiming = method == "adaptformer"
+        block.adapter = Adapter(model.config.width, act=module, kaiming=kaiming, **settings)
 
 
 def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy a file's adapters into those of a model, instead of zeros.
+    """Initialise a model's adapters from a file's.
 
     Args:
         tensors: of our own file, or of AdaptFormer's with its published names
@@ -306,8 +316,8 @@ class ClipHead(nn.Module):
         f' = a · A(f) + (1 - a) · f        W' = b · A'(W) + (1 - b) · W
         logits = scale · norm(f') · norm(W')ᵀ        A(x) = ReLU(U · ReLU(V · x)), no biases
 
-    f [B, E] is CLIP's image embedding (features [B, D] through its projection). W [K, E] has an
-    embedding for each class: of its name, or the mean of its images. With a = b = 0 this is
+    f [B, E] is CLIP's image embedding (features [B, D] through its projection). W [K, E] has a row
+    per class: its name's embedding, or the mean over its training images. With a = b = 0 this is
     zero-shot CLIP, bit for bit.
 
     Args:
@@ -432,11 +442,10 @@ def adapt(
         The settings in force, for the adapter file's metadata.
 
     Raises:
-        ValueError: an unknown method, or settings that it or this model can't have.
+        ValueError: an unknown method, or settings that it or this model doesn't support.
     """
     check_choice("method", method, METHODS)
-    for name in settings:
-        check_choice(f"setting of {method}", name, METHODS[method])
+    check_settings(method, settings)
     settings = METHODS[method] | settings
     if method in ADAPTER_METHODS:
         add_adapters(model, method=method, placement=placement, **settings)
@@ -449,7 +458,7 @@ def adapt(
         settings["rank"] = add_clip_head(model, classes, **settings)
     elif method == "zero-shot":
         add_clip_head(model, classes)
-    else:  # head, full, scratch
+    elif method in ("head", "full", "scratch"):
         add_head(model, classes)
     freeze(model, everything=method in WHOLE_METHODS)
     return settings
@@ -458,11 +467,11 @@ def adapt(
 # ------------------------------------------------------------------------------- what is trained
 
 
-def is_adapter(name: str) -> bool:
-    """Does a parameter of this name belong to the adapters, the prompts or the head?
+def is_added(name: str) -> bool:
+    """Was a parameter of this name added to the backbone: an adapter's, a prompt, the head's?
 
-    This predicate is the only thing that tells them from the backbone: freezing, counting, saving
-    and the fingerprint use it. (The optimiser gets what isn't frozen.)
+    Freezing, counting, saving and the fingerprint use this one predicate. The optimiser gets what
+    isn't frozen.
     """
     return ".adapter." in name or name.endswith(".prompts") or name.startswith("head.")
 
@@ -477,12 +486,12 @@ def freeze(model: nn.Module, *, everything: bool = False) -> None:
     with torch.device("meta"):  # the backbone alone, without memory
         own = dict(type(model)(model.config).named_parameters())
     for name, parameter in model.named_parameters():
-        if name not in own and not is_adapter(name):
+        if name not in own and not is_added(name):
             raise ValueError(
                 f"{name} is neither the backbone's nor an adapter's and would be frozen; "
-                "give its module the name 'adapter' (adaptertune.is_adapter)"
+                "give its module the name 'adapter' (adaptertune.is_added)"
             )
-        parameter.requires_grad_(everything or is_adapter(name))
+        parameter.requires_grad_(everything or is_added(name))
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -516,7 +525,7 @@ def count(model: nn.Module) -> dict[str, int]:
             part = "frozen"
         elif name.startswith("head."):
             part = "head"
-        elif is_adapter(name):
+        elif is_added(name):
             part = "adapters"
         else:
             part = "backbone"
@@ -535,7 +544,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if is_adapter(name) or name == "pos_embed":
+        if is_added(name) or name == "pos_embed":
             continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -547,7 +556,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     whatever else is trained."""
     names = trained(model)
     tensors = model.state_dict()
-    return {name: value for name, value in tensors.items() if is_adapter(name) or name in names}
+    return {name: value for name, value in tensors.items() if is_added(name) or name in names}
 
 
 def save(path: str | Path, model: nn.Module, meta: dict | None = None) -> None:
@@ -575,7 +584,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the metadata of a file that `save` wrote.
 
     Raises:
-        ValueError: it is missing, damaged, or none of ours.
+        ValueError: it is missing, damaged, or not ours.
     """
     path = Path(path)
     if not path.is_file():
@@ -614,7 +623,7 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
             "give that backbone by --backbone or --weights"
         )
     wanted = model.state_dict()
-    wrong = {key for key in wanted if is_adapter(key)} - set(tensors)  # missing
+    wrong = {key for key in wanted if is_added(key)} - set(tensors)  # missing
     for key, tensor in tensors.items():
         if key not in wanted or wanted[key].shape != tensor.shape:
             wrong.add(key)

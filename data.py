@@ -5,7 +5,7 @@ happens to a batch (crop, flip, resize, normalise) runs on the training device. 
 from (seed, epoch, step) alone: the same command makes the same crops, and a resumed run makes those
 that it would have made.
 
-Crop, flip and antialiased resize are linear and separable, so they are two small matrices an image:
+Crop, flip and antialiased resize are linear and separable: two small matrices per image,
 
     out[S, S] = rows[S, H] · image[H, W] · cols[S, W]ᵀ
 
@@ -65,7 +65,7 @@ class Dataset:
     name: str
     classes: list[str]
     train: Images
-    val: Images | None  # None as long as nobody has split it off
+    val: Images | None  # None until `split`
     test: Images | None
     flip: bool = True  # a mirror image keeps its label
     # Least share of the area in a training crop. 0.08 is the default of torchvision's
@@ -116,10 +116,10 @@ def split(
     protocol).
 
     Args:
-        limit: keep so many training images, classes in proportion, and a quarter as many for
-            validation; 0 for all.
-        shots: keep so many training images of each class, drawn by `seed`, and at most 4 others of
-            each for validation, or none if none are left (the few-shot protocol of CoOp,
+        limit: keep this many training images, preserving class proportions, and a quarter as many
+            for validation; 0 for all.
+        shots: keep this many training images of each class, drawn by `seed`, and at most 4 others
+            of each for validation, or none if none are left (the few-shot protocol of CoOp,
             https://arxiv.org/abs/2109.01134); 0 for all.
         test_share: the share of a missing test set, which then is drawn by `seed`.
 
@@ -134,7 +134,7 @@ def split(
         test, train = split_off(train, test_share or 0.2, key)
     if val is None and not shots:
         val, train = split_off(train, 0.1, f"val/{seed}")
-    whole = (len(train), len(val or ()))
+    whole = (len(train), 0 if val is None else len(val))
 
     if shots:
         train, rest = sample_shots(train, shots, f"shots/{seed}")
@@ -144,7 +144,8 @@ def split(
                 f"--shots {shots}: a class of {data.name} has fewer images to train on; "
                 "give a smaller number"
             )
-        val, _ = sample_shots(val or rest, min(shots, 4), f"shots/{seed}")
+        candidates = rest if val is None else val
+        val, _ = sample_shots(candidates, min(shots, 4), f"shots/{seed}")
     elif limit:
         train = train[stratified_order(train.labels, f"limit/{seed}")[:limit]]
         few = max(1, limit // 4)
@@ -172,8 +173,7 @@ def sample_shots(images: Images, shots: int, key: str) -> tuple[Images, Images]:
 
 
 def stratified_order(labels: Tensor, key: str) -> Tensor:
-    """A random order [n], fixed by `key`, whose every beginning holds the classes in proportion:
-    cut it to split."""
+    """A random order [n], fixed by `key`, every prefix of which is stratified."""
     shuffled = torch.randperm(len(labels), generator=generator(key))
     shuffled_labels = labels[shuffled]
     place = torch.empty(len(labels))  # of each shuffled image within its class, 0..1
@@ -265,7 +265,7 @@ def extract_cifar(root: Path, archive: Path, md5: str, offline: bool) -> None:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that can build numpy arrays alone, so that a data file can't run code."""
+    """An unpickler that can only build numpy arrays, so that a data file can't run code."""
 
     RECONSTRUCT = np.empty(0).__reduce__()[0]
     ALLOWED = {
@@ -309,7 +309,7 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     classes = list(photos["train"])
     if len(classes) < 2:
         raise ValueError(
-            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed, one a class"
+            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed"
         )
     images = {}
     for part, by_class in photos.items():
@@ -388,7 +388,6 @@ TEMPLATES = {
     "aircraft": "a photo of a {}, a type of aircraft.",
     "food": "a photo of {}, a type of food.",
     "digits": 'a photo of the number: "{}".',
-    "": "a photo of a {}.",
 }
 
 
@@ -401,9 +400,11 @@ def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
     Raises:
         ValueError: the template has no {}.
     """
-    for beginning, published in TEMPLATES.items():
-        if not template and name.lower().startswith(beginning):
-            template = published
+    if not template:
+        template = "a photo of a {}."
+        for beginning, published in TEMPLATES.items():
+            if name.lower().startswith(beginning):
+                template = published
     if "{}" not in template:
         raise ValueError(f"--template {template!r} has no {{}} where the class's name goes")
     return [template.replace("{}", each.replace("_", " ")) for each in classes]
@@ -638,7 +639,7 @@ def download(
             size, stated = _fetch(url, part, token)
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.reason}"
-            if error.code == 416:  # the part is longer than the file
+            if error.code == 416:  # the part is as long as the file, or longer: once more
                 part.unlink(missing_ok=True)
             elif error.code < 500:
                 hint = "; a private file needs HF_TOKEN" if error.code in (401, 403) else ""

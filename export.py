@@ -8,8 +8,8 @@
 assets/device/label.py labels photos with such a file, by onnxruntime alone.
 
 The graph reads like vit.py, top to bottom, and each value is named after the torch module that it
-comes out of. What is the same for every image is worked out here and not on the device; all of it
-is exact but for rounding:
+comes out of. What is the same for every image is computed at export time; all of it is exact but
+for rounding:
 
     query            W_q' = W_q / √d, b_q' = b_q / √d
     key              without bias: it shifts all scores of a query alike, which softmax ignores
@@ -225,11 +225,11 @@ def layer_scale(module: nn.Module, width: int) -> Tensor:
     return module.gamma if isinstance(module, vit.LayerScale) else torch.ones(width)
 
 
-def write_block(g: Graph, name: str, block: vit.Block, x: str, last: bool) -> str:
-    """One block with its adapter; the `last` gives the class token alone, [B, 1, D]."""
+def write_block(g: Graph, name: str, block: vit.Block, x: str, class_only: bool) -> str:
+    """One block with its adapter; with `class_only` it returns only the class token, [B, 1, D]."""
     z = g.layer_norm(f"{name}.norm1", x, block.norm1)
     query = z
-    if last:  # from 0 to 1 along axis 1
+    if class_only:  # from 0 to 1 along axis 1
         axis0 = g.constant("axis0", [0])
         axis1 = g.constant("axis1", [1])
         query = g("Slice", z, axis0, axis1, axis1, name=f"{name}.norm1.class")
@@ -245,6 +245,7 @@ def write_block(g: Graph, name: str, block: vit.Block, x: str, last: bool) -> st
     gamma = layer_scale(block.ls2, fc2.out_features)
     y = g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias)
     y = g.activation(f"{name}.mlp.act", y, block.mlp.act)
+    # The adapter's bias comes with fc2's: y and h have su in them from here on.
     y = g.linear(f"{name}.mlp.fc2", y, fc2.weight * gamma[:, None], fc2.bias * gamma + su)
     if adapter is None:
         return g("Add", x, y, name=name)
@@ -262,7 +263,8 @@ def write_adapter(
         su: the part of the correction that fc2's bias has brought already, [D].
     """
     v = adapter.down.bias
-    if adapter.reads in ("block", "mlp"):  # these have su in them, which the adapter didn't see
+    if adapter.reads in ("block", "mlp"):
+        # It was trained to read these without su: V·(z + su) + v' = V·z + v.
         v = v - adapter.down.weight @ su
     c = g.linear(f"{name}.adapter.down", values[adapter.reads], adapter.down.weight, v)
     c = g.activation(f"{name}.adapter.act", c, adapter.act)
@@ -271,8 +273,8 @@ def write_adapter(
 
 
 def write_prompts(g: Graph, name: str, prompts: Tensor, x: str, N: int, first: bool) -> str:
-    """A block's prompts [P, D] behind the N own tokens, in the place of earlier ones, by zeros and
-    an addition."""
+    """A block's prompts [P, D] after the image's N tokens, in the place of earlier ones, by zeros
+    and an addition."""
     P, D = prompts.shape
     if not first:
         axis0 = g.constant("axis0", [0])
@@ -330,8 +332,8 @@ def write_vit(g: Graph, model: vit.ViT, meta: dict) -> None:
         if block.prompts is not None:
             x = write_prompts(g, f"blocks.{i}.prompts", block.prompts, x, N, first=not prompts)
             prompts = len(block.prompts)
-        last = i == config.depth - 1
-        x = write_block(g, f"blocks.{i}", block, x, last=last and config.pool == "token")
+        class_only = config.pool == "token" and i == config.depth - 1
+        x = write_block(g, f"blocks.{i}", block, x, class_only)
     x = write_pooling(g, model, x, prompts)
     if meta["output"] != "embedding":
         x = write_head(g, model.head, x)
@@ -373,9 +375,10 @@ def swapped(g: Graph) -> dict[str, list[int | str]]:
 def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
     """The network as an ONNX model with `meta` in its metadata_props.
 
-    If `meta` has a "swappable", a name that only adapters for this backbone know, adapters and head
-    become inputs with defaults, for onnxruntime's adapters to set. One more input of that name,
-    unused, makes the runtime refuse all other adapters.
+    With --swappable, adapters and head become inputs with defaults, which an .onnx_adapter file
+    sets. Then meta["swappable"] names one more input, unused, after the backbone. The adapter file
+    has a value for it (the task's metadata), and onnxruntime refuses a file that has a value for an
+    input that the graph hasn't: so an adapter runs on its own backbone only.
     """
     write_vit(g, model, meta)
     S = model.config.image_size
@@ -466,9 +469,9 @@ def channel_factors(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
 def equalise(model: vit.ViT, images: Tensor, alpha: float = 0.7) -> None:
     """Rewrite a ViT into the same function with activations that 8 bits hold better.
 
-    What LayerNorm and attention give is centred and scaled per channel, and the next matrix undoes
-    it: SmoothQuant (https://arxiv.org/abs/2211.10438) with the shift of Outlier Suppression+
-    (https://arxiv.org/abs/2304.09145).
+    The outputs of LayerNorm are centred and scaled per channel, those of attention scaled, and the
+    next matrix undoes it: SmoothQuant (https://arxiv.org/abs/2211.10438) with the shift of Outlier
+    Suppression+ (https://arxiv.org/abs/2304.09145).
 
     Args:
         images: [n, 3, S, S], which show what is usual.
@@ -485,10 +488,10 @@ def equalise(model: vit.ViT, images: Tensor, alpha: float = 0.7) -> None:
         if block.adapter is not None and block.adapter.reads == "ln":
             readers.append(block.adapter.down)
         equalise_norm(block.norm2, ranges[f"blocks.{i}.mlp.fc1"], readers, alpha)
-        if qkv.bias is not None:  # v's goes through attention as it is
+        if qkv.bias is not None:  # v's bias moves into proj's: the rows of softmax sum to 1
             proj.bias += proj.weight @ qkv.bias[2 * D :]
             qkv.bias[2 * D :] = 0
-    ranges = channel_ranges(model, images)
+    ranges = channel_ranges(model, images)  # again: what enters proj has lost v's bias
     for i, block in enumerate(model.blocks):
         proj = block.attn.proj
         low, high = ranges[f"blocks.{i}.attn.proj"]
@@ -681,11 +684,11 @@ def verify(
     Args:
         count: of test images, 0 for all; by default 64, or 1,000 if some may differ.
         names: of the two functions.
-        least: percentage of images that must have the same top-1. Where that is all of them, the
-            largest |difference| has a limit too.
+        least: percentage of images that must have the same top-1. For 100, of fp32 graphs, the
+            largest |difference| has a limit too; below it accuracies are printed as well.
 
     Raises:
-        ValueError: they don't agree so far.
+        ValueError: they disagree by more than is allowed.
     """
     if count is None:
         count = 64 if least == 100 else 1000
@@ -724,7 +727,7 @@ def verify(
 
 
 def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable:
-    """Save the model, put it to ONNX's own checker, load and describe it."""
+    """Save the model, run ONNX's checker on it, load and describe it."""
     onnx.save(proto, part)
     onnx.checker.check_model(part, full_check=True)
     graph = session(part)
@@ -741,8 +744,7 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A folder to write to: what stands there is moved into `folder` if all goes well, and gone if
-    not."""
+    """A folder to write to: its contents are moved into `folder` if all goes well, else deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
         yield Path(part)
@@ -883,7 +885,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     add("--batch", "N", train.integer(0), "images in every call (0: as many as come)", 0)
     image = "normalised [batch, 3, S, S], or pixels uint8 [batch, S, S, 3] (float)"
     parser.choice("--input", ("float", "uint8"), image, "")
-    parser.switch("--resize", "take uint8 pixels of any size, and resize them as in training")
+    parser.switch("--resize", "take uint8 pixels of any size, and resize them as in evaluation")
     outputs = ("logits", "probabilities", "embedding")
     parser.choice("--output", outputs, "what the graph gives (logits)", "logits")
     precision = "of the weights; int8 is for CPUs (fp32)"

@@ -12,7 +12,7 @@ test set is read once, at the very end, with the weights of that epoch.
 
 A run leaves runs/NAME/ with adapters.safetensors (the trained tensors alone), result.json,
 metrics.csv, config.json, for photos split.json, and, where matplotlib is installed, curves.svg.
-While it is unfinished state.pt stands there, and --resume goes on exactly where it was stopped, on
+Until it finishes, state.pt is kept there, and --resume continues exactly where it was stopped, on
 the same kind of device.
 
 From the top: options, setting up, training, opening a run, the terminal, pictures, main.
@@ -117,9 +117,7 @@ def limited(kind: type, low: float, high: float, text: str) -> float:
     try:
         value = kind(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no number of type {kind.__name__}"
-        ) from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from error
     if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
     return value
@@ -135,7 +133,7 @@ def placement(text: str) -> list[int]:
 
 
 def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
-    """The options of each run but for its seed. Wrong usage prints one line and exits with 2."""
+    """The options of each run, except its seed. Wrong usage prints one line and exits with 2."""
     parser = Parser(
         prog="train.py",
         description="Adapt a frozen Vision Transformer with zero-initialised low-rank adapters.",
@@ -150,8 +148,11 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
             saved = read_json(Path(options.eval) / "config.json")
         except ValueError as error:
             parser.error(str(error))
-        parser.set_defaults(**saved | {name: [saved[name]] for name in GRID if name in saved})
-        options = parser.parse_args(arguments)
+        for name in GRID:  # these options hold lists of values
+            if name in saved:
+                saved[name] = [saved[name]]
+        parser.set_defaults(**saved)
+        options = parser.parse_args(arguments)  # once more, with those defaults
     grid = expand(options)
     for run_options in grid:
         fill_in(run_options)
@@ -178,7 +179,7 @@ def add_options(parser: Parser) -> None:
     parser.section("backbone")
     named = f"{backbones} (vit_s16; vit_micro for digits)"
     add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
-    add("--weights", "FILE", str, "a .safetensors or .pth file (downloaded)", "")
+    add("--weights", "FILE", str, "a .safetensors or .pth file, instead of the download", "")
     add("--heads", "N", integer(0, 10_000), "attention heads of --weights (0: 64 channels each)", 0)
     add("--image-size", "PIXELS", integer(0, 10_000), "side of the input (0: its own)", 0)
 
@@ -259,7 +260,7 @@ def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
     runs = []
     for values in itertools.product(*(getattr(options, name) for name in GRID)):
         run = dict(zip(GRID, values, strict=True))
-        # What a method has no use for doesn't make a run of its own.
+        # Options that a method ignores don't multiply its runs.
         if "rank" not in adaptertune.METHODS[run["method"]]:
             run["rank"] = None
         if run["method"] not in adaptertune.ADAPTER_METHODS:
@@ -289,6 +290,7 @@ def fill_in(options: argparse.Namespace) -> None:
     for name, value in adaptertune.METHODS[options.method].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    # CLIP's tower is frozen and has no adapters inside, so its features never change.
     clip = options.method in adaptertune.CLIP_METHODS
     options.cached = clip or (options.cached and options.method == "head")
     if not options.backbone and not options.weights:
@@ -306,8 +308,9 @@ def fill_in(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace, parser: Parser) -> None:
     """Refuse options that can't go together."""
     adapters = options.method in adaptertune.ADAPTER_METHODS
-    known = options.init in adaptertune.INITS or options.eval  # then the run's file has them
-    if adapters and not known and not Path(options.init).is_file():
+    known = options.init in adaptertune.INITS
+    # A finished run (--eval) has its adapters in its own file.
+    if adapters and not options.eval and not known and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
@@ -436,7 +439,7 @@ read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the 
 
 
 def prepare(options: argparse.Namespace, seed: int) -> Run:
-    """Load everything, so that all that can be wrong is found before the run's folder is made."""
+    """Load everything, so that errors surface before the run's folder is made."""
     data.check_name(options.dataset)  # before a backbone is downloaded
     folder = run_folder(options, seed)
     device, bf16 = choose_device(options.device, options.amp)
@@ -476,7 +479,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     meta |= adapt_backbone(model, options, len(dataset.classes))
     batch = options.batch
     if not batch:
-        batch = 32 if len(dataset.train) < 5000 else 128  # a small set needs its steps
+        batch = 32 if len(dataset.train) < 5000 else 128  # small sets need more steps per epoch
     batches = data.Batches(size, backbone.norm, batch, device)
     return Run(options, seed, folder, dataset, model.to(device), batches, device, bf16, meta)
 
@@ -552,7 +555,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     key.update(images.pixels.numpy())
     path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
     if not path.exists():
-        features = [torch.zeros(0, run.model.config.width)]  # there may be no image at all
+        features = []
         total = run.batches.count(images)
         started = time.perf_counter()
         run.model.eval()
@@ -560,7 +563,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
             stop_if_asked()
             with torch.inference_mode(), run.autocast():
                 features.append(run.model.features(x).float().cpu())
-            data.progress(f"features of {what}, batch", len(features) - 1, total, started)
+            data.progress(f"features of {what}, batch", len(features), total, started)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = f"{path}.part"
         save_file({"features": torch.cat(features)}, part)
@@ -604,9 +607,10 @@ def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Pa
 
 @torch.no_grad()
 def average_class_images(run: Run) -> None:
-    """Give a ClipHead its class matrix from the features of the training images."""
+    """Give a ClipHead its class matrix from the cached features of the training images."""
     head = run.model.head
-    embeddings = run.dataset.train.pixels.to(run.device) @ head.projection.T  # [n, E]
+    features = run.dataset.train.pixels.to(run.device)  # [n, D]: train_run has put them there
+    embeddings = features @ head.projection.T  # [n, E]
     head.classes = adaptertune.prototypes(embeddings, run.dataset.train.labels.to(run.device))
 
 
@@ -692,7 +696,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def end_epoch(state: State, val: float, epochs: int) -> None:
-    """Print the epoch's row, and stand at the start of the next epoch."""
+    """Print the epoch's row, and advance to the next epoch."""
     state.train_time += state.epoch_time
     elapsed = state.train_time + state.eval_time
     left = elapsed / state.epoch * (epochs - state.epoch)
@@ -776,7 +780,7 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Stand where the stopped run stood."""
+    """Restore an interrupted run."""
     path = run.folder / "state.pt"
     try:
         saved = torch.load(path, map_location=run.device, weights_only=True)
@@ -801,7 +805,7 @@ def write_records(run: Run) -> None:
 
 
 def finish(run: Run) -> dict:
-    """Write what stays, report it, remove what was only for --resume. Returns result.json."""
+    """Write the final files, report, remove what was only for --resume. Returns result.json."""
     counts = adaptertune.count(run.model)
     result = run.meta | {
         "trained": sum(counts.values()) - counts["frozen"],
@@ -825,7 +829,6 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         print(f"kept     {path}, finished before")
         return result | {"folder": folder}
     run = prepare(options, seed)
-    stop_asked.clear()
     signal.signal(signal.SIGINT, ask_stop)
     signal.signal(signal.SIGTERM, ask_stop)
     peak_memory(run.device, reset=True)
@@ -901,7 +904,7 @@ def clock_text(seconds: float) -> str:
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:
     """The most memory in GiB in use since the last `reset`: the GPU's, else the process's (0 where
-    the system doesn't tell)."""
+    it is unavailable)."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -979,7 +982,7 @@ def conclude(run: Run) -> None:
     elif len(run.dataset.val):
         how = f"epoch {state.best_epoch}, chosen on val; test read once"
     else:
-        how = f"epoch {state.best_epoch}, the last, no image being left for val; test read once"
+        how = f"epoch {state.best_epoch}, the last, as no images are left for val; test read once"
     path = run.folder / "adapters.safetensors"
     training = clock_text(state.train_time)
     evaluation = clock_text(state.eval_time)
@@ -1152,7 +1155,7 @@ def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, pat
 
 @dataclass
 class Examined:
-    """What a run says of its test images."""
+    """What a run predicts for its test images."""
 
     title: str
     classes: list[str]
@@ -1316,8 +1319,10 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
 def run_grid(grid: list[argparse.Namespace]) -> None:
     """Train every run, then compare them."""
     results = []
+    stop_asked.clear()
     for options in grid:
         for seed in options.seeds:
+            stop_if_asked()
             results.append((options.label, train_run(options, seed)))
     together = Path("runs", grid[0].name or results[0][1]["dataset"])
     if len(results) > 1:

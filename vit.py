@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    """All that fixes the shape and the function of a ViT, apart from its weights.
+    """Everything that determines the shape and the function of a ViT, apart from its weights.
 
     A text tower has one too: its `patch` is 1 and its `image_size` the number of tokens.
     """
@@ -241,7 +241,7 @@ class ViT(nn.Module):
 class TextTower(nn.Module):
     """CLIP's text side: token ids int64 [K, T] to embeddings [K, E].
 
-    The head reads the token at the end-of-text mark, told by its id, the highest. Hugging Face's
+    The head reads the token at the end-of-text mark, recognised as the highest id. Hugging Face's
     rule, the first `eos_token_id`, differs only where tokens were added after that id.
     """
 
@@ -264,8 +264,8 @@ class TextTower(nn.Module):
 class Tokenizer:
     """CLIP's byte-level byte-pair encoding (https://arxiv.org/abs/2103.00020, section 2.4).
 
-    It gives the ids of OpenAI's simple_tokenizer.py, less the repairs of its library ftfy; marks
-    such as <|endoftext|> inside a text are plain text. Ids are numbered in this order:
+    It gives the ids of OpenAI's simple_tokenizer.py, without the clean-up by its library ftfy.
+    Marks such as <|endoftext|> inside a text are plain text. Ids are numbered in this order:
 
         0 to 255     each byte
         256 to 511   each byte at the end of a word
@@ -277,7 +277,7 @@ class Tokenizer:
         size: how many ids there are, the text tower's vocabulary.
 
     Raises:
-        ValueError: the file is missing, damaged, or no vocabulary of CLIP's.
+        ValueError: the file is missing, damaged, or not a CLIP vocabulary.
     """
 
     MERGES = 48_894  # as many as CLIP has; the published list goes on
@@ -309,7 +309,7 @@ class Tokenizer:
                 ids[left + right] = merged
         except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
             raise ValueError(
-                f"{path} is missing, damaged or no vocabulary of CLIP's; give the published "
+                f"{path} is missing, damaged or not a CLIP vocabulary; give the published "
                 "bpe_simple_vocab_16e6.txt.gz or a merges.txt"
             ) from error
         self.size = len(ids) + 2
@@ -317,8 +317,8 @@ class Tokenizer:
         self.end = len(ids) + 1
 
     def __call__(self, texts: list[str], length: int = 77) -> Tensor:
-        """Ids int64 [K, length]: start, the text's, end, zeros. A long text is cut, its end mark
-        is not."""
+        """Ids int64 [K, length]: start, the text's, end, zeros. Long texts are truncated; the end
+        mark is kept."""
         ids = torch.zeros(len(texts), length, dtype=torch.int64)
         for row, text in zip(ids, texts, strict=True):
             encoded = [self.start, *self.encode(text)][: length - 1] + [self.end]
@@ -444,12 +444,14 @@ BACKBONES = {
 class Layout:
     """A family of published files. All patterns are regular expressions.
 
-    What stands before the match of `tell` is the backbone's prefix ("module.", "vision_model.").
-    It is stripped from all keys. A key without it isn't the backbone's (a text tower's, perhaps)
-    and gets "../" in front, so that patterns can tell the two.
+    What precedes the match of `tell` is the prefix of the backbone's keys; it is stripped. A key
+    without the prefix isn't the backbone's and gets "../" in front, so that patterns can tell the
+    two. In a CLIP of Hugging Face `tell` matches "vision_model.embeddings.class_embedding": the
+    prefix is "vision_model.", and "text_model.x" becomes "../text_model.x". Without a prefix all
+    keys count as the backbone's.
     """
 
-    tell: str  # ends a key that only this family has
+    tell: str  # matches the end of a key that only this family has
     eps: float  # of the LayerNorms, which no file states
     # Keys known not to belong to the backbone. Whatever else is left over is an error.
     ignored: tuple[str, ...]
@@ -503,8 +505,8 @@ TEXT_LAYOUTS = {
     ),
 }
 
-# Rules that lead to timm's names: (regular expression, replacement), each with an example of what
-# it finds. They are applied in this order to every key of every family, prefixes stripped.
+# Rules that map keys to timm's names: (regular expression, replacement), each with an example of
+# what it matches. They are applied in this order to the keys of every family, prefixes stripped.
 RENAMES = (
     # tokens and positions
     (r"^(embeddings\.)?class_embedding$", "cls_token"),  # OpenAI class_embedding
@@ -595,7 +597,7 @@ def unwrap(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[Layout, str]:
-    """The family that the keys tell, and their prefix.
+    """The layout that the keys belong to, and their prefix.
 
     Raises:
         ValueError: no layout fits.
@@ -653,7 +655,7 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     """Bring the class token to [1, 1, D] and positions to [1, 1+g², D] (class token, patches).
 
     A position that a file has for its registers, or for DeiT's distillation token, is added to
-    those tokens, which is the same function.
+    those tokens, which leaves the function unchanged.
     """
     D = found["cls_token"].shape[-1]
     found["cls_token"] = found["cls_token"].reshape(1, 1, D)
@@ -739,7 +741,9 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([positions[:, :1], patches], dim=1)
 
 
-def choose_backbone(name: str, found: dict[str, Tensor], meta: dict, eps: float, heads: int):
+def choose_backbone(
+    name: str, found: dict[str, Tensor], meta: dict, eps: float, heads: int
+) -> Backbone:
     """The named backbone, else the one that the file describes, else what its shapes suggest."""
     if name:
         return BACKBONES[name]

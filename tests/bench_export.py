@@ -82,7 +82,7 @@ def network(rank: int, **settings) -> vit.ViT:
         adaptertune.add_adapters(model, rank, **settings)
     adaptertune.add_head(model, 100)
     for name, parameter in model.named_parameters():
-        if adaptertune.is_adapter(name):
+        if adaptertune.is_added(name):
             nn.init.normal_(parameter, std=0.05)
     return model.eval().requires_grad_(False)
 

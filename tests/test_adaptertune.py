@@ -31,7 +31,7 @@ def adapted(path, rank=4, **options):
 def randomise(model):
     """Give adapters, prompts and head random values."""
     for name, parameter in model.named_parameters():
-        if adaptertune.is_adapter(name):
+        if adaptertune.is_added(name):
             parameter.normal_(std=0.3)
     return model
 
@@ -289,12 +289,12 @@ def test_counts(tiny_weights, learn_scale):
 
 
 def test_the_predicate_says_what_is_trained(tiny_weights):
-    """Gradients reach what is_adapter names, and nothing else."""
+    """Gradients reach what is_added names, and nothing else."""
     model = adapted(tiny_weights)
     model(IMAGES).sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == adaptertune.is_adapter(name)
-        assert (parameter.grad is not None) == adaptertune.is_adapter(name)
+        assert parameter.requires_grad == adaptertune.is_added(name)
+        assert (parameter.grad is not None) == adaptertune.is_added(name)
 
 
 def test_freeze_refuses_a_stray_parameter(tiny_weights):

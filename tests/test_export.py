@@ -565,7 +565,7 @@ def test_another_backbones_adapter_is_refused(run, tmp_path):
         ("runs/a --resize --opset 17", 2, "--resize needs --opset 18"),
         ("runs/a --resize --input float", 2, "leave out --input float"),
         ("runs/a --batch -1", 2, "argument --batch: -1 is not between 0 and 1,000,000"),
-        ("runs/a --images many", 2, "argument --images: 'many' is no number"),
+        ("runs/a --images many", 2, "argument --images: 'many' is not a valid int"),
         ("runs/a --swappable --precision int8", 2, "--swappable is fp32"),
         ("runs/a --swappable --resize", 2, "--swappable is fp32, without --resize"),
         ("runs/full --swappable", 1, "has more than adapters and a linear head"),

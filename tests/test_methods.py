@@ -211,7 +211,7 @@ def test_no_zero_shot_line_without_validation_images(run, clip, tmp_path):
     out = run(*common, "--name", "c")
     assert out.count("data     cifar10: 50 train / 0 val / 10 test, 10 classes") == 2
     assert "zeroshot" not in out
-    assert "(epoch 2, the last, no image being left for val; test read once)" in out
+    assert "(epoch 2, the last, as no images are left for val; test read once)" in out
     for name in ("c-zero-shot", "c-clip-adapter"):
         result = read_result(tmp_path / "runs" / name)
         assert "zero_shot_val_accuracy" not in result
@@ -347,7 +347,7 @@ def test_no_image_left_for_val(run, photos, tiny_weights, tmp_path):
     common = ["--dataset", photos, "--weights", tiny_weights, "--test-share", 0.5, "--shots", 10]
     out = run(*common, "--epochs", 2, "--name", "a")
     assert "data     photos: 30 train / 0 val / 30 test, 3 classes" in out
-    assert "(epoch 2, the last, no image being left for val; test read once)" in out
+    assert "(epoch 2, the last, as no images are left for val; test read once)" in out
     assert read_result(tmp_path / "runs/a")["val_accuracy"] is None
     check_picture(tmp_path / "runs/a/curves.svg")
 

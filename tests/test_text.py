@@ -490,6 +490,6 @@ def test_a_bad_vocabulary(tmp_path, name, damage):
         path.write_bytes(cut(write_vocabulary(path, MERGES).read_bytes()))
     elif damage != "missing":
         path.write_bytes(BAD[damage])
-    message = f"{name} is missing, damaged or no vocabulary.*give the published[^\n]*$"
+    message = f"{name} is missing, damaged or not a CLIP vocabulary.*give the published[^\n]*$"
     with pytest.raises(ValueError, match=message):
         vit.Tokenizer(path)

@@ -194,9 +194,9 @@ def test_frozen_tensors_stay_and_have_no_gradient(tiny_weights, tmp_path, monkey
     train.fit(prepared)
     after = prepared.model.state_dict()
     for name, tensor in after.items():
-        assert torch.equal(tensor, before[name]) != adaptertune.is_adapter(name), name
+        assert torch.equal(tensor, before[name]) != adaptertune.is_added(name), name
     for name, parameter in prepared.model.named_parameters():
-        assert (parameter.grad is not None) == adaptertune.is_adapter(name), name
+        assert (parameter.grad is not None) == adaptertune.is_added(name), name
     for name, tensor in load_file(tiny_weights).items():
         assert torch.equal(tensor, after[name]), name
 
@@ -354,7 +354,7 @@ def whole(tiny_weights, tmp_path_factory):
 def stop_at(patch, place, number):
     """Make a run send itself a signal at a place where it may stop, counted from 0."""
     plain = train.stop_if_asked
-    places = itertools.count()
+    places = itertools.count(-1)  # the first one is asked before the run
 
     def stop_if_asked():
         if next(places) == place:
@@ -554,7 +554,7 @@ WRONG_USAGE = [
     (["--init", "ones"], "--init ones: choose zero, small or a file with adapters"),
     (["--batch", "-1"], "argument --batch: -1 is not between 0 and 1,000,000,000"),
     (["--epochs", "-1"], "argument --epochs: -1 is not between 0 and 1,000,000,000"),
-    (["--epochs", "two"], "argument --epochs: 'two' is no number of type int"),
+    (["--epochs", "two"], "argument --epochs: 'two' is not a valid int"),
     (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 1"),
     (["--seeds", "0,-1"], "argument --seeds: -1 is not between 0 and"),
     (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
