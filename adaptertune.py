@@ -5,7 +5,8 @@ A small bottleneck after a block adds a correction to the residual stream h:
     h <- h + s · (U · act(V · z + v) + u)        V [r, D]   v [r]   U [D, r]   u [D]
 
 AdapterTune (https://arxiv.org/abs/2603.14706): z is h, the block's own output; GELU; s = 1.
-AdaptFormer (https://arxiv.org/abs/2205.13535): z is the MLP's input; ReLU; s = 0.1.
+AdaptFormer (https://arxiv.org/abs/2205.13535): z is the residual stream before the MLP's LayerNorm,
+as in its code; ReLU; s = 0.1.
 
 U, u and v are initialised to zero. The correction is therefore exactly zero before the first
 step: training starts at the pretrained function, bit for bit. Only the adapters (2Dr + r + D
@@ -16,14 +17,15 @@ An adapter is nonlinear, so it can't be folded into the backbone's weights, with
 an adapter that reads LayerNorm(x) through the MLP's own activation is r more hidden units of
 that MLP (`merge_into_mlp`).
 
-Beside adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), and the baselines.
+Besides adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), and the baselines.
 
 Shapes: B images, N tokens, D width, r rank, P prompts, E CLIP's embedding width, K classes.
 
 How to add a method, with LoRA on qkv as the example:
 1. Here: a row in METHODS with its settings, {"rank": 8, "scale": 1.0}; a module of two nn.Linear
    without biases, down [r, D] and up [3D, r] = 0, which a function `add_lora` puts into each
-   `block.attn.adapter`; and a branch in `adapt` that calls it. `is_added` matches that name.
+   `block.attn.adapter`; and a branch in `adapt` that calls it and `add_head`. `is_added` matches
+   that name.
    LoRA is linear, so `merge` can add s·up·down to qkv.weight, and export.py needs no change.
 2. vit.py, Attention: `self.adapter = None`, and a line of forward that adds its output to qkv.
 3. train.py: a row in RATES, the method's learning rate. Rank and scale are options already; a new
@@ -47,10 +49,10 @@ from torch import Tensor, nn
 
 VERSION = 1  # of the adapter file's format
 
-# The settings of each method and their published defaults. AdaptFormer's paper reads LN(x) in its
-# equation, its code x itself (adapter_layernorm_option="none"), and so do we. VPT searches 1 to 200
-# prompts. Of CLIP-Adapter, rank 0 stands for a quarter of the embedding; the paper's ratio is 0.2
-# for generic photos and 0.6 for fine-grained ones.
+# The settings of each method and their published defaults. AdaptFormer's equation reads LN(x), its
+# code x itself (adapter_layernorm_option="none"); the default follows the code. VPT searches 1 to
+# 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the embedding; the paper's ratio is 0.2 for
+# generic photos and 0.6 for fine-grained ones.
 COMMON = {"init": "zero", "learn_scale": False}
 METHODS = {
     "adaptertune": COMMON
@@ -164,7 +166,7 @@ def merge_into_mlp(block: nn.Module) -> bool:
     with γ [D] the block's LayerScale, if it has one.
 
     Returns:
-        Whether it was.
+        True if the adapter was merged.
     """
     adapter = block.adapter
     if adapter is None or adapter.reads != "ln" or type(adapter.act) is not type(block.mlp.act):
@@ -297,7 +299,7 @@ def add_prompts(model: nn.Module, *, prompts: int = 10, deep: bool = True) -> No
     change the function before the first step.
 
     Raises:
-        ValueError: less than one prompt.
+        ValueError: fewer than one prompt.
     """
     if prompts < 1:
         raise ValueError(f"{prompts} prompts: at least one is needed")

@@ -370,6 +370,8 @@ def read_photo(path: str | Path, side: int) -> Tensor:
         with Image.open(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
             image = ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"no photo at {path}") from error
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
     edge = min(image.size)

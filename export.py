@@ -14,7 +14,7 @@ for rounding:
     query            W_q' = W_q / √d, b_q' = b_q / √d
     key              without bias: it shifts all scores of a query alike, which softmax ignores
     value, proj      b' = b + W · b_v: the rows of softmax sum to 1;  W' = γW, b' = γb (LayerScale)
-    fc2, adapter     b' = γb + su, U' = sU, and v' = v - V·su where the adapter reads fc2's output
+    fc2, adapter     b' = γb + su, U' = sU; v' = v - V·su if what the adapter reads has su in it
     last block       the class token alone after attention, if the head reads nothing else
     pixels 0..255    W' = W / (255 std), b' = b - Σ W · mean / std in the patch embedding
     positions        + b', the patch embedding's bias
@@ -30,7 +30,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -290,7 +289,7 @@ def write_pooling(g: Graph, model: vit.ViT, x: str, prompts: int) -> str:
     """Tokens to what the head reads, [B, D]: the class token, or the mean of the patch tokens."""
     config = model.config
     if config.pool == "mean":
-        # A row of 1/g², and 0 for the tokens before and behind the patches, times the tokens.
+        # A row of 1/g², and 0 for the tokens before and after the patches, times the tokens.
         counts = [1 + config.registers, config.grid**2, prompts]
         row = np.repeat([[0.0, 1 / config.grid**2, 0.0]], counts, axis=1)
         x = g("MatMul", g.constant("pool.weights", row), x, name="pool")  # [B, 1, D]
@@ -310,10 +309,9 @@ def write_clip_head(g: Graph, head: adaptertune.ClipHead, x: str) -> str:
     f = g.linear("head.projection", x, head.projection)
     if head.image is not None:
         down, _, up, _ = head.image
-        # The ratio, which isn't negative, goes through the second ReLU.
         y = g("Relu", g.linear("head.image.down", f, down.weight), name="head.image.relu")
-        y = g.linear("head.image.up", y, head.image_ratio * up.weight)
-        y = g("Relu", y, name="head.image")
+        y = g("Relu", g.linear("head.image.up", y, up.weight), name="head.image")
+        y = g("Mul", y, g.constant("head.ratio", head.image_ratio), name="head.adapted")
         rest = g.constant("head.rest", 1 - head.image_ratio)
         f = g("Add", y, g("Mul", f, rest, name="head.kept"), name="head.mixed")
     square = g("Mul", f, f, name="head.square")
@@ -376,9 +374,9 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
     """The network as an ONNX model with `meta` in its metadata_props.
 
     With --swappable, adapters and head become inputs with defaults, which an .onnx_adapter file
-    sets. Then meta["swappable"] names one more input, unused, after the backbone. The adapter file
-    has a value for it (the task's metadata), and onnxruntime refuses a file that has a value for an
-    input that the graph hasn't: so an adapter runs on its own backbone only.
+    sets. An adapter must only load into its own backbone. So the graph has one more input, unused,
+    whose name contains the backbone's fingerprint (meta["swappable"]), and every adapter file sets
+    it; onnxruntime refuses a file that sets an unknown input.
     """
     write_vit(g, model, meta)
     S = model.config.image_size
@@ -520,8 +518,8 @@ def equalise_norm(
 
 
 def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The graph with the matrices of INT8 in 8 bits, weights by channel and inputs as they come, by
-    onnxruntime's quantiser."""
+    """The graph with the matrices of INT8 in 8 bits, by onnxruntime's quantiser: weights per
+    channel, inputs dynamically."""
     names = []
     for node in proto.graph.node:
         if node.op_type == "MatMul" and INT8.match(node.name):
@@ -542,8 +540,9 @@ def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 def session(model: str | Path) -> onnxruntime.InferenceSession:
     """onnxruntime's session on the CPU. Raises ValueError for a file that it can't load."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as torch, for the speed line
     options.log_severity_level = 3  # it warns of every input that has a default
-    # Threads that wait leave the cores to others.
+    # No spinning: idle threads give up their cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(model), options, ["CPUExecutionProvider"])
@@ -577,7 +576,7 @@ def in_onnxruntime(graph: onnxruntime.InferenceSession, adapter: Path | None = N
 
 
 def in_torch(model: vit.ViT, meta: dict) -> Callable:
-    """The same output by torch."""
+    """The same output, computed by torch."""
 
     @torch.inference_mode()
     def output(images: Checked) -> np.ndarray:
@@ -594,8 +593,8 @@ def in_torch(model: vit.ViT, meta: dict) -> Callable:
 def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
     """`count` test images, evenly over the set, in the graph's own batch if it has one.
 
-    Else up to 55 of them come one by one, for the time of batch 1, and the rest seven at a time,
-    with a smaller batch last: 7 and 2 of the usual 64, so that odd batches are tried too.
+    Otherwise most come one by one, to time batch 1, and the rest in odd batches: 64 images are 55
+    single ones, a batch of 7 and a batch of 2.
     """
     index = torch.linspace(0, len(run.dataset.test) - 1, count).long()
     batch = run.meta["batch"]
@@ -684,8 +683,8 @@ def verify(
     Args:
         count: of test images, 0 for all; by default 64, or 1,000 if some may differ.
         names: of the two functions.
-        least: percentage of images that must have the same top-1. For 100, of fp32 graphs, the
-            largest |difference| has a limit too; below it accuracies are printed as well.
+        least: percentage of images that must have the same top-1. If it is 100 (fp32), the largest
+            |difference| has a limit too; if it is less, accuracies are printed as well.
 
     Raises:
         ValueError: they disagree by more than is allowed.
@@ -713,13 +712,14 @@ def verify(
         if least < 100:
             text += f"; at least {least:g} % is wanted, --force writes it all the same"
         raise ValueError(text)
-    print(f"check    {text} ok", flush=True)
+    verdict = "ok" if same >= (AGREE if least < 100 else 100) else "forced"
+    print(f"check    {text} {verdict}", flush=True)
     times = found.times[5:] or found.times  # after a warm-up
     first, second = 1000 * np.median(times, axis=0)
     print(
         f"speed    batch {run.meta['batch'] or 1}: {second:.1f} ms {names[1]}, {first:.1f} ms "
         f"{names[0]}, ratio {second / first:.2f} (median of {len(times)}, CPU, "
-        f"{os.cpu_count()} threads)"
+        f"{train.counted(torch.get_num_threads(), 'thread')})"
     )
 
 

@@ -73,7 +73,7 @@ WIDTHS = (6, 8, 9, 8, 9, 10, 10)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error (status 2), and one line of code for an option."""
+    """argparse with one-line errors (status 2) and one-line definitions of options."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; python {self.prog} --help lists all options\n")
@@ -161,8 +161,8 @@ def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
 
 
 def add_options(parser: Parser) -> None:
-    """The options of every method. The default stands in parentheses; it is filled in later where
-    it depends on other options, for which 0 or nothing stands here."""
+    """The options of every method. Defaults that depend on other options are 0 or empty here, and
+    set in `fill_in`; the help has them in parentheses."""
     add = parser.value
     datasets = ", ".join(data.DATASETS)
     backbones = ", ".join(vit.BACKBONES)
@@ -186,7 +186,7 @@ def add_options(parser: Parser) -> None:
     parser.section("training")
     add("--epochs", "N", integer(0), "passes over the images (10; digits 12; --cached 100)", 0)
     parser.switch("--cached", "head: train on features computed once, without augmentation")
-    add("--batch", "N", integer(0), "images in a step (128; 32 for less than 5,000 images)", 0)
+    add("--batch", "N", integer(0), "images in a step (128; 32 for fewer than 5,000 images)", 0)
     add("--lr", "LR", number(0, 1000), "peak learning rate (by method and backbone)", 0.0)
     add("--weight-decay", "W", number(0, 1000), "on weight matrices only, 0 for off (0.05)", 0.05)
     add("--label-smoothing", "P", number(0, 1), "0 for off (0)", 0.0)
@@ -686,7 +686,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
         val = evaluate(run, run.dataset.val, "validation")
         # Of equally good epochs the later one, which has seen more. Without validation images val
-        # is NaN, which no comparison holds for: every epoch is taken, and the last one stays.
+        # is NaN, for which every comparison is false: each epoch is taken, and the last one stays.
         if not val < state.best_val:
             state.best_epoch = state.epoch
             state.best_val = val
@@ -923,7 +923,7 @@ def describe(run: Run) -> None:
     if run.device.type == "cuda":
         where = torch.cuda.get_device_name(run.device)
     else:
-        where = f"{torch.get_num_threads()} threads"
+        where = counted(torch.get_num_threads(), "thread")
     precision = "bf16" if run.bf16 else "fp32"
     device = f"{run.device.type} {where}"
     print(f"env      torch {torch.__version__} · {device} · {precision} · seed {run.seed}")
@@ -947,6 +947,11 @@ def describe(run: Run) -> None:
     if run.options.limit:
         text += " (--limit: a quick look, not the data set's result)"
     print(text)
+
+
+def counted(number: int, noun: str) -> str:
+    """Such as "1 thread", "2 threads"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def of_all(part: int, whole: int) -> str:
@@ -992,7 +997,7 @@ def conclude(run: Run) -> None:
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
     if state.rows:
         draw_curves(state.rows, state.best_epoch, run.folder / "curves.svg")
-    print(f"next     python export.py {run.folder}")
+    print(f"next     python export.py {shlex.quote(str(run.folder))}")
 
 
 @dataclass
@@ -1037,18 +1042,27 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
     width = max(18, *(len(label) + 2 for label in by_label))
     head = f"{'trained':>12}{'test %':>16}{'val %':>9}{'lr':>9}{'time':>8}{'GiB':>7}"
     print(f"\n{'':<{width}}{head}")
+    seeds = len(results) // len(summaries)
     for each in summaries:
-        test = f"{each.mean('test_accuracy'):.2f} ± {each.spread:.2f}"
+        test = f"{each.mean('test_accuracy'):.2f}"
+        if seeds > 1:
+            test += f" ± {each.spread:.2f}"
         val = each.mean("val_accuracy")
         val = "-" if math.isnan(val) else f"{val:.2f}"
         rate = f"{each.results[0]['lr']:.0e}" if each.trained else "-"
         row = f"{each.trained:>12,}{test:>16}{val:>9}{rate:>9}"
         row += f"{clock_text(each.mean('seconds')):>8}{each.mean('memory'):>7.2f}"
         print(f"{each.label:<{width}}{row}")
-    seeds = len(results) // len(summaries)
-    print(f"{seeds} seeds: mean ± standard deviation of the test accuracy; mean time of training")
+    if seeds > 1:
+        print(
+            f"{seeds} seeds: mean ± standard deviation of the test accuracy; mean time of training"
+        )
     elbow = None
-    if len(summaries) > 2 and all(re.fullmatch(r"rank \d+", label) for label in by_label):
+    if (
+        len(summaries) > 2
+        and seeds > 1
+        and all(re.fullmatch(r"rank \d+", label) for label in by_label)
+    ):
         elbow = find_elbow(summaries)
 
     columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
@@ -1060,7 +1074,7 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
         for label, result in results:
             writer.writerow({"label": label, **result})
     print(f"saved    {table}")
-    title = f"{results[0][1]['dataset']} on {results[0][1]['backbone']}, {seeds} seeds"
+    title = f"{results[0][1]['dataset']} on {results[0][1]['backbone']}, {counted(seeds, 'seed')}"
     draw_comparison(summaries, elbow, title, path.with_name(f"{path.name}.svg"))
 
 
@@ -1231,7 +1245,7 @@ def plot(runs: Iterable[Run], path: Path) -> None:
         print_mistakes(each)
     table = path.with_name(f"{path.name}-predictions.csv")
     table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("w", newline="") as file:
+    with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("run", "image", "label", "prediction", "x", "y"))
         for each in examined:

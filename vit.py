@@ -133,7 +133,7 @@ class Block(nn.Module):
     """One pre-norm transformer block, [B, N, D] to [B, N, D].
 
     `adapter`, if one was put there, maps what its `reads` names to a correction [B, N, D].
-    `prompts` [P, D], if there are some, are tokens that join in ViT.features.
+    `prompts` [P, D], if any, are extra tokens that ViT.features appends.
     """
 
     def __init__(self, config: Config):

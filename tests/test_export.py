@@ -314,7 +314,7 @@ def test_a_run_becomes_a_file(run, runs, tmp_path):
         r"check    onnxruntime against torch, 359 test images: max \|diff\| \d\.\de-0\d "
         r"\(limit 1e-4\), top-1 agreement 100 % ok",
         r"speed    batch 1: [\d.]+ ms onnxruntime, [\d.]+ ms torch, ratio [\d.]+ "
-        r"\(median of 50, CPU, \d+ threads\)",
+        r"\(median of 50, CPU, \d+ threads?\)",
         r"saved    runs/a/model.onnx \([\d.]+ MB\)",
     ]
     assert re.fullmatch("\n".join(lines) + "\n", out)
