@@ -51,8 +51,8 @@ VERSION = 1  # of the adapter file's format
 
 # The settings of each method and their published defaults. AdaptFormer's equation reads LN(x), its
 # code x itself (adapter_layernorm_option="none"); the default follows the code. VPT searches 1 to
-# 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the embedding; the paper's ratio is 0.2 for
-# generic photos and 0.6 for fine-grained ones.
+# 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the embedding; the paper's ratio is 0.2
+# for generic photos and 0.6 for fine-grained ones.
 COMMON = {"init": "zero", "learn_scale": False}
 METHODS = {
     "adaptertune": COMMON

@@ -635,7 +635,7 @@ STATED = {
     "--heads": "(0: 64 channels each)",
     "--image-size": "(0: its own)",
     "--epochs": "(10; digits 12; --cached 100)",
-    "--batch": "(128; 32 for less than 5,000 images)",
+    "--batch": "(128; 32 for fewer than 5,000 images)",
     "--lr": "(by method and backbone)",
     "--weight-decay": "(0.05)",
     "--label-smoothing": "(0)",
