@@ -479,7 +479,7 @@ def is_added(name: str) -> bool:
 
 
 def freeze(model: nn.Module, *, everything: bool = False) -> None:
-    """Leave gradients on for the adapters and the head alone, or for `everything`.
+    """Enable gradients only for what was added (adapters, prompts, head), or for `everything`.
 
     Raises:
         ValueError: a parameter is neither the backbone's own nor, by its name, an adapter's: it was

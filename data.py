@@ -566,7 +566,7 @@ def progress(what: str, done: int, total: int, started: float, first: int = 0) -
     long the rest will take.
 
     Args:
-        started: time.perf_counter() at the start, when `first` of `total` was done already.
+        started: time.perf_counter() at the start, when `first` of `total` were already done.
     """
     if not sys.stderr.isatty():
         return
@@ -618,8 +618,8 @@ def download(
 ) -> None:
     """Fetch `url` to `path`, which exists only once it is whole and its checksum right.
 
-    What has arrived stays in `path`.part. A cut connection is resumed, at most `tries` requests in
-    all, and by the next call after that. Size and SHA-256 are checked against what the hub states
+    What has arrived stays in `path`.part. A dropped connection is resumed, with at most `tries`
+    requests per call; a later call goes on from there. Size and SHA-256 are checked against what the hub states
     (X-Linked-Size and X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal digits).
 
     Args:

@@ -113,7 +113,7 @@ def integers(low: int, high: int = 10**9) -> Callable:
 
 
 def limited(kind: type, low: float, high: float, text: str) -> float:
-    """A text as a number, if it is one within limits."""
+    """Parse a number and check that it is within the limits."""
     try:
         value = kind(text)
     except ValueError as error:
@@ -511,7 +511,7 @@ def run_name(options: argparse.Namespace, seed: int) -> str:
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
-    """runs/NAME. Neither an unfinished run nor the results of another one is overwritten."""
+    """runs/NAME. Refuses to overwrite an unfinished run, or one with different options."""
     if options.eval:
         return Path(options.eval)
     folder = Path("runs") / run_name(options, seed)

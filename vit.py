@@ -375,13 +375,13 @@ class Backbone:
     works, only worse. All of them were trained on images resized bicubically.
     """
 
-    repo: str  # of the Hugging Face hub; empty for a file of one's own
+    repo: str  # on the Hugging Face hub; empty for a local file
     config: Config
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
 
     def at(self, image_size: int) -> "Backbone":
-        """The same for images of another size in pixels; 0 for its own."""
+        """A copy configured for another image size in pixels; 0 keeps its own."""
         config = replace(self.config, image_size=image_size or self.config.image_size)
         return replace(self, config=config)
 
@@ -546,7 +546,8 @@ RENAMES = (
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
     # heads; "head.weight.T" is transposed
-    (r"^(\.\./)?(classifier|text_projection)\.", "head."),  # HF classifier.weight
+    (r"^(\.\./)?classifier\.", "head."),  # HF ViT classifier.weight
+    (r"^(\.\./)?text_projection\.", "head."),  # HF CLIP's text tower: text_projection.weight
     (r"^\.\./(visual_projection|visual\.head\.proj)\.", "head."),  # HF CLIP, open_clip
     (r"^(proj|text_projection)$", "head.weight.T"),  # OpenAI proj [D, E]
 )
@@ -722,7 +723,7 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         qkv_bias="blocks.0.attn.qkv.bias" in found,
         patch_bias="patch_embed.proj.bias" in found,
         pool="mean" if "fc_norm.weight" in found else "token",
-        eps=1e-5 if norm_pre else eps,
+        eps=1e-5 if norm_pre else eps,  # a CLIP in timm's layout, which says 1e-6, has CLIP's too
         causal=text,
     )
 
