@@ -619,8 +619,9 @@ def download(
     """Fetch `url` to `path`, which exists only once it is whole and its checksum right.
 
     What has arrived stays in `path`.part. A dropped connection is resumed, with at most `tries`
-    requests per call; a later call goes on from there. Size and SHA-256 are checked against what the hub states
-    (X-Linked-Size and X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal digits).
+    requests per call; a later call goes on from there. Size and SHA-256 are checked against what
+    the hub states (X-Linked-Size and X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal
+    digits).
 
     Args:
         checksum: kind and hexadecimal digest, instead of what the server states.
