@@ -312,6 +312,8 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
     # A finished run (--eval) has its adapters in its own file.
     if adapters and not options.eval and not known and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
+    if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
+        parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
     if options.method == "scratch" and options.weights:
@@ -548,10 +550,11 @@ def kept_options(options: argparse.Namespace, seed: int) -> dict:
 def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     """Images as the features [n, D] that the head reads, computed once, without augmentation.
 
-    They are kept on disk by backbone, image size and content, for other runs to find.
+    They are kept on disk by backbone, normalisation and content, for other runs to find.
     """
-    inputs = f"{run.meta['fingerprint']} {run.meta['image_size']} {run.dataset.center} {run.bf16}"
-    key = hashlib.sha256(inputs.encode())
+    # All that features depend on: the fingerprint is of the weights alone.
+    network = (run.meta["fingerprint"], run.model.config, run.batches.norm)
+    key = hashlib.sha256(repr((network, run.dataset.center, run.bf16)).encode())
     key.update(images.pixels.numpy())
     path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
     if not path.exists():

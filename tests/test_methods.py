@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import runner, write_cifar10, write_tiny, write_tiny_clip
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adaptertune
@@ -271,6 +271,29 @@ def test_a_missing_text_tower_is_found_first(run, tmp_path):
     assert "--classifier prototypes" in error
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "runs").exists()
+
+
+def test_clip_adapter_needs_an_adapter(run, clip):
+    """Two ratios of 0 are refused before anything is loaded."""
+    error = run("--weights", clip, "--method", "clip-adapter", "--ratio", 0, status=2)
+    assert "leave nothing to train; use --method zero-shot" in error
+
+
+def test_cached_features_depend_on_the_normalisation(run, tmp_path):
+    """The same weights, named or not, are normalised differently and don't share features."""
+    weights = tmp_path / "weights.safetensors"
+    config = replace(vit.BACKBONES["vit_micro"].config, image_size=16)
+    torch.manual_seed(0)
+    model = vit.ViT(config)
+    model.init_weights()
+    save_file(model.state_dict(), weights)
+    common = ["--method", "head", "--cached", "--shots", 2, "--epochs", 1, "--image-size", 16]
+    run(*common, "--weights", weights, "--backbone", "vit_micro", "--name", "named")
+    features = tmp_path / "cache" / "features"
+    before = {path.name for path in features.iterdir()}
+    run(*common, "--weights", weights, "--heads", 4, "--name", "unnamed")
+    after = {path.name for path in features.iterdir()}
+    assert len(after) == 2 * len(before)
 
 
 @pytest.mark.parametrize("method", adaptertune.CLIP_METHODS)
