@@ -705,5 +705,5 @@ def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
             while block := answer.read(1 << 20):
                 file.write(block)
                 have += len(block)
-                progress(what, have >> 20, max(size, have + 1) >> 20, started)
+                progress(what, have >> 20, size >> 20, started)
     return size, etag if len(etag) == 64 else ""

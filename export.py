@@ -14,7 +14,7 @@ for rounding:
     query            W_q' = W_q / √d, b_q' = b_q / √d
     key              without bias: it shifts all scores of a query alike, which softmax ignores
     value, proj      b' = b + W · b_v: the rows of softmax sum to 1;  W' = γW, b' = γb (LayerScale)
-    fc2, adapter     b' = γb + su, U' = sU; v' = v - V·su if what the adapter reads has su in it
+    fc2, adapter     b' = γb + su, U' = sU; v' = v - V·su if the adapter reads "block" or "mlp"
     last block       the class token alone after attention, if the head reads nothing else
     pixels 0..255    W' = W / (255 std), b' = b - Σ W · mean / std in the patch embedding
     positions        + b', the patch embedding's bias
@@ -114,6 +114,13 @@ class Graph:
         y = self("Add", y, self.constant("one", 1.0), name=f"{name}.add")
         y = self("Mul", x, y, name=f"{name}.mul")
         return self("Mul", y, self.constant("half", 0.5), name=name)
+
+    def first_tokens(self, name: str, x: str, count: int) -> str:
+        """The first tokens of x [B, N, D]: a slice from 0 to `count` along axis 1."""
+        zero = self.constant("axis0", [0])
+        one = self.constant("axis1", [1])
+        end = one if count == 1 else self.constant("tokens.own", [count])
+        return self("Slice", x, zero, end, one, name=name)
 
 
 def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
@@ -228,11 +235,9 @@ def write_block(g: Graph, name: str, block: vit.Block, x: str, class_only: bool)
     """One block with its adapter; with `class_only` it returns only the class token, [B, 1, D]."""
     z = g.layer_norm(f"{name}.norm1", x, block.norm1)
     query = z
-    if class_only:  # from 0 to 1 along axis 1
-        axis0 = g.constant("axis0", [0])
-        axis1 = g.constant("axis1", [1])
-        query = g("Slice", z, axis0, axis1, axis1, name=f"{name}.norm1.class")
-        x = g("Slice", x, axis0, axis1, axis1, name=f"{name}.class")
+    if class_only:
+        query = g.first_tokens(f"{name}.norm1.class", z, 1)
+        x = g.first_tokens(f"{name}.class", x, 1)
     y = write_attention(g, f"{name}.attn", block, query, z)
     x = g("Add", x, y, name=f"{name}.attn.add")
     z = g.layer_norm(f"{name}.norm2", x, block.norm2)
@@ -244,7 +249,8 @@ def write_block(g: Graph, name: str, block: vit.Block, x: str, class_only: bool)
     gamma = layer_scale(block.ls2, fc2.out_features)
     y = g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias)
     y = g.activation(f"{name}.mlp.act", y, block.mlp.act)
-    # The adapter's bias comes with fc2's: y and h have su in them from here on.
+    # The adapter's constant part su goes into fc2's bias. So y and h are vit.Block's plus su, and an
+    # adapter that reads one of them takes V·su off again.
     y = g.linear(f"{name}.mlp.fc2", y, fc2.weight * gamma[:, None], fc2.bias * gamma + su)
     if adapter is None:
         return g("Add", x, y, name=name)
@@ -276,9 +282,7 @@ def write_prompts(g: Graph, name: str, prompts: Tensor, x: str, N: int, first: b
     and an addition."""
     P, D = prompts.shape
     if not first:
-        axis0 = g.constant("axis0", [0])
-        axis1 = g.constant("axis1", [1])
-        x = g("Slice", x, axis0, g.constant("tokens.own", [N]), axis1, name=f"{name}.own")
+        x = g.first_tokens(f"{name}.own", x, N)
     pads = g.constant(f"tokens.prompts.{P}", [0, 0, 0, 0, P, 0])
     x = g("Pad", x, pads, name=f"{name}.pad")
     rows = torch.cat([torch.zeros(N, D), prompts])
