@@ -249,8 +249,8 @@ def write_block(g: Graph, name: str, block: vit.Block, x: str, class_only: bool)
     gamma = layer_scale(block.ls2, fc2.out_features)
     y = g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias)
     y = g.activation(f"{name}.mlp.act", y, block.mlp.act)
-    # The adapter's constant part su goes into fc2's bias. So y and h are vit.Block's plus su, and an
-    # adapter that reads one of them takes V·su off again.
+    # The adapter's constant part su goes into fc2's bias. So y and h are vit.Block's plus su, and
+    # an adapter that reads one of them takes V·su off again.
     y = g.linear(f"{name}.mlp.fc2", y, fc2.weight * gamma[:, None], fc2.bias * gamma + su)
     if adapter is None:
         return g("Add", x, y, name=name)
