@@ -1110,19 +1110,29 @@ def can_draw(*paths: Path) -> bool:
 
 
 def new_figure(width: float, height: float, panels: int = 1):
-    """A matplotlib figure of panels side by side, and its list of axes. Sizes in inches."""
+    """A matplotlib figure of panels, three in a row, and the list of their axes.
+
+    Args:
+        width, height: of a panel, in inches.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "adaptertune"  # the same picture for the same numbers
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    columns = min(panels, 3)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[:panels]
 
 
 def save_figure(figure, path: Path) -> None:
     """Write a picture and say where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, metadata=metadata, bbox_inches="tight")
     print(f"saved    {path}")
 
 
@@ -1163,7 +1173,7 @@ def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, pat
             name = f"{each.label} ({each.trained:,})"
             axes.errorbar(max(1, each.trained), mean, spread, marker="o", capsize=3, label=name)
         axes.set_xscale("log")
-        axes.set_xlabel("trained parameters")
+        axes.set_xlabel("trainable parameters")
     axes.set(title=title, ylabel="test accuracy in % (± standard deviation)")
     axes.grid(alpha=0.3)
     axes.legend()
