@@ -485,7 +485,7 @@ def freeze(model: nn.Module, *, everything: bool = False) -> None:
         ValueError: a parameter is neither the backbone's own nor, by its name, an adapter's: it was
             added to be trained and would be frozen.
     """
-    with torch.device("meta"):  # the backbone alone, without memory
+    with torch.device("meta"):  # the backbone only, without memory
         own = dict(type(model)(model.config).named_parameters())
     for name, parameter in model.named_parameters():
         if name not in own and not is_added(name):
@@ -568,7 +568,7 @@ def save(path: str | Path, model: nn.Module, meta: dict | None = None) -> None:
 
     Args:
         meta: what a reader should know. Its "fingerprint", that of the backbone before training,
-            is worked out if it isn't given; that is right as long as the backbone was frozen.
+            is computed if it isn't given; that is right as long as the backbone was frozen.
     """
     path = Path(path)
     meta = {"version": VERSION, **(meta or {})}

@@ -2,7 +2,7 @@
 
 A data set is three sets of images in memory, each one uint8 tensor [n, 3, H, W]. Everything that
 happens to a batch (crop, flip, resize, normalise) runs on the training device. Its randomness comes
-from (seed, epoch, step) alone: the same command makes the same crops, and a resumed run makes those
+from (seed, epoch, step) only: the same command makes the same crops, and a resumed run makes those
 that it would have made.
 
 Crop, flip and antialiased resize are linear and separable: two small matrices per image,

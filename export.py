@@ -154,7 +154,7 @@ def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
     """The input to the tokens [B, N, D] that enter the first block.
 
     Zeros are put before the patches, and one addition brings class token, registers, positions and
-    biases: this takes any batch, and no shape is worked out at run time.
+    biases: this takes any batch, and no shape is computed at run time.
     """
     config = model.config
     weight = model.patch_embed.proj.weight  # [D, 3, patch, patch]

@@ -6,11 +6,11 @@
     python train.py --method adaptertune vpt --seeds 0,1,2    several runs and a table of them
 
 The recipe is the paper's (https://arxiv.org/abs/2603.14706): AdamW, weight decay 0.05 on weight
-matrices alone, linear warm-up over a tenth of the steps and then a cosine to zero, gradients
+matrices only, linear warm-up over a tenth of the steps and then a cosine to zero, gradients
 clipped to norm 1, random resized crops and flips. The epoch is chosen by validation accuracy. The
 test set is read once, at the very end, with the weights of that epoch.
 
-A run leaves runs/NAME/ with adapters.safetensors (the trained tensors alone), result.json,
+A run leaves runs/NAME/ with adapters.safetensors (only the trained tensors), result.json,
 metrics.csv, config.json, for photos split.json, and, where matplotlib is installed, curves.svg.
 Until it finishes, state.pt is kept there, and --resume continues exactly where it was stopped, on
 the same kind of device.
@@ -233,7 +233,7 @@ def add_method_options(parser: Parser) -> None:
     add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
     add("--prompts", "N", integer(1, 10_000), "tokens in a block")
     shallow = {"dest": "deep", "action": "store_false", "default": None}
-    parser.switch("--shallow", "vpt: prompts enter at the first block alone", **shallow)
+    parser.switch("--shallow", "vpt: prompts enter at the first block only", **shallow)
 
     parser.section("clip-adapter, zero-shot")
     add("--ratio", "A", number(0, 1), "share of the image adapter, 0 for none; 0.6 if fine-grained")
@@ -494,10 +494,9 @@ def run_name(options: argparse.Namespace, seed: int) -> str:
             parts.append(f"s{seed}")
         return "-".join(parts)
     parts = [Path(options.dataset).resolve().name, options.method]
-    settings = adaptertune.METHODS[options.method]
-    if "rank" in settings and options.rank:
+    if options.rank:
         parts.append(f"r{options.rank}")
-    if "prompts" in settings:
+    if options.method == "vpt":
         parts.append(f"p{options.prompts}")
     if options.shots:
         parts.append(f"k{options.shots}")
@@ -552,7 +551,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
 
     They are kept on disk by backbone, normalisation and content, for other runs to find.
     """
-    # All that features depend on: the fingerprint is of the weights alone.
+    # All that features depend on: the fingerprint is of the weights only.
     network = (run.meta["fingerprint"], run.model.config, run.batches.norm)
     key = hashlib.sha256(repr((network, run.dataset.center, run.bf16)).encode())
     key.update(images.pixels.numpy())
@@ -656,7 +655,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
         clock = started
         for images, labels in run.batches.train(run.dataset, run.seed, state.epoch, first=first):
             stop_if_asked()  # here, between two steps, weights and optimiser agree
-            # Learning rate and dropout depend on the position alone, as the batches do: so a
+            # Learning rate and dropout depend only on the position, as the batches do: so a
             # resumed run takes the steps that it would have taken.
             step = (state.epoch - 1) * count + state.step
             for group in optimizer.param_groups:
