@@ -918,7 +918,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
     options, more = parse(arguments)
     try:
-        run_options, *_ = train.parse(["--eval", options.run, "--device", "cpu", *more])
+        arguments = ["--eval", options.run, "--device", "cpu", *more]
+        run_options, *_ = train.parse(arguments, prog="export.py")
         run = train.open_run(run_options)
         run.model.eval().requires_grad_(False)
         # From here on run.meta describes the graph, and goes into it.

@@ -132,10 +132,10 @@ def placement(text: str) -> list[int]:
     return list(range(count)) if match[1] == "first" else list(range(-count, 0))
 
 
-def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
+def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[argparse.Namespace]:
     """The options of each run, except its seed. Wrong usage prints one line and exits with 2."""
     parser = Parser(
-        prog="train.py",
+        prog=prog,
         description="Adapt a frozen Vision Transformer with zero-initialised low-rank adapters.",
         epilog="Defaults are in parentheses. Without arguments: digits on vit_micro, embedded.",
         allow_abbrev=False,

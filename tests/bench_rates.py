@@ -25,8 +25,6 @@ COLUMNS = (
     "lr",
     "seed",
     "val_accuracy",
-    "val_images",
-    "train_images",
     "trained",
     "seconds",
 )
