@@ -757,3 +757,27 @@ def test_the_defaults_of_a_data_set_are_in_force(tiny_weights, tmp_path, monkeyp
     prepared = train.prepare(options, 0)
     assert prepared.batches.batch == 7
     assert prepared.dataset.min_scale == 1
+
+
+@pytest.mark.parametrize(
+    ("vals", "chosen"), [([10, 50, 30], 2), ([50, 50, 30], 2), ([60, 50, 30], 1)]
+)
+def test_the_epoch_of_the_best_validation_is_kept(
+    vals, chosen, tiny_weights, tmp_path, monkeypatch, handlers
+):
+    """The best epoch by val, the later of equals; test is read with its weights, and they stay."""
+    monkeypatch.chdir(tmp_path)
+    weights_at = []
+
+    def evaluate(run, images, what):
+        weights_at.append(run.model.head.weight.detach().clone())
+        return float(vals[len(weights_at) - 1]) if what == "validation" else 0.0
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert train.main([str(each) for each in quick(tiny_weights, "--name", "a")]) == 0
+    tensors, meta = adaptertune.read(tmp_path / "runs/a/adapters.safetensors")
+    assert meta["epoch"] == chosen
+    assert meta["val_accuracy"] == vals[chosen - 1]
+    assert torch.equal(tensors["head.weight"], weights_at[chosen - 1])
+    assert torch.equal(weights_at[-1], weights_at[chosen - 1])  # at the reading of test
+    assert not torch.equal(weights_at[0], weights_at[1])
