@@ -222,8 +222,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server():
+def serve():
     """A server on 127.0.0.1, see Handler; its `url` is its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files = {}
@@ -234,8 +233,10 @@ def server():
     server.errors = []
     server.ranges = True
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+server = pytest.fixture(serve, name="server")

@@ -1,17 +1,15 @@
 """The real download code against a real HTTP server on loopback."""
 
 import hashlib
-import http.server
 import pickle
 import random
 import signal
 import tarfile
-import threading
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import Handler, runner, write_tiny
+from conftest import runner, serve, write_tiny
 
 import data
 import train
@@ -166,29 +164,14 @@ def test_hub_checksum(server, tmp_path, monkeypatch):
     assert files_below(tmp_path / "cache") == []
 
 
-@pytest.fixture
-def store():
-    """A second server, as the hub's store is."""
-    store = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    store.files = {"/store": BODY}
-    store.headers = {}
-    store.redirects = {}
-    store.seen = []
-    store.cut = []
-    store.errors = []
-    store.ranges = True
-    store.url = f"http://127.0.0.1:{store.server_port}"
-    serve = partial(store.serve_forever, poll_interval=0.01)
-    threading.Thread(target=serve, daemon=True).start()
-    yield store
-    store.shutdown()
-    store.server_close()
+store = pytest.fixture(serve, name="store")  # a second server, as the hub's store is
 
 
 def test_token_goes_to_the_hub_alone(server, store, monkeypatch):
     """HF_TOKEN is sent to the hub and not to the host that it redirects to."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", "secret")
+    store.files["/store"] = BODY
     serve_as_hub(server, BODY, SHA, store=store.url)
     data.hub_file("timm/net", "model.safetensors")
     _, to_hub = server.seen[0]
