@@ -501,22 +501,29 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr: float, head_lr: float = 0.0
+) -> list[dict]:
     """What an optimiser gets: trained matrices with `weight_decay`, all other parameters without.
 
     Biases, norms, scales, tokens and prompts aren't decayed (the paper's setting).
+
+    Args:
+        lr: the learning rate; in each group also as "initial_lr", for a schedule to multiply.
+        head_lr: the head's; 0 for the same.
     """
-    decayed = []
-    others = []
+    groups = {(weight_decay, lr): []}  # by weight decay and rate; zero-shot trains nothing
     for name, parameter in trained(model).items():
-        if name.endswith("weight") and parameter.ndim > 1:
-            decayed.append(parameter)
-        else:
-            others.append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+        is_matrix = name.endswith("weight") and parameter.ndim > 1
+        decay = weight_decay if is_matrix else 0.0
+        in_head = name.startswith("head.")
+        rate = head_lr if in_head and head_lr else lr
+        groups.setdefault((decay, rate), []).append(parameter)
+    found = []
+    for (decay, rate), parameters in groups.items():
+        group = {"params": parameters, "weight_decay": decay, "lr": rate, "initial_lr": rate}
+        found.append(group)
+    return found
 
 
 def count(model: nn.Module) -> dict[str, int]:

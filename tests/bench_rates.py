@@ -1,34 +1,39 @@
-"""Which learning rate is best, by method and task: runs of train.py over a grid of rates.
+"""Which learning rate, and which recipe, is best by method and task: a grid of training runs.
 
-    python tests/bench_rates.py --real DIR --restored DIR --pairs pets-deit digits-micro
-                                --seeds 0,1 --out rates.csv
+    python tests/bench_rates.py --real DIR --restored DIR --half rule --out rates.csv
+    python tests/bench_rates.py … --pairs pets-deit --methods adaptertune --rates 5e-3
+                                  --recipe "--min-scale 0.5" --seeds 0,1
 
-Rates are to be chosen by validation accuracy alone. A row of the .csv is one run. Runs that it
-holds already aren't repeated, so that a stopped grid goes on. DIR are the folders that test_real.py
-names (published weights and photos; CIFAR-100 and CLIP's image tower).
+Each method's rates are climbed: three, then further ones while the best is at an end. Rates and
+recipe are chosen by validation accuracy alone, so each pair of data and backbone has more images
+for validation than train.py would split off; the test set isn't read. The default rates were fixed
+on HALVES["rule"]; the runs of HALVES["confirm"] came after that.
+
+A row of the .csv is one run, its recipe whatever isn't default in it. Runs that it holds already
+aren't repeated, so that a stopped grid goes on. DIR are the folders that test_real.py names
+(published weights and photos; CIFAR-100 and CLIP's image tower).
 """
 
 import argparse
+import contextlib
 import csv
-import json
-import subprocess
+import functools
+import io
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = (
-    "pair",
-    "method",
-    "epochs",
-    "lr",
-    "seed",
-    "val_accuracy",
-    "trained",
-    "seconds",
-)
-KEY = ("pair", "method", "epochs", "lr", "seed")  # the columns that say which run it is
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import train  # noqa: E402
+
+COLUMNS = ("pair", "method", "epochs", "lr", "recipe", "seed", "val_accuracy", "seconds")
+KEY = ("pair", "method", "epochs", "lr", "recipe", "seed")  # the columns that say which run it is
 METHODS = {
     "head": ["--method", "head"],
     "adaptertune": ["--method", "adaptertune", "--rank", "8"],
@@ -37,98 +42,152 @@ METHODS = {
     "vpt": ["--method", "vpt"],
     "full": ["--method", "full"],
 }
-RATES = (3e-4, 6e-4, 1.2e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
-FULL_RATES = (3e-5, 6e-5, 1.2e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)  # of the backbone too
+RATES = ("6e-4", "1.2e-3", "2.5e-3", "5e-3", "1e-2", "2e-2", "4e-2")
+FULL_RATES = ("3e-5", "6e-5", "1.2e-4", "2.5e-4", "5e-4", "1e-3", "2e-3")  # of the backbone too
+# Data, how many images of each class to train on, and to choose by; weights; image size.
+PAIRS = {
+    "pets-deit": ("pets370", 5, 4, "deit", 64),
+    "digits-micro": ("digits", 20, 50, "micro", 32),
+    "cifar1000-small": ("cifar100", 10, 5, "small", 32),
+    "coarse300-deit": ("coarse", 15, 25, "deit", 48),
+    "flowers-clip": ("flowers12", 8, 10, "clip", 48),
+    "flowers-deit": ("flowers12", 15, 20, "deit", 64),
+    "coarse300-small": ("coarse", 15, 25, "small", 32),
+    "digits-deit": ("digits", 20, 50, "deit", 32),
+    "flowers-small": ("flowers12", 15, 20, "small", 32),
+}
+HALVES = {"rule": list(PAIRS)[:5], "confirm": list(PAIRS)[5:]}
 
 
-def pair_options(real: Path, restored: Path) -> dict[str, list[str]]:
-    """The options of train.py for each pair of data and backbone."""
-    deit = ["--weights", f"{real}/weights/deit_tiny_patch16_224.safetensors"]
-    small = ["--weights", f"{real}/weights/vit_cifar10_p4_d128_l4_h4.safetensors", "--heads", "4"]
-    cifar = ["--dataset", "cifar100", "--data-dir", f"{restored}", "--offline"]
-    pets = ["--dataset", f"{real}/data/pets370"]
-    flowers = ["--dataset", f"{real}/data/flowers12"]
-    return {
-        "pets-deit": [*pets, *deit, "--image-size", "112"],
-        "cifar2000-deit": [*cifar, "--limit", "2000", *deit, "--image-size", "64"],
-        "cifar400-small": [*cifar, "--limit", "400", *small],
-        "digits-micro": ["--dataset", "digits"],
-        "cifar2000-small": [*cifar, "--limit", "2000", *small],
-        "flowers-deit": [*flowers, *deit, "--image-size", "112"],
+def read_data(name: str, real: Path, restored: Path, size: int) -> data.Dataset:
+    """A data set with all that may be trained on or chosen by in `train`."""
+    if name in ("cifar100", "coarse"):
+        dataset = data.read("cifar100", str(restored), offline=True)
+        if name == "cifar100":
+            return dataset
+        folder = restored / "cifar-100-python"
+        classes = [each.decode() for each in data.unpickle(folder / "meta")[b"coarse_label_names"]]
+        labels = torch.tensor(data.unpickle(folder / "train")[b"coarse_labels"])
+        return replace(dataset, classes=classes, train=replace(dataset.train, labels=labels))
+    if name == "digits":
+        return data.read("digits")
+    return data.read(str(real / "data" / name), image_size=size)
+
+
+@functools.lru_cache(maxsize=1)
+def make_pair(name: str, seed: str, real: Path, restored: Path) -> tuple[list[str], data.Dataset]:
+    """The options of train.py for a pair, and its data set, split by the seed."""
+    kind, shots, choose, weights, size = PAIRS[name]
+    dataset = read_data(kind, real, restored, size)
+    trained, rest = data.sample_shots(dataset.train, shots, f"rates/{seed}")
+    val, _ = data.sample_shots(rest, choose, f"rates/{seed}")
+    dataset = replace(dataset, train=trained, val=val, test=val[torch.arange(1)])
+    options = {
+        "deit": ["--weights", f"{real}/weights/deit_tiny_patch16_224.safetensors"],
+        "small": [
+            *("--weights", f"{real}/weights/vit_cifar10_p4_d128_l4_h4.safetensors"),
+            *("--heads", "4"),
+        ],
+        "clip": ["--weights", f"{restored}/clip_vitb16_visual.safetensors"],
+        "micro": ["--backbone", "vit_micro"],
     }
+    return [*options[weights], "--image-size", str(size)], dataset
 
 
-def grid(options: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """What says which run it is (KEY), for each run of the grid; one seed after the other."""
-    for seed in options.seeds.split(","):
-        for pair in options.pairs:
-            for method in options.methods:
-                rates = FULL_RATES if method == "full" else RATES
-                for rate in rates:
-                    values = (pair, method, options.epochs, str(rate), seed)
-                    yield dict(zip(KEY, values, strict=True))
+def ladder(method: str) -> tuple[str, ...]:
+    """The rates that may be tried for a method, ascending."""
+    return FULL_RATES if method == "full" else RATES
 
 
-def train_once(arguments: list[str]) -> dict | None:
-    """A run's result.json, with its number of epochs; None if it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), *arguments, "--name", "bench"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            print(f"failed: {' '.join(command)}\n{done.stderr}", file=sys.stderr)
-            return None
-        run = Path(folder) / "runs" / "bench"
-        result = json.loads((run / "result.json").read_text())
-        config = json.loads((run / "config.json").read_text())
-        return result | {"epochs": config["epochs"]}
+def climb(method: str, accuracy: Callable[[str], float]) -> None:
+    """Try three rates, then further ones while the best is at an end of those tried."""
+    rates = ladder(method)
+    low, high = 2, 4
+    while True:
+        tried = [accuracy(rate) for rate in rates[low : high + 1]]
+        best = tried.index(max(tried))
+        if best == 0 and low > 0:
+            low -= 1
+        elif best == high - low and high + 1 < len(rates):
+            high += 1
+        else:
+            return
 
 
-def read_done(path: Path) -> set[tuple[str, ...]]:
-    """Which runs the .csv holds already. A new one is made with a header."""
+def train_once(run: dict[str, str], real: Path, restored: Path) -> dict:
+    """A run's result.json."""
+    options, dataset = make_pair(run["pair"], run["seed"], real, restored)
+    train.read_dataset = lambda *_: dataset
+    arguments = ["--dataset", "digits" if dataset.name == "digits" else str(real)]
+    arguments += [*options, *METHODS[run["method"]], *run["recipe"].split()]
+    arguments += ["--epochs", run["epochs"], "--lr", run["lr"], "--seeds", run["seed"]]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        chosen, *_ = train.parse(arguments)
+        return train.train_run(chosen, int(run["seed"]))
+
+
+def read_done(path: Path) -> dict[tuple[str, ...], float]:
+    """The validation accuracy of each run that the .csv holds. A new one is made with a header."""
     if not path.exists():
         path.write_text(",".join(COLUMNS) + "\n")
-        return set()
-    done = set()
+    done = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            done.add(tuple(row[name] for name in KEY))
+            done[tuple(row[name] for name in KEY)] = float(row["val_accuracy"])
     return done
 
 
-def append(path: Path, row: dict) -> None:
-    """Add a run to the .csv."""
+def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> float:
+    """Validation accuracy of a run with this rate, from the .csv or by training it now."""
+    run = run | {"lr": rate}
+    path = Path(options.out)
+    key = tuple(run.values())
+    done = read_done(path)
+    if key in done:
+        return done[key]
+    try:
+        result = train_once(run, options.real, options.restored)
+    except ValueError as error:  # the loss diverged: a result too
+        print(error, flush=True)
+        result = {"val_accuracy": 0.0, "seconds": 0.0}
+    accuracy = round(result["val_accuracy"], 2)
+    row = run | {"val_accuracy": f"{accuracy:.2f}", "seconds": f"{result['seconds']:.1f}"}
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writerow(row)
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+    print(" ".join(row.values()), flush=True)
+    return accuracy
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--real", required=True)
-    parser.add_argument("--restored", required=True)
-    parser.add_argument("--pairs", nargs="+", required=True)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--real", type=lambda name: Path(name).resolve(), required=True)
+    parser.add_argument("--restored", type=lambda name: Path(name).resolve(), required=True)
+    parser.add_argument("--half", choices=HALVES, default="rule")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rates", nargs="+")
+    parser.add_argument("--recipe", default="", help="further options of train.py")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--epochs", default="10")
+    parser.add_argument("--epochs", default="0", help="0: as train.py has it")
     parser.add_argument("--out", default="rates.csv")
     options = parser.parse_args()
-    of_pair = pair_options(Path(options.real).resolve(), Path(options.restored).resolve())
-    path = Path(options.out)
-    done = read_done(path)
-    for run in grid(options):
-        if tuple(run.values()) in done:
-            continue
-        arguments = [*of_pair[run["pair"]], *METHODS[run["method"]]]
-        arguments += ["--epochs", run["epochs"], "--lr", run["lr"], "--seeds", run["seed"]]
-        result = train_once(arguments)
-        if result is None:
-            continue
-        append(path, result | run | {"epochs": result["epochs"]})
-        rate = f"{float(run['lr']):<8g}"
-        name = f"{run['pair']:16} {run['method']:16} {rate} seed {run['seed']}"
-        print(f"{name}: val {result['val_accuracy']:.2f} %", flush=True)
+    for seed in options.seeds.split(","):
+        for pair in options.pairs or HALVES[options.half]:
+            for method in options.methods:
+                values = (pair, method, options.epochs, "", options.recipe, seed)
+                run = dict(zip(KEY, values, strict=True))
+                accuracy = functools.partial(measure, run, options)
+                if options.rates:
+                    for rate in options.rates:
+                        accuracy(rate)
+                else:
+                    climb(method, accuracy)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def rank_for(energy: Tensor, share: float = 0.9) -> int:
 
 def prepare_head(options: argparse.Namespace, seed: int, epochs: int) -> train.Run:
     """A run without adapters, to fit a head in."""
-    changes = {"method": "head", "rank": None, "epochs": epochs, "lr": train.RATES["head"][0]}
+    changes = {"method": "head", "rank": None, "epochs": epochs, "lr": train.RATES["head"]}
     return train.prepare(argparse.Namespace(**vars(options) | changes), seed)
 
 
@@ -190,7 +190,8 @@ def fit_head(run: train.Run, images: data.Images, val: data.Images) -> None:
     head = run.model.head
     features = replace(run.dataset, train=images)
     steps = options.epochs * run.batches.count(images)
-    optimizer = torch.optim.AdamW(adaptertune.parameter_groups(run.model, options.weight_decay))
+    groups = adaptertune.parameter_groups(run.model, options.weight_decay, options.lr)
+    optimizer = torch.optim.AdamW(groups)
     taken = 0  # steps
     best_loss = math.inf
     for epoch in range(1, options.epochs + 1):

@@ -320,8 +320,9 @@ def test_weight_decay_on_matrices_alone(tiny_weights):
     """Biases, norms, tokens, positions and scales aren't decayed."""
     model = adapted(tiny_weights, learn_scale=True)
     adaptertune.freeze(model, everything=True)
-    decayed, others = adaptertune.parameter_groups(model, 0.05)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0)
+    groups = adaptertune.parameter_groups(model, 0.05, 1e-3)
+    others, decayed = sorted(groups, key=lambda group: group["weight_decay"])
+    assert (others["weight_decay"], decayed["weight_decay"]) == (0, 0.05)
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
     ids = {id(parameter) for parameter in decayed["params"]}
@@ -332,6 +333,20 @@ def test_weight_decay_on_matrices_alone(tiny_weights):
         expected |= {f"{block}.attn.qkv.weight", f"{block}.attn.proj.weight"}
         expected |= {f"{block}.mlp.fc1.weight", f"{block}.mlp.fc2.weight"}
     assert names == expected
+
+
+def test_the_head_may_have_its_own_learning_rate(tiny_weights):
+    """The head's parameters, and no others, get `head_lr`."""
+    model = adapted(tiny_weights)
+    rate_of = {}
+    for group in adaptertune.parameter_groups(model, 0.05, 1e-3, head_lr=1e-2):
+        assert group["initial_lr"] == group["lr"]
+        for parameter in group["params"]:
+            rate_of[id(parameter)] = group["lr"]
+    for name, parameter in adaptertune.trained(model).items():
+        expected = 1e-2 if name.startswith("head.") else 1e-3
+        assert rate_of.pop(id(parameter)) == expected
+    assert not rate_of
 
 
 # ---------------------------------------------------------------------------- adapt: each method

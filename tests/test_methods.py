@@ -494,7 +494,7 @@ def test_init_from_a_file(run, tiny_weights, published, tmp_path):
     content = tensors | {"head.weight": torch.zeros(5, 32)}
     torch.save({"model": content}, tmp_path / "published.pth")
     common = ["--weights", tiny_weights, "--method", "adaptformer", "--learn-scale"]
-    common += ["--epochs", 1, "--limit", 64, "--lr", 1e-9]  # too small to move anything
+    common += ["--epochs", 1, "--limit", 64, "--lr", 1e-9]  # too small to move an adapter
     run(*common, "--rank", 4, "--init", tmp_path / "published.pth", "--name", "a")
     first = load_file(tmp_path / "runs/a/adapters.safetensors")
     expected = tensors["blocks.0.adaptmlp.up_proj.weight"]

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adaptertune
+import data
 import train
 import vit
 
@@ -634,9 +637,10 @@ STATED = {
     "--weights": "instead of the download",
     "--heads": "(0: 64 channels each)",
     "--image-size": "(0: its own)",
-    "--epochs": "(10; digits 12; --cached 100)",
+    "--epochs": "(10, up to 30 for fewer than 1,500 images; --cached 100)",
     "--batch": "(128; 32 for fewer than 5,000 images)",
-    "--lr": "(by method and backbone)",
+    "--lr": "(by method)",
+    "--head-lr": "(0.01; as --lr for head, clip-adapter, scratch)",
     "--weight-decay": "(0.05)",
     "--label-smoothing": "(0)",
     "--min-scale": "(0.08; digits 0.85)",
@@ -701,9 +705,9 @@ DIGITS = {
     "weights": "",
     "heads": 0,
     "image_size": 0,
-    "epochs": 12,
     "cached": False,
     "lr": 5e-3,
+    "head_lr": 1e-2,
     "weight_decay": 0.05,
     "label_smoothing": 0,
     "seeds": [0],
@@ -728,14 +732,19 @@ CLIP_ADAPTER = {"rank": 0, "ratio": 0.2, "text_ratio": 0.0, "learn_ratio": False
     ("arguments", "expected"),
     [
         ([], DIGITS),
-        (["--dataset", "cifar10"], {"backbone": "vit_s16", "epochs": 10, "lr": 1e-3}),
-        (["--method", "head", "--cached"], {"epochs": 100, "cached": True}),
+        (["--dataset", "cifar10"], {"backbone": "vit_s16", "lr": 5e-3}),
+        (["--method", "head", "--cached"], {"cached": True}),
         (["--method", "adaptformer"], ADAPTFORMER | {"dropout": 0.1, "learn_scale": False}),
+        (["--method", "full"], {"lr": 2.5e-4, "head_lr": 1e-2}),
+        (["--method", "full", "--lr", "1e-4"], {"lr": 1e-4, "head_lr": 1e-2}),
+        (["--method", "full", "--head-lr", "1e-3"], {"lr": 2.5e-4, "head_lr": 1e-3}),
+        (["--method", "head"], {"lr": 2e-2, "head_lr": 2e-2}),
+        (["--method", "head", "--lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
+        (["--scratch"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--method", "vpt"], {"prompts": 10, "deep": True}),
-        (["--method", "clip-adapter"], CLIP_ADAPTER | {"classifier": "text", "epochs": 100}),
-        (["--method", "zero-shot"], {"classifier": "text", "epochs": 0}),
+        (["--method", "clip-adapter"], CLIP_ADAPTER | {"classifier": "text"}),
+        (["--method", "zero-shot"], {"classifier": "text"}),
     ],
-    ids=["digits", "cifar10", "cached", "adaptformer", "vpt", "clip-adapter", "zero-shot"],
 )
 def test_the_stated_defaults_are_in_force(arguments, expected):
     """The defaults that the help states are those of a run."""
@@ -743,20 +752,72 @@ def test_the_stated_defaults_are_in_force(arguments, expected):
     assert {name: getattr(options, name) for name in expected} == expected
 
 
-def test_the_defaults_of_a_data_set_are_in_force(tiny_weights, tmp_path, monkeypatch):
-    """Batch and crop follow the data set unless they are given."""
+@pytest.mark.parametrize(
+    ("arguments", "images", "expected"),
+    [
+        ([], 1_294, {"epochs": 12, "batch": 32, "min_scale": 0.5}),
+        ([], 45_000, {"epochs": 10, "batch": 128}),
+        ([], 5_000, {"epochs": 10, "batch": 128}),
+        ([], 4_999, {"epochs": 10, "batch": 32}),
+        ([], 1_501, {"epochs": 10}),
+        ([], 1_499, {"epochs": 11}),
+        ([], 500, {"epochs": 30}),
+        ([], 20, {"epochs": 30}),
+        (["--method", "head", "--cached"], 20, {"epochs": 100}),
+        (["--method", "clip-adapter"], 45_000, {"epochs": 100}),
+        (["--method", "zero-shot"], 20, {"epochs": 0}),
+        (
+            ["--epochs", "3", "--batch", "7", "--min-scale", "1"],
+            20,
+            {"epochs": 3, "batch": 7, "min_scale": 1},
+        ),
+    ],
+)
+def test_what_the_data_decide(arguments, images, expected):
+    """Epochs and batch follow the training images, the crop the data set; unless given."""
+    (options,) = train.parse(arguments)
+    train_images = data.Images(torch.empty(images, 0), torch.zeros(images))
+    dataset = data.Dataset("photos", ["a", "b"], train_images, None, None, min_scale=0.5)
+    train.fit_to_data(options, dataset)
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+def test_the_recipe_is_printed_and_kept(tiny_weights, run):
+    """A run says what it does, and config.json holds it."""
+    out = run("--weights", tiny_weights, "--limit", 640, "--epochs", 1)
+    assert (
+        "recipe   1 epoch of 20 steps, batch 32, learning rate 0.005 (head 0.01), crops of 0.85"
+        in out
+    )
+    config = json.loads(Path("runs/digits-adaptertune-r8-n640-s0/config.json").read_text())
+    assert (config["epochs"], config["batch"], config["min_scale"]) == (1, 32, 0.85)
+
+
+def test_what_is_left_to_the_data_resumes(tiny_weights, run):
+    """A finished run is found again by a command that leaves epochs and batch to the data."""
+    command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--test-share", 0.1]
+    run(*command)
+    assert "kept" in run(*command, "--resume")
+    message = run(*command, "--epochs", 3, status=1)
+    assert message.startswith("error: runs/digits-head-n600-s0 holds a run with other options")
+
+
+def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch):
+    """A step's dropout has a seed of its own."""
     monkeypatch.chdir(tmp_path)
-    (options,) = train.parse(["--weights", str(tiny_weights)])
+    keys = []
+
+    def seed_from(key):
+        keys.append(key)
+        return zlib.crc32(key.encode())
+
+    command = ["--weights", str(tiny_weights), "--limit", "64", "--epochs", "1"]
+    (options,) = train.parse(command)
     prepared = train.prepare(options, 0)
-    assert prepared.batches.batch == 32
-    assert prepared.dataset.min_scale == 0.85
-    write_cifar10(tmp_path / "data")
-    (options,) = train.parse(["--weights", str(tiny_weights), "--dataset", "cifar10"])
-    assert train.prepare(options, 0).dataset.min_scale == 0.08
-    (options,) = train.parse(["--weights", str(tiny_weights), "--batch", "7", "--min-scale", "1"])
-    prepared = train.prepare(options, 0)
-    assert prepared.batches.batch == 7
-    assert prepared.dataset.min_scale == 1
+    monkeypatch.setattr(data, "seed_from", seed_from)
+    groups = adaptertune.parameter_groups(prepared.model, 0.0, 1e-3)
+    train.train_epochs(prepared, torch.optim.AdamW(groups))
+    assert set(keys) == {"0/1", "0/1/0", "0/1/1", "dropout/0/1/0", "dropout/0/1/1"}
 
 
 @pytest.mark.parametrize(
