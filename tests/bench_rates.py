@@ -3,6 +3,7 @@
     python tests/bench_rates.py --real DIR --restored DIR --half rule --out rates.csv
     python tests/bench_rates.py … --pairs pets-deit --methods adaptertune --rates 5e-3
                                   --recipe "--min-scale 0.5" --seeds 0,1
+    python tests/bench_rates.py --tables --out rates.csv
 
 Each method's rates are climbed: three, then further ones while the best is at an end. Rates and
 recipe are chosen by validation accuracy alone, so each pair of data and backbone has more images
@@ -162,12 +163,53 @@ def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> floa
     return accuracy
 
 
+def accuracies(path: Path, pair: str, method: str) -> dict[str, tuple[float, str]]:
+    """By rate: the accuracy with seed 0, and "*" if only the head at that same rate was tried."""
+    found = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["pair"], row["method"], row["seed"]) != (pair, method, "0"):
+                continue
+            rate = row["lr"]
+            if not row["recipe"]:
+                found[rate] = (float(row["val_accuracy"]), "")
+            elif row["recipe"] == f"--head-lr {rate}":
+                found.setdefault(rate, (float(row["val_accuracy"]), "*"))
+    return found
+
+
+def print_tables(path: Path) -> None:
+    """Print the accuracy of every rate, and what each method's default rate loses to the best."""
+    summary = []
+    for method in METHODS:
+        default = f"{train.RATES[method.split('-')[0]]:g}"
+        rates = ladder(method)
+        print(f"\n| `{method}` | {' | '.join(rates)} |\n|---|{'--:|' * len(rates)}")
+        lost = {}
+        for pair in PAIRS:
+            found = accuracies(path, pair, method)
+            cells = [
+                f"{found[rate][0]:.1f}{found[rate][1]}" if rate in found else "" for rate in rates
+            ]
+            if found:
+                print(f"| {pair} | {' | '.join(cells)} |")
+            for rate, (accuracy, mark) in found.items():
+                if f"{float(rate):g}" == default and not mark:
+                    lost[pair] = max(found.values())[0] - accuracy
+        if lost:
+            worst = max(lost, key=lost.get)
+            mean = sum(lost.values()) / len(lost)
+            summary.append(f"| `{method}` | {default} | {mean:.2f} | {lost[worst]:.1f} ({worst}) |")
+    print("\n| | default rate | mean loss to each pair's best | largest |\n|---|--:|--:|--:|")
+    print("\n".join(summary))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--real", type=lambda name: Path(name).resolve(), required=True)
-    parser.add_argument("--restored", type=lambda name: Path(name).resolve(), required=True)
+    parser.add_argument("--real", type=lambda name: Path(name).resolve())
+    parser.add_argument("--restored", type=lambda name: Path(name).resolve())
     parser.add_argument("--half", choices=HALVES, default="rule")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -176,7 +218,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", default="0", help="0: as train.py has it")
     parser.add_argument("--out", default="rates.csv")
+    parser.add_argument("--tables", action="store_true", help="print what --out holds")
     options = parser.parse_args()
+    if options.tables:
+        print_tables(Path(options.out))
+        return
     for seed in options.seeds.split(","):
         for pair in options.pairs or HALVES[options.half]:
             for method in options.methods:
