@@ -48,7 +48,7 @@ class Images:
 
     pixels: Tensor  # uint8 [n, 3, H, W]; or features [n, D] in their place
     labels: Tensor  # int64 [n]
-    names: list[str] = field(default_factory=list)  # file names, where they were files
+    names: list[str] = field(default_factory=list)  # files, or numbers in a built-in set
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -153,6 +153,94 @@ def split(
     return replace(data, train=train, val=val, test=test, whole=whole)
 
 
+def split_by(data: Dataset, names: dict[str, list[str]]) -> tuple[Dataset, list[str], int]:
+    """Split as a run did, whatever files came or went since.
+
+    Args:
+        names: of the images in train, val and test.
+
+    Returns:
+        The data set; the names that it no longer has; how many images belong to none of the parts.
+    """
+    sources = [images for images in (data.train, data.val, data.test) if images is not None]
+    places = {}  # which source, and where in it
+    for number, source in enumerate(sources):
+        for i, name in enumerate(source.names):
+            places[name] = (number, i)
+    parts = {}
+    missing = []
+    known = 0
+    for part, wanted in names.items():
+        rows = [[] for _ in sources]
+        for name in wanted:
+            if name not in places:
+                missing.append(name)
+                continue
+            number, i = places[name]
+            rows[number].append(i)
+            known += 1
+        found = []
+        for source, chosen in zip(sources, rows, strict=True):
+            if chosen or not found:
+                found.append(source[torch.tensor(chosen, dtype=torch.long)])
+        parts[part] = join(found)
+    sizes = (len(parts["train"]), len(parts["val"]))
+    return replace(data, **parts, whole=sizes), missing, len(places) - known
+
+
+def join(parts: list[Images]) -> Images:
+    """Several sets as one, without the empty ones."""
+    filled = [images for images in parts if len(images)] or parts[:1]
+    if len(filled) == 1:
+        return filled[0]
+    pixels = torch.cat([images.pixels for images in filled])
+    labels = torch.cat([images.labels for images in filled])
+    return Images(pixels, labels, [name for images in filled for name in images.names])
+
+
+def match_classes(data: Dataset, classes: list[str]) -> Dataset:
+    """The data set with its labels in the order of a run's `classes`.
+
+    Raises:
+        ValueError: a class is missing, or isn't one of them; names it.
+    """
+    missing = sorted(set(classes) - set(data.classes))
+    unknown = sorted(set(data.classes) - set(classes))
+    if missing or unknown:
+        parts = []
+        if missing:
+            parts.append(f"it lacks {', '.join(missing[:5])}")
+        if unknown:
+            parts.append(f"it has {', '.join(unknown[:5])}, which the run doesn't know")
+        raise ValueError(
+            f"{data.name} has other classes than the run: {'; '.join(parts)}; "
+            "rename the folders, or train again"
+        )
+    label_of = torch.tensor([classes.index(name) for name in data.classes])
+
+    parts = {}
+    for part in ("train", "val", "test"):
+        images = getattr(data, part)
+        if images is not None:
+            parts[part] = replace(images, labels=label_of[images.labels])
+    return replace(data, classes=list(classes), **parts)
+
+
+def check_split(data: Dataset) -> None:
+    """Raise a ValueError if a class has no training image, or nothing is left to test on."""
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes))
+    empty = [name for name, count in zip(data.classes, counts, strict=True) if not count]
+    if empty:
+        some = ", ".join(empty[:5]) + (" and others" if len(empty) > 5 else "")
+        raise ValueError(
+            f"no training image is left of {some} in {data.name} ({len(empty)} of "
+            f"{len(data.classes)} classes): a class needs at least 3 images, or leave them to "
+            "train/ and test/; with --limit, give at least one for each class"
+        )
+    if not len(data.test):
+        raise ValueError(f"{data.name} has no test images")
+
+
 def split_off(images: Images, share: float, key: str) -> tuple[Images, Images]:
     """A stratified `share` of the images, drawn by `key`, and the rest."""
     order = stratified_order(images.labels, key)
@@ -206,7 +294,7 @@ def read_digits(data_dir: Path, offline: bool) -> Dataset:
     pixels = (grey.float() * (255 / 16)).round().byte()
     pixels = pixels[:, None].expand(-1, 3, -1, -1).contiguous()
     classes = [str(digit) for digit in range(10)]
-    images = Images(pixels, labels)
+    images = Images(pixels, labels, [str(i) for i in range(len(labels))])
     return Dataset("digits", classes, images, None, None, flip=False, min_scale=0.85)
 
 
@@ -234,15 +322,17 @@ def read_cifar(
     if not root.is_dir():
         extract_cifar(root, data_dir / archive, md5, offline)
 
-    def images(files: list[str]) -> Images:
+    def images(part: str, files: list[str]) -> Images:
         batches = [unpickle(root / file) for file in files]
         pixels = np.concatenate([batch[b"data"] for batch in batches])
         labels = np.concatenate([batch[f"{key}labels".encode()] for batch in batches])
-        return Images(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels))
+        pixels = torch.from_numpy(pixels.reshape(-1, 3, 32, 32))
+        names = [f"{part}/{i}" for i in range(len(labels))]
+        return Images(pixels, torch.from_numpy(labels), names)
 
     names = unpickle(root / meta)[f"{key}label_names".encode()]
     classes = [each.decode() for each in names]
-    return Dataset(name, classes, images(train), None, images([test]))
+    return Dataset(name, classes, images("train", train), None, images("test", [test]))
 
 
 def extract_cifar(root: Path, archive: Path, md5: str, offline: bool) -> None:
@@ -352,7 +442,7 @@ def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Image
         for i, image in enumerate(pool.map(partial(read_photo, side=side), paths)):
             pixels[i] = image
             progress(f"decoding {root.name}", i + 1, len(paths), started)
-    names = [str(path.relative_to(root)) for path in paths]
+    names = [path.relative_to(root).as_posix() for path in paths]
     return Images(pixels, torch.tensor(labels), names)
 
 

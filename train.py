@@ -465,6 +465,41 @@ def adapt_backbone(model: vit.ViT, options: argparse.Namespace, classes: int) ->
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
 
 
+def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int) -> data.Dataset:
+    """Split as the run's split.json says, if there is a run; else by the seed.
+
+    So photos that come or go don't move a split, and a class keeps its number.
+
+    Raises:
+        ValueError: a run that was stopped lacks photos; or the classes aren't the run's.
+    """
+    path = run_folder(options, seed) / "split.json"
+    listed = read_json(path) if path.exists() else {}
+    dataset = data.match_classes(dataset, listed.pop("classes", dataset.classes))
+    another = (
+        options.eval and read_json(path.with_name("config.json"))["dataset"] != options.dataset
+    )
+    if another or not listed:
+        return data.split(
+            dataset,
+            seed=seed,
+            limit=options.limit,
+            shots=options.shots,
+            test_share=options.test_share,
+        )
+    dataset, missing, new = data.split_by(dataset, listed)
+    if missing and not options.eval:
+        raise ValueError(
+            f"{options.dataset} lacks {counted(len(missing), 'image')} that {path} lists, "
+            f"such as {missing[0]}; put them back, or train anew with another --name"
+        )
+    if missing:
+        print(f"split    gone: {counted(len(missing), 'image')} of {path}, such as {missing[0]}")
+    if new and not options.limit and not options.shots:  # which leave images out themselves
+        print(f"split    left out: {counted(new, 'image')} that {path} doesn't list")
+    return dataset
+
+
 def prepare(options: argparse.Namespace, seed: int) -> Run:
     """Load everything, so that errors surface before the run's folder is made."""
     data.check_name(options.dataset)  # before a backbone is downloaded
@@ -473,13 +508,11 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     torch.manual_seed(data.seed_from(f"{seed}/init"))
     model, backbone = load_backbone(options)
     size = backbone.config.image_size
-    dataset = data.split(
-        read_dataset(options.dataset, options.data_dir, size, options.offline),
-        seed=seed,
-        limit=options.limit,
-        shots=options.shots,
-        test_share=options.test_share,
+    dataset = split_dataset(
+        read_dataset(options.dataset, options.data_dir, size, options.offline), options, seed
     )
+    if not options.eval:
+        data.check_split(dataset)
     options = argparse.Namespace(**vars(options))  # of this run alone
     fit_to_data(options, dataset)
     folder = run_folder(options, seed)
@@ -501,6 +534,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
         "limit": options.limit,
         "shots": options.shots,
         "lr": options.lr,
+        "head_lr": options.head_lr,
     }
     if options.method in adaptertune.WHOLE_METHODS:
         meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
@@ -825,15 +859,16 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def write_records(run: Run) -> None:
-    """Write config.json, metrics.csv and, for photos, which one is in which split."""
+    """Write config.json, metrics.csv, and split.json: which image is in which part."""
     run.folder.mkdir(parents=True, exist_ok=True)
     config = kept_options(run.options, run.seed)
     (run.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     lines = [",".join(row) for row in (COLUMNS, *run.state.rows)]
     (run.folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    if run.dataset.train.names:
-        names = {part: getattr(run.dataset, part).names for part in ("train", "val", "test")}
-        (run.folder / "split.json").write_text(json.dumps(names, indent=1) + "\n")
+    listed = {"classes": run.dataset.classes}
+    for part in ("train", "val", "test"):
+        listed[part] = getattr(run.dataset, part).names
+    (run.folder / "split.json").write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def finish(run: Run) -> dict:

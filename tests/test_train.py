@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_what_a_run_leaves(run, tiny_weights, tmp_path):
     """The folder holds the files of a finished run; adapters.safetensors holds what was trained."""
     out = run(*quick(tiny_weights))
     folder = tmp_path / "runs/digits-adaptertune-r8-n200-s0"
-    files = {"adapters.safetensors", "metrics.csv", "config.json", "result.json"}
+    files = {"adapters.safetensors", "metrics.csv", "config.json", "result.json", "split.json"}
     if HAS_MATPLOTLIB:
         files.add("curves.svg")
     assert {path.name for path in folder.iterdir()} == files
@@ -304,6 +305,81 @@ def test_photos(run, photos, tiny_weights, tmp_path):
     assert len(set(names)) == 60
 
 
+@pytest.mark.parametrize("dataset", ["photos", "digits"])
+def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
+    """split.json alone says what a run trains and tests on when it is taken up again."""
+    where = photos if dataset == "photos" else dataset
+    command = ["--dataset", where, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a")]
+    run(*command)
+    path = tmp_path / "runs/a/split.json"
+    listed = json.loads(path.read_text())
+    listed["test"], listed["train"] = listed["train"][:7], listed["test"]
+    path.write_text(json.dumps(listed))
+    (options,) = train.parse([str(each) for each in command])
+    resumed = train.prepare(options, 0).dataset
+    opened = train.open_folder("runs/a").dataset
+    for split in (resumed, opened):
+        for part in ("train", "val", "test"):
+            assert getattr(split, part).names == listed[part]
+    whole = train.read_dataset(str(where), "data", 16, False).train
+    for name, pixels, label in zip(
+        resumed.test.names, resumed.test.pixels, resumed.test.labels, strict=True
+    ):
+        at = whole.names.index(name)
+        assert torch.equal(pixels, whole.pixels[at]) and label == whole.labels[at]
+
+
+def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
+    """New photos belong to no part. Missing ones stop training, and evaluation says so."""
+    photos = shutil.copytree(photos, tmp_path / "mine")
+    command = [
+        "--dataset",
+        photos,
+        *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"),
+    ]
+    out = run(*command)
+    (accuracy,) = re.findall(r"test     ([\d.]+) %", out)
+    listed = json.loads((tmp_path / "runs/a/split.json").read_text())
+    some = photos / listed["train"][0]
+    shutil.copy(some, photos / "apple" / "0new.png")
+    shutil.copy(some, photos / "sky" / "znew.png")
+    train.read_dataset.cache_clear()
+    out = run("--eval", "runs/a")
+    assert "split    left out: 2 images that runs/a/split.json doesn't list" in out
+    assert f"test     {accuracy} %" in out
+
+    train.read_dataset.cache_clear()
+    some.unlink()
+    out = run("--eval", "runs/a")
+    assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}" in out
+    assert f"test     {accuracy} %" in out
+    message = f"lacks 1 image that runs/a/split.json lists, such as {listed['train'][0]}"
+    assert message in run(*command, status=1)
+
+
+def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
+    """A class keeps its number whatever the order of the folders; an unknown one is refused."""
+    photos = shutil.copytree(photos, tmp_path / "mine")
+    command = [
+        "--dataset",
+        photos,
+        *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"),
+    ]
+    run(*command)
+    path = tmp_path / "runs/a/split.json"
+    listed = json.loads(path.read_text())
+    listed["classes"] = ["sky", "apple", "leaf"]
+    path.write_text(json.dumps(listed))
+    test = train.open_folder("runs/a").dataset.test
+    folders = [name.split("/")[0] for name in test.names]
+    expected = {"sky": 0, "apple": 1, "leaf": 2}
+    assert test.labels.tolist() == [expected[folder] for folder in folders]
+    train.read_dataset.cache_clear()
+    (photos / "leaf").rename(photos / "zebra")
+    error = run("--eval", "runs/a", status=1)
+    assert "it lacks leaf; it has zebra, which the run doesn't know" in error
+
+
 def test_load_run_gives_the_network_of_the_run(run, photos, tiny_weights):
     """load_run's network and preprocessing give the logits that the run has of its test photos."""
     run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--name", "a"))
@@ -464,7 +540,7 @@ def test_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
     assert re.findall("^pictures.*", out, re.M) == [left_out]
     assert out.count("matplotlib") == 1
     assert out.endswith("next     python export.py runs/a\n")
-    names = {"adapters.safetensors", "metrics.csv", "config.json", "result.json"}
+    names = {"adapters.safetensors", "metrics.csv", "config.json", "result.json", "split.json"}
     assert {path.name for path in (tmp_path / "runs/a").iterdir()} == names
 
 
