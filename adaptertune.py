@@ -274,10 +274,13 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if ".adapter." not in name:
             continue
-        if name in found and found[name].numel() == parameter.numel():
-            wanted[name] = found[name].reshape(parameter.shape)  # a scale may be [1] instead of []
-        else:
+        value = found.get(name)
+        if value is not None and value.shape == (1,) and parameter.ndim == 0:
+            value = value[0]  # AdaptFormer's scale
+        if value is None or value.shape != parameter.shape:
             wrong.append(name)
+        else:
+            wanted[name] = value
     if wrong:
         raise ValueError(
             f"the file has no {', '.join(wrong[:3])} of the right shape; "
@@ -610,6 +613,23 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             f"(version {meta.get('version')}, expected {VERSION})"
         )
     return tensors, meta
+
+
+def check_same(path: str | Path, saved: dict, present: dict) -> None:
+    """Compare the metadata of a file with those of the model that takes it up.
+
+    Args:
+        present: what the model has; a key that isn't in `saved` is left out.
+
+    Raises:
+        ValueError: a value differs; names the first such.
+    """
+    for key, value in json.loads(json.dumps(present)).items():
+        if key in saved and saved[key] != value:
+            raise ValueError(
+                f"{path} was trained with {key.replace('_', ' ')} {saved[key]}, not {value}; "
+                "leave out the option that changes it"
+            )
 
 
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:

@@ -68,6 +68,9 @@ HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
 GRID = ("method", "rank", "every", "blocks", "init")
 NOT_KEPT = ("resume", "eval", "name", "label", "plot")  # options that config.json leaves out
 AUTO = ("epochs", "batch", "min_scale")  # options whose default, 0, depends on the data
+# What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
+MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit", "shots")
+MAY_CHANGE += ("lr", "head_lr", "init")
 MAY_DIFFER = ("data_dir", "offline", "device")  # options that may differ when a run is resumed
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
@@ -127,6 +130,14 @@ def limited(kind: type, low: float, high: float, text: str) -> float:
     return value
 
 
+def channels(text: str, low: float = 0) -> list[float]:
+    """Option type: three numbers from `low` to 1, with commas between."""
+    values = [limited(float, low, 1, part) for part in text.split(",")]
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers such as 0.5,0.5,0.5")
+    return values
+
+
 def placement(text: str) -> list[int]:
     """Option type: blocks counted from 0; first6, or last6 (-6 to -1)."""
     match = re.fullmatch(r"(first|last)(\d+)", text)
@@ -184,7 +195,25 @@ def add_options(parser: Parser) -> None:
     named = f"{backbones} (vit_s16; vit_micro for digits)"
     add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
     add("--weights", "FILE", str, "a .safetensors or .pth file, instead of the download", "")
-    add("--heads", "N", integer(0, 10_000), "attention heads of --weights (0: 64 channels each)", 0)
+    beside = "from the configuration files beside --weights, else"
+    add(
+        "--heads",
+        "N",
+        integer(0, 10_000),
+        f"attention heads (0: {beside} the usual of the width)",
+        0,
+    )
+    norm = f"per channel, 0 to 1 (by backbone; {beside} ImageNet's or CLIP's)"
+    add("--mean", "R,G,B", channels, f"mean of the pixels {norm}", [])
+    add(
+        "--std",
+        "R,G,B",
+        functools.partial(channels, low=0.001),
+        f"their standard deviation {norm}",
+        [],
+    )
+    gelu = f"activation (by backbone; {beside} QuickGELU for a CLIP)"
+    parser.choice("--mlp-act", ("gelu", "quick_gelu"), gelu, "")
     add("--image-size", "PIXELS", integer(0, 10_000), "side of the input (0: its own)", 0)
 
     parser.section("training")
@@ -381,6 +410,7 @@ class Run:
     device: torch.device
     bf16: bool
     meta: dict  # goes into adapters.safetensors
+    guessed: tuple[str, ...] = ()  # of the backbone (vit.Backbone)
     state: State = field(default_factory=State)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -427,12 +457,18 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
         path = data.ASSETS / "vit_micro.safetensors"
     else:
         path = data.hub_file(vit.BACKBONES[name].repo, "model.safetensors", offline=options.offline)
+    given = {}  # by hand
+    for setting in ("heads", "mean", "std"):
+        if getattr(options, setting):
+            given[setting] = getattr(options, setting)
+    if options.mlp_act:
+        given["quick_gelu"] = options.mlp_act == "quick_gelu"
     return vit.load(
         path,
         name=name,
-        heads=options.heads,
         image_size=options.image_size,
         head=options.method in adaptertune.CLIP_METHODS,  # CLIP's projection comes as the head
+        **given,
     )
 
 
@@ -457,9 +493,22 @@ def adapt_backbone(model: vit.ViT, options: argparse.Namespace, classes: int) ->
         return adaptertune.adapt(model, options.method, classes, **settings)
     used = adaptertune.adapt(model, options.method, classes, **settings | {"init": "zero"})
     if not options.eval:
-        tensors, _ = vit.read_tensors(options.init)
-        adaptertune.start_from(model, tensors)
+        start_from_file(model, options.init, used)
     return used | {"init": options.init}
+
+
+def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
+    """Initialise the adapters from --init FILE, ours or AdaptFormer's.
+
+    Args:
+        used: the settings that are in force. A file of ours must agree with them, and be of the
+            same backbone, or its adapters would do something else here.
+    """
+    tensors, saved = vit.read_tensors(path)
+    present = {name: used[name] for name in ("reads", "act", "scale", "placement")}
+    present["fingerprint"] = adaptertune.fingerprint(model)
+    adaptertune.check_same(path, saved, present)
+    adaptertune.start_from(model, tensors)
 
 
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
@@ -542,7 +591,9 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
         meta["classifier"] = options.classifier
     meta |= adapt_backbone(model, options, len(dataset.classes))
     batches = data.Batches(size, backbone.norm, options.batch, device)
-    return Run(options, seed, folder, dataset, model.to(device), batches, device, bf16, meta)
+    model.to(device)
+    guessed = backbone.guessed
+    return Run(options, seed, folder, dataset, model, batches, device, bf16, meta, guessed)
 
 
 def run_name(options: argparse.Namespace, seed: int) -> str:
@@ -839,6 +890,7 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Write state.pt: weights, optimiser, State."""
     weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
     state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
+    state["fingerprint"] = run.meta["fingerprint"]
     write_records(run)
     part = run.folder / "state.part"
     torch.save(state, part)
@@ -850,10 +902,16 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     path = run.folder / "state.pt"
     try:
         saved = torch.load(path, map_location=run.device, weights_only=True)
+        fingerprint = saved.pop("fingerprint")
         optimizer.load_state_dict(saved.pop("optimizer"))
         run.model.load_state_dict(saved.pop("weights"), strict=False)
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged; delete that folder and train again") from error
+    if fingerprint != run.meta["fingerprint"]:
+        raise ValueError(
+            f"{path} was trained on another backbone ({fingerprint}) than this one "
+            f"({run.meta['fingerprint']}); give that one's --weights, or another --name"
+        )
     for name, value in saved.items():
         setattr(run.state, name, value)
 
@@ -924,6 +982,8 @@ def open_run(options: argparse.Namespace) -> Run:
     adaptertune.read(path)  # an error before anything is loaded
     run = prepare(options, options.seeds[0])
     meta = adaptertune.load(path, run.model, name=run.meta["backbone"])
+    present = {name: value for name, value in run.meta.items() if name not in MAY_CHANGE}
+    adaptertune.check_same(path, meta, present)
     return replace(run, meta=run.meta | meta)
 
 
@@ -996,8 +1056,20 @@ def describe(run: Run) -> None:
     print(f"env      torch {torch.__version__} · {device} · {precision} · seed {run.seed}")
 
     counts = adaptertune.count(run.model)
-    backbone = f"{run.meta['backbone']} {run.meta['image_size']}px"
-    print(f"backbone {backbone}, {counts['frozen']:,} frozen")
+    config = run.model.config
+    act = "QuickGELU" if config.quick_gelu else "GELU"
+    print(
+        f"backbone {run.meta['backbone']} {run.meta['image_size']}px, {counts['frozen']:,} frozen, "
+        f"{counted(config.heads, 'head')}, {act}"
+    )
+    mean = " ".join(f"{value:.3g}" for value in run.meta["mean"])
+    std = " ".join(f"{value:.3g}" for value in run.meta["std"])
+    print(f"pixels   mean {mean}, std {std}")
+    if run.guessed:
+        print(
+            f"warning  {', '.join(run.guessed)}: guessed, since nothing beside the weights states "
+            "it; if that is wrong: --backbone, or --heads, --mean, --std, --mlp-act"
+        )
     total = sum(counts.values())
     trained = total - counts["frozen"]
     text = f"trained  {trained:,} ({100 * trained / total:.2f} %)"

@@ -379,6 +379,7 @@ class Backbone:
     config: Config
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
+    guessed: tuple[str, ...] = ()  # what nothing states, such as "ImageNet's mean and std"
 
     def at(self, image_size: int) -> "Backbone":
         """A copy configured for another image size in pixels; 0 keeps its own."""
@@ -678,11 +679,15 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     found["pos_embed"] = positions
 
 
+# Heads of the widths whose heads haven't 64 channels: ViT-H, g, bigG in open_clip's registry.
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+
+
 def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Config:
     """The architecture of a translated state dict.
 
-    What shapes can't tell is assumed: heads of 64 channels unless `heads` is given, and OpenAI's
-    QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text.
+    What shapes can't tell is assumed: the usual heads of that width unless `heads` is given, and
+    OpenAI's QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text.
 
     Raises:
         ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
@@ -695,7 +700,7 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         kind = "text tower" if text else "ViT"
         raise ValueError(f"not a whole {kind}: missing {', '.join(missing)}")
     tokens, width = found["pos_embed"].shape[-2:]
-    if not heads and width % 64:
+    if not heads and width not in HEADS and width % 64:
         raise ValueError(
             f"width {width} is no multiple of the usual head width 64; "
             "give the number of heads by --heads"
@@ -712,7 +717,7 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     return Config(
         width=width,
         depth=1 + max(blocks),
-        heads=heads or width // 64,
+        heads=heads or HEADS.get(width) or width // 64,
         patch=patch,
         image_size=patch * grid,
         hidden=0 if hidden == 4 * width else hidden,
@@ -742,34 +747,106 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([positions[:, :1], patches], dim=1)
 
 
+# Files that stand beside weights and describe them; a later one overrides an earlier.
+BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+
+
+def read_beside(path: Path, width: int) -> dict:
+    """What the files beside weights state: heads, eps, quick_gelu, mean, std; whatever is there.
+
+    Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
+    open_clip_config.json. A file that states another width is another network's, and left out.
+
+    Raises:
+        ValueError: such a file is damaged, or states an activation that vit.py doesn't have.
+    """
+    stated = {}
+    for name in BESIDE:
+        file = path.with_name(name)
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}, beside it, is damaged ({error})") from error
+        if isinstance(content, dict):
+            stated |= read_description(content, width)
+    return stated
+
+
+def read_description(content: dict, width: int) -> dict:
+    """What one such file states (see `read_beside`)."""
+    open_clip = content.get("model_cfg", {})
+    vision = open_clip.get("vision_cfg", {})
+    tower = content
+    if "vision_config" in content:  # a CLIP of transformers, which leaves its defaults out
+        defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+        tower = defaults | content["vision_config"]
+    if {vision.get("width", width), tower.get("hidden_size", width)} != {width}:
+        return {}
+    act = tower.get("hidden_act", "gelu")
+    if act not in ("gelu", "quick_gelu"):
+        raise ValueError(f"its config.json states the activation {act!r}, not gelu or quick_gelu")
+
+    stated = {
+        "heads": tower.get("num_attention_heads"),
+        "eps": tower.get("layer_norm_eps"),
+        "mean": content.get("image_mean"),
+        "std": content.get("image_std"),
+    }
+    if "hidden_act" in tower:
+        stated["quick_gelu"] = act == "quick_gelu"
+    if open_clip:
+        stated["heads"] = width // vision.get("head_width", 64)
+        stated["quick_gelu"] = open_clip.get("quick_gelu", False)
+    # timm's and open_clip's normalisation
+    norm = content.get("pretrained_cfg") or content.get("preprocess_cfg") or {}
+    stated |= {key: norm[key] for key in ("mean", "std") if key in norm}
+    return {key: value for key, value in stated.items() if value is not None}
+
+
 def choose_backbone(
-    name: str, found: dict[str, Tensor], meta: dict, eps: float, heads: int
+    name: str, path: Path, found: dict[str, Tensor], meta: dict, eps: float, given: dict
 ) -> Backbone:
-    """The named backbone, else the one that the file describes, else what its shapes suggest."""
+    """The named backbone, else the one that the file describes, else what stands beside the file,
+    else what its shapes suggest; what is `given` by hand (see `read_beside`) overrides it."""
+    guessed = []
     if name:
-        return BACKBONES[name]
-    if "config" in meta:  # a file that train.py wrote for --method full or --scratch
-        config = Config(**meta["config"])
-    else:
-        config = infer_config(found, eps=eps, heads=heads)
-    if "mean" in meta:
+        backbone = BACKBONES[name]
+    elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
         norm = (meta["mean"], meta["std"])
+        backbone = Backbone("", Config(**meta["config"]), norm, meta.get("license", "not stated"))
     else:
+        width = found["pos_embed"].shape[-1] if "pos_embed" in found else 0
+        known = read_beside(path, width) | given
+        config = infer_config(found, eps=known.get("eps", eps), heads=known.get("heads", 0))
+        if "heads" not in known:
+            guessed.append(f"heads {config.heads}")
+        if config.norm_pre and "quick_gelu" not in known:
+            guessed.append("QuickGELU")
         norm = CLIP if config.norm_pre else IMAGENET
-    return Backbone("", config, norm, meta.get("license", "not stated"))
+        if "mean" not in known or "std" not in known:
+            guessed.append(f"{'CLIP' if config.norm_pre else 'ImageNet'}'s mean and std")
+        norm = (known.get("mean", norm[0]), known.get("std", norm[1]))
+        config = replace(config, quick_gelu=known.get("quick_gelu", config.quick_gelu))
+        backbone = Backbone("", config, norm, "not stated", tuple(guessed))
+    changes = {key: given[key] for key in ("heads", "quick_gelu") if key in given}
+    mean, std = backbone.norm
+    norm = (tuple(given.get("mean", mean)), tuple(given.get("std", std)))
+    return replace(backbone, config=replace(backbone.config, **changes), norm=norm)
 
 
 def load(
-    path: str | Path, *, name: str = "", image_size: int = 0, heads: int = 0, head: bool = False
+    path: str | Path, *, name: str = "", image_size: int = 0, head: bool = False, **given
 ) -> tuple[ViT, Backbone]:
     """A pretrained ViT from a file, in eval mode, and what it expects of its input.
 
     Args:
         name: a key of BACKBONES; then the file must have that shape. Without it the shape is read
-            off the file, and the normalisation is what the file states, else CLIP's for a CLIP
-            tower, else ImageNet's.
+            off the file, and what shapes can't tell off the files beside it (`read_beside`); the
+            rest is guessed, and `Backbone.guessed` names it.
         image_size: pixels along a side, if not the backbone's own; positions are resized to it.
-        heads: attention heads, if they aren't 64 channels wide.
+        given: heads, quick_gelu, mean or std, where they are known better.
         head: keep the file's own classifier (or CLIP's projection) instead of giving features.
 
     Raises:
@@ -778,7 +855,7 @@ def load(
     tensors, meta = read_tensors(path)
     try:
         found, eps = to_timm(tensors)
-        backbone = choose_backbone(name, found, meta, eps, heads).at(image_size)
+        backbone = choose_backbone(name, Path(path), found, meta, eps, given).at(image_size)
         config = backbone.config
         if not head:
             found = {key: value for key, value in found.items() if not key.startswith("head.")}

@@ -85,7 +85,9 @@ def test_what_a_run_says(run, tiny_weights, tmp_path):
     """The terminal shows environment, parameters, data, the chosen epoch and the next step."""
     out = run(*quick(tiny_weights))
     assert re.search(r"^env      torch [\d.+a-z]+ · cpu \d+ threads? · fp32 · seed 0$", out, re.M)
-    assert re.search(r"^backbone tiny 16px, [\d,]+ frozen$", out, re.M)
+    assert re.search(r"^backbone tiny 16px, [\d,]+ frozen, 2 heads, GELU$", out, re.M)
+    assert "pixels   mean 0.5 0.5 0.5, std 0.5 0.5 0.5\n" in out
+    assert "warning" not in out
     assert re.search(r"^trained  [\d,]+ \([\d.]+ %\): adapters 1,104, head 330$", out, re.M)
     data_line = "data     digits: 200 of 1,294 train / 50 of 144 val / 359 test, 10 classes"
     assert f"{data_line} (--limit: a quick look, not the data set's result)\n" in out
@@ -101,6 +103,24 @@ def test_what_a_run_says(run, tiny_weights, tmp_path):
     cost = r"^cost     \d+:\d\d training, \d+:\d\d evaluation, peak \d+\.\d GiB$"
     assert re.search(cost, out, re.M)
     assert out.endswith("next     python export.py runs/digits-adaptertune-r8-n200-s0\n")
+
+
+def test_what_is_guessed_is_said(run, tmp_path):
+    """A file that states nothing gives a warning that names the guesses; by hand there is none."""
+    model = vit.ViT(vit.Config(width=64, depth=1, heads=1, patch=4, image_size=16))
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    command = ["--weights", tmp_path / "bare.safetensors", "--limit", 64, "--epochs", 1]
+    out = run(*command, "--name", "a")
+    assert "pixels   mean 0.485 0.456 0.406, std 0.229 0.224 0.225\n" in out
+    assert "warning  heads 1, ImageNet's mean and std: guessed" in out
+    by_hand = ["--heads", 4, "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2"]
+    out = run(*command, *by_hand, "--mlp-act", "quick_gelu", "--name", "b")
+    assert "frozen, 4 heads, QuickGELU\n" in out
+    assert "pixels   mean 0.5 0.5 0.5, std 0.2 0.2 0.2\n" in out
+    assert "warning" not in out
+    _, meta = adaptertune.read(tmp_path / "runs/b/adapters.safetensors")
+    assert (meta["mean"], meta["std"]) == ([0.5] * 3, [0.2] * 3)
+    assert "4 heads, QuickGELU" in run("--eval", "runs/b")
 
 
 def test_what_a_run_leaves(run, tiny_weights, tmp_path):
@@ -305,6 +325,22 @@ def test_photos(run, photos, tiny_weights, tmp_path):
     assert len(set(names)) == 60
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--image-size", 32], "image size 16, not 32"),
+        (["--scale", 2], "scale 1.0, not 2.0"),
+        (["--adapter-act", "relu"], "act gelu, not relu"),
+        (["--adapter-input", "mlp"], "reads block, not mlp"),
+    ],
+)
+def test_eval_with_what_the_run_was_not_trained_with(changed, named, run, tiny_weights):
+    """An option that would change a finished run's network is refused by name."""
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    error = run("--eval", "runs/a", *changed, status=1)
+    assert f"runs/a/adapters.safetensors was trained with {named}" in error
+
+
 @pytest.mark.parametrize("dataset", ["photos", "digits"])
 def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
     """split.json alone says what a run trains and tests on when it is taken up again."""
@@ -370,7 +406,9 @@ def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
     listed = json.loads(path.read_text())
     listed["classes"] = ["sky", "apple", "leaf"]
     path.write_text(json.dumps(listed))
-    test = train.open_folder("runs/a").dataset.test
+    assert "with classes" in run("--eval", "runs/a", status=1)  # which its own file contradicts
+    (options,) = train.parse([str(each) for each in command])
+    test = train.prepare(options, 0).dataset.test
     folders = [name.split("/")[0] for name in test.names]
     expected = {"sky": 0, "apple": 1, "leaf": 2}
     assert test.labels.tolist() == [expected[folder] for folder in folders]
@@ -465,6 +503,20 @@ def test_resuming_gives_bit_identical_adapters(
     assert (folder / "adapters.safetensors").read_bytes() == expected
     assert without_times(read_table(folder)) == without_times(read_table(whole))
     assert not (folder / "state.pt").exists()
+
+
+def test_resume_on_another_backbone(run, tiny_weights, tmp_path, monkeypatch, capsys):
+    """A stopped run whose --weights were replaced is refused, by both fingerprints."""
+    weights = shutil.copy(tiny_weights, tmp_path / "mine.safetensors")
+    command = quick(weights, "--name", "a")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9, signal.SIGTERM)
+        assert train.main([str(each) for each in command]) == 130
+    train.stop_asked.clear()
+    capsys.readouterr()
+    write_tiny(weights, seed=1)
+    error = run(*command, "--resume", status=1)
+    assert re.search(r"trained on another backbone \([0-9a-f]{16}\) than this one", error)
 
 
 def test_a_resumed_run_shows_the_rows_before(tiny_weights, tmp_path, monkeypatch, handlers, capsys):
@@ -711,7 +763,10 @@ STATED = {
     "--test-share": "(0: a fifth, the same for all seeds)",
     "--backbone": "(vit_s16; vit_micro for digits)",
     "--weights": "instead of the download",
-    "--heads": "(0: 64 channels each)",
+    "--heads": "(0: from the configuration files beside --weights, else the usual of the width)",
+    "--mean": "beside --weights, else ImageNet's or CLIP's)",
+    "--std": "beside --weights, else ImageNet's or CLIP's)",
+    "--mlp-act": "(by backbone; from the configuration files beside --weights, else QuickGELU",
     "--image-size": "(0: its own)",
     "--epochs": "(10, up to 30 for fewer than 1,500 images; --cached 100)",
     "--batch": "(128; 32 for fewer than 5,000 images)",

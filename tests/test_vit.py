@@ -3,6 +3,7 @@
 Parity with other libraries is in test_parity.py.
 """
 
+import json
 import pickle
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_file_states_its_own_shape(tiny_weights):
     model, backbone = vit.load(tiny_weights)
     assert backbone.config.heads == 2
     assert backbone.config.hidden == 64
-    assert backbone.norm == ([0.5] * 3, [0.5] * 3)
+    assert backbone.norm == ((0.5,) * 3, (0.5,) * 3)
     assert model(IMAGES).shape == (2, 32)
     assert not model.training
 
@@ -203,6 +204,111 @@ def test_heads(tmp_path):
     path = save_bare(tmp_path / "w.safetensors", width=128)
     assert vit.load(path)[1].config.heads == 2
     assert vit.load(path, heads=4)[1].config.heads == 4
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"),
+    [(192, 3), (384, 6), (768, 12), (1024, 16), (1152, 16), (1280, 16), (1408, 16), (1664, 16)],
+)
+def test_the_usual_heads_of_a_width(width, heads):
+    """The published architectures of each width: timm's, and open_clip's H, g and bigG."""
+    found = {"cls_token": torch.empty(1, 1, width), "pos_embed": torch.empty(1, 17, width)}
+    found["patch_embed.proj.weight"] = torch.empty(width, 3, 4, 4)
+    found["blocks.0.mlp.fc1.weight"] = torch.empty(4 * width, 0)
+    found["blocks.0.attn.qkv.weight"] = torch.empty(3 * width, 0)
+    assert vit.infer_config(found, eps=1e-6).heads == heads
+
+
+HALF_NORM = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5]}
+BESIDE = {
+    "transformers": (
+        {
+            "config.json": {
+                "hidden_size": 128,
+                "num_attention_heads": 4,
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-5,
+            },
+            "preprocessor_config.json": {
+                "image_mean": HALF_NORM["mean"],
+                "image_std": HALF_NORM["std"],
+            },
+        },
+        {"heads": 4, "quick_gelu": True, "eps": 1e-5},
+        (),
+    ),
+    "timm": (
+        {"config.json": {"architecture": "vit", "pretrained_cfg": HALF_NORM}},
+        {"heads": 2, "quick_gelu": False, "eps": 1e-6},
+        ("heads 2",),
+    ),
+    "open_clip": (
+        {
+            "open_clip_config.json": {
+                "model_cfg": {"vision_cfg": {"width": 128, "head_width": 16}, "quick_gelu": True},
+                "preprocess_cfg": HALF_NORM,
+            }
+        },
+        {"heads": 8, "quick_gelu": True},
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("files, expected, guessed", BESIDE.values(), ids=BESIDE)
+def test_what_stands_beside_a_file(files, expected, guessed, tmp_path):
+    """Heads, activation, eps and normalisation come from the files beside the weights."""
+    path = save_bare(tmp_path / "w.safetensors", width=128)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    _, backbone = vit.load(path)
+    assert {key: getattr(backbone.config, key) for key in expected} == expected
+    assert backbone.norm == ((0.5, 0.5, 0.5), (0.25, 0.5, 0.5))
+    assert backbone.guessed == guessed
+    by_hand = {"heads": 1, "quick_gelu": False, "mean": [0.1] * 3, "std": [0.2] * 3}
+    _, backbone = vit.load(path, **by_hand)
+    assert (backbone.config.heads, backbone.config.quick_gelu) == (1, False)
+    assert backbone.norm == ((0.1,) * 3, (0.2,) * 3)
+
+
+def test_a_clip_of_transformers_leaves_its_defaults_out(tmp_path):
+    """vision_config states what differs from CLIPVisionConfig's defaults, 12 heads, QuickGELU."""
+    config = {"model_type": "clip", "vision_config": {"hidden_size": 384}}
+    path = save_bare(tmp_path / "w.safetensors", width=384)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = vit.load(path)[1].config
+    assert (found.heads, found.quick_gelu, found.eps) == (12, True, 1e-5)
+    config["vision_config"] |= {"num_attention_heads": 6, "hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = vit.load(path)[1].config
+    assert (found.heads, found.quick_gelu) == (6, False)
+
+
+def test_a_configuration_that_does_not_fit(tmp_path):
+    """One of another width is left out; a damaged one, or an unknown activation, is an error."""
+    path = save_bare(tmp_path / "w.safetensors", width=128)
+    beside = tmp_path / "config.json"
+    beside.write_text(json.dumps({"hidden_size": 768, "num_attention_heads": 8}))
+    _, backbone = vit.load(path)
+    assert backbone.config.heads == 2
+    assert backbone.guessed == ("heads 2", "ImageNet's mean and std")
+    beside.write_text(json.dumps({"hidden_act": "relu"}))
+    with pytest.raises(ValueError, match="states the activation 'relu', not gelu or quick_gelu"):
+        vit.load(path)
+    beside.write_text("{ cut")
+    with pytest.raises(ValueError, match="config.json, beside it, is damaged"):
+        vit.load(path)
+
+
+def test_given_heads_are_honoured_beside_a_name(tmp_path):
+    """`heads` and the activation override a named backbone's."""
+    config = vit.BACKBONES["vit_micro"].config
+    path = tmp_path / "w.safetensors"
+    save_file(vit.ViT(config).state_dict(), path)
+    _, backbone = vit.load(path, name="vit_micro", heads=8, quick_gelu=True, mean=[0.1] * 3)
+    assert (backbone.config.heads, backbone.config.quick_gelu) == (8, True)
+    assert backbone.norm == ((0.1,) * 3, tuple(vit.CIFAR100[1]))
+    assert backbone.guessed == ()
 
 
 def test_heads_that_cant_be(tmp_path):
