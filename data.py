@@ -453,13 +453,13 @@ def read_photo(path: str | Path, side: int) -> Tensor:
         ValueError: Pillow isn't installed, or can't read the file.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"no photo at {path}") from error
     except Exception as error:  # Pillow's decoders raise many kinds
@@ -470,6 +470,26 @@ def read_photo(path: str | Path, side: int) -> Tensor:
     square = (left, top, left + edge, top + edge)
     image = image.resize((side, side), Image.Resampling.BICUBIC, box=square)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
+    """An opened photo as 8-bit RGB: 16-bit grey scaled, transparency over white, turned as its
+    EXIF orientation says, whatever its other tags hold. assets/device/label.py does the same."""
+    from PIL import Image
+
+    orientation = image.getexif().get(0x0112)
+    if image.mode.startswith("I"):  # 16-bit grey
+        grey = np.asarray(image, np.float32) / 257  # 65,535 to 255
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM}
+    turns |= {5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    if orientation in turns:
+        image = image.transpose(turns[orientation])
+    return image.convert("RGB")
 
 
 # A sentence for each class, by how a data set's name begins: CLIP-Adapter's and CoOp's

@@ -226,6 +226,79 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     assert (read[:, :, :8] == 0).all()
 
 
+TURNS = {  # EXIF orientation: how the upright pixels [H, W] were turned before they were stored
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: np.swapaxes(upright, 0, 1),
+    6: np.rot90,
+    7: lambda upright: np.rot90(np.swapaxes(upright, 0, 1), 2),
+    8: lambda upright: np.rot90(upright, 3),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_orientation_beside_an_odd_tag(orientation, tmp_path):
+    """All eight orientations are applied, though another tag can't be written again."""
+    image = pytest.importorskip("PIL.Image")
+    upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    photo = image.fromarray(np.ascontiguousarray(TURNS[orientation](upright)))
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    raw = bytearray(exif.tobytes())
+    # A second entry: XResolution (0x011A) as text, which Pillow reads, but refuses to write.
+    header = raw[:6] if raw.startswith(b"Exif") else b""
+    entry = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00" + bytes([orientation]) + b"\x00\x00"
+    odd = b"\x01\x1a\x00\x02\x00\x00\x00\x03ab\x00\x00"
+    raw = header + b"MM\x00\x2a\x00\x00\x00\x08\x00\x02" + entry + odd + b"\x00" * 4
+    photo.save(tmp_path / "a.png", exif=bytes(raw))
+    read = data.read_photo(tmp_path / "a.png", side=16)
+    assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)
+
+
+def grey_twins(image, pixels):
+    """A grey photo [H, W], 8 bits, and the same in other forms."""
+    plain = image.fromarray(pixels)
+    yield "palette", plain.convert("P")
+    yield "16 bits", image.fromarray(pixels.astype(np.uint16) * 257)
+    yield "RGB", plain.convert("RGB")
+    yield "LA", plain.convert("LA")
+    yield "RGBA", plain.convert("RGBA")
+
+
+def test_forms_of_a_grey_photo(tmp_path):
+    """16 bits are scaled to 8; an opaque alpha channel changes nothing."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    for name, twin in grey_twins(image, pixels):
+        twin.save(tmp_path / f"{name}.png")
+        read = data.read_photo(tmp_path / f"{name}.png", side=16)
+        for channel in read:
+            assert np.array_equal(channel.numpy(), pixels), name
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    """An icon whose shape is in its alpha channel alone: black on white, in every form."""
+    image = pytest.importorskip("PIL.Image")
+    alpha = np.zeros((16, 16), dtype=np.uint8)
+    alpha[4:12, 4:12] = 255
+    icon = image.new("RGB", (16, 16), "black")
+    icon.putalpha(image.fromarray(alpha))
+    icon.save(tmp_path / "RGBA.png")
+    icon.convert("LA").save(tmp_path / "LA.png")
+    palette = image.fromarray((alpha == 0).astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(tmp_path / "P.png", transparency=1)  # its second colour is transparent
+    key = image.fromarray(np.where(alpha == 0, 77, 0).astype(np.uint8))
+    key.save(tmp_path / "L.png", transparency=77)
+    icon.save(tmp_path / "RGBA.webp", lossless=True)
+    for path in tmp_path.iterdir():
+        read = data.read_photo(path, side=16)
+        for channel in read:
+            assert np.array_equal(channel.numpy(), 255 - alpha), path.name
+
+
 def test_photos_without_pillow(tmp_path, monkeypatch):
     """Without Pillow the error says what to install."""
     monkeypatch.setitem(sys.modules, "PIL", None)

@@ -20,7 +20,7 @@ import train
 Image = pytest.importorskip("PIL.Image")
 LABEL = ROOT / "assets/device/label.py"
 BACKBONE = ["--weights", str(ROOT / "assets/vit_micro.safetensors")]
-PHOTOS = ["--dataset", "photos", "--epochs", "6", "--lr", "3e-3"]
+PHOTOS = ["--dataset", "photos", "--epochs", "6", "--lr", "3e-3", "--head-lr", "3e-3"]
 CLASSES = ("dark", "light above", "light below", "light in the middle")
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {  # from what is seen to the stored pixels, by EXIF's orientation
@@ -73,7 +73,12 @@ def save_odd_photos(folder):
         grey = image.convert("L")
         grey.save(folder / f"{kind}, grey.png")
         grey.save(folder / f"{kind}, grey.jpg")
-        grey.convert("I;16").save(folder / f"{kind}, 16 bits.png")
+        deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+        deep.save(folder / f"{kind}, 16 bits.png")
+        clear = image.copy()
+        clear.putalpha(grey)
+        clear.save(folder / f"{kind}, half transparent.png")
+        clear.convert("LA").save(folder / f"{kind}, grey and alpha.png")
         image.convert("1").save(folder / f"{kind}, 1 bit.png")
         image.convert("P").save(folder / f"{kind}, palette.png")
         image.convert("RGBA").save(folder / f"{kind}, alpha.png")

@@ -13,7 +13,25 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
+
+
+def upright_rgb(image):
+    """An opened photo as 8-bit RGB: 16-bit grey scaled, transparency over white, turned as its
+    EXIF orientation says."""
+    orientation = image.getexif().get(0x0112)
+    if image.mode.startswith("I"):  # 16-bit grey
+        grey = np.asarray(image, np.float32) / 257  # 65,535 to 255
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM}
+    turns |= {5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    if orientation in turns:
+        image = image.transpose(turns[orientation])
+    return image.convert("RGB")
 
 
 def read_photo(path, meta):
@@ -22,7 +40,7 @@ def read_photo(path, meta):
     side = round(size / json.loads(meta["center"]))  # 256 for 224
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = upright_rgb(image)
     if meta["resize"] == "false":  # the graph doesn't: centre square to `side` pixels, its middle
         edge = min(image.size)
         left = (image.width - edge) // 2
