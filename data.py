@@ -39,7 +39,15 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
-PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# What Pillow decodes without another program, by the files' suffixes and by its own names. EPS and
+# PDF aren't among them, whatever a file is called.
+PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PHOTOS |= {".avif", ".jp2", ".ppm", ".pgm", ".pbm"}
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+# How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP.
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM")
+# Names of the folders that hold a part of the data, in any case.
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass
@@ -73,6 +81,7 @@ class Dataset:
     min_scale: float = 0.08
     center: float = 1.0  # share of each side that evaluation looks at; 7/8 for photos (224 of 256)
     whole: tuple[int, int] = (0, 0)  # sizes of train and val before a limit
+    skipped: list[str] = field(default_factory=list)  # files that aren't photos
 
 
 def read(
@@ -388,18 +397,16 @@ def unpickle(path: Path) -> dict:
 
 def read_folder(root: Path, *, side: int) -> Dataset:
     """Photos in class folders, each decoded once to a centre square of `side` pixels."""
-    parts = {}
-    for part in ("train", "val", "test"):
-        if (root / part).is_dir():
-            parts[part] = root / part
-    if parts and "train" not in parts:
-        raise ValueError(f"{root} has {' and '.join(parts)} but no train folder")
-    parts = parts or {"train": root}
-    photos = {part: list_photos(folder) for part, folder in parts.items()}
+    parts = find_parts(root)
+    skipped = []
+    photos = {part: list_photos(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
     if len(classes) < 2:
+        hint = ""
+        if classes and find_folders(parts["train"] / classes[0]):
+            hint = f"; do you mean {parts['train'] / classes[0]}?"
         raise ValueError(
-            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed"
+            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed{hint}"
         )
     images = {}
     for part, by_class in photos.items():
@@ -418,20 +425,56 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     name = root.resolve().name
     val = images.get("val")
     test = images.get("test")
-    return Dataset(name, classes, images["train"], val, test, center=7 / 8)
+    return Dataset(name, classes, images["train"], val, test, center=7 / 8, skipped=skipped)
 
 
-def list_photos(folder: Path) -> dict[str, list[Path]]:
-    """The photos of each class folder inside, sorted, without hidden ones."""
+def find_folders(folder: Path) -> list[Path]:
+    """The folders inside, sorted, without hidden ones."""
+    return [each for each in sorted(folder.glob("[!.]*")) if each.is_dir()]
+
+
+def find_parts(root: Path) -> dict[str, Path]:
+    """The folders of train, val and test, by PARTS; or the root as train, if it has none."""
+    parts = {}
+    for folder in find_folders(root):
+        part = PARTS.get(folder.name.lower())
+        if part in parts:
+            raise ValueError(
+                f"{parts[part]} and {folder} both hold {part}; put the photos of one into the other"
+            )
+        if part:
+            parts[part] = folder
+    if parts and "train" not in parts:
+        raise ValueError(f"{root} has {' and '.join(parts)} but no train folder")
+    return parts or {"train": root}
+
+
+def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
+    """The photos of each class folder inside and of its sub-folders, sorted, without hidden ones.
+    Other files are added to `skipped`."""
     photos = {}
-    for class_folder in sorted(folder.glob("[!.]*")):
-        if not class_folder.is_dir():
-            continue
-        files = sorted(class_folder.glob("[!.]*"))
-        photos[class_folder.name] = [file for file in files if file.suffix.lower() in PHOTOS]
-        if not photos[class_folder.name]:
+    for class_folder in find_folders(folder):
+        found = []
+        for file in sorted(class_folder.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(class_folder).parts)
+            if hidden or not file.is_file():
+                continue
+            if is_photo(file):
+                found.append(file)
+            else:
+                skipped.append(str(file))
+        if not found:
             raise ValueError(f"no images in {class_folder}; {', '.join(sorted(PHOTOS))} are read")
+        photos[class_folder.name] = found
     return photos
+
+
+def is_photo(file: Path) -> bool:
+    """By its suffix; without one by its first bytes."""
+    if file.suffix:
+        return file.suffix.lower() in PHOTOS
+    with file.open("rb") as opened:
+        return opened.read(4).startswith(BEGINNINGS)
 
 
 def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Images:
@@ -457,7 +500,9 @@ def read_photo(path: str | Path, side: int) -> Tensor:
     except ImportError as error:
         raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
     try:
-        with Image.open(path) as image:
+        Image.init()
+        formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
+        with Image.open(path, formats=formats) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
             image = upright_rgb(image)
     except FileNotFoundError as error:

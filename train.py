@@ -1087,6 +1087,10 @@ def describe(run: Run) -> None:
         text += " (--limit: a quick look, not the data set's result)"
     print(text)
 
+    if images.skipped:
+        skipped = counted(len(images.skipped), "file")
+        print(f"skipped  {skipped}, not photos, such as {images.skipped[0]}")
+
     options = run.options
     if options.epochs:
         steps = counted(run.batches.count(images.train), "step")

@@ -342,6 +342,69 @@ def test_damaged_photo_is_named(photos):
         data.read(str(photos))
 
 
+def test_every_photo_is_found(photos):
+    """Formats of Pillow's, in sub-folders, in any case, or without a suffix; the rest is listed."""
+    image = pytest.importorskip("PIL.Image")
+    photo = image.new("RGB", (20, 20), "red")
+    found = ["a.tif", "b.GIF", "c.jfif", "d.ppm", "deep/er/e.png", "f.jpe", "g.TIFF"]
+    for name in found:
+        path = photos / "apple" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo.save(path, format={"c.jfif": "JPEG", "f.jpe": "JPEG"}.get(name))
+    for name, kind in (("no suffix", "JPEG"), ("nor here", "PNG"), ("deep/webp", "WEBP")):
+        photo.save(photos / "apple" / name, format=kind)
+        found.append(name)
+    skipped = ["notes.txt", "README", "deep/labels.csv"]
+    for name in skipped:
+        (photos / "apple" / name).write_text("no photo")
+    (photos / "apple" / ".hidden.png").write_bytes(b"no photo")
+    (photos / "apple" / ".cache").mkdir()
+    (photos / "apple" / ".cache" / "a.png").write_bytes(b"no photo")
+    dataset = data.read(str(photos), image_size=14)
+    names = {name.removeprefix("apple/") for name in dataset.train.names if "apple/" in name}
+    assert names == set(found) | {f"{i:02}.png" for i in range(20)}
+    assert set(dataset.skipped) == {str(photos / "apple" / name) for name in skipped}
+
+
+def test_a_photo_that_would_start_another_program(tmp_path):
+    """PostScript that is called .png isn't given to Ghostscript: no format of ours begins so."""
+    pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(ValueError, match="can't read .*a.png as an image .*cannot identify"):
+        data.read_photo(path, side=8)
+
+
+@pytest.mark.parametrize(
+    ("named", "part"), [("valid", "val"), ("Validation", "val"), ("VAL", "val"), ("Test", "test")]
+)
+def test_names_of_the_parts(photos, named, part):
+    """What people call the folders of validation and test images."""
+    root = photos.parent / "parts"
+    shutil.copytree(photos, root / "Train")
+    shutil.copytree(photos, root / named)
+    dataset = data.read(str(root), image_size=14)
+    assert len(getattr(dataset, part)) == len(dataset.train) == 60
+
+
+def test_two_folders_of_one_part(photos):
+    """valid/ beside val/ is refused: which one is it?"""
+    root = photos.parent / "parts"
+    for name in ("train", "val", "valid"):
+        shutil.copytree(photos, root / name)
+    with pytest.raises(ValueError, match="val and .*valid both hold val"):
+        data.read(str(root))
+
+
+def test_data_one_level_down(photos):
+    """A folder around the data set is an error that names the data set."""
+    root = photos.parent / "around"
+    root.mkdir()
+    shutil.copytree(photos, root / "Data")
+    with pytest.raises(ValueError, match="1 class folders; .*do you mean .*around/Data"):
+        data.read(str(root))
+
+
 def test_empty_class_is_named(photos):
     """The error names a class folder without photos."""
     (photos / "zebra").mkdir()

@@ -365,6 +365,14 @@ def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
         assert torch.equal(pixels, whole.pixels[at]) and label == whole.labels[at]
 
 
+def test_skipped_files_are_counted(run, photos, tiny_weights):
+    """Files among the photos that aren't photos are counted in a line."""
+    for name in ("a.txt", "b.txt"):
+        (photos / "leaf" / name).write_text("no photo")
+    out = run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1))
+    assert f"skipped  2 files, not photos, such as {photos}/leaf/a.txt\n" in out
+
+
 def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
     """New photos belong to no part. Missing ones stop training, and evaluation says so."""
     photos = shutil.copytree(photos, tmp_path / "mine")
