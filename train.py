@@ -410,7 +410,8 @@ class Run:
     device: torch.device
     bf16: bool
     meta: dict  # goes into adapters.safetensors
-    guessed: tuple[str, ...] = ()  # of the backbone (vit.Backbone)
+    note: str = ""  # of the backbone (vit.Backbone)
+    guessed: tuple[str, ...] = ()
     state: State = field(default_factory=State)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -592,8 +593,8 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     meta |= adapt_backbone(model, options, len(dataset.classes))
     batches = data.Batches(size, backbone.norm, options.batch, device)
     model.to(device)
-    guessed = backbone.guessed
-    return Run(options, seed, folder, dataset, model, batches, device, bf16, meta, guessed)
+    about = (backbone.note, backbone.guessed)
+    return Run(options, seed, folder, dataset, model, batches, device, bf16, meta, *about)
 
 
 def run_name(options: argparse.Namespace, seed: int) -> str:
@@ -1065,6 +1066,8 @@ def describe(run: Run) -> None:
     mean = " ".join(f"{value:.3g}" for value in run.meta["mean"])
     std = " ".join(f"{value:.3g}" for value in run.meta["std"])
     print(f"pixels   mean {mean}, std {std}")
+    if run.note:
+        print(f"weights  {run.note}")
     if run.guessed:
         print(
             f"warning  {', '.join(run.guessed)}: guessed, since nothing beside the weights states "

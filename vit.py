@@ -22,10 +22,13 @@ import gzip
 import html
 import json
 import math
+import os
 import pickle
 import re
 import unicodedata
+import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -380,6 +383,7 @@ class Backbone:
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
     guessed: tuple[str, ...] = ()  # what nothing states, such as "ImageNet's mean and std"
+    note: str = ""  # which of several networks in its file this is
 
     def at(self, image_size: int) -> "Backbone":
         """A copy configured for another image size in pixels; 0 keeps its own."""
@@ -457,6 +461,9 @@ class Layout:
     # Keys known not to belong to the backbone. Whatever else is left over is an error.
     ignored: tuple[str, ...]
 
+
+# Beside a backbone with a prefix, in any family: other heads, losses and metrics.
+OTHERS = (r"\.\./(.*\.)?(fc|linear|criterion|loss|(train_|val_|test_)?\w*metrics?)\.",)
 
 LAYOUTS = {  # the first one that fits is taken
     "OpenAI CLIP, open_clip": Layout(
@@ -554,48 +561,126 @@ RENAMES = (
 )
 
 
+class Ignored:
+    """Stands for what files hold beside tensors and isn't needed: training arguments, numbers."""
+
+    def __init__(self, *arguments, **more):
+        pass
+
+    def __setstate__(self, state: object):
+        pass
+
+
+# Names in a pickle that become Ignored, whatever they are given. Others are refused.
+HARMLESS = [
+    "argparse.Namespace",
+    "collections.defaultdict",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.dtypes.Float32DType",
+    "numpy.dtypes.Float64DType",
+    "numpy.dtypes.Int64DType",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+]
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """All tensors of a file, and the JSON that adaptertune.save leaves in its header (or {}).
 
-    A `.safetensors` file, else one for torch.load, which is called with weights_only=True: a
-    pickle that would run code is refused. Wrappers such as {"model": …} are opened.
+    A `.safetensors` file; or the `.safetensors.index.json` of one in several parts; else one for
+    torch.load, which is called with weights_only=True: a pickle that would run code is refused.
+    Of several networks in a file the averaged one (EMA, teacher) is taken, and "note" says so.
 
     Raises:
         ValueError: the file is missing, truncated, of another format, or holds more than tensors.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the .safetensors or .pth file in it")
     if not path.is_file():
         raise ValueError(f"no weights at {path}; give a .safetensors or .pth file")
+    if is_torchscript(path):
+        raise ValueError(f"{path} is a TorchScript archive; save its state_dict() as safetensors")
     try:
+        if path.name.endswith(".safetensors.index.json"):
+            tensors = {}
+            for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+                tensors |= read_tensors(path.with_name(Path(part).name))[0]
+            return without_prefix(tensors), {}
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, meta
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            return without_prefix(tensors), meta
+        with torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"more than tensors ({refused[1]})" if refused else "no tensors of PyTorch"
         raise ValueError(
-            f"{path} holds more than tensors, or is no PyTorch file: refused, since a pickle can "
-            "run code; save its state_dict as safetensors"
+            f"{path} holds {what}: refused, since a pickle can run code; "
+            "save its state_dict as safetensors"
         ) from error
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or cut short ({reason}); fetch it again") from error
-    return unwrap(content, path), {}
+    return choose_tensors(content, path)
 
 
-def unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    """The innermost dictionary of tensors in what torch.load gave."""
-    while isinstance(content, dict):
-        inner = None
-        for name in ("model", "state_dict", "teacher"):
-            if isinstance(content.get(name), dict):
-                inner = content[name]
-                break
-        if inner is None:
-            return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        content = inner
-    raise ValueError(f"{path} holds no dictionary of tensors")
+def is_torchscript(path: Path) -> bool:
+    """Such an archive holds code too, and torch.load would run it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def find_tensors(content: object, where: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary of tensors in nested dictionaries, and where it stands ("model.ema")."""
+    if not isinstance(content, dict):
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if tensors and all(isinstance(key, str) for key in tensors):
+        yield where, tensors
+    for key, value in content.items():
+        yield from find_tensors(value, f"{where}.{key}".lstrip("."))
+
+
+def choose_tensors(content: object, path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The ViT in what torch.load gave, wherever it stands, and a note if there are several."""
+    everything = dict(find_tensors(content))
+    if not everything and not isinstance(content, dict):
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    tells = "|".join(layout.tell for layout in (*LAYOUTS.values(), *TEXT_LAYOUTS.values()))
+    networks = []
+    for where, tensors in everything.items():
+        if any(re.search(tells, key) for key in tensors):
+            networks.append(where)
+    if not networks:  # the largest one, for an error that names what it holds
+        tensors = max(everything.values(), key=len, default={})
+        return without_prefix(tensors), {}
+    # The weights that the field evaluates: averaged ones, or the teacher's.
+    averaged = [where for where in networks if re.search(r"(^|[._])(ema|teacher)", where)]
+    chosen = (averaged or networks)[0]
+    meta = {}
+    if len(networks) > 1:
+        others = ", ".join(where or "its top level" for where in networks if where != chosen)
+        meta["note"] = f"{chosen or 'its top level'} of {path.name}; it also holds {others}"
+    return without_prefix(everything[chosen]), meta
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what stands before all keys, such as "module." or "_orig_mod.model."."""
+    prefix = os.path.commonprefix(list(tensors))
+    prefix = prefix[: prefix.rfind(".") + 1]
+    if len(tensors) < 2 or re.match(r"blocks|.*\d", prefix):
+        return tensors
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 
 def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[Layout, str]:
@@ -609,6 +694,8 @@ def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple
             match = re.search(layout.tell, key)
             if match:
                 return layout, key[: match.start()]
+    if any(re.search(r"lora_(A|down)", key) for key in tensors):
+        raise ValueError("these are LoRA adapters, not a ViT; merge them into their network first")
     beginning = ", ".join(list(tensors)[:3]) or "nothing"
     raise ValueError(
         f"not a ViT in a known layout ({'; '.join(layouts)}): its tensors begin with {beginning}"
@@ -624,7 +711,7 @@ def to_timm(
         ValueError: no layout fits.
     """
     layout, prefix = find_layout(tensors, layouts)
-    ignored = re.compile("|".join(layout.ignored))
+    ignored = re.compile("|".join((*layout.ignored, *OTHERS)))
     found = {}
     for key, value in tensors.items():
         name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
@@ -665,12 +752,17 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     rows = positions.shape[1]
     registers = found["reg_token"].shape[1] if "reg_token" in found else 0
     # How many rows stand before the g² patches: as many as leave a square number.
-    extra = 1
+    extra = None
     for candidate in (1, 1 + registers, 0):
         patches = rows - candidate
         if patches > 0 and math.isqrt(patches) ** 2 == patches:
             extra = candidate
             break
+    if extra is None:
+        raise ValueError(
+            f"{rows} positions, which is no square grid of patches and a class token; "
+            "a ViT for images that aren't square can't be used"
+        )
     if extra == 0:  # timm's DINOv2 with registers: the class token holds its position already
         positions = torch.cat([torch.zeros(1, 1, D), positions], dim=1)
     elif extra > 1:
@@ -833,7 +925,8 @@ def choose_backbone(
     changes = {key: given[key] for key in ("heads", "quick_gelu") if key in given}
     mean, std = backbone.norm
     norm = (tuple(given.get("mean", mean)), tuple(given.get("std", std)))
-    return replace(backbone, config=replace(backbone.config, **changes), norm=norm)
+    config = replace(backbone.config, **changes)
+    return replace(backbone, config=config, norm=norm, note=meta.get("note", ""))
 
 
 def load(
@@ -859,7 +952,7 @@ def load(
         config = backbone.config
         if not head:
             found = {key: value for key, value in found.items() if not key.startswith("head.")}
-        if config.pool == "mean":  # timm calls the norm after the mean fc_norm
+        if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
             found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
         if "pos_embed" in found:
             found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
@@ -906,7 +999,7 @@ def load_text(
     model.load_state_dict(found, assign=True)
     scale = 100.0
     for key, value in tensors.items():
-        if key.removeprefix("module.") == "logit_scale":
+        if key == "logit_scale":
             scale = math.exp(value.item())
     return model.eval(), scale
 

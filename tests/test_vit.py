@@ -3,9 +3,13 @@
 Parity with other libraries is in test_parity.py.
 """
 
+import argparse
 import json
+import pathlib
 import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_tiny
@@ -74,11 +78,106 @@ def distributed(tensors):
     return {f"module.{key}": value for key, value in tensors.items()}
 
 
-@pytest.mark.parametrize("wrap", [in_model, in_state_dict, in_teacher, with_decoder, distributed])
+def in_lightning(tensors):
+    """Lightning's: the network as a member, beside its loss and its metrics."""
+    network = {f"model.{key}": value for key, value in tensors.items()}
+    other = {"criterion.weight": torch.zeros(3), "train_metric.total": torch.zeros(())}
+    return {"state_dict": network | other, "hyper_parameters": {"lr": 0.1}}
+
+
+def in_three(tensors):
+    """A dictionary in a dictionary in a dictionary, `model` being the configuration."""
+    compiled = {f"module._orig_mod.{key}": value for key, value in tensors.items()}
+    return {"model": {"depth": 2}, "saved": {"params": {"encoder": compiled}}}
+
+
+def with_a_head(tensors):
+    """A classifier of someone's own beside a prefixed backbone."""
+    network = {f"backbone.{key}": value for key, value in tensors.items() if "head" not in key}
+    return {"net": network | {"fc.weight": torch.zeros(5, 32), "fc.bias": torch.zeros(5)}}
+
+
+def with_arguments(tensors):
+    """Training arguments, numpy's numbers and paths beside it, as DeiT, MAE and DINO have them."""
+    arguments = argparse.Namespace(lr=1e-3, out=pathlib.PurePosixPath("x").name)
+    return {
+        "model_state_dict": tensors,
+        "args": arguments,
+        "path": pathlib.Path("runs"),
+        "best": np.float64(0.5),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
+    }
+
+
+WRAPPERS = [in_model, in_state_dict, in_teacher, with_decoder, distributed]
+WRAPPERS += [in_lightning, in_three, with_a_head, with_arguments]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrappers(tensors, tiny_weights, tmp_path, wrap):
     """The network is found inside the wrappers of published files."""
     torch.save(wrap(tensors), tmp_path / "w.pth")
     assert torch.equal(outputs(tmp_path / "w.pth", heads=2), outputs(tiny_weights))
+
+
+@pytest.mark.parametrize(
+    ("better", "other"),
+    [("state_dict_ema", "state_dict"), ("teacher", "student"), ("model.ema", "model.online")],
+)
+def test_of_several_networks_the_averaged_one(better, other, tensors, tiny_weights, tmp_path):
+    """EMA and teacher are taken, whatever their order, and a note names both."""
+    worse = {key: torch.zeros_like(value) for key, value in tensors.items()}
+    content = {}
+    for name, network in ((other, worse), (better, tensors)):
+        *outer, last = name.split(".")
+        place = content
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = network
+    torch.save(content, tmp_path / "w.pth")
+    model, backbone = vit.load(tmp_path / "w.pth", heads=2)
+    assert torch.equal(model.eval()(IMAGES), outputs(tiny_weights))
+    assert backbone.note == f"{better} of w.pth; it also holds {other}"
+
+
+def test_safetensors_in_several_parts(tensors, tiny_weights, tmp_path):
+    """The index of sharded safetensors leads to all its parts."""
+    names = sorted(tensors)
+    weight_map = {}
+    for part, chosen in (("w-1.safetensors", names[:9]), ("w-2.safetensors", names[9:])):
+        save_file({name: tensors[name] for name in chosen}, tmp_path / part)
+        weight_map |= dict.fromkeys(chosen, part)
+    index = tmp_path / "w.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(outputs(index, heads=2), outputs(tiny_weights))
+
+
+def test_norm_beside_fc_norm(tmp_path):
+    """Two final norms: one of them would be lost, so the file is refused."""
+    path = write_tiny(tmp_path / "mean.safetensors", seed=0, pool="mean")
+    both = load_file(path)
+    both |= {f"fc_{key}": 2 * value for key, value in both.items() if key.startswith("norm.")}
+    save_file(both, tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match="2 left over: fc_norm"):
+        vit.load(tmp_path / "both.safetensors", heads=2)
+
+
+def test_what_a_file_is_instead(tensors, tmp_path):
+    """A folder, LoRA adapters, a TorchScript archive, positions of an image that isn't square."""
+    with pytest.raises(ValueError, match="is a folder; give the .safetensors or .pth file in it"):
+        vit.load(tmp_path)
+    save_file({"x.lora_A.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="these are LoRA adapters"):
+        vit.load(tmp_path / "lora.safetensors")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # as torch.jit.save makes it
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
+            archive.writestr(f"script/{name}", b"")
+    with pytest.raises(ValueError, match="is a TorchScript archive; save its state_dict"):
+        vit.load(tmp_path / "script.pt")
+    tensors["pos_embed"] = torch.zeros(1, 1 + 8 * 4, 32)
+    save_file(tensors, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match="33 positions, which is no square grid"):
+        vit.load(tmp_path / "wide.safetensors", heads=2)
 
 
 def test_half_precision_files_are_read_as_fp32(tensors, tmp_path):
@@ -118,7 +217,7 @@ def test_a_pth_that_calls_something_is_refused(tmp_path, monkeypatch):
     torch.save({"model": Evil()}, tmp_path / "w.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in ("w.pth", "plain.pth"):
-        with pytest.raises(ValueError, match=f"{name} holds more than tensors.*refused"):
+        with pytest.raises(ValueError, match=rf"{name} holds more than tensors \(eval\): refused"):
             vit.load(tmp_path / name)
     assert not (tmp_path / "evil").exists()
 
@@ -134,7 +233,7 @@ def test_truncated(tiny_weights, tensors, tmp_path, name, kept):
         path.write_bytes(tiny_weights.read_bytes())
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    reasons = "is damaged or cut short|holds more than tensors, or is no PyTorch file"
+    reasons = "is damaged or cut short|holds no tensors of PyTorch"
     with pytest.raises(ValueError, match=f"{name} ({reasons})"):
         vit.load(path)
 
