@@ -1170,10 +1170,9 @@ class Summary:
     def mean(self, key: str) -> float:
         return statistics.mean(self.values(key))
 
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the test accuracy."""
-        return statistics.stdev(self.values("test_accuracy")) if len(self.results) > 1 else 0.0
+    def spread(self, key: str = "test_accuracy") -> float:
+        """Standard deviation."""
+        return statistics.stdev(self.values(key)) if len(self.results) > 1 else 0.0
 
     @property
     def rank(self) -> int | None:
@@ -1203,10 +1202,10 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
     for each in summaries:
         test = f"{each.mean('test_accuracy'):.2f}"
         if seeds > 1:
-            test += f" ± {each.spread:.2f}"
+            test += f" ± {each.spread():.2f}"
         val = each.mean("val_accuracy")
         val = "-" if math.isnan(val) else f"{val:.2f}"
-        rate = f"{each.results[0]['lr']:.0e}" if each.trained else "-"
+        rate = f"{each.results[0]['lr']:g}" if each.trained else "-"
         row = f"{each.trained:>12,}{test:>16}{val:>9}{rate:>9}"
         row += f"{clock_text(each.mean('seconds')):>8}{each.mean('memory'):>7.2f}"
         print(f"{each.label:<{width}}{row}")
@@ -1237,14 +1236,17 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
 
 def find_elbow(summaries: list[Summary]) -> int:
     """Print and return the elbow of runs that differ in rank alone: the least rank whose mean is
-    within a standard error of the best mean."""
-    best = max(summaries, key=lambda each: each.mean("test_accuracy"))
-    error = best.spread / len(best.results) ** 0.5
-    within = best.mean("test_accuracy") - error
-    elbow = min(each.rank for each in summaries if each.mean("test_accuracy") >= within)
+    within a standard error of the best mean; on validation, since it is a choice."""
+    key = "val_accuracy"
+    if any(math.isnan(each.mean(key)) for each in summaries):
+        key = "test_accuracy"
+    best = max(summaries, key=lambda each: each.mean(key))
+    error = best.spread(key) / len(best.results) ** 0.5
+    within = best.mean(key) - error
+    elbow = min(each.rank for each in summaries if each.mean(key) >= within)
     print(
         f"elbow    rank {elbow}, the least within a standard error ({error:.2f}) of the best "
-        f"(rank {best.rank})"
+        f"(rank {best.rank}), by {key.replace('_', ' ')}"
     )
     return elbow
 
@@ -1314,7 +1316,7 @@ def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, pat
         return
     figure, (axes,) = new_figure(6, 4)
     means = [each.mean("test_accuracy") for each in summaries]
-    spreads = [each.spread for each in summaries]
+    spreads = [each.spread() for each in summaries]
     if elbow is not None:
         ranks = [each.rank for each in summaries]
         axes.errorbar(ranks, means, yerr=spreads, marker="o", capsize=3)
