@@ -33,6 +33,7 @@ import signal
 import statistics
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -899,13 +900,19 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Restore an interrupted run."""
+    """Restore an interrupted run: all of it, or a ValueError."""
     path = run.folder / "state.pt"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes one, with a checksum a member
+            if archive.testzip():
+                raise ValueError("a checksum differs")
         saved = torch.load(path, map_location=run.device, weights_only=True)
         fingerprint = saved.pop("fingerprint")
+        weights = saved.pop("weights")
         optimizer.load_state_dict(saved.pop("optimizer"))
-        run.model.load_state_dict(saved.pop("weights"), strict=False)
+        run.model.load_state_dict(weights, strict=False)
+        if set(weights) != set(adaptertune.trained(run.model)) or set(saved) != set(vars(State())):
+            raise ValueError("a part is missing")
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged; delete that folder and train again") from error
     if fingerprint != run.meta["fingerprint"]:

@@ -513,6 +513,41 @@ def test_resuming_gives_bit_identical_adapters(
     assert not (folder / "state.pt").exists()
 
 
+def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, capsys):
+    """A flipped bit anywhere in the weights, a missing part, a cut file: never other weights."""
+    command = quick(tiny_weights, "--name", "a")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9, signal.SIGTERM)
+        assert train.main([str(each) for each in command]) == 130
+    train.stop_asked.clear()
+    capsys.readouterr()
+    path = tmp_path / "runs/a/state.pt"
+    whole = path.read_bytes()
+
+    def assert_refused():
+        message = "error: runs/a/state.pt is damaged; delete that folder and train again"
+        assert run(*command, "--resume", status=1).startswith(message)
+
+    saved = torch.load(path, weights_only=True)
+    weights = saved["weights"]["blocks.1.adapter.down.weight"].numpy().tobytes()
+    at = whole.index(weights)
+    for offset in (0, 57, len(weights) - 1):
+        damaged = bytearray(whole)
+        damaged[at + offset] ^= 16
+        path.write_bytes(damaged)
+        assert_refused()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert_refused()
+    for gone in ("best_val", "fingerprint", "optimizer", "weights"):
+        torch.save({key: value for key, value in saved.items() if key != gone}, path)
+        assert_refused()
+    del saved["weights"]["head.bias"]
+    torch.save(saved, path)
+    assert_refused()
+    path.write_bytes(whole)
+    assert "test  " in run(*command, "--resume")
+
+
 def test_resume_on_another_backbone(run, tiny_weights, tmp_path, monkeypatch, capsys):
     """A stopped run whose --weights were replaced is refused, by both fingerprints."""
     weights = shutil.copy(tiny_weights, tmp_path / "mine.safetensors")
