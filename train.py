@@ -239,7 +239,7 @@ def add_options(parser: Parser) -> None:
 
     parser.section("run")
     add("--name", "NAME", str, "folder below runs/ (from data set, method and seed)", "")
-    parser.switch("--resume", "go on with stopped runs; finished ones are kept as they are")
+    parser.switch("--resume", "go on with a run that was stopped")
     add("--eval", "runs/NAME", str, "don't train: read the test set of a finished run again", "")
     drawn = "draw the test images as the head reads them, and the confusion matrix"
     parser.choice("--plot", ("features",), drawn, None)
@@ -957,9 +957,12 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
     """One run from loading to the report; returns its result.json, and its folder."""
     folder = run_folder(options, seed)
     path = folder / "adapters.safetensors"
-    if options.resume and path.exists() and not (folder / "state.pt").exists():
+    if path.exists() and not (folder / "state.pt").exists():
         result = read_json(folder / "result.json")
-        print(f"kept     {path}, finished before")
+        print(
+            f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; "
+            "to train it again, delete that folder or give a --name"
+        )
         return result | {"folder": folder}
     run = prepare(options, seed)
     signal.signal(signal.SIGINT, ask_stop)

@@ -365,6 +365,17 @@ def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
         assert torch.equal(pixels, whole.pixels[at]) and label == whole.labels[at]
 
 
+def test_the_same_command_again(run, tiny_weights, tmp_path):
+    """The same command again leaves every file as it is, and says so with the result."""
+    command = quick(tiny_weights, "--epochs", 1, "--name", "a")
+    (accuracy,) = re.findall(r"test     ([\d.]+) %", run(*command))
+    files = {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
+    out = run(*command)
+    assert f"finished before with test accuracy {accuracy} %; to train it again, delete" in out
+    assert "epoch" not in out
+    assert {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()} == files
+
+
 def test_skipped_files_are_counted(run, photos, tiny_weights):
     """Files among the photos that aren't photos are counted in a line."""
     for name in ("a.txt", "b.txt"):
@@ -398,7 +409,8 @@ def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
     assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}" in out
     assert f"test     {accuracy} %" in out
     message = f"lacks 1 image that runs/a/split.json lists, such as {listed['train'][0]}"
-    assert message in run(*command, status=1)
+    (tmp_path / "runs/a/state.pt").touch()  # as if it had been stopped
+    assert message in run(*command, "--resume", status=1)
 
 
 def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
