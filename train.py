@@ -5,13 +5,13 @@
     python train.py --dataset path/to/photos --weights FILE   your own photos, your own weights
     python train.py --method adaptertune vpt --seeds 0,1,2    several runs and a table of them
 
-The recipe is the paper's (https://arxiv.org/abs/2603.14706): AdamW, weight decay 0.05 on weight
-matrices only, linear warm-up over a tenth of the steps and then a cosine to zero, gradients
-clipped to norm 1, random resized crops and flips. The epoch is chosen by validation accuracy. The
-test set is read once, at the very end, with the weights of that epoch.
+The recipe is the paper's (https://arxiv.org/abs/2603.14706) but for the learning rates: AdamW,
+weight decay 0.05 on weight matrices only, linear warm-up over a tenth of the steps and then a
+cosine to zero, gradients clipped to norm 1, random resized crops and flips. The epoch is chosen by
+validation accuracy. The test set is read once, at the very end, with the weights of that epoch.
 
 A run leaves runs/NAME/ with adapters.safetensors (only the trained tensors), result.json,
-metrics.csv, config.json, for photos split.json, and, where matplotlib is installed, curves.svg.
+metrics.csv, config.json, split.json and, where matplotlib is installed, curves.svg.
 Until it finishes, state.pt is kept there, and --resume continues exactly where it was stopped, on
 the same kind of device.
 
@@ -196,7 +196,7 @@ def add_options(parser: Parser) -> None:
     named = f"{backbones} (vit_s16; vit_micro for digits)"
     add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
     add("--weights", "FILE", str, "a .safetensors or .pth file, instead of the download", "")
-    beside = "from the configuration files beside --weights, else"
+    beside = "as the files beside --weights state, else"
     add(
         "--heads",
         "N",
@@ -221,18 +221,24 @@ def add_options(parser: Parser) -> None:
     add(
         "--epochs",
         "N",
-        integer(0),
+        integer(1),
         "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100)",
         0,
     )
     parser.switch("--cached", "head: train on features computed once, without augmentation")
-    add("--batch", "N", integer(0), "images in a step (128; 32 for fewer than 5,000 images)", 0)
-    add("--lr", "LR", number(0, 1000), "peak learning rate (by method)", 0.0)
+    add("--batch", "N", integer(1), "images in a step (128; 32 for fewer than 5,000 images)", 0)
+    add("--lr", "LR", number(1e-12, 1000), "peak learning rate (by method)", 0.0)
     with_head = f"the head's beside it ({HEAD_RATE:g}; as --lr for head, clip-adapter, scratch)"
-    add("--head-lr", "LR", number(0, 1000), with_head, 0.0)
+    add("--head-lr", "LR", number(1e-12, 1000), with_head, 0.0)
     add("--weight-decay", "W", number(0, 1000), "on weight matrices only, 0 for off (0.05)", 0.05)
     add("--label-smoothing", "P", number(0, 1), "0 for off (0)", 0.0)
-    add("--min-scale", "A", number(0, 1), "least area of a training crop (0.08; digits 0.85)", 0.0)
+    add(
+        "--min-scale",
+        "A",
+        number(1e-6, 1),
+        "least area of a training crop (0.08; digits 0.85)",
+        0.0,
+    )
     add("--seeds", "I,J,…", integers(0), "a run for each; mean and spread at the end (0)", [0])
     parser.choice("--amp", ("auto", "bf16", "off"), "bf16 where it is faster (auto)", "auto")
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
