@@ -121,7 +121,9 @@ def train_once(run: dict[str, str], real: Path, restored: Path) -> dict:
     train.read_dataset = lambda *_: dataset
     arguments = ["--dataset", "digits" if dataset.name == "digits" else str(real)]
     arguments += [*options, *METHODS[run["method"]], *run["recipe"].split()]
-    arguments += ["--epochs", run["epochs"], "--lr", run["lr"], "--seeds", run["seed"]]
+    arguments += ["--lr", run["lr"], "--seeds", run["seed"]]
+    if run["epochs"] != "0":
+        arguments += ["--epochs", run["epochs"]]
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
