@@ -72,7 +72,12 @@ AUTO = ("epochs", "batch", "min_scale")  # options whose default, 0, depends on 
 # What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
 MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit", "shots")
 MAY_CHANGE += ("lr", "head_lr", "init")
-MAY_DIFFER = ("data_dir", "offline", "device")  # options that may differ when a run is resumed
+MAY_DIFFER = (
+    "data_dir",
+    "offline",
+    "device",
+    "auto",
+)  # options that may differ when a run is resumed
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 WIDTHS = (6, 8, 9, 8, 9, 10, 10)
@@ -355,6 +360,7 @@ def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
     An epoch of a small set has few steps, so at least 15,000 images are seen in all, within 10 and
     30 epochs. Below 5,000 images smaller batches give more steps too (assets/results).
     """
+    options.auto = [name for name in AUTO if not getattr(options, name)]
     images = len(dataset.train)
     options.batch = options.batch or (32 if images < 5000 else 128)
     options.min_scale = options.min_scale or dataset.min_scale
@@ -638,7 +644,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
         return folder
     saved = read_json(folder / "config.json")
     for key, value in kept_options(options, seed).items():
-        if key in MAY_DIFFER or (key in AUTO and not value):
+        left_to_data = key in AUTO and not value
+        if key in MAY_DIFFER or (left_to_data and key in saved.get("auto", [])):
             continue
         if saved.get(key) != value:
             raise ValueError(

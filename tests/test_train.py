@@ -376,6 +376,15 @@ def test_the_same_command_again(run, tiny_weights, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()} == files
 
 
+@pytest.mark.parametrize("option", [["--epochs", 2], ["--batch", 16], ["--min-scale", 0.5]])
+def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
+    """What the data decide isn't what was given by hand before: that run isn't passed off as it."""
+    command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--name", "a"]
+    run(*command, *option)
+    assert "kept" in run(*command, *option)
+    assert "holds a run with other options" in run(*command, status=1)
+
+
 def test_skipped_files_are_counted(run, photos, tiny_weights):
     """Files among the photos that aren't photos are counted in a line."""
     for name in ("a.txt", "b.txt"):
