@@ -405,6 +405,22 @@ def test_data_one_level_down(photos):
         data.read(str(root))
 
 
+def test_a_class_without_training_images_is_named():
+    """Ten classes of one image, of which two are drawn for test and one for validation; a limit
+    that leaves a class out. Nothing is said where each class has an image."""
+    images = data.Images(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10))
+    single = data.Dataset("mine", [f"c{i}" for i in range(10)], images, None, None)
+    split = data.split(single)
+    gone = sorted({f"c{i}" for i in range(10)} - {f"c{i}" for i in split.train.labels.tolist()})
+    message = f"no training image is left of {', '.join(gone)} in mine \\(3 of 10 classes\\)"
+    with pytest.raises(ValueError, match=message):
+        data.check_split(split)
+    digits = data.read("digits")
+    with pytest.raises(ValueError, match="no training image is left of .* give at least one"):
+        data.check_split(data.split(digits, limit=9))
+    data.check_split(data.split(digits, limit=10))
+
+
 def test_empty_class_is_named(photos):
     """The error names a class folder without photos."""
     (photos / "zebra").mkdir()
