@@ -68,7 +68,7 @@ HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
 NOT_KEPT = ("resume", "eval", "name", "label", "plot")  # options that config.json leaves out
-AUTO = ("epochs", "batch", "min_scale")  # options whose default, 0, depends on the data
+AUTO = {"epochs": 0, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
 # What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
 MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit", "shots")
 MAY_CHANGE += ("lr", "head_lr", "init")
@@ -355,12 +355,12 @@ def fill_in(options: argparse.Namespace) -> None:
 
 
 def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
-    """Set the defaults that depend on the data (AUTO).
+    """Set the defaults that depend on the data.
 
     An epoch of a small set has few steps, so at least 15,000 images are seen in all, within 10 and
     30 epochs. Below 5,000 images smaller batches give more steps too (assets/results).
     """
-    options.auto = [name for name in AUTO if not getattr(options, name)]
+    options.auto = [name for name, auto in AUTO.items() if getattr(options, name) == auto]
     images = len(dataset.train)
     options.batch = options.batch or (32 if images < 5000 else 128)
     options.min_scale = options.min_scale or dataset.min_scale
@@ -429,18 +429,19 @@ class Run:
 
     def logits(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], or their cached features [B, D], to logits [B, K]."""
-        network = self.model.head if images.ndim == 2 else self.model
-        with self.autocast():
-            return network(images).float()
+        features = images
+        if images.ndim > 2:
+            with self.autocast():
+                features = self.model.features(images)
+        return self.model.head(features.float())  # in fp32: in bf16 two logits are easily equal
 
     def autocast(self) -> torch.autocast:
         """The run's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def choose_device(name: str, amp: str) -> tuple[torch.device, bool]:
-    """The device, and whether to use bf16 there: on a CPU only with AMX. With AVX-512 alone a step
-    took 1.76 times fp32's time on one CPU, 0.78 times on another (tests/bench_amp.py)."""
+def choose_device(name: str) -> torch.device:
+    """The device that --device names. Raises ValueError if it can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -450,11 +451,33 @@ def choose_device(name: str, amp: str) -> tuple[torch.device, bool]:
         raise ValueError(
             f"device {name!r} can't be used here; choose auto, cpu or, with a GPU, cuda"
         ) from error
-    if amp != "auto":
-        return device, amp == "bf16"
+    return device
+
+
+def choose_amp(folder: Path, device: torch.device, width: int) -> str:
+    """What --amp auto stands for, "bf16" or "off": the faster one, but a run that goes on in
+    `folder` keeps what it began with.
+
+    No flag of a CPU tells which is faster, so a product of the network's width is timed in both
+    types. A step gains less than its products; it did gain wherever they took under 0.7 of fp32's
+    time (tests/bench_amp.py).
+    """
+    kept = folder / "config.json"
+    if kept.exists():
+        return read_json(kept)["amp"]
     if device.type == "cuda":
-        return device, torch.cuda.is_bf16_supported()
-    return device, torch.cpu._is_amx_tile_supported()
+        faster = torch.cuda.is_bf16_supported()
+    else:
+        times = {torch.float32: [], torch.bfloat16: []}
+        for _ in range(6):
+            for dtype, seconds in times.items():
+                x = torch.ones(4096, width, dtype=dtype)
+                weight = torch.ones(4 * width, width, dtype=dtype)
+                started = time.perf_counter()
+                F.linear(x, weight)
+                seconds.append(time.perf_counter() - started)
+        faster = min(times[torch.bfloat16]) < 0.7 * min(times[torch.float32])
+    return "bf16" if faster else "off"
 
 
 def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
@@ -567,7 +590,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     """Load everything, so that errors surface before the run's folder is made."""
     data.check_name(options.dataset)  # before a backbone is downloaded
     run_folder(options, seed)
-    device, bf16 = choose_device(options.device, options.amp)
+    device = choose_device(options.device)
     torch.manual_seed(data.seed_from(f"{seed}/init"))
     model, backbone = load_backbone(options)
     size = backbone.config.image_size
@@ -579,6 +602,8 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     options = argparse.Namespace(**vars(options))  # of this run alone
     fit_to_data(options, dataset)
     folder = run_folder(options, seed)
+    if "amp" in options.auto:
+        options.amp = choose_amp(folder, device, backbone.config.width)
     dataset.min_scale = options.min_scale
     scratch = options.method == "scratch"
     meta = {
@@ -607,7 +632,9 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     batches = data.Batches(size, backbone.norm, options.batch, device)
     model.to(device)
     about = (backbone.note, backbone.guessed)
-    return Run(options, seed, folder, dataset, model, batches, device, bf16, meta, *about)
+    return Run(
+        options, seed, folder, dataset, model, batches, device, options.amp == "bf16", meta, *about
+    )
 
 
 def run_name(options: argparse.Namespace, seed: int) -> str:
@@ -644,8 +671,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
         return folder
     saved = read_json(folder / "config.json")
     for key, value in kept_options(options, seed).items():
-        left_to_data = key in AUTO and not value
-        if key in MAY_DIFFER or (left_to_data and key in saved.get("auto", [])):
+        auto = key in saved.get("auto", []) and value == AUTO[key]
+        if key in MAY_DIFFER or auto:
             continue
         if saved.get(key) != value:
             raise ValueError(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 import zlib
 from pathlib import Path
@@ -235,6 +236,34 @@ def test_diverging_training_says_so(run, tiny_weights, tmp_path):
 def test_bf16_trains(run, tiny_weights):
     """--amp bf16 trains in bf16, and the terminal says so."""
     assert "· bf16 · seed 0" in run(*quick(tiny_weights, "--amp", "bf16", "--epochs", 1))
+
+
+def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch, handlers):
+    """--amp auto takes what is faster, writes it down, and a resumed run keeps it."""
+    for slow, amp, word in ((torch.float32, "bf16", "bf16"), (None, "off", "fp32")):
+        monkeypatch.setattr(train.F, "linear", slow_linear(slow))
+        assert f"· {word} · seed 0" in run(*quick(tiny_weights, "--name", word, "--epochs", 1))
+        assert json.loads((tmp_path / f"runs/{word}/config.json").read_text())["amp"] == amp
+
+    arguments = quick(tiny_weights, "--epochs", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.F, "linear", slow_linear(torch.float32))
+        stop_at(patch, 2, signal.SIGTERM)
+        run(*arguments, status=130)
+    train.stop_asked.clear()
+    assert "· bf16 · seed 0" in run(*arguments, "--resume")
+
+
+def slow_linear(slow):
+    """F.linear, but one type takes 10 ms more; both, None, makes bf16 no faster."""
+    plain = torch.nn.functional.linear
+
+    def linear(x, *rest):
+        if len(x) == 4096 and slow in (None, x.dtype):
+            time.sleep(0.01)
+        return plain(x, *rest)
+
+    return linear
 
 
 def test_schedule():

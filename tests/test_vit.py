@@ -15,6 +15,7 @@ import torch
 from conftest import write_tiny
 from safetensors.torch import load_file, save_file
 
+import adaptertune
 import vit
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -41,6 +42,44 @@ def test_the_file_states_its_own_shape(tiny_weights):
     assert backbone.norm == ((0.5,) * 3, (0.5,) * 3)
     assert model(IMAGES).shape == (2, 32)
     assert not model.training
+
+
+# ------------------------------------------------------------------------------------ fast paths
+
+
+@pytest.mark.parametrize("reads", ["block", "raw", "ln", "mlp"])
+def test_the_last_block_for_the_class_token_alone(tiny_weights, reads):
+    """What the head reads, and its gradient, are those of a last block that runs for all tokens."""
+    model, _ = vit.load(tiny_weights)
+    adaptertune.add_adapters(model, rank=2, reads=reads, init="small")
+    x = model.embed(IMAGES)
+    for block in model.blocks:
+        x = block(x)
+    plain = model.norm(x[:, 0])
+    fast = model.features(IMAGES)
+    assert torch.allclose(plain, fast, atol=1e-6)
+    parameters = [each for name, each in model.named_parameters() if ".adapter." in name]
+    weight = torch.linspace(-1, 1, plain.numel()).view_as(plain)
+    expected = torch.autograd.grad((plain * weight).sum(), parameters)
+    found = torch.autograd.grad((fast * weight).sum(), parameters)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", [None, 1])
+def test_attention_in_bf16(queries):
+    """In bf16 attention and its gradient are fp32's, as closely as bf16 can."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 8, generator=draw) for _ in range(3))
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = vit.attend(inputs[0][:, :, :queries], *inputs[1:])
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        results[dtype] = [out.float(), *(x.float() for x in gradients)]
+    for exact, rounded in zip(results[torch.float32], results[torch.bfloat16], strict=True):
+        assert exact.shape == rounded.shape
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
 
 
 # --------------------------------------------------------------------------------------- wrappers
