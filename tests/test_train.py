@@ -254,14 +254,16 @@ def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch
     assert "· bf16 · seed 0" in run(*arguments, "--resume")
 
 
+plain_linear = torch.nn.functional.linear
+
+
 def slow_linear(slow):
     """F.linear, but one type takes 10 ms more; both, None, makes bf16 no faster."""
-    plain = torch.nn.functional.linear
 
     def linear(x, *rest):
         if len(x) == 4096 and slow in (None, x.dtype):
             time.sleep(0.01)
-        return plain(x, *rest)
+        return plain_linear(x, *rest)
 
     return linear
 
