@@ -249,7 +249,7 @@ def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(train.F, "linear", slow_linear(torch.float32))
         stop_at(patch, 2, signal.SIGTERM)
-        run(*arguments, status=130)
+        assert train.main([str(each) for each in arguments]) == 130
     train.stop_asked.clear()
     assert "· bf16 · seed 0" in run(*arguments, "--resume")
 
