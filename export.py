@@ -133,21 +133,61 @@ def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
     x = g("Transpose", x, name="image.channels_first", perm=[0, 3, 1, 2])
     if not meta["resize"]:
         return x
-    S = config.image_size
-    side = round(S / meta["center"])
-    shape = g("Shape", x, name="image.shape", start=2)  # height and width
-    edge = g("ReduceMin", shape, name="image.edge")
-    edges = g("Concat", edge, edge, name="image.edges", axis=0)
-    x = g("CenterCropPad", x, edges, name="image.square", axes=[2, 3])
-    sides = g.constant("image.side", [side, side])
-    # Pillow's bicubic: Keys' cubic with a = -1/2, antialiased, nothing from beyond the edges.
-    how = {"mode": "cubic", "cubic_coeff_a": -0.5, "antialias": 1, "exclude_outside": 1}
-    x = g("Resize", x, "", "", sides, name="image.resize", axes=[2, 3], **how)
-    size = g.constant("image.size", [S, S])
-    x = g("CenterCropPad", x, size, name="image.middle", axes=[2, 3])
+    shape = g("Shape", x, name="image.shape")
+    two, three, four = (g.constant(f"image.axis{i}", [i]) for i in (2, 3, 4))
+    height = g("Slice", shape, two, three, name="image.height")
+    width = g("Slice", shape, three, four, name="image.width")
+    edge = g("Min", height, width, name="image.edge")
+    rows = write_resample(g, "image.rows", height, edge, config.image_size, meta["center"])
+    cols = write_resample(g, "image.cols", width, edge, config.image_size, meta["center"])
+    cols = g("Transpose", cols, name="image.cols.transposed", perm=[1, 0])
+    x = g("MatMul", rows, x, name="image.resize_rows")  # [B, 3, S, W]
+    x = g("MatMul", x, cols, name="image.resize_cols")  # [B, 3, S, S]
     low = g.constant("image.low", 0.0, "float32")
     high = g.constant("image.high", 255.0, "float32")
     return g("Clip", x, low, high, name="image.pixels")  # a cubic overshoots at edges
+
+
+def write_resample(g: Graph, name: str, length: str, edge: str, size: int, center: float) -> str:
+    """data.resample_matrix [S, L] in the graph: of L pixels, the middle `center` of the centre
+    square of `edge` pixels.
+
+    ONNX's own Resize is read differently by different runtimes, its `antialias` by few.
+    """
+
+    def op(kind: str, *inputs: str) -> str:
+        step = len(g.nodes)
+        return g(kind, *inputs, name=f"{name}.{kind.lower()}.{step}")
+
+    def number(value: float) -> str:
+        return g.constant(f"image.number.{value:g}", [value], "float32")
+
+    def to_float(x: str) -> str:
+        return g("Cast", x, name=f"{x}.float.{len(g.nodes)}", to=TensorProto.FLOAT)
+
+    side = round(size / center)  # the square's in evaluation
+    first = (side - size) // 2
+    centers = g.constant("image.centers", torch.arange(size)[:, None] + first + 0.5, "float32")
+    two = g.constant("image.two", [2])
+    start = to_float(op("Div", op("Sub", length, edge), two))  # rounded down, as read_photo does it
+    scale = op("Div", to_float(edge), number(side))
+    centers = op("Add", op("Mul", centers, scale), start)  # [S, 1]
+    zero = g.constant("image.zero", 0)
+    one = g.constant("image.one", 1)
+    last = op("Squeeze", length)
+    pixels = op("Add", to_float(op("Range", zero, last, one)), number(0.5))  # [L]
+    distance = op("Abs", op("Sub", pixels, centers))
+    x = op("Div", distance, op("Max", scale, number(1)))  # [S, L]
+
+    # Keys' kernel without conditions: (1 - x)/2 · relu(2 - x)² + (2x - 1) · relu(1 - x)²
+    far = op("Relu", op("Sub", number(2), x))
+    near = op("Sub", number(1), x)
+    outer = op("Mul", op("Mul", near, number(0.5)), op("Mul", far, far))
+    near = op("Relu", near)
+    twice = op("Sub", op("Add", x, x), number(1))
+    weights = op("Add", outer, op("Mul", twice, op("Mul", near, near)))
+    total = op("ReduceSum", weights, g.constant("image.axis", [1]))  # [S, 1]
+    return op("Div", weights, total)
 
 
 def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:

@@ -405,9 +405,10 @@ class State:
     train_time: float = 0.0  # of the finished epochs
     eval_time: float = 0.0
     rows: list[list[str]] = field(default_factory=list)  # of metrics.csv
-    best_epoch: int = 0
     best_val: float = -1.0  # percent
-    best: dict[str, Tensor] = field(default_factory=dict)  # the weights of that epoch
+    chosen_epoch: int = 0
+    chosen_val: float = math.nan
+    chosen: dict[str, Tensor] = field(default_factory=dict)  # the weights of that epoch
 
 
 @dataclass
@@ -454,30 +455,35 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_amp(folder: Path, device: torch.device, width: int) -> str:
+def choose_amp(folder: Path, device: torch.device) -> str:
     """What --amp auto stands for, "bf16" or "off": the faster one, but a run that goes on in
-    `folder` keeps what it began with.
-
-    No flag of a CPU tells which is faster, so a product of the network's width is timed in both
-    types. A step gains less than its products; it did gain wherever they took under 0.7 of fp32's
-    time (tests/bench_amp.py).
-    """
+    `folder` keeps what it began with."""
     kept = folder / "config.json"
     if kept.exists():
         return read_json(kept)["amp"]
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported()
     else:
-        times = {torch.float32: [], torch.bfloat16: []}
-        for _ in range(6):
-            for dtype, seconds in times.items():
-                x = torch.ones(4096, width, dtype=dtype)
-                weight = torch.ones(4 * width, width, dtype=dtype)
-                started = time.perf_counter()
-                F.linear(x, weight)
-                seconds.append(time.perf_counter() - started)
-        faster = min(times[torch.bfloat16]) < 0.7 * min(times[torch.float32])
+        faster = time_bf16() < 0.7
     return "bf16" if faster else "off"
+
+
+@functools.cache
+def time_bf16() -> float:
+    """How long this CPU takes for a matrix product in bf16, as a share of its time in fp32.
+
+    No flag of a CPU tells. A training step gains less than its products: where they took 0.5, steps
+    took 0.5 to 0.8, the most for the smallest networks (tests/bench_train.py).
+    """
+    times = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(10):
+        for dtype, seconds in times.items():
+            x = torch.ones(2048, 256, dtype=dtype)
+            weight = torch.ones(1024, 256, dtype=dtype)
+            started = time.perf_counter()
+            F.linear(x, weight)
+            seconds.append(time.perf_counter() - started)
+    return min(times[torch.bfloat16]) / min(times[torch.float32])
 
 
 def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
@@ -603,7 +609,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     fit_to_data(options, dataset)
     folder = run_folder(options, seed)
     if "amp" in options.auto:
-        options.amp = choose_amp(folder, device, backbone.config.width)
+        options.amp = choose_amp(folder, device)
     dataset.min_scale = options.min_scale
     scratch = options.method == "scratch"
     meta = {
@@ -842,14 +848,22 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
             )
 
         val = evaluate(run, run.dataset.val, "validation")
-        # Of equally good epochs the later one, which has seen more. Without validation images val
-        # is NaN, for which every comparison is false: each epoch is taken, and the last one stays.
-        if not val < state.best_val:
-            state.best_epoch = state.epoch
-            state.best_val = val
-            state.best = {name: each.detach().clone() for name, each in parameters.items()}
+        # Of epochs that val can't tell from the best the last one, which has seen most. Without
+        # validation images val is NaN, for which every comparison is false: the last one stays.
+        state.best_val = max(state.best_val, val)
+        if not val < state.best_val - standard_error(state.best_val, len(run.dataset.val)):
+            state.chosen_epoch = state.epoch
+            state.chosen_val = val
+            state.chosen = {name: each.detach().clone() for name, each in parameters.items()}
         end_epoch(state, val, options.epochs)
         save_state(run, optimizer)
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Of the difference between two accuracies as high as this, in percent. One more hit and one
+    more miss are counted, so that 100 % of a few images aren't certain."""
+    p = (accuracy / 100 * images + 1) / (images + 2)
+    return 100 * math.sqrt(2 * p * (1 - p) / max(1, images))
 
 
 def end_epoch(state: State, val: float, epochs: int) -> None:
@@ -891,7 +905,7 @@ def evaluate(run: Run, images: data.Images, what: str) -> float:
 
 
 def fit(run: Run) -> None:
-    """Train, or go on training; put back the weights that did best on val; read the test set."""
+    """Train, or go on training; put back the weights that val chose; read the test set."""
     state = run.state
     groups = adaptertune.parameter_groups(
         run.model, run.options.weight_decay, run.options.lr, run.options.head_lr
@@ -904,13 +918,13 @@ def fit(run: Run) -> None:
         if run.options.method in adaptertune.CLIP_METHODS:
             zero_shot = validate_zero_shot(run)
             if run.options.method == "zero-shot":  # no epoch will follow
-                state.best_val = zero_shot
+                state.chosen_val = zero_shot
         if run.options.epochs:
             print_header(state.rows, run.options.epochs)
         train_epochs(run, optimizer)
-        run.model.load_state_dict(state.best, strict=False)
-        run.meta["epoch"] = state.best_epoch
-        run.meta["val_accuracy"] = None if math.isnan(state.best_val) else state.best_val
+        run.model.load_state_dict(state.chosen, strict=False)
+        run.meta["epoch"] = state.chosen_epoch
+        run.meta["val_accuracy"] = None if math.isnan(state.chosen_val) else state.chosen_val
         run.meta["test_accuracy"] = evaluate(run, run.dataset.test, "test")
     except KeyboardInterrupt:
         save_state(run, optimizer)
@@ -1192,9 +1206,9 @@ def conclude(run: Run) -> None:
     if not state.rows:
         how = "nothing to choose"
     elif len(run.dataset.val):
-        how = f"epoch {state.best_epoch}, chosen on val; test read once"
+        how = f"epoch {state.chosen_epoch}, chosen on val; test read once"
     else:
-        how = f"epoch {state.best_epoch}, the last, as no images are left for val; test read once"
+        how = f"epoch {state.chosen_epoch}, the last, as no images are left for val; test read once"
     path = run.folder / "adapters.safetensors"
     training = clock_text(state.train_time)
     evaluation = clock_text(state.eval_time)
@@ -1203,7 +1217,7 @@ def conclude(run: Run) -> None:
     print(f"cost     {training} training, {evaluation} evaluation, peak {memory:.1f} GiB")
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
     if state.rows:
-        draw_curves(state.rows, state.best_epoch, run.folder / "curves.svg")
+        draw_curves(state.rows, state.chosen_epoch, run.folder / "curves.svg")
     print(f"next     python export.py {shlex.quote(str(run.folder))}")
 
 
@@ -1342,7 +1356,7 @@ def save_figure(figure, path: Path) -> None:
     print(f"saved    {path}")
 
 
-def draw_curves(rows: list[list[str]], best_epoch: int, path: Path) -> None:
+def draw_curves(rows: list[list[str]], chosen_epoch: int, path: Path) -> None:
     """Loss and accuracy over the epochs of a run."""
     if not can_draw(path):
         return
@@ -1355,7 +1369,7 @@ def draw_curves(rows: list[list[str]], best_epoch: int, path: Path) -> None:
         axes.plot(epochs, [float(row[column]) for row in rows], marker=".", label=name.strip("%"))
     loss_axes.set(title="training loss", xlabel="epoch")
     accuracy_axes.set(title="accuracy in %", xlabel="epoch")
-    accuracy_axes.axvline(best_epoch, color="grey", linestyle="--", label="chosen")
+    accuracy_axes.axvline(chosen_epoch, color="grey", linestyle="--", label="chosen")
     accuracy_axes.legend()
     save_figure(figure, path)
 

@@ -177,7 +177,7 @@ def test_outputs(output, batch):
 @pytest.mark.parametrize(
     "size", [(16, 16), (8, 8), (40, 40), (31, 50), (50, 31), (90, 64)], ids=lambda size: f"{size}"
 )
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [17, 23])
 @pytest.mark.parametrize("center", [1.0, 0.875])
 def test_resize(opset, center, size):
     """Photos of any size, as data.py treats them: the centre square, resized, and its middle."""
@@ -188,9 +188,8 @@ def test_resize(opset, center, size):
     side = round(16 / center)
     top = (size[0] - edge) // 2
     left = (size[1] - edge) // 2
-    square = pixels[:, :, top : top + edge, left : left + edge]
-    boxes = data.center_boxes(3, edge, edge, 1.0, square.device)
-    resized = data.crop_resize(square, boxes, side)  # floats from 0 to 1
+    boxes = torch.tensor([[top, left, edge, edge]]).expand(3, 4)
+    resized = data.crop_resize(pixels, boxes, side)  # floats from 0 to 1
     start = (side - 16) // 2
     middle = resized[:, :, start : start + 16, start : start + 16]
     got = session.run(None, {"image": channels_last(pixels)})[0]

@@ -240,32 +240,31 @@ def test_bf16_trains(run, tiny_weights):
 
 def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch, handlers):
     """--amp auto takes what is faster, writes it down, and a resumed run keeps it."""
-    for slow, amp, word in ((torch.float32, "bf16", "bf16"), (None, "off", "fp32")):
-        monkeypatch.setattr(train.F, "linear", slow_linear(slow))
+    for share, amp, word in ((0.5, "bf16", "bf16"), (0.9, "off", "fp32")):
+        monkeypatch.setattr(train, "time_bf16", lambda share=share: share)
         assert f"· {word} · seed 0" in run(*quick(tiny_weights, "--name", word, "--epochs", 1))
         assert json.loads((tmp_path / f"runs/{word}/config.json").read_text())["amp"] == amp
 
     arguments = quick(tiny_weights, "--epochs", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(train.F, "linear", slow_linear(torch.float32))
+        patch.setattr(train, "time_bf16", lambda: 0.5)
         stop_at(patch, 2, signal.SIGTERM)
         assert train.main([str(each) for each in arguments]) == 130
     train.stop_asked.clear()
     assert "· bf16 · seed 0" in run(*arguments, "--resume")
 
 
-plain_linear = torch.nn.functional.linear
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_the_faster_type_is_measured(monkeypatch, slow):
+    """The share of the time in bf16, where one of the two types takes 5 ms longer."""
+    plain = torch.nn.functional.linear
 
+    def linear(x, weight):
+        time.sleep(0.005 * (x.dtype is slow))
+        return plain(x[:64], weight[:64])
 
-def slow_linear(slow):
-    """F.linear, but one type takes 10 ms more; both, None, makes bf16 no faster."""
-
-    def linear(x, *rest):
-        if len(x) == 4096 and slow in (None, x.dtype):
-            time.sleep(0.01)
-        return plain_linear(x, *rest)
-
-    return linear
+    monkeypatch.setattr(train.F, "linear", linear)
+    assert (train.time_bf16.__wrapped__() < 0.5) == (slow is torch.float32)
 
 
 def test_schedule():
@@ -590,7 +589,7 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
         assert_refused()
     path.write_bytes(whole[: len(whole) // 2])
     assert_refused()
-    for gone in ("best_val", "fingerprint", "optimizer", "weights"):
+    for gone in ("chosen_val", "fingerprint", "optimizer", "weights"):
         torch.save({key: value for key, value in saved.items() if key != gone}, path)
         assert_refused()
     del saved["weights"]["head.bias"]
@@ -1049,12 +1048,18 @@ def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("vals", "chosen"), [([10, 50, 30], 2), ([50, 50, 30], 2), ([60, 50, 30], 1)]
+    ("vals", "chosen"),
+    [
+        ([10, 50, 30], 2),
+        ([50, 50, 30], 2),
+        ([70, 50, 30], 1),
+        ([50, 46, 30], 2),  # of 50 images: 4 points are less than one standard error, 10 points
+        ([30, 50, 46], 3),
+    ],
 )
-def test_the_epoch_of_the_best_validation_is_kept(
-    vals, chosen, tiny_weights, tmp_path, monkeypatch, handlers
-):
-    """The best epoch by val, the later of equals; test is read with its weights, and they stay."""
+def test_validation_chooses_the_epoch(vals, chosen, tiny_weights, tmp_path, monkeypatch, handlers):
+    """The last epoch that val can't tell from the best one; test is read with its weights, and they
+    stay."""
     monkeypatch.chdir(tmp_path)
     weights_at = []
 
