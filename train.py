@@ -475,15 +475,18 @@ def time_bf16() -> float:
     No flag of a CPU tells. A training step gains less than its products: where they took 0.5, steps
     took 0.5 to 0.8, the most for the smallest networks (tests/bench_train.py).
     """
-    times = {torch.float32: [], torch.bfloat16: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one thread's CPU time hardly depends on what else is running
+    seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
     for _ in range(10):
-        for dtype, seconds in times.items():
+        for dtype in seconds:
             x = torch.ones(2048, 256, dtype=dtype)
             weight = torch.ones(1024, 256, dtype=dtype)
-            started = time.perf_counter()
+            started = time.thread_time()
             F.linear(x, weight)
-            seconds.append(time.perf_counter() - started)
-    return min(times[torch.bfloat16]) / min(times[torch.float32])
+            seconds[dtype] += time.thread_time() - started
+    torch.set_num_threads(threads)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
