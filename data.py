@@ -56,7 +56,7 @@ class Images:
 
     pixels: Tensor  # uint8 [n, 3, H, W]; or features [n, D] in their place
     labels: Tensor  # int64 [n]
-    names: list[str] = field(default_factory=list)  # files, or numbers in a built-in set
+    names: list[str] = field(default_factory=list)  # files in its folder, or numbers
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,6 +82,7 @@ class Dataset:
     center: float = 1.0  # share of each side that evaluation looks at; 7/8 for photos (224 of 256)
     whole: tuple[int, int] = (0, 0)  # sizes of train and val before a limit
     skipped: list[str] = field(default_factory=list)  # files that aren't photos
+    folder: Path | None = None  # where the photos are; None for a built-in set
 
 
 def read(
@@ -425,7 +426,8 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     name = root.resolve().name
     val = images.get("val")
     test = images.get("test")
-    return Dataset(name, classes, images["train"], val, test, center=7 / 8, skipped=skipped)
+    where = {"skipped": skipped, "folder": root}
+    return Dataset(name, classes, images["train"], val, test, center=7 / 8, **where)
 
 
 def find_folders(folder: Path) -> list[Path]:
@@ -495,6 +497,14 @@ def read_photo(path: str | Path, side: int) -> Tensor:
     Raises:
         ValueError: Pillow isn't installed, or can't read the file.
     """
+    image = open_photo(path, side)
+    box = square(image.height, image.width)
+    resized = image.resize((side, side), box=box, resample=3)  # Image.Resampling.BICUBIC
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
+    """A photo as 8-bit RGB, upright; a JPEG perhaps smaller than it is, but enough for `side`."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -504,17 +514,20 @@ def read_photo(path: str | Path, side: int) -> Tensor:
         formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
         with Image.open(path, formats=formats) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
-            image = upright_rgb(image)
+            return upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"no photo at {path}") from error
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
-    edge = min(image.size)
-    left = (image.width - edge) // 2  # whole pixels: no blur where nothing is resized
-    top = (image.height - edge) // 2
-    square = (left, top, left + edge, top + edge)
-    image = image.resize((side, side), Image.Resampling.BICUBIC, box=square)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def square(height: int, width: int) -> tuple[int, int, int, int]:
+    """The centre square of an image: left, top, right and bottom in whole pixels, so that nothing
+    is blurred where nothing is resized."""
+    edge = min(height, width)
+    left = (width - edge) // 2
+    top = (height - edge) // 2
+    return left, top, left + edge, top + edge
 
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821

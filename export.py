@@ -638,10 +638,16 @@ def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
     """`count` test images, evenly over the set, in the graph's own batch if it has one.
 
     Otherwise the first ones come one by one, at most 55: 5 to warm up and 50 to time. The rest come
-    in sevens, to try other batches: of 64 these are a batch of 7 and one of 2.
+    in sevens, to try other batches: of 64 these are a batch of 7 and one of 2. Photos for --resize
+    come one by one in the size that their files have.
     """
-    index = torch.linspace(0, len(run.dataset.test) - 1, count).long()
+    test = run.dataset.test
+    index = torch.linspace(0, len(test) - 1, count).long()
     batch = run.meta["batch"]
+    if run.meta["resize"] and run.dataset.folder:
+        for i in index:
+            yield original_to_check(run, test[i[None]])
+        return
     if batch:
         parts = index.split(batch)
     else:
@@ -649,7 +655,7 @@ def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
         parts = [*index[:single].split(1), *index[single:].split(7)]
     for part in parts:
         if len(part):
-            yield to_check(run, run.dataset.test[part])
+            yield to_check(run, test[part])
 
 
 def to_check(run: train.Run, images: data.Images) -> Checked:
@@ -667,8 +673,26 @@ def to_check(run: train.Run, images: data.Images) -> Checked:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in run.batches.norm)
         pixels = ((x * std + mean) * 255).round().byte()
         x = (pixels / 255 - mean) / std
-    image = np.ascontiguousarray(pixels.permute(0, 2, 3, 1))
-    return Checked(image, x, labels)
+    return Checked(channels_last(pixels), x, labels)
+
+
+def original_to_check(run: train.Run, image: data.Images) -> Checked:
+    """A photo as its file has it, and resized for torch as in evaluation, but not to bytes."""
+    side = round(run.batches.size / run.dataset.center)
+    photo = data.open_photo(run.dataset.folder / image.names[0], side)
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
+    left, top, right, _ = data.square(photo.height, photo.width)
+    scale = (right - left) / side
+    first = (side - run.batches.size) // 2 * scale
+    length = run.batches.size * scale
+    x = run.batches.finish(pixels, torch.tensor([[top + first, left + first, length, length]]))
+    batch = [run.meta["batch"] or 1, 1, 1, 1]
+    return Checked(channels_last(pixels.repeat(batch)), x.repeat(batch), image.labels.numpy())
+
+
+def channels_last(pixels: Tensor) -> np.ndarray:
+    """uint8 [B, 3, H, W] as [B, H, W, 3]."""
+    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1))
 
 
 @dataclass
@@ -925,8 +949,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     add = parser.value
     place = "where to: a file or, with --swappable, a folder (in or beside the run's folder)"
     add("-o", "PATH", str, place, "")
-    opset = "17 runs nearly everywhere, 23 is newest (17; 18 with --resize)"
-    add("--opset", "N", int, opset, 0, choices=sorted(IR))
+    opset = "17 runs nearly everywhere, 23 is newest (17)"
+    add("--opset", "N", int, opset, 17, choices=sorted(IR))
     add("--batch", "N", train.integer(0), "images in every call (0: as many as come)", 0)
     image = "normalised [batch, 3, S, S], or pixels uint8 [batch, S, S, 3] (float)"
     parser.choice("--input", ("float", "uint8"), image, "")
@@ -942,15 +966,11 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.switch("--force", f"keep fp16 or int8 even if under {AGREE:g} %% of predictions agree")
     options, more = parser.parse_known_args(arguments)
 
-    if options.resize:
-        if options.input == "float":
-            parser.error("--resize takes pixels; leave out --input float")
-        if options.opset == 17:
-            parser.error("--resize needs --opset 18 or later")
+    if options.resize and options.input == "float":
+        parser.error("--resize takes pixels; leave out --input float")
     if options.swappable and (options.resize or options.precision != "fp32"):
         parser.error("--swappable is fp32, without --resize")
     options.input = options.input or ("uint8" if options.resize else "float")
-    options.opset = options.opset or (18 if options.resize else 17)
     return options, more
 
 

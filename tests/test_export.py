@@ -367,6 +367,50 @@ def test_what_is_checked(runs, monkeypatch, count, singles):
     assert len(seen.unique(dim=0)) == count
 
 
+def test_resizing_is_checked_on_original_photos(run, runs, photos, tmp_path, monkeypatch):
+    """Photos come in the size that their files have, turned as EXIF says; a graph that resizes
+    them otherwise is refused, and its outputs are those of evaluation but for rounding to bytes."""
+    from PIL import Image
+
+    Image.new("RGB", (90, 33), "olive").save(photos / "leaf/00.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (70, 50), "navy").save(photos / "sky/00.jpg", exif=exif)
+    weights = runs / "tiny.safetensors"
+    common = ["--dataset", str(photos), "--weights", str(weights), "--epochs", "1"]
+    assert train.main([*common, "--test-share", "0.5", "--name", "photos"]) == 0
+
+    shapes = []
+    plain = export.original_to_check
+    checked = []
+
+    def original(trained, image):
+        checked.append((plain(trained, image), image))
+        return checked[-1][0]
+
+    monkeypatch.setattr(export, "original_to_check", original)
+    path = tmp_path / "m.onnx"
+    run("runs/photos", "--resize", "--images", 0, "-o", path)
+    session = export.session(path)
+    trained = opened("photos")
+    assert len(checked) == len(trained.dataset.test) >= 30
+    for each, image in checked:
+        with Image.open(photos / image.names[0]) as photo:
+            turned = photo.getexif().get(0x0112) == 6
+            width, height = photo.size[::-1] if turned else photo.size
+        assert each.image.shape == (1, height, width, 3)
+        shapes.append((height, width))
+        pixels = data.read_photo(photos / image.names[0], 18)[None]
+        boxes = data.center_boxes(1, 18, 18, 7 / 8, pixels.device)
+        evaluated = trained.model(trained.batches.finish(pixels, boxes)).numpy()
+        assert np.abs(session.run(None, {"image": each.image})[0] - evaluated).max() < 0.05
+    assert len(set(shapes)) > 10
+
+    resample = export.write_resample
+    monkeypatch.setattr(export, "write_resample", lambda *args: resample(*args[:-1], 1.0))
+    assert "no file was written" in run("runs/photos", "--resize", "-o", path, status=1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -561,7 +605,6 @@ def test_another_backbones_adapter_is_refused(run, tmp_path):
         ("runs/none", 2, "no run in runs/none"),
         ("runs/a runs/b", 2, "unrecognized arguments: runs/b"),
         ("runs/a --opset 19", 2, "invalid choice: .?19"),
-        ("runs/a --resize --opset 17", 2, "--resize needs --opset 18"),
         ("runs/a --resize --input float", 2, "leave out --input float"),
         ("runs/a --batch -1", 2, "argument --batch: -1 is not between 0 and 1,000,000"),
         ("runs/a --images many", 2, "argument --images: 'many' is not a valid int"),

@@ -103,6 +103,23 @@ def test_openvino(task):
     check_logits([model([image[None]])[0] for image in task.images], task)
 
 
+@pytest.mark.parametrize("size", [(33, 40), (480, 640), (1200, 500)], ids=str)
+def test_resizing_in_openvino(task, size):
+    """A graph that takes photos of any size resizes them in OpenVINO as in onnxruntime."""
+    openvino = pytest.importorskip("openvino")
+    path = task.folder / "any.onnx"
+    if not path.exists():
+        assert export.main([str(task.folder / "runs/run"), "--resize", "-o", str(path)]) == 0
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(path, "CPU", precision)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 12, 12, generator=generator)
+    photo = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
+    photo = np.ascontiguousarray((255 * photo).byte().permute(0, 2, 3, 1).numpy())
+    expected = export.session(path).run(None, {"image": photo})[0]
+    assert np.abs(model([photo])[0] - expected).max() < 1e-3
+
+
 # ----------------------------------------------------------------------------------- the browser
 
 # What a page sends to the test: its result, or the error that it met.
