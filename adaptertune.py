@@ -209,16 +209,16 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         ValueError: an index out of range, or no block selected.
     """
     if blocks is not None:
-        chosen = sorted({block + depth if block < 0 else block for block in blocks})
-    elif every > 0:
-        chosen = list(range(every - 1, depth, every))
-    else:
-        chosen = []
-    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise ValueError(
-            f"adapters in blocks {chosen}: choose from 0 to {depth - 1}, or every 1 to {depth}"
-        )
-    return chosen
+        outside = [block for block in blocks if not -depth <= block < depth]
+        if outside or not blocks:
+            which = f"block {outside[0]}" if outside else "no block"
+            raise ValueError(
+                f"an adapter in {which}: choose from 0 to {depth - 1}, or -1 to -{depth}"
+            )
+        return sorted({block % depth for block in blocks})
+    if not 1 <= every <= depth:
+        raise ValueError(f"an adapter in every {every} blocks: choose from 1 to {depth}")
+    return list(range(every - 1, depth, every))
 
 
 def add_adapters(

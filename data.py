@@ -409,6 +409,8 @@ def read_folder(root: Path, *, side: int) -> Dataset:
         raise ValueError(
             f"{parts['train']} has {len(classes)} class folders; at least 2 are needed{hint}"
         )
+    count = sum(len(files) for by_class in photos.values() for files in by_class.values())
+    check_memory(count, side)
     images = {}
     for part, by_class in photos.items():
         odd = sorted(set(by_class) ^ set(classes))
@@ -428,6 +430,20 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     test = images.get("test")
     where = {"skipped": skipped, "folder": root}
     return Dataset(name, classes, images["train"], val, test, center=7 / 8, **where)
+
+
+def check_memory(count: int, side: int) -> None:
+    """Raise a ValueError if `count` photos of `side` pixels can't be held in this machine."""
+    needed = count * 3 * side**2
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows has no sysconf
+        return
+    if needed > 0.9 * memory:
+        raise ValueError(
+            f"{count:,} photos of {side} x {side} pixels take {needed / 1e9:,.0f} GB, this machine "
+            f"has {memory / 1e9:,.0f}; give a smaller --image-size or a folder with fewer photos"
+        )
 
 
 def find_folders(folder: Path) -> list[Path]:
@@ -467,8 +483,13 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
                 skipped.append(str(file))
         if not found:
             raise ValueError(f"no images in {class_folder}; {', '.join(sorted(PHOTOS))} are read")
-        photos[class_folder.name] = found
+        photos[as_utf8(class_folder.name)] = found
     return photos
+
+
+def as_utf8(name: str) -> str:
+    """A file's name as UTF-8 has it, whatever the locale; other bytes become "\ufffd"."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def is_photo(file: Path) -> bool:

@@ -31,12 +31,16 @@ import copy
 import json
 import logging
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import onnx
@@ -58,6 +62,7 @@ CHOICES = ("input", "resize", "output", "batch", "opset", "precision")  # option
 # Largest |difference| from torch in fp32. Ten times as much with --resize, where pixels differ by
 # 1e-5, and for CLIP's logits, which are cosines multiplied by 100.
 LIMIT = 1e-4
+ONE_FILE = 2**31 - 2**24  # bytes of constants in one file: protobuf's limit, and room for the rest
 AGREE = 98.0  # least percentage of images on which fp16 or int8 must give fp32's top-1
 
 # ------------------------------------------------------------------------------------- the graph
@@ -795,9 +800,21 @@ def verify(
 # ----------------------------------------------------------------------------------------- files
 
 
+def save(proto: onnx.ModelProto, path: Path) -> None:
+    """Write the model; one that is too large for protobuf with its constants in PATH.data beside
+    it."""
+    size = sum(len(constant.raw_data) for constant in proto.graph.initializer)
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)  # of the fp32 file that this one replaces
+    if size < ONE_FILE:
+        onnx.save(proto, path)
+    else:
+        onnx.save(proto, path, save_as_external_data=True, location=beside.name)
+
+
 def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable:
     """Save the model, run ONNX's checker on it, load and describe it."""
-    onnx.save(proto, part)
+    save(proto, part)
     onnx.checker.check_model(part, full_check=True)
     graph = session(part)
     values = []
@@ -838,11 +855,13 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
         if options.precision == "fp32":
             return
         size = part.stat().st_size
+        meta = dict(run.meta)
+        meta["fp32_test_accuracy"] = meta.pop("test_accuracy")  # of the run, not of this file
         if options.precision == "int8":
             equalise(model, calibration_images(run))
-            proto = to_int8(to_model(Graph(options.opset), model, run.meta), part)
+            proto = to_int8(to_model(Graph(options.opset), model, meta), part)
         else:
-            proto = to_model(Graph(options.opset, "float16"), model, run.meta)
+            proto = to_model(Graph(options.opset, "float16"), model, meta)
         small = save_checked(proto, part, f", {options.precision}")
         print(f"size     {part.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32")
         least = 0 if options.force else AGREE
@@ -976,6 +995,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
+    train.prepare_process()
     options, more = parse(arguments)
     try:
         arguments = ["--eval", options.run, "--device", "cpu", *more]

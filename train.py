@@ -23,6 +23,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -32,12 +33,16 @@ import shlex
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -146,9 +151,14 @@ def channels(text: str, low: float = 0) -> list[float]:
 
 def placement(text: str) -> list[int]:
     """Option type: blocks counted from 0; first6, or last6 (-6 to -1)."""
-    match = re.fullmatch(r"(first|last)(\d+)", text)
+    match = re.fullmatch(r"(first|last)(\d{1,3})", text)
     if not match:
-        return integers(-1000, 1000)(text)
+        try:
+            return integers(-1000, 1000)(text)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not like 0,1,5 or first6 or last6"
+            ) from error
     count = int(match[2])
     return list(range(count)) if match[1] == "first" else list(range(-count, 0))
 
@@ -695,6 +705,19 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     return folder
 
 
+def check_writable(folder: Path) -> None:
+    """Raise a ValueError if files can't be written to a folder, made or not yet made."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"can't write to {folder.resolve()} ({error.strerror}); change to another folder"
+        ) from error
+
+
 def read_json(path: Path) -> dict:
     """A run's config.json or result.json. Raises ValueError if it is missing or damaged."""
     try:
@@ -1022,6 +1045,7 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         )
         return result | {"folder": folder}
     run = prepare(options, seed)
+    check_writable(run.folder)
     signal.signal(signal.SIGINT, ask_stop)
     signal.signal(signal.SIGTERM, ask_stop)
     peak_memory(run.device, reset=True)
@@ -1148,22 +1172,10 @@ def describe(run: Run) -> None:
         text += ": " + ", ".join(f"{name} {counts[name]:,}" for name in parts)
     print(text)
 
-    images = run.dataset
-    train = of_all(len(images.train), images.whole[0])
-    val = of_all(len(images.val), images.whole[1])
-    text = f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, "
-    text += f"{len(images.classes)} classes"
-    if run.options.limit:
-        text += " (--limit: a quick look, not the data set's result)"
-    print(text)
-
-    if images.skipped:
-        skipped = counted(len(images.skipped), "file")
-        print(f"skipped  {skipped}, not photos, such as {images.skipped[0]}")
-
+    describe_data(run.dataset, run.options.limit)
     options = run.options
     if options.epochs:
-        steps = counted(run.batches.count(images.train), "step")
+        steps = counted(run.batches.count(run.dataset.train), "step")
         text = f"recipe   {counted(options.epochs, 'epoch')} of {steps}, batch {options.batch}"
         text += f", learning rate {options.lr:g}"
         if options.head_lr != options.lr:
@@ -1171,6 +1183,22 @@ def describe(run: Run) -> None:
         if not options.cached:
             text += f", crops of {options.min_scale:g} to 1 of the area"
         print(text)
+
+
+def describe_data(images: data.Dataset, limit: int) -> None:
+    """How many images there are, of what, and what was left out."""
+    train = of_all(len(images.train), images.whole[0])
+    val = of_all(len(images.val), images.whole[1])
+    text = f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, "
+    text += f"{len(images.classes)} classes"
+    if limit:
+        text += " (--limit: a quick look, not the data set's result)"
+    print(text)
+    if not images.folder and Path(images.name).is_dir():
+        print(f"note     that is the built-in set; the folder of this name is ./{images.name}")
+    if images.skipped:
+        skipped = counted(len(images.skipped), "file")
+        print(f"skipped  {skipped}, not photos, such as {images.skipped[0]}")
 
 
 def counted(number: int, noun: str) -> str:
@@ -1488,7 +1516,7 @@ def plot(runs: Iterable[Run], path: Path) -> None:
             rows = zip(each.names, each.labels, each.predictions, each.points, strict=True)
             for name, label, prediction, (x, y) in rows:
                 classes = (each.classes[label], each.classes[prediction])
-                writer.writerow((each.title, name, *classes, f"{x:.3f}", f"{y:.3f}"))
+                writer.writerow((each.title, data.as_utf8(name), *classes, f"{x:.3f}", f"{y:.3f}"))
     print(f"saved    {table}")
     features = path.with_name(f"{path.name}-features.svg")
     confusion = path.with_name(f"{path.name}-confusion.svg")
@@ -1600,8 +1628,17 @@ def evaluate_again(options: argparse.Namespace) -> None:
         plot([run], run.folder / "test")
 
 
+def prepare_process() -> None:
+    """Make Ctrl-C raise KeyboardInterrupt, and print "?" for what a terminal can't show."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
+    prepare_process()
     grid = parse(arguments)
     try:
         if grid[0].eval:

@@ -20,6 +20,7 @@ the pretrained one or an error.
 
 import gzip
 import html
+import io
 import json
 import math
 import os
@@ -580,6 +581,13 @@ RENAMES = (
 )
 
 
+class Module(dict):
+    """Stands for the modules of a TorchScript archive: a dictionary of their attributes."""
+
+    def __setstate__(self, state: dict):
+        self.update(state)
+
+
 class Ignored:
     """Stands for what files hold beside tensors and isn't needed: training arguments, numbers."""
 
@@ -611,7 +619,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """All tensors of a file, and the JSON that adaptertune.save leaves in its header (or {}).
 
     A `.safetensors` file; or the `.safetensors.index.json` of one in several parts; else one for
-    torch.load, which is called with weights_only=True: a pickle that would run code is refused.
+    torch.load or a TorchScript archive. torch.load is called with weights_only=True: a pickle that
+    would run code is refused.
     Of several networks in a file the averaged one (EMA, teacher) is taken, and "note" says so.
 
     Raises:
@@ -622,12 +631,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is a folder; give the .safetensors or .pth file in it")
     if not path.is_file():
         raise ValueError(f"no weights at {path}; give a .safetensors or .pth file")
-    if is_torchscript(path):
-        raise ValueError(f"{path} is a TorchScript archive; save its state_dict() as safetensors")
     try:
         if path.name.endswith(".safetensors.index.json"):
             tensors = {}
-            for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            for part in sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values())):
                 tensors |= read_tensors(path.with_name(Path(part).name))[0]
             return without_prefix(tensors), {}
         if path.suffix == ".safetensors":
@@ -635,6 +642,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
                 meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return without_prefix(tensors), meta
+        if is_torchscript(path):
+            return without_prefix(flatten(read_torchscript(path))), {}
         with torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -651,12 +660,38 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Such an archive holds code too, and torch.load would run it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
+    """Such an archive holds code too, and torch.load would run it. OpenAI publishes CLIP so."""
+    if not zipfile.is_zipfile(path):
         return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def read_torchscript(path: Path) -> Module:
+    """The modules of a TorchScript archive, and nothing of its code: what is left without it is
+    what torch.save writes."""
+    kept = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(kept, "w") as copy:
+        for name in archive.namelist():
+            if re.search(r"/(data\.pkl|data/\w+|version|byteorder)$", name):
+                copy.writestr(name, archive.read(name))
+    kept.seek(0)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(kept)
+    modules = [(Module, name) for name in names if name.startswith("__torch__.")]
+    kept.seek(0)
+    with torch.serialization.safe_globals(modules):
+        return torch.load(kept, map_location="cpu", weights_only=True)
+
+
+def flatten(module: Module, where: str = "") -> dict[str, Tensor]:
+    """The tensors of a module and those inside, by state_dict's names."""
+    tensors = {}
+    for name, value in module.items():
+        if isinstance(value, Module):
+            tensors |= flatten(value, f"{where}{name}.")
+        elif isinstance(value, Tensor):
+            tensors[where + name] = value
+    return tensors
 
 
 def find_tensors(content: object, where: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -912,6 +947,12 @@ def read_description(content: dict, width: int) -> dict:
         stated["quick_gelu"] = open_clip.get("quick_gelu", False)
     # timm's and open_clip's normalisation
     norm = content.get("pretrained_cfg") or content.get("preprocess_cfg") or {}
+    *_, height, side = norm.get("input_size") or (0, 0)
+    if height != side:
+        raise ValueError(
+            f"its config.json states images of {height} x {side} pixels; "
+            "a ViT for images that aren't square can't be used"
+        )
     stated |= {key: norm[key] for key in ("mean", "std") if key in norm}
     return {key: value for key, value in stated.items() if value is not None}
 
@@ -1024,16 +1065,20 @@ def load_text(
 
 
 def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise a ValueError that names what is missing, left over or of another shape."""
+    """Raise a ValueError that names what is missing, left over, of another shape or not finite."""
     misshapen = []
     for key in wanted:
         if key in found and found[key].shape != wanted[key].shape:
             shapes = f"{tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
             misshapen.append(f"{key} {shapes}")
+    numbers = [key for key in found if found[key].is_floating_point()]
     faults = {
         "missing": [key for key in wanted if key not in found],
         "left over": [key for key in found if key not in wanted],
         "of another shape": misshapen,
+        "with values that aren't finite": [
+            key for key in numbers if not found[key].isfinite().all()
+        ],
     }
     texts = []
     for fault, keys in faults.items():

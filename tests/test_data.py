@@ -518,3 +518,10 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
     assert capsys.readouterr().err == "\r\x1b[Kfetching 3 of 4, 5 s left"
     data.progress("fetching", 4, 4, started=100.0)
     assert capsys.readouterr().err == "\r\x1b[K"
+
+
+def test_photos_that_memory_can_not_hold(photos, monkeypatch):
+    """Their size is stated before any is decoded."""
+    monkeypatch.setattr(data.os, "sysconf", lambda name: 1000 if name == "SC_PHYS_PAGES" else 4096)
+    with pytest.raises(ValueError, match="60 photos of 256 x 256 pixels take 0 GB, this machine"):
+        data.read(str(photos))

@@ -367,6 +367,17 @@ def test_what_is_checked(runs, monkeypatch, count, singles):
     assert len(seen.unique(dim=0)) == count
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_constants_beside_a_graph_that_is_too_large(run, tmp_path, monkeypatch, precision):
+    """Past protobuf's limit the constants are in a second file, and all is checked as ever."""
+    monkeypatch.setattr(export, "ONE_FILE", 60_000)  # more than int8's, less than fp32's
+    out = run("runs/b", "--precision", precision, "-o", tmp_path / "m.onnx", "--force")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == (["m.onnx", "m.onnx.data"] if precision == "fp32" else ["m.onnx"])
+    assert out.count("check    onnx.checker ok") == (1 if precision == "fp32" else 2)
+    export.session(tmp_path / "m.onnx")
+
+
 def test_resizing_is_checked_on_original_photos(run, runs, photos, tmp_path, monkeypatch):
     """Photos come in the size that their files have, turned as EXIF says; a graph that resizes
     them otherwise is refused, and its outputs are those of evaluation but for rounding to bytes."""

@@ -780,6 +780,11 @@ WRONG_USAGE = [
     (["--epochs", "0"], "argument --epochs: 0 is not between 1 and 1,000,000,000"),
     (["--lr", "0"], "argument --lr: 0 is not between 1e-12 and 1,000"),
     (["--min-scale", "0"], "argument --min-scale: 0 is not between 1e-06 and 1"),
+    (
+        ["--blocks", "first99,last3"],
+        "argument --blocks: 'first99,last3' is not like 0,1,5 or first6",
+    ),
+    (["--blocks", "middle"], "argument --blocks: 'middle' is not like 0,1,5 or first6 or last6"),
     (["--epochs", "two"], "argument --epochs: 'two' is not a valid int"),
     (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 1"),
     (["--seeds", "0,-1"], "argument --seeds: -1 is not between 0 and"),
@@ -794,8 +799,10 @@ REFUSED = [
     (["--dataset", "cifar100", "--offline"], "--offline given; put the published archive"),
     (["--rank", "0"], "rank 0: choose from 1 to the backbone's width, 32"),
     (["--rank", "33"], "rank 33: choose from 1 to the backbone's width, 32"),
-    (["--every", "3"], "choose from 0 to 1, or every 1 to 2"),
-    (["--blocks", "2"], r"adapters in blocks \[2\]: choose from 0 to 1"),
+    (["--every", "3"], "an adapter in every 3 blocks: choose from 1 to 2"),
+    (["--blocks", "first99"], "an adapter in block 2: choose from 0 to 1, or -1 to -2"),
+    (["--blocks=-3"], "an adapter in block -3: choose from 0 to 1, or -1 to -2"),
+    (["--blocks", "2"], "an adapter in block 2: choose from 0 to 1, or -1 to -2"),
     (["--shots", "500"], "--shots 500: a class of digits has fewer images to train on"),
     (["--image-size", "18"], "image size 18 is not a multiple of the patch size 4"),
     (["--device", "cuda:99"], "device 'cuda:99' can't be used here"),
@@ -834,6 +841,78 @@ def test_bad_input(run, tiny_weights, tmp_path, arguments, message):
     error = run("--weights", tiny_weights, *made, status=1)
     assert re.search(message, error)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_can_not_be_written(run, tiny_weights, tmp_path):
+    """It is found out before anything is trained."""
+    (tmp_path / "runs").write_text("a file in the way")
+    error = run(*quick(tiny_weights), status=1)
+    assert re.match(rf"error: can't write to {tmp_path}/runs \(Not a directory\)", error)
+    assert (tmp_path / "runs").read_text() == "a file in the way"
+
+
+def test_a_folder_named_like_a_built_in_set(run, tiny_weights, tmp_path):
+    """The built-in set is meant, and a line says how to get the folder."""
+    quick_look = quick(tiny_weights, "--epochs", 1)
+    line = "note     that is the built-in set; the folder of this name is ./digits\n"
+    assert line not in run(*quick_look, "--name", "a")
+    (tmp_path / "digits/one").mkdir(parents=True)
+    assert line in run(*quick_look, "--name", "b")
+    assert "no images in digits/one" in run("--dataset", "./digits", *quick_look, status=1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_terminals_that_can_not_show_a_name(photos, tiny_weights, tmp_path, encoding):
+    """A name outside the terminal's characters is printed with "?", and written as it is."""
+    (photos / "leaf").rename(photos / "葉 · leaf")
+    arguments = quick(tiny_weights, "--epochs", 1, "--limit", 0, "--name", "a")
+    command = [sys.executable, str(ROOT / "train.py"), "--dataset", str(photos), *arguments]
+    command += ["--plot", "features"] if importlib.util.find_spec("matplotlib") else []
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode(encoding)
+    assert ("· seed 0" in shown) == (encoding != "ascii")
+    written = json.loads((tmp_path / "runs/a/result.json").read_text(encoding="utf-8"))
+    assert "葉 · leaf" in written["classes"]
+    for picture in (tmp_path / "runs/a").glob("*.svg"):
+        ElementTree.parse(picture)  # is well-formed UTF-8
+
+
+@pytest.mark.parametrize("program", ["train.py", "export.py"])
+def test_ctrl_c_while_torch_is_imported(program, tmp_path):
+    """It ends the process, without a traceback."""
+    (tmp_path / "torch.py").write_text("import time\nprint(1, flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "onnx.py").write_text((tmp_path / "torch.py").read_text())
+    code = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); "
+    code += (
+        f"sys.argv = [{program!r}]; runpy.run_path({str(ROOT / program)!r}, run_name='__main__')"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert error == ""
+
+
+def test_a_name_that_is_not_utf8(run, photos, tiny_weights, tmp_path):
+    """A class folder in Latin-1 trains, with a mark for the odd byte."""
+    (photos / "leaf").rename(os.fsdecode(os.fsencode(photos) + b"/caf\xe9"))
+    out = run("--dataset", photos, *quick(tiny_weights, "--epochs", 1, "--limit", 0))
+    assert "3 classes" in out
+    (result,) = (tmp_path / "runs").glob("*/result.json")
+    assert json.loads(result.read_text())["classes"][1] == "caf\ufffd"
+
+
+def test_the_next_command_is_quoted(run, tiny_weights, monkeypatch):
+    """A name with a space can be pasted into a shell."""
+    out = run(*quick(tiny_weights, "--epochs", 1, "--name", "two words"))
+    assert "next     python export.py 'runs/two words'\n" in out
 
 
 def test_bad_photos(run, photos, tiny_weights, tmp_path):

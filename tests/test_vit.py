@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -202,21 +203,59 @@ def test_norm_beside_fc_norm(tmp_path):
 
 
 def test_what_a_file_is_instead(tensors, tmp_path):
-    """A folder, LoRA adapters, a TorchScript archive, positions of an image that isn't square."""
+    """A folder, LoRA adapters, positions of an image that isn't square."""
     with pytest.raises(ValueError, match="is a folder; give the .safetensors or .pth file in it"):
         vit.load(tmp_path)
     save_file({"x.lora_A.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="these are LoRA adapters"):
         vit.load(tmp_path / "lora.safetensors")
-    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # as torch.jit.save makes it
-        for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
-            archive.writestr(f"script/{name}", b"")
-    with pytest.raises(ValueError, match="is a TorchScript archive; save its state_dict"):
-        vit.load(tmp_path / "script.pt")
     tensors["pos_embed"] = torch.zeros(1, 1 + 8 * 4, 32)
     save_file(tensors, tmp_path / "wide.safetensors")
     with pytest.raises(ValueError, match="33 positions, which is no square grid"):
         vit.load(tmp_path / "wide.safetensors", heads=2)
+
+
+def test_stated_images_that_are_not_square(tiny_weights, tmp_path):
+    """64 positions may be 8 x 8 or 16 x 4: where the file beside says so, it is refused."""
+    stated = {"pretrained_cfg": {"input_size": [3, 32, 8], "mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    tensors = load_file(tiny_weights)
+    save_file(tensors, tmp_path / "w.safetensors")  # without its own configuration
+    with pytest.raises(ValueError, match="states images of 32 x 8 pixels"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+
+
+def test_torchscript_archives(tiny_weights, tmp_path):
+    """The tensors of an archive of code (as OpenAI publishes CLIP) under the names of its modules;
+    a whole one, and one whose pickle would run something."""
+    model, _ = vit.load(tiny_weights)
+    path = tmp_path / "script.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, IMAGES).save(path)
+    loaded, _ = vit.load(path, heads=2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+    evil = tmp_path / "evil.pt"
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(evil, "w") as copy:
+        for name in archive.namelist():
+            body = archive.read(name)
+            if name.endswith("/data.pkl"):
+                body = pickle.dumps(pathlib.Path.home, protocol=2)
+            copy.writestr(name, body)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        vit.load(evil)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tensors, value, tmp_path):
+    """One such number is refused by the name of its tensor."""
+    tensors["blocks.1.mlp.fc2.weight"][3, 5] = value
+    save_file(tensors, tmp_path / "w.safetensors")
+    message = "1 with values that aren't finite: blocks.1.mlp.fc2.weight"
+    with pytest.raises(ValueError, match=message):
+        vit.load(tmp_path / "w.safetensors", heads=2)
 
 
 def test_half_precision_files_are_read_as_fp32(tensors, tmp_path):

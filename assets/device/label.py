@@ -10,6 +10,7 @@ Class names, image size, normalisation and the form of input and output are read
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -86,6 +87,10 @@ def main():
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
     arguments = parser.parse_args()
 
+    sys.stdout.reconfigure(errors="replace")  # names that a terminal can't show
+    for path in filter(None, (arguments.model, arguments.adapter)):
+        if not Path(path).is_file():
+            sys.exit(f"error: {path} is {'a folder' if Path(path).is_dir() else 'missing'}")
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # no warnings of inputs that have a default
     try:
