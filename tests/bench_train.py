@@ -1,0 +1,288 @@
+"""What a training step costs, against the published way of writing it; by operation, too.
+
+    pip install timm peft torchvision
+    python tests/bench_train.py [--rounds 5] [--threads 1] [--batch 32]
+    python tests/bench_train.py --epoch                wall-clock time with the images' pipeline
+    python tests/bench_train.py --operations ours-bf16
+
+DeiT-tiny's shape at 224 px with random weights, 100 classes, AdamW, gradients clipped to 1.0:
+
+    ours-fp32, ours-bf16    train.py's step: adapters of rank 8 behind every block
+    timm-fp32, timm-bf16    timm's model whose blocks are wrapped, as AdapterTune's recipe has it
+    peft-fp32, peft-bf16    peft's LoRA on qkv of the same model, with as many parameters (rank 7)
+    full-fp32, full-bf16    ours, everything trained
+    timm-full-bf16          timm's, everything trained
+
+With --epoch, train.py's batches of uint8 images [n, 3, 32, 32] stand against PIL images,
+torchvision's RandomResizedCrop(224) and flip in a DataLoader with two workers.
+
+Each of a round's variants runs in a process of its own, one after the other: memory is that
+process's peak. The figures are medians over rounds, and ratios of medians. Matrix rate: what one
+product of [batch · 197, 192] by [192, 768] reaches in the same process.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import adaptertune
+import data
+import vit
+
+CLASSES = 100
+CONFIG = vit.BACKBONES["deit_ti16"].config
+VARIANTS = (
+    *("timm-fp32", "timm-bf16", "ours-fp32", "ours-bf16", "peft-fp32", "peft-bf16"),
+    *("full-fp32", "full-bf16", "timm-full-bf16"),
+)
+
+
+class Wrapped(nn.Module):
+    """A timm block with a bottleneck behind it, as one wraps blocks that one doesn't own."""
+
+    def __init__(self, block: nn.Module, width: int, rank: int):
+        super().__init__()
+        self.block = block
+        self.down = nn.Linear(width, rank)
+        self.up = nn.Linear(rank, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return x + self.up(F.gelu(self.down(x)))
+
+
+def build(kind: str) -> nn.Module:
+    """The network of a variant, with what it trains requiring gradients."""
+    torch.manual_seed(0)
+    if kind in ("ours", "full"):
+        model = vit.ViT(CONFIG)
+        model.init_weights()
+        adaptertune.adapt(model, CLASSES, "full" if kind == "full" else "adaptertune")
+        return model
+    import timm
+
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=CLASSES)
+    if kind == "timm-full":
+        return model
+    model.requires_grad_(False)
+    if kind == "timm":
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = Wrapped(block, CONFIG.width, 8)
+    else:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=7, target_modules=["qkv"]))
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in (".down.", ".up.", "lora_", "head.")):
+            parameter.requires_grad_(True)
+    return model
+
+
+def make_step(kind: str, bf16: bool) -> Callable[[Tensor, Tensor], None]:
+    """A function that takes one training step."""
+    model = build(kind).train()
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def matrix_rate(bf16: bool, batch: int) -> float:
+    """GFLOP/s of this process's threads in a product of the network's shape."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x = torch.ones(batch * 197, CONFIG.width, dtype=dtype)
+    weight = torch.ones(4 * CONFIG.width, CONFIG.width, dtype=dtype)
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        F.linear(x, weight)
+        times.append(time.perf_counter() - started)
+    return 2 * x.numel() * len(weight) / min(times) / 1e9
+
+
+def operations_of(batch: int) -> float:
+    """GFLOP of a training step of ours: the products of all blocks, forward for all, backward for
+    the inputs of all but the first; of the last block keys and values, and one token."""
+    D, N, L = CONFIG.width, CONFIG.grid**2 + 1, CONFIG.depth
+    block = 2 * N * 12 * D**2 + 4 * N**2 * D
+    last = 2 * N * 3 * D**2 + 2 * 9 * D**2 + 4 * N * D
+    patches = 2 * N * D * 3 * CONFIG.patch**2
+    return batch * ((2 * (L - 1) - 1) * block + 2 * last + patches) / 1e9
+
+
+def time_steps(kind: str, bf16: bool, options: argparse.Namespace) -> dict:
+    """CPU and wall-clock seconds of a step in this process, and its peak memory."""
+    images = torch.randn(options.batch, 3, 224, 224)
+    labels = torch.randint(0, CLASSES, (options.batch,))
+    step = make_step(kind, bf16)
+    step(images, labels)  # warms up
+    cpu = []
+    wall = []
+    for _ in range(options.steps):
+        before = time.process_time(), time.perf_counter()
+        step(images, labels)
+        cpu.append(time.process_time() - before[0])
+        wall.append(time.perf_counter() - before[1])
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rate = matrix_rate(bf16, options.batch)
+    return {
+        "cpu": statistics.median(cpu),
+        "wall": statistics.median(wall),
+        "memory": memory,
+        "rate": rate,
+    }
+
+
+def time_epoch(kind: str, bf16: bool, options: argparse.Namespace) -> dict:
+    """Wall-clock seconds for all images of an epoch, with the pipeline that belongs to the kind."""
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (options.images, 3, 32, 32), dtype=torch.uint8, generator=draw)
+    labels = torch.randint(0, CLASSES, (options.images,), generator=draw)
+    step = make_step(kind, bf16)
+    step(torch.randn(options.batch, 3, 224, 224), labels[: options.batch])
+    started = time.perf_counter()
+    if kind in ("ours", "full"):
+        images = data.Images(pixels, labels)
+        dataset = data.Dataset("noise", [], images, images, images)
+        batches = data.Batches(224, vit.IMAGENET, options.batch, torch.device("cpu"))
+        for x, y in batches.train(dataset, 0, 1):
+            step(x, y)
+    else:
+        from PIL import Image
+        from torchvision import transforms
+
+        transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(224, interpolation=Image.Resampling.BICUBIC),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(*vit.IMAGENET),
+            ]
+        )
+        photos = [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).numpy()]
+
+        class Photos(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return len(photos)
+
+            def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+                return transform(photos[i]), labels[i]
+
+        loader = torch.utils.data.DataLoader(Photos(), options.batch, shuffle=True, num_workers=2)
+        for x, y in loader:
+            step(x, y)
+    wall = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"cpu": 0.0, "wall": wall, "memory": memory, "rate": 0.0}
+
+
+def run_worker(variant: str, options: argparse.Namespace) -> dict:
+    """The figures of a variant, measured in a process of its own."""
+    command = [sys.executable, __file__, "--worker", variant, "--batch", str(options.batch)]
+    command += ["--threads", str(options.threads), "--steps", str(options.steps)]
+    command += ["--images", str(options.images), *(["--epoch"] if options.epoch else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_operations(variant: str, options: argparse.Namespace) -> None:
+    """Where a step's time goes."""
+    kind, _, precision = variant.rpartition("-")
+    images = torch.randn(options.batch, 3, 224, 224)
+    labels = torch.randint(0, CLASSES, (options.batch,))
+    step = make_step(kind, precision == "bf16")
+    step(images, labels)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(images, labels)
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    print(f"| operation of {variant} | share | ms | calls |\n|---|--:|--:|--:|")
+    for row in rows[:14]:
+        share = 100 * row.self_cpu_time_total / total
+        print(f"| {row.key} | {share:.1f} % | {row.self_cpu_time_total / 1000:.0f} | {row.count} |")
+
+
+def print_table(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
+    """Medians over the rounds, and ratios to the first two variants."""
+    key = "wall" if options.epoch else "cpu"
+    middle = {}
+    for variant, rounds in found.items():
+        middle[variant] = {
+            name: statistics.median(each[name] for each in rounds) for name in rounds[0]
+        }
+    first, second = list(middle)[:2]
+    print(f"\n| | s | min to max | {first} is | {second} is | memory, GiB | of the matrix rate |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for variant, figures in middle.items():
+        times = [each[key] for each in found[variant]]
+        share = ""
+        if variant.startswith("ours") and not options.epoch:
+            reached = operations_of(options.batch) / figures["wall"] / figures["rate"]
+            share = f"{100 * reached:.0f} % of {figures['rate']:.0f} GFLOP/s"
+        print(
+            f"| {variant} | {figures[key]:.2f} | {min(times):.2f} to {max(times):.2f} "
+            f"| {middle[first][key] / figures[key]:.2f} | {middle[second][key] / figures[key]:.2f} "
+            f"| {figures['memory']:.2f} | {share} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="in each round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--epoch", action="store_true")
+    parser.add_argument("--images", type=int, default=512, help="of an epoch")
+    parser.add_argument("--operations", metavar="VARIANT", choices=VARIANTS)
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.worker:
+        kind, _, precision = options.worker.rpartition("-")
+        measure = time_epoch if options.epoch else time_steps
+        print(json.dumps(measure(kind, precision == "bf16", options)))
+        return
+    if options.operations:
+        print_operations(options.operations, options)
+        return
+    found = {variant: [] for variant in options.variants}
+    for _ in range(options.rounds):
+        for variant, rounds in found.items():
+            rounds.append(run_worker(variant, options))
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}, "
+        f"{options.rounds} rounds"
+    )
+    print_table(found, options)
+
+
+if __name__ == "__main__":
+    main()
