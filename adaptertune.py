@@ -137,10 +137,8 @@ class Adapter(nn.Module):
             nn.init.normal_(self.up.bias, std=1e-4)
 
     def forward(self, z: Tensor) -> Tensor:
-        # In fp32 under autocast too: it costs little, and in bf16 adapters learn less.
-        with torch.autocast(z.device.type, enabled=False):
-            hidden = self.act(self.down(z.to(self.down.weight.dtype)))  # [B, N, r]
-            return self.scale * self.up(self.dropout(hidden))  # [B, N, D]
+        hidden = self.act(self.down(z))  # [B, N, r]
+        return self.scale * self.up(self.dropout(hidden))  # [B, N, D]
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
