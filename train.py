@@ -7,8 +7,9 @@
 
 The recipe is the paper's (https://arxiv.org/abs/2603.14706) but for the learning rates: AdamW,
 weight decay 0.05 on weight matrices only, linear warm-up over a tenth of the steps and then a
-cosine to zero, gradients clipped to norm 1, random resized crops and flips. The epoch is chosen by
-validation accuracy. The test set is read once, at the very end, with the weights of that epoch.
+cosine to zero, gradients clipped to norm 1, random resized crops and flips. The epoch kept is the
+last one that validation can't tell from the best. The test set is read once, at the very end, with
+the weights of that epoch.
 
 A run leaves runs/NAME/ with adapters.safetensors (only the trained tensors), result.json,
 metrics.csv, config.json, split.json and, where matplotlib is installed, curves.svg.
