@@ -5,11 +5,11 @@
     python train.py --dataset path/to/photos --weights FILE   your own photos, your own weights
     python train.py --method adaptertune vpt --seeds 0,1,2    several runs and a table of them
 
-The recipe is the paper's (https://arxiv.org/abs/2603.14706) but for the learning rates: AdamW,
-weight decay 0.05 on weight matrices only, linear warm-up over a tenth of the steps and then a
-cosine to zero, gradients clipped to norm 1, random resized crops and flips. The epoch kept is the
-last one that validation can't tell from the best. The test set is read once, at the very end, with
-the weights of that epoch.
+The recipe is the paper's (https://arxiv.org/abs/2603.14706) but for the learning rates and label
+smoothing: AdamW, weight decay 0.05 on weight matrices only, linear warm-up over a tenth of the
+steps and then a cosine to zero, gradients clipped to norm 1, random resized crops and flips. The
+epoch kept is the last one that validation can't tell from the best. The test set is read once, at
+the very end, with the weights of that epoch.
 
 A run leaves runs/NAME/ with adapters.safetensors (only the trained tensors), result.json,
 metrics.csv, config.json, split.json and, where matplotlib is installed, curves.svg.
@@ -247,7 +247,7 @@ def add_options(parser: Parser) -> None:
     with_head = f"the head's beside it ({HEAD_RATE:g}; as --lr for head, clip-adapter, scratch)"
     add("--head-lr", "LR", number(1e-12, 1000), with_head, 0.0)
     add("--weight-decay", "W", number(0, 1000), "on weight matrices only, 0 for off (0.05)", 0.05)
-    add("--label-smoothing", "P", number(0, 1), "0 for off (0)", 0.0)
+    add("--label-smoothing", "P", number(0, 1), "0 for off (0.1; CLIP's methods 0)", None)
     add(
         "--min-scale",
         "A",
@@ -359,6 +359,8 @@ def fill_in(options: argparse.Namespace) -> None:
     options.cached = clip or (options.cached and options.method == "head")
     if not options.backbone and not options.weights:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
+    if options.label_smoothing is None:
+        options.label_smoothing = 0.0 if clip else 0.1
     options.lr = options.lr or RATES[options.method]
     if not options.head_lr:
         own = options.method in HEAD_RATE_METHODS

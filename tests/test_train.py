@@ -947,7 +947,7 @@ STATED = {
     "--lr": "(by method)",
     "--head-lr": "(0.01; as --lr for head, clip-adapter, scratch)",
     "--weight-decay": "(0.05)",
-    "--label-smoothing": "(0)",
+    "--label-smoothing": "(0.1; CLIP's methods 0)",
     "--min-scale": "(0.08; digits 0.85)",
     "--seeds": "(0)",
     "--amp": "(auto)",
@@ -1014,7 +1014,7 @@ DIGITS = {
     "lr": 5e-3,
     "head_lr": 1e-2,
     "weight_decay": 0.05,
-    "label_smoothing": 0,
+    "label_smoothing": 0.1,
     "seeds": [0],
     "amp": "auto",
     "device": "auto",
@@ -1031,6 +1031,7 @@ DIGITS = {
 }
 ADAPTFORMER = {"rank": 64, "reads": "raw", "act": "relu", "init": "zero", "scale": 0.1}
 CLIP_ADAPTER = {"rank": 0, "ratio": 0.2, "text_ratio": 0.0, "learn_ratio": False, "cached": True}
+CLIP_ADAPTER["label_smoothing"] = 0.0
 
 
 @pytest.mark.parametrize(
