@@ -697,13 +697,16 @@ def center_boxes(n: int, H: int, W: int, share: float, device: torch.device) -> 
 class Batches:
     """Turns images into what the network sees: normalised floats [B, 3, S, S] on a device.
 
-    Only the raw bytes travel to the device.
+    Only the raw bytes travel to the device. Of several processes each has its part of every batch:
+    the images rank, rank + world, rank + 2·world and so on.
     """
 
     size: int  # S
     norm: tuple  # mean and std per channel
-    batch: int  # B
+    batch: int  # B, of all processes together
     device: torch.device
+    rank: int = 0
+    world: int = 1
 
     def finish(self, pixels: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
         """Crop, flip, resize and normalise a batch of pixels uint8 [B, 3, H, W]."""
@@ -721,11 +724,12 @@ class Batches:
         by (seed, epoch, step). To go on after an interruption it begins at step `first`."""
         images = data.train
         order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}"))
+        own = slice(self.rank, None, self.world)
         for step, index in enumerate(order.split(self.batch)):
             if step < first:
                 continue
-            pixels = images.pixels[index].to(self.device)
-            labels = images.labels[index].to(self.device)
+            pixels = images.pixels[index[own]].to(self.device)
+            labels = images.labels[index[own]].to(self.device)
             if pixels.ndim == 2:  # features [B, D] in the place of images
                 yield pixels, labels
                 continue
@@ -733,18 +737,19 @@ class Batches:
             boxes = random_boxes(len(index), *pixels.shape[-2:], data.min_scale, rng)
             flip = None
             if data.flip:
-                flip = torch.rand(len(index), generator=rng, device=self.device) < 0.5
-            yield self.finish(pixels, boxes, flip), labels
+                flip = (torch.rand(len(index), generator=rng, device=self.device) < 0.5)[own]
+            yield self.finish(pixels, boxes[own], flip), labels
 
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the central part of each."""
+        own = slice(self.rank, None, self.world)
         parts = zip(images.pixels.split(self.batch), images.labels.split(self.batch), strict=True)
         for pixels, labels in parts:
-            pixels = pixels.to(self.device)
+            pixels = pixels[own].to(self.device)
             if pixels.ndim > 2:
                 boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, self.device)
                 pixels = self.finish(pixels, boxes)
-            yield pixels, labels.to(self.device)
+            yield pixels, labels[own].to(self.device)
 
 
 # ------------------------------------------------------------------------------------- downloads

@@ -4,6 +4,7 @@
     python train.py --dataset cifar100 --rank 8               CIFAR-100 on ViT-S/16, downloaded
     python train.py --dataset path/to/photos --weights FILE   your own photos, your own weights
     python train.py --method adaptertune vpt --seeds 0,1,2    several runs and a table of them
+    torchrun --nproc-per-node 2 train.py …                    two processes, perhaps of two GPUs
 
 The recipe is the paper's (https://arxiv.org/abs/2603.14706) but for the learning rates and label
 smoothing: AdamW, weight decay 0.05 on weight matrices only, linear warm-up over a tenth of the
@@ -47,6 +48,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a trac
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -454,10 +456,71 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
+def join_processes() -> None:
+    """Where torchrun started several processes, let them train together; the first one speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def any_process(value: bool) -> bool:
+    """Whether it is true in any of the processes."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(sum_over_processes(torch.tensor(int(value), device=device)))
+
+
+def sum_over_processes(sums: Tensor) -> Tensor:
+    """The sum of all processes' tensors of one shape."""
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums
+
+
+def share_step(
+    parameters: Iterable[nn.Parameter], share: float, loss: Tensor, hits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Make every process's gradients those of the whole batch, in one exchange.
+
+    Args:
+        share: how much of the batch's images this process had; `loss` is their mean.
+
+    Returns:
+        The mean loss and the hits of the whole batch.
+    """
+    if not dist.is_initialized():
+        return loss, hits
+    gradients = [parameter.grad for parameter in parameters]
+    parts = [share * each.flatten() for each in gradients]
+    parts += [share * loss[None], hits[None].to(loss)]
+    together = sum_over_processes(torch.cat(parts))
+    *parts, loss, hits = together.split([len(each) for each in parts])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return loss[0], hits[0].long()
+
+
 def choose_device(name: str) -> torch.device:
     """The device that --device names. Raises ValueError if it can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -625,7 +688,8 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     fit_to_data(options, dataset)
     folder = run_folder(options, seed)
     if "amp" in options.auto:
-        options.amp = choose_amp(folder, device)
+        bf16 = any_process(choose_amp(folder, device) == "bf16")  # the same for all
+        options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     scratch = options.method == "scratch"
     meta = {
@@ -651,7 +715,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     if options.method in adaptertune.CLIP_METHODS:
         meta["classifier"] = options.classifier
     meta |= adapt_backbone(model, options, len(dataset.classes))
-    batches = data.Batches(size, backbone.norm, options.batch, device)
+    batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
     model.to(device)
     about = (backbone.note, backbone.guessed)
     return Run(
@@ -817,8 +881,9 @@ def ask_stop(number: int, frame: object) -> None:
 
 
 def stop_if_asked() -> None:
-    """Raise a KeyboardInterrupt if a signal came: called where nothing is left half done."""
-    if stop_asked:
+    """Raise a KeyboardInterrupt if a signal came, to any of the processes: called where nothing is
+    left half done, and by all processes alike."""
+    if any_process(bool(stop_asked)):
         raise KeyboardInterrupt
 
 
@@ -850,20 +915,24 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step, options.epochs * count)
             # A key of its own: the crops are drawn by (seed, epoch, step) alone.
-            torch.manual_seed(data.seed_from(f"dropout/{run.seed}/{state.epoch}/{state.step}"))
+            key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
+            torch.manual_seed(data.seed_from(key) + run.batches.rank)
 
             logits = run.logits(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
+            loss = loss_of(logits, labels, options.label_smoothing)
+            hits = (logits.argmax(dim=-1) == labels).sum()
             optimizer.zero_grad()
             loss.backward()
+            size = min(options.batch, len(run.dataset.train) - state.step * options.batch)
+            loss, hits = share_step(parameters.values(), len(labels) / size, loss.detach(), hits)
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
 
             # Loss and hits are of the augmented images as they pass; tensors, so that a GPU
             # needn't wait for them.
-            state.loss = state.loss + loss.detach().double() * len(labels)
-            state.hits = state.hits + (logits.argmax(dim=-1) == labels).sum()
-            state.seen += len(labels)
+            state.loss = state.loss + loss.double() * size
+            state.hits = state.hits + hits
+            state.seen += size
             state.step += 1
             now = time.perf_counter()
             state.epoch_time += now - clock
@@ -886,6 +955,13 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
             state.chosen = {name: each.detach().clone() for name, each in parameters.items()}
         end_epoch(state, val, options.epochs)
         save_state(run, optimizer)
+
+
+def loss_of(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Mean cross-entropy; 0 for a process that has no image of a small last batch."""
+    if not len(labels):
+        return logits.sum()
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -927,8 +1003,9 @@ def evaluate(run: Run, images: data.Images, what: str) -> float:
     for x, labels in run.batches.eval(images, run.dataset.center):
         stop_if_asked()
         hits += (run.logits(x).argmax(dim=-1) == labels).sum()
-        seen += len(labels)
+        seen = min(seen + run.batches.batch, len(images))
         data.progress(what, seen, len(images), started)
+    sum_over_processes(hits)
     run.state.eval_time += time.perf_counter() - started
     return 100 * hits.item() / seen if seen else math.nan
 
@@ -972,7 +1049,13 @@ def validate_zero_shot(run: Run) -> float:
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Write state.pt: weights, optimiser, State."""
+    """Write state.pt: weights, optimiser, State, which are the same in all processes."""
+    if not run.batches.rank:
+        write_state(run, optimizer)
+    wait_for_all()  # torchrun ends all processes when the first one ends
+
+
+def write_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
     state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
     state["fingerprint"] = run.meta["fingerprint"]
@@ -1021,18 +1104,21 @@ def write_records(run: Run) -> None:
 
 
 def finish(run: Run) -> dict:
-    """Write the final files, report, remove what was only for --resume. Returns result.json."""
+    """Write the final files, report, remove what was only for --resume; one process does it.
+    Returns result.json."""
     counts = adaptertune.count(run.model)
     result = run.meta | {
         "trained": sum(counts.values()) - counts["frozen"],
         "seconds": run.state.train_time,
         "memory": peak_memory(run.device),
     }
-    write_records(run)
-    adaptertune.save(run.folder / "adapters.safetensors", run.model, run.meta)
-    (run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    (run.folder / "state.pt").unlink(missing_ok=True)
-    conclude(run)
+    if not run.batches.rank:
+        write_records(run)
+        adaptertune.save(run.folder / "adapters.safetensors", run.model, run.meta)
+        (run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (run.folder / "state.pt").unlink(missing_ok=True)
+        conclude(run)
+    wait_for_all()
     return result
 
 
@@ -1047,8 +1133,11 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
             "to train it again, delete that folder or give a --name"
         )
         return result | {"folder": folder}
+    if options.cached and dist.is_initialized():
+        raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
     run = prepare(options, seed)
     check_writable(run.folder)
+    wait_for_all()  # before the first one writes anything
     signal.signal(signal.SIGINT, ask_stop)
     signal.signal(signal.SIGTERM, ask_stop)
     peak_memory(run.device, reset=True)
@@ -1148,6 +1237,8 @@ def describe(run: Run) -> None:
         where = counted(torch.get_num_threads(), "thread")
     precision = "bf16" if run.bf16 else "fp32"
     device = f"{run.device.type} {where}"
+    if run.batches.world > 1:
+        device = f"{run.batches.world} processes, each {device}"
     print(f"env      torch {torch.__version__} · {device} · {precision} · seed {run.seed}")
 
     counts = adaptertune.count(run.model)
@@ -1605,6 +1696,9 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
         for seed in options.seeds:
             stop_if_asked()
             results.append((options.label, train_run(options, seed)))
+    rank, _ = rank_and_world()
+    if rank:
+        return
     together = Path("runs", grid[0].name or results[0][1]["dataset"])
     if len(results) > 1:
         compare(results, together.with_name(f"{together.name}-comparison"))
@@ -1644,6 +1738,7 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_process()
     grid = parse(arguments)
     try:
+        join_processes()
         if grid[0].eval:
             evaluate_again(grid[0])
         else:
@@ -1651,11 +1746,21 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        print(f"error: another process ended ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
+        if rank_and_world()[0]:
+            return 130
         command = sys.argv
         if not grid[0].eval and not grid[0].resume:
             command = [*command, "--resume"]
-        print(f"\nstopped; to go on: python {shlex.join(command)}", file=sys.stderr)
+        program = "python"
+        if dist.is_initialized():
+            program = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        print(f"\nstopped; to go on: {program} {shlex.join(command)}", file=sys.stderr)
         return 130
     return 0
 

@@ -661,6 +661,73 @@ def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
     assert "no adapters at runs/cut/adapters.safetensors; give the folder of a" in unfinished
 
 
+# ------------------------------------------------------------------------------ several processes
+
+
+def torchrun(arguments, folder):
+    """A started pair of processes that train."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += [str(ROOT / "train.py"), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
+
+
+def in_pairs(weights, name, *more):
+    """Options for 205 images in steps of 6: 35 steps, the last of one image alone."""
+    common = ["--weights", weights, "--limit", "205", "--batch", "6", "--amp", "off"]
+    return [*common, "--name", name, *more]
+
+
+def test_two_processes_train_what_one_does(run, tiny_weights, tmp_path):
+    """Half of each batch in each process gives one process's adapters and metrics, said once."""
+    run(*in_pairs(tiny_weights, "one", "--epochs", "2"))
+    with torchrun(in_pairs(tiny_weights, "two", "--epochs", "2"), tmp_path) as pair:
+        out, error = pair.communicate(timeout=120)
+    assert pair.returncode == 0, error
+    assert "2 processes, each cpu" in out
+    assert out.count("\ntest ") == 1
+    one, _ = adaptertune.read(tmp_path / "runs/one/adapters.safetensors")
+    two, _ = adaptertune.read(tmp_path / "runs/two/adapters.safetensors")
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], rtol=0, atol=1e-5), name
+    folders = tmp_path / "runs/one", tmp_path / "runs/two"
+    assert without_times(read_table(folders[0])) == without_times(read_table(folders[1]))
+
+
+def test_two_processes_that_are_stopped_or_killed(tiny_weights, tmp_path):
+    """A signal leaves a state to go on with. When one is killed the other ends, with a line."""
+    arguments = in_pairs(tiny_weights, "cut", "--epochs", "400")
+    with torchrun(arguments, tmp_path) as pair:
+        for line in pair.stdout:
+            if re.match(r" +\d+ ", line):
+                pair.send_signal(signal.SIGTERM)
+                break
+        _, error = pair.communicate(timeout=120)
+    assert "stopped; to go on: torchrun --nproc-per-node 2 " in error
+    assert error.count("stopped; to go on") == 1
+    state = torch.load(tmp_path / "runs/cut/state.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) > (1, 0)
+
+    with torchrun([*arguments, "--resume"], tmp_path) as pair:
+        for line in pair.stdout:
+            if re.match(r" +\d+ ", line):
+                children = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
+                os.kill(int(children[-1]), signal.SIGKILL)
+                break
+        _, error = pair.communicate(timeout=120)
+    assert pair.returncode == 1
+    assert "error: another process ended" in error
+
+
+def test_cached_features_want_one_process(run, tiny_weights, monkeypatch):
+    """Features are computed once, so torchrun would only repeat them."""
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "any_process", bool)
+    error = run(*quick(tiny_weights, "--method", "head", "--cached"), status=1)
+    assert "head trains on cached features: one process, not torchrun" in error
+
+
 # ---------------------------------------------------------------------------- optional packages
 
 
