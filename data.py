@@ -18,6 +18,7 @@ network sees, K classes.
 
 import hashlib
 import http.client
+import itertools
 import os
 import pickle
 import sys
@@ -27,6 +28,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -83,6 +85,7 @@ class Dataset:
     whole: tuple[int, int] = (0, 0)  # sizes of train and val before a limit
     skipped: list[str] = field(default_factory=list)  # files that aren't photos
     folder: Path | None = None  # where the photos are; None for a built-in set
+    sums: dict[str, str] = field(default_factory=dict)  # checksum (CRC-32) of each photo, by name
 
 
 def read(
@@ -163,39 +166,55 @@ def split(
     return replace(data, train=train, val=val, test=test, whole=whole)
 
 
-def split_by(data: Dataset, names: dict[str, list[str]]) -> tuple[Dataset, list[str], int]:
+@dataclass
+class Moved:
+    """How a data set differs from the one that a run was split by."""
+
+    missing: list[str]  # names that it no longer has
+    changed: list[str]  # names whose files have another content
+    new: int  # how many images belong to none of the parts
+
+
+def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Dataset, Moved]:
     """Split as a run did, whatever files came or went since.
 
     Args:
         names: of the images in train, val and test.
+        sums: their checksums, as far as they are known. A file of another content is another image.
 
-    Returns:
-        The data set; the names that it no longer has; how many images belong to none of the parts.
+    Raises:
+        ValueError: an image is in two parts.
     """
+    twice = [name for name, n in Counter(itertools.chain(*names.values())).items() if n > 1]
+    if twice:
+        raise ValueError(f"the run's split.json lists {twice[0]} twice; it was changed by hand")
     sources = [images for images in (data.train, data.val, data.test) if images is not None]
     places = {}  # which source, and where in it
     for number, source in enumerate(sources):
-        for i, name in enumerate(source.names):
-            places[name] = (number, i)
+        places |= {name: (number, i) for i, name in enumerate(source.names)}
+    changed = [name for name in places if name in sums and sums[name] != data.sums.get(name)]
+    for name in changed:
+        del places[name]
+    moved = Moved([], changed, 0)
     parts = {}
-    missing = []
     known = 0
     for part, wanted in names.items():
         rows = [[] for _ in sources]
         for name in wanted:
-            if name not in places:
-                missing.append(name)
-                continue
-            number, i = places[name]
-            rows[number].append(i)
-            known += 1
+            if name in places:
+                number, i = places[name]
+                rows[number].append(i)
+                known += 1
+            elif name not in moved.changed:
+                moved.missing.append(name)
         found = []
         for source, chosen in zip(sources, rows, strict=True):
             if chosen or not found:
                 found.append(source[torch.tensor(chosen, dtype=torch.long)])
         parts[part] = join(found)
+    moved.new = len(places) - known
     sizes = (len(parts["train"]), len(parts["val"]))
-    return replace(data, **parts, whole=sizes), missing, len(places) - known
+    return replace(data, **parts, whole=sizes), moved
 
 
 def join(parts: list[Images]) -> Images:
@@ -234,6 +253,12 @@ def match_classes(data: Dataset, classes: list[str]) -> Dataset:
         if images is not None:
             parts[part] = replace(images, labels=label_of[images.labels])
     return replace(data, classes=list(classes), **parts)
+
+
+def count_copies(data: Dataset) -> int:
+    """How many test images are files that are among the training images too."""
+    trained = {data.sums[name] for name in data.train.names if name in data.sums}
+    return sum(data.sums.get(name) in trained for name in data.test.names)
 
 
 def check_split(data: Dataset) -> None:
@@ -400,6 +425,9 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     """Photos in class folders, each decoded once to a centre square of `side` pixels."""
     parts = find_parts(root)
     skipped = []
+    for folder in find_folders(root):
+        if root not in parts.values() and folder not in parts.values():  # beside train/
+            skipped += [str(file) for file in sorted(folder.rglob("*")) if is_photo(file)]
     photos = {part: list_photos(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
     if len(classes) < 2:
@@ -412,6 +440,7 @@ def read_folder(root: Path, *, side: int) -> Dataset:
     count = sum(len(files) for by_class in photos.values() for files in by_class.values())
     check_memory(count, side)
     images = {}
+    sums = {}
     for part, by_class in photos.items():
         odd = sorted(set(by_class) ^ set(classes))
         if odd:
@@ -424,11 +453,12 @@ def read_folder(root: Path, *, side: int) -> Dataset:
         for label, name in enumerate(classes):
             paths += by_class[name]
             labels += [label] * len(by_class[name])
-        images[part] = decode(paths, labels, side, root)
+        images[part], found = decode(paths, labels, side, root)
+        sums |= found
     name = root.resolve().name
     val = images.get("val")
     test = images.get("test")
-    where = {"skipped": skipped, "folder": root}
+    where = {"skipped": skipped, "folder": root, "sums": sums}
     return Dataset(name, classes, images["train"], val, test, center=7 / 8, **where)
 
 
@@ -469,13 +499,14 @@ def find_parts(root: Path) -> dict[str, Path]:
 
 def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     """The photos of each class folder inside and of its sub-folders, sorted, without hidden ones.
-    Other files are added to `skipped`."""
+    Other files, links to nothing and photos outside of class folders are added to `skipped`."""
     photos = {}
+    skipped += [str(file) for file in sorted(folder.glob("[!.]*")) if is_photo(file)]
     for class_folder in find_folders(folder):
         found = []
         for file in sorted(class_folder.rglob("*")):
             hidden = any(part.startswith(".") for part in file.relative_to(class_folder).parts)
-            if hidden or not file.is_file():
+            if hidden or file.is_dir():
                 continue
             if is_photo(file):
                 found.append(file)
@@ -493,23 +524,34 @@ def as_utf8(name: str) -> str:
 
 
 def is_photo(file: Path) -> bool:
-    """By its suffix; without one by its first bytes."""
+    """Whether it is a file, and by its suffix a photo; without one by its first bytes."""
+    if not file.is_file():
+        return False
     if file.suffix:
         return file.suffix.lower() in PHOTOS
     with file.open("rb") as opened:
         return opened.read(4).startswith(BEGINNINGS)
 
 
-def decode(paths: list[Path], labels: list[int], side: int, root: Path) -> Images:
-    """Decode photos on all cores to centre squares of `side` pixels."""
+def decode(
+    paths: list[Path], labels: list[int], side: int, root: Path
+) -> tuple[Images, dict[str, str]]:
+    """Decode photos on all cores to centre squares of `side` pixels; also give the checksum of
+    each file by its name."""
+
+    def read(path: Path) -> tuple[Tensor, str]:
+        return read_photo(path, side), f"{zlib.crc32(path.read_bytes()):08x}"
+
     pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    names = [path.relative_to(root).as_posix() for path in paths]
+    sums = {}
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, image in enumerate(pool.map(partial(read_photo, side=side), paths)):
+        for i, (image, checksum) in enumerate(pool.map(read, paths)):
             pixels[i] = image
+            sums[names[i]] = checksum
             progress(f"decoding {root.name}", i + 1, len(paths), started)
-    names = [path.relative_to(root).as_posix() for path in paths]
-    return Images(pixels, torch.tensor(labels), names)
+    return Images(pixels, torch.tensor(labels), names), sums
 
 
 def read_photo(path: str | Path, side: int) -> Tensor:

@@ -130,7 +130,15 @@ def number(low: float, high: float) -> Callable:
 
 def integers(low: int, high: int = 10**9) -> Callable:
     """Option type: integers within limits, with commas between."""
-    return lambda text: [limited(int, low, high, part) for part in text.split(",")]
+    return lambda text: distinct([limited(int, low, high, part) for part in text.split(",")])
+
+
+def distinct(values: list) -> list:
+    """The values, unless one of them is there twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise argparse.ArgumentTypeError(f"{value} is given twice")
+    return values
 
 
 def limited(kind: type, low: float, high: float, text: str) -> float:
@@ -396,6 +404,10 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
     if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
         parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
+    if options.name and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name):
+        parser.error(
+            f"--name {options.name}: give the name of a folder below runs/, without / in it"
+        )
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
     if options.method == "scratch" and options.weights:
@@ -646,10 +658,18 @@ def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int)
     """
     path = run_folder(options, seed) / "split.json"
     listed = read_json(path) if path.exists() else {}
+    if not listed and (options.eval or path.with_name("state.pt").exists()):
+        raise ValueError(
+            f"{path} is missing: nothing else says which images were trained on; restore it"
+        )
+    sums = listed.pop("checksums", {})
     dataset = data.match_classes(dataset, listed.pop("classes", dataset.classes))
-    another = (
-        options.eval and read_json(path.with_name("config.json"))["dataset"] != options.dataset
-    )
+    parts = (dataset.train, dataset.val, dataset.test)
+    names = {name for images in parts if images for name in images.names}
+    # --eval RUN --dataset OTHER: none of its images were in the run, by name or by content.
+    same_names = names.intersection(itertools.chain(*listed.values()))
+    same_files = set(dataset.sums.values()).intersection(sums.values())
+    another = options.eval and not same_names and not same_files
     if another or not listed:
         return data.split(
             dataset,
@@ -658,16 +678,19 @@ def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int)
             shots=options.shots,
             test_share=options.test_share,
         )
-    dataset, missing, new = data.split_by(dataset, listed)
-    if missing and not options.eval:
-        raise ValueError(
-            f"{options.dataset} lacks {counted(len(missing), 'image')} that {path} lists, "
-            f"such as {missing[0]}; put them back, or train anew with another --name"
-        )
-    if missing:
-        print(f"split    gone: {counted(len(missing), 'image')} of {path}, such as {missing[0]}")
-    if new and not options.limit and not options.shots:  # which leave images out themselves
-        print(f"split    left out: {counted(new, 'image')} that {path} doesn't list")
+    dataset, moved = data.split_by(dataset, listed, sums)
+    for images, what in ((moved.missing, "gone"), (moved.changed, "other files by now")):
+        if images and not options.eval:
+            raise ValueError(
+                f"{counted(len(images), 'image')} that {path} lists are {what}, such as "
+                f"{images[0]}; put them back, or train anew with another --name"
+            )
+        if images:
+            print(
+                f"split    {what}: {counted(len(images), 'image')} of {path}, such as {images[0]}"
+            )
+    if moved.new and not options.limit and not options.shots:  # which leave images out themselves
+        print(f"split    left out: {counted(moved.new, 'image')} that {path} doesn't list")
     return dataset
 
 
@@ -1100,6 +1123,9 @@ def write_records(run: Run) -> None:
     listed = {"classes": run.dataset.classes}
     for part in ("train", "val", "test"):
         listed[part] = getattr(run.dataset, part).names
+    used = itertools.chain(listed["train"], listed["val"], listed["test"])
+    sums = run.dataset.sums
+    listed["checksums"] = {name: sums[name] for name in used if name in sums}
     (run.folder / "split.json").write_text(json.dumps(listed, indent=1) + "\n")
 
 
@@ -1292,7 +1318,12 @@ def describe_data(images: data.Dataset, limit: int) -> None:
         print(f"note     that is the built-in set; the folder of this name is ./{images.name}")
     if images.skipped:
         skipped = counted(len(images.skipped), "file")
-        print(f"skipped  {skipped}, not photos, such as {images.skipped[0]}")
+        print(
+            f"skipped  {skipped}, not photos or not in a class folder, such as {images.skipped[0]}"
+        )
+    copies = data.count_copies(images)
+    if copies:
+        print(f"warning  {copies} of {len(images.test):,} test images are training images too")
 
 
 def counted(number: int, noun: str) -> str:

@@ -415,11 +415,36 @@ def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
 
 
 def test_skipped_files_are_counted(run, photos, tiny_weights):
-    """Files among the photos that aren't photos are counted in a line."""
+    """Files that aren't photos, links to nothing, and photos outside of the class folders are
+    counted in a line."""
     for name in ("a.txt", "b.txt"):
         (photos / "leaf" / name).write_text("no photo")
-    out = run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1))
-    assert f"skipped  2 files, not photos, such as {photos}/leaf/a.txt\n" in out
+    (photos / "leaf" / "gone.png").symlink_to(photos / "nothing.png")
+    shutil.copy(photos / "leaf/00.png", photos / "loose.png")
+    quick_look = quick(tiny_weights, "--limit", 0, "--epochs", 1)
+    line = "skipped  4 files, not photos or not in a class folder, such as "
+    assert f"{line}{photos}/loose.png\n" in run("--dataset", photos, *quick_look, "--name", "a")
+
+    parts = photos.parent / "parts"
+    shutil.copytree(photos, parts / "train", symlinks=True)
+    shutil.copytree(photos, parts / "holdout", symlinks=True)
+    out = run("--dataset", parts, *quick_look, "--name", "b")
+    # In train the same 4 files, and all 61 photos of the folder beside it.
+    assert "skipped  65 files, not photos or not in a class folder, such as " in out
+
+
+def test_test_images_that_were_trained_on(run, photos, tiny_weights):
+    """Copies of training photos in test/ are counted in a warning."""
+    parts = photos.parent / "parts"
+    shutil.copytree(photos, parts / "train")
+    for name in ("apple", "leaf", "sky"):
+        (parts / "test" / name).mkdir(parents=True)
+        (photos / name / "00.png").rename(parts / "test" / name / "other.png")
+        (parts / "train" / name / "01.png").rename(parts / "test" / name / "moved.png")
+    out = run("--dataset", parts, *quick(tiny_weights, "--limit", 0, "--epochs", 1))
+    # A tenth of train went to val, so perhaps not all three copies are trained on.
+    (copies,) = re.findall("warning  (\\d) of 6 test images are training images too", out)
+    assert 1 <= int(copies) <= 3
 
 
 def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
@@ -446,9 +471,66 @@ def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
     out = run("--eval", "runs/a")
     assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}" in out
     assert f"test     {accuracy} %" in out
-    message = f"lacks 1 image that runs/a/split.json lists, such as {listed['train'][0]}"
+    message = f"1 image that runs/a/split.json lists are gone, such as {listed['train'][0]}"
     (tmp_path / "runs/a/state.pt").touch()  # as if it had been stopped
     assert message in run(*command, "--resume", status=1)
+
+
+def test_a_split_holds_wherever_the_photos_are(run, photos, tiny_weights, tmp_path):
+    """A copy of the folder has the same split, one photo less or not; so no training photo is
+    tested. Photos that were never in the run are another data set."""
+    run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
+    listed = json.loads((tmp_path / "runs/a/split.json").read_text())
+    copy = shutil.copytree(photos, tmp_path / "elsewhere")
+    for folder in (copy, f"{copy}/", os.path.relpath(copy)):
+        out = run("--eval", "runs/a", "--dataset", folder)
+        assert "43 train / 5 val / 12 test" in out
+        assert "split    " not in out
+    (copy / listed["train"][0]).unlink()
+    train.read_dataset.cache_clear()
+    out = run("--eval", "runs/a", "--dataset", copy)
+    assert "42 train / 5 val / 12 test" in out
+    assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}\n" in out
+
+    from PIL import Image
+
+    for path in copy.rglob("*.png"):
+        with Image.open(path) as photo:
+            photo.resize((20, 20)).save(path.with_name(f"new{path.name}"))
+        path.unlink()
+    train.read_dataset.cache_clear()
+    assert "split    " not in run("--eval", "runs/a", "--dataset", copy)
+
+
+def test_photos_whose_content_changed(run, photos, tiny_weights, tmp_path):
+    """A test photo in the place of a training photo isn't tested or trained on as that one."""
+    arguments = ["--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1)]
+    run(*arguments, "--name", "a")
+    path = tmp_path / "runs/a/split.json"
+    listed = json.loads(path.read_text())
+    shutil.copy(photos / listed["train"][0], photos / listed["test"][0])
+    train.read_dataset.cache_clear()
+    out = run("--eval", "runs/a")
+    assert "43 train / 5 val / 11 test" in out
+    line = f"split    other files by now: 1 image of runs/a/split.json, such as {listed['test'][0]}"
+    assert line in out
+    (tmp_path / "runs/a/state.pt").touch()  # as if it had been stopped
+    assert "are other files by now" in run(*arguments, "--name", "a", "--resume", status=1)
+
+    path.write_text(json.dumps(listed | {"test": [*listed["test"], listed["train"][0]]}))
+    error = run("--eval", "runs/a", status=1)
+    assert f"split.json lists {listed['train'][0]} twice" in error
+    path.unlink()
+    error = run("--eval", "runs/a", status=1)
+    assert "runs/a/split.json is missing: nothing else says which images were trained on" in error
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", "/tmp/a"])
+def test_names_that_are_no_folder_below_runs(run, tiny_weights, tmp_path, name):
+    """A run is written nowhere but below runs/."""
+    error = run(*quick(tiny_weights, "--name", name), status=2)
+    assert "give the name of a folder below runs/, without / in it" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
@@ -854,6 +936,8 @@ WRONG_USAGE = [
     (["--blocks", "middle"], "argument --blocks: 'middle' is not like 0,1,5 or first6 or last6"),
     (["--epochs", "two"], "argument --epochs: 'two' is not a valid int"),
     (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 1"),
+    (["--seeds", "0,0"], "argument --seeds: 0 is given twice"),
+    (["--ranks", "4,8,4"], "argument --rank/--ranks: 4 is given twice"),
     (["--seeds", "0,-1"], "argument --seeds: -1 is not between 0 and"),
     (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
     (["--scratch"], "--scratch starts from random weights; leave out --weights"),
