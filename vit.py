@@ -27,6 +27,7 @@ import os
 import pickle
 import re
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------- the network
@@ -631,21 +633,30 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is a folder; give the .safetensors or .pth file in it")
     if not path.is_file():
         raise ValueError(f"no weights at {path}; give a .safetensors or .pth file")
+    index = re.sub(r"-\d+-of-\d+\.safetensors$", ".safetensors.index.json", str(path))
+    if index != str(path) and Path(index).is_file():
+        raise ValueError(f"{path} is one part of several; give {index}")
+    if path.name.endswith(".safetensors.index.json"):
+        return read_parts(path), {}
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    if beginning.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS, not the file; fetch it by `git lfs pull`"
+        )
     try:
-        if path.name.endswith(".safetensors.index.json"):
-            tensors = {}
-            for part in sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values())):
-                tensors |= read_tensors(path.with_name(Path(part).name))[0]
-            return without_prefix(tensors), {}
-        if path.suffix == ".safetensors":
+        if beginning[8:9] == b"{":  # safetensors, whatever the suffix: a length, then JSON
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return without_prefix(tensors), meta
+            return choose_tensors(tensors, path, meta)
         if is_torchscript(path):
-            return without_prefix(flatten(read_torchscript(path))), {}
-        with torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return choose_tensors(flatten(read_torchscript(path)), path)
+        harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
+        # Opened here, since torch.load goes by the suffix.
+        with path.open("rb") as file, warnings.catch_warnings(), harmless:
+            warnings.simplefilter("ignore")  # of a pickle that is refused anyway
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"more than tensors ({refused[1]})" if refused else "no tensors of PyTorch"
@@ -657,6 +668,22 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or cut short ({reason}); fetch it again") from error
     return choose_tensors(content, path)
+
+
+def read_parts(index: Path) -> dict[str, Tensor]:
+    """All tensors of the files that a .safetensors.index.json lists."""
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged, or no index of safetensors") from error
+    tensors = {}
+    for name in sorted(names):
+        part = index.with_name(Path(name).name)
+        try:
+            tensors |= load_file(part)
+        except Exception as error:  # missing or damaged, for which it has kinds of its own
+            raise ValueError(f"{part}, which {index.name} lists, is missing or damaged") from error
+    return without_prefix(tensors)
 
 
 def is_torchscript(path: Path) -> bool:
@@ -694,6 +721,11 @@ def flatten(module: Module, where: str = "") -> dict[str, Tensor]:
     return tensors
 
 
+# Keys that tell a network; names of those whose weights were averaged over training.
+TELLS = re.compile("|".join(layout.tell for layout in (*LAYOUTS.values(), *TEXT_LAYOUTS.values())))
+AVERAGED = re.compile(r"(^|[._])(ema|teacher|momentum)")
+
+
 def find_tensors(content: object, where: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dictionary of tensors in nested dictionaries, and where it stands ("model.ema")."""
     if not isinstance(content, dict):
@@ -705,27 +737,46 @@ def find_tensors(content: object, where: str = "") -> Iterator[tuple[str, dict[s
         yield from find_tensors(value, f"{where}.{key}".lstrip("."))
 
 
-def choose_tensors(content: object, path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The ViT in what torch.load gave, wherever it stands, and a note if there are several."""
-    everything = dict(find_tensors(content))
+def choose_tensors(
+    content: object, path: Path, meta: dict | None = None
+) -> tuple[dict[str, Tensor], dict]:
+    """The ViT in what a file holds, wherever it stands, and its metadata, with a note if there are
+    several."""
+    everything = {}
+    for where, tensors in find_tensors(content):
+        everything |= by_network(where, tensors)
     if not everything and not isinstance(content, dict):
         raise ValueError(f"{path} holds no dictionary of tensors")
-    tells = "|".join(layout.tell for layout in (*LAYOUTS.values(), *TEXT_LAYOUTS.values()))
-    networks = []
-    for where, tensors in everything.items():
-        if any(re.search(tells, key) for key in tensors):
-            networks.append(where)
+    meta = dict(meta or {})
+    networks = [where for where, tensors in everything.items() if any(map(TELLS.search, tensors))]
     if not networks:  # the largest one, for an error that names what it holds
         tensors = max(everything.values(), key=len, default={})
-        return without_prefix(tensors), {}
+        return without_prefix(tensors), meta
     # The weights that the field evaluates: averaged ones, or the teacher's.
-    averaged = [where for where in networks if re.search(r"(^|[._])(ema|teacher)", where)]
+    averaged = [where for where in networks if AVERAGED.search(where)]
     chosen = (averaged or networks)[0]
-    meta = {}
     if len(networks) > 1:
         others = ", ".join(where or "its top level" for where in networks if where != chosen)
         meta["note"] = f"{chosen or 'its top level'} of {path.name}; it also holds {others}"
     return without_prefix(everything[chosen]), meta
+
+
+def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """One dictionary, or one for each prefix before which it has an averaged network and another
+    one ("teacher.", "student.")."""
+    begins = {match[1] for match in map(re.compile(r"(\w+)\.").match, tensors) if match}
+    networks = [
+        begin
+        for begin in sorted(begins)
+        if any(key.startswith(f"{begin}.") and TELLS.search(key) for key in tensors)
+    ]
+    if len(networks) < 2 or not any(map(AVERAGED.search, networks)):
+        return {where: tensors}
+    found = {}
+    for begin in networks:
+        inside = {key: value for key, value in tensors.items() if key.startswith(f"{begin}.")}
+        found[f"{where}.{begin}".lstrip(".")] = inside
+    return found
 
 
 def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -743,13 +794,13 @@ def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple
     Raises:
         ValueError: no layout fits.
     """
+    if any(re.search(r"lora_(A|down)", key) for key in tensors):
+        raise ValueError("these are LoRA adapters, not a ViT; merge them into their network first")
     for layout in layouts.values():
         for key in tensors:
             match = re.search(layout.tell, key)
             if match:
                 return layout, key[: match.start()]
-    if any(re.search(r"lora_(A|down)", key) for key in tensors):
-        raise ValueError("these are LoRA adapters, not a ViT; merge them into their network first")
     beginning = ", ".join(list(tensors)[:3]) or "nothing"
     raise ValueError(
         f"not a ViT in a known layout ({'; '.join(layouts)}): its tensors begin with {beginning}"
@@ -773,6 +824,8 @@ def to_timm(
             continue
         for pattern, replacement in RENAMES:
             name = re.sub(pattern, replacement, name)
+        if not value.is_floating_point():
+            raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
         value = value.float()
         if name.endswith(".T"):
             name = name.removesuffix(".T")
@@ -901,22 +954,24 @@ def read_beside(path: Path, width: int) -> dict:
     """What the files beside weights state: heads, eps, quick_gelu, mean, std; whatever is there.
 
     Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
-    open_clip_config.json. A file that states another width is another network's, and left out.
+    open_clip_config.json. A file that states another width is another network's: "note" says that
+    it was left out.
 
     Raises:
-        ValueError: such a file is damaged, or states an activation that vit.py doesn't have.
+        ValueError: such a file is damaged, or states what vit.py doesn't have or what can't be.
     """
     stated = {}
     for name in BESIDE:
         file = path.with_name(name)
-        if not file.is_file():
+        if not file.exists():
             continue
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}, beside it, is damaged ({error})") from error
-        if isinstance(content, dict):
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
             stated |= read_description(content, width)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{file}, beside the weights, can't be used ({error}); correct or remove it"
+            ) from error
     return stated
 
 
@@ -924,37 +979,59 @@ def read_description(content: dict, width: int) -> dict:
     """What one such file states (see `read_beside`)."""
     open_clip = content.get("model_cfg", {})
     vision = open_clip.get("vision_cfg", {})
+    timm = content.get("model_args", {})
     tower = content
     if "vision_config" in content:  # a CLIP of transformers, which leaves its defaults out
         defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
         tower = defaults | content["vision_config"]
-    if {vision.get("width", width), tower.get("hidden_size", width)} != {width}:
-        return {}
+    widths = (vision.get("width"), tower.get("hidden_size"), timm.get("embed_dim"))
+    for other in widths:
+        if other not in (None, width):
+            return {"note": f"the description beside it is of width {other}, and was left out"}
     act = tower.get("hidden_act", "gelu")
     if act not in ("gelu", "quick_gelu"):
-        raise ValueError(f"its config.json states the activation {act!r}, not gelu or quick_gelu")
+        raise ValueError(f"it states the activation {act!r}, not gelu or quick_gelu")
 
-    stated = {
-        "heads": tower.get("num_attention_heads"),
-        "eps": tower.get("layer_norm_eps"),
-        "mean": content.get("image_mean"),
-        "std": content.get("image_std"),
-    }
+    stated = {"eps": tower.get("layer_norm_eps")}
+    stated["heads"] = tower.get("num_attention_heads", timm.get("num_heads"))
     if "hidden_act" in tower:
         stated["quick_gelu"] = act == "quick_gelu"
     if open_clip:
         stated["heads"] = width // vision.get("head_width", 64)
         stated["quick_gelu"] = open_clip.get("quick_gelu", False)
-    # timm's and open_clip's normalisation
-    norm = content.get("pretrained_cfg") or content.get("preprocess_cfg") or {}
-    *_, height, side = norm.get("input_size") or (0, 0)
-    if height != side:
-        raise ValueError(
-            f"its config.json states images of {height} x {side} pixels; "
-            "a ViT for images that aren't square can't be used"
-        )
-    stated |= {key: norm[key] for key in ("mean", "std") if key in norm}
+    heads = stated["heads"]
+    if heads is not None and (type(heads) is not int or heads < 1):
+        raise ValueError(f"it states {heads!r} attention heads")
+    stated |= read_norm(content)
     return {key: value for key, value in stated.items() if value is not None}
+
+
+def read_norm(content: dict) -> dict:
+    """Mean and std that a description states, of pixels from 0 to 1.
+
+    Transformers' image processors may leave out a step: pixels times rescale_factor (1/255), minus
+    image_mean, divided by image_std.
+    """
+    timm = content.get("pretrained_cfg") or content.get("preprocess_cfg") or {}  # open_clip's too
+    *_, height, side = timm.get("input_size") or (0, 0)
+    if height != side:
+        raise ValueError(f"it states images of {height} x {side} pixels, which aren't square")
+    found = {"mean": timm.get("mean"), "std": timm.get("std")}
+    for name in found:
+        found[name] = content.get(f"image_{name}", found[name])
+    if content.get("do_normalize") is False:
+        found = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    factor = content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1
+    norm = {}
+    for name, values in found.items():
+        if values is None:
+            continue
+        scaled = [value / (255 * factor) for value in values]
+        low = 0.001 if name == "std" else 0
+        if len(scaled) != 3 or not all(low <= value <= 1 for value in scaled):
+            raise ValueError(f"it states the {name} {values}, not three values from {low} to 1")
+        norm[name] = scaled
+    return norm
 
 
 def choose_backbone(
@@ -977,8 +1054,12 @@ def choose_backbone(
         if config.norm_pre and "quick_gelu" not in known:
             guessed.append("QuickGELU")
         norm = CLIP if config.norm_pre else IMAGENET
-        if "mean" not in known or "std" not in known:
-            guessed.append(f"{'CLIP' if config.norm_pre else 'ImageNet'}'s mean and std")
+        unknown = [name for name in ("mean", "std") if name not in known]
+        if unknown:
+            whose = "CLIP" if config.norm_pre else "ImageNet"
+            guessed.append(f"{whose}'s {' and '.join(unknown)}")
+        if "note" in known:
+            meta = meta | {"note": "; ".join(filter(None, (meta.get("note"), known["note"])))}
         norm = (known.get("mean", norm[0]), known.get("std", norm[1]))
         config = replace(config, quick_gelu=known.get("quick_gelu", config.quick_gelu))
         backbone = Backbone("", config, norm, "not stated", tuple(guessed))
@@ -1071,14 +1152,11 @@ def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         if key in found and found[key].shape != wanted[key].shape:
             shapes = f"{tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
             misshapen.append(f"{key} {shapes}")
-    numbers = [key for key in found if found[key].is_floating_point()]
     faults = {
         "missing": [key for key in wanted if key not in found],
         "left over": [key for key in found if key not in wanted],
         "of another shape": misshapen,
-        "with values that aren't finite": [
-            key for key in numbers if not found[key].isfinite().all()
-        ],
+        "with values that aren't finite": [key for key in found if not found[key].isfinite().all()],
     }
     texts = []
     for fault, keys in faults.items():

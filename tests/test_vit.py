@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 import pickle
+import shutil
 import warnings
 import zipfile
 
@@ -215,13 +216,128 @@ def test_what_a_file_is_instead(tensors, tmp_path):
         vit.load(tmp_path / "wide.safetensors", heads=2)
 
 
+@pytest.mark.parametrize(
+    ("stated", "mean", "std"),
+    [
+        ({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}, 0.4, 0.2),
+        ({"image_mean": [102] * 3, "image_std": [51] * 3, "do_rescale": False}, 0.4, 0.2),
+        ({"image_mean": [0.8] * 3, "image_std": [0.4] * 3, "rescale_factor": 2 / 255}, 0.4, 0.2),
+        ({"image_mean": [0.4] * 3, "image_std": [0.2] * 3, "do_normalize": False}, 0.0, 1.0),
+    ],
+)
+def test_a_stated_normalisation(stated, mean, std, tmp_path):
+    """Mean and std of pixels from 0 to 1, whichever steps a description leaves out; it may begin
+    with a byte order mark."""
+    path = save_bare(tmp_path / "w.safetensors", width=128)
+    text = json.dumps(stated)
+    (tmp_path / "preprocessor_config.json").write_text(text, encoding="utf-8-sig")
+    _, backbone = vit.load(path)
+    assert backbone.norm == (pytest.approx((mean,) * 3), pytest.approx((std,) * 3))
+    assert backbone.guessed == ("heads 2",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "preprocessor_config.json",
+            {"image_mean": [123.7, 116, 104]},
+            r"mean \[123.7, 116, 104\]",
+        ),
+        ("preprocessor_config.json", {"image_std": [0, 0.2, 0.2]}, "from 0.001 to 1"),
+        ("preprocessor_config.json", {"image_mean": [float("nan")] * 3}, "from 0 to 1"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "three values from 0 to 1"),
+        ("preprocessor_config.json", {"image_std": 0.5}, "not iterable"),
+        ("open_clip_config.json", {"model_cfg": 5}, "can't be used"),
+        ("config.json", [1], "can't be used"),
+        ("config.json", {"num_attention_heads": 0}, "it states 0 attention heads"),
+        ("config.json", {"num_attention_heads": True}, "it states True attention heads"),
+    ],
+)
+def test_descriptions_that_can_not_be(name, content, message, tmp_path):
+    """What a description states is checked, and the error names its file."""
+    path = save_bare(tmp_path / "w.safetensors", width=128)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        vit.load(path)
+    assert f"{name}, beside the weights, can't be used" in str(error.value)
+
+
+def test_what_timm_states(tmp_path):
+    """Heads of model_args; and only what is missing is called a guess."""
+    path = save_bare(tmp_path / "w.safetensors", width=128)
+    stated = {
+        "model_args": {"num_heads": 8, "embed_dim": 128},
+        "pretrained_cfg": {"mean": [0.5] * 3},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    _, backbone = vit.load(path)
+    assert backbone.config.heads == 8
+    assert backbone.guessed == ("ImageNet's std",)
+
+
+def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
+    """safetensors are recognised by their content; a pointer of Git LFS, a part of several and
+    quantised weights are called what they are."""
+    expected = outputs(tiny_weights)
+    for name in ("w.pth", "w", "w.bin"):
+        shutil.copy(tiny_weights, tmp_path / name)
+        assert torch.equal(outputs(tmp_path / name), expected)
+    torch.save(tensors, tmp_path / "pickled.safetensors")
+    model, _ = vit.load(tmp_path / "pickled.safetensors", heads=2)
+    assert torch.equal(model.cls_token, tensors["cls_token"])
+
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1")
+    with pytest.raises(ValueError, match="a pointer of Git LFS, not the file; fetch it by"):
+        vit.load(tmp_path / "lfs.safetensors")
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({"cls_token": tensors["cls_token"]}, part)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {"cls_token": part.name, "x": "model-2.safetensors"}})
+    )
+    with pytest.raises(ValueError, match=r"one part of several; give .*index\.json"):
+        vit.load(part)
+    with pytest.raises(ValueError, match="model-2.safetensors, which .* lists, is missing or"):
+        vit.load(index)
+    tensors["blocks.0.mlp.fc1.weight"] = tensors["blocks.0.mlp.fc1.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "int8.safetensors")
+    with pytest.raises(ValueError, match=r"fc1.weight holds torch.int8: quantised weights can't"):
+        vit.load(tmp_path / "int8.safetensors", heads=2)
+
+
+@pytest.mark.parametrize("names", [("student", "teacher"), ("encoder", "momentum_encoder")])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_two_networks_in_one_dictionary(tensors, names, suffix, tmp_path):
+    """The averaged one is taken, and a note says so."""
+    both = {f"{names[0]}.{key}": value + 1 for key, value in tensors.items()}
+    both |= {f"{names[1]}.{key}": value for key, value in tensors.items()}
+    path = tmp_path / f"both{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(both, path)
+    model, backbone = vit.load(path, heads=2)
+    assert torch.equal(model.cls_token, tensors["cls_token"])
+    assert backbone.note == f"{names[1]} of both{suffix}; it also holds {names[0]}"
+
+
+def test_lora_that_was_not_merged(tensors, tmp_path):
+    """A network whose matrices lie beside their LoRA."""
+    for name in [name for name in tensors if name.endswith("qkv.weight")]:
+        base = name.removesuffix("weight")
+        tensors[f"{base}base_layer.weight"] = tensors.pop(name)
+        tensors[f"{base}lora_A.default.weight"] = torch.zeros(2, 32)
+        tensors[f"{base}lora_B.default.weight"] = torch.zeros(96, 2)
+    save_file(tensors, tmp_path / "peft.safetensors")
+    with pytest.raises(ValueError, match="LoRA adapters.*; merge them into their network first"):
+        vit.load(tmp_path / "peft.safetensors", heads=2)
+
+
 def test_stated_images_that_are_not_square(tiny_weights, tmp_path):
     """64 positions may be 8 x 8 or 16 x 4: where the file beside says so, it is refused."""
     stated = {"pretrained_cfg": {"input_size": [3, 32, 8], "mean": [0.5] * 3, "std": [0.5] * 3}}
     (tmp_path / "config.json").write_text(json.dumps(stated))
     tensors = load_file(tiny_weights)
     save_file(tensors, tmp_path / "w.safetensors")  # without its own configuration
-    with pytest.raises(ValueError, match="states images of 32 x 8 pixels"):
+    with pytest.raises(ValueError, match="it states images of 32 x 8 pixels, which aren't square"):
         vit.load(tmp_path / "w.safetensors", heads=2)
 
 
@@ -469,11 +585,12 @@ def test_a_configuration_that_does_not_fit(tmp_path):
     _, backbone = vit.load(path)
     assert backbone.config.heads == 2
     assert backbone.guessed == ("heads 2", "ImageNet's mean and std")
+    assert backbone.note == "the description beside it is of width 768, and was left out"
     beside.write_text(json.dumps({"hidden_act": "relu"}))
     with pytest.raises(ValueError, match="states the activation 'relu', not gelu or quick_gelu"):
         vit.load(path)
     beside.write_text("{ cut")
-    with pytest.raises(ValueError, match="config.json, beside it, is damaged"):
+    with pytest.raises(ValueError, match="config.json, beside the weights, can't be used"):
         vit.load(path)
 
 
