@@ -281,6 +281,8 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             wrong.append(name)
         else:
             wanted[name] = value
+    if not any(".adapter." in name for name in found):
+        raise ValueError("the file holds no adapters")
     if wrong:
         raise ValueError(
             f"the file has no {', '.join(wrong[:3])} of the right shape; "

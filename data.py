@@ -137,11 +137,13 @@ def split(
         test_share: the share of a missing test set, which then is drawn by `seed`.
 
     Raises:
-        ValueError: a class has fewer images than `shots`.
+        ValueError: a class has fewer images than `shots`; a share of a test set that isn't missing.
     """
     train = data.train
     val = data.val
     test = data.test
+    if test_share and test is not None:
+        raise ValueError(f"--test-share: {data.name} has a test set of its own")
     if test is None:
         key = f"test/{seed}" if test_share else "test"
         test, train = split_off(train, test_share or 0.2, key)
@@ -577,9 +579,13 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
         with Image.open(path, formats=formats) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
+            if image.mode == "F":
+                raise ValueError("32-bit floats, whose white may be 1 or 255; save it in 8 bits")
             return upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"no photo at {path}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large to be decoded ({error}); shrink it") from error
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
 

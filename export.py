@@ -30,6 +30,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -831,6 +832,7 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A folder to write to: its contents are moved into `folder` if all goes well, else deleted."""
+    train.check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
         yield Path(part)
@@ -989,6 +991,9 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
         parser.error("--resize takes pixels; leave out --input float")
     if options.swappable and (options.resize or options.precision != "fp32"):
         parser.error("--swappable is fp32, without --resize")
+    place = Path(options.o)
+    if options.o and not place.is_dir() and not options.swappable and place.suffix != ".onnx":
+        parser.error(f"-o {place}: give a folder, or a file whose name ends in .onnx")
     options.input = options.input or ("uint8" if options.resize else "float")
     return options, more
 
@@ -1015,6 +1020,9 @@ def main(arguments: list[str] | None = None) -> int:
             export_swappable(run, options)
         else:
             export(run, options)
+    except BrokenPipeError:  # of "| head": nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -86,6 +86,7 @@ MAY_DIFFER = (
     "device",
     "auto",
 )  # options that may differ when a run is resumed
+CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 WIDTHS = (6, 8, 9, 8, 9, 10, 10)
@@ -196,10 +197,27 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         parser.set_defaults(**saved)
         options = parser.parse_args(arguments)  # once more, with those defaults
     grid = expand(options)
+    check_used(options, {each.method for each in grid}, parser)
     for run_options in grid:
         fill_in(run_options)
         check(run_options, parser)
     return grid
+
+
+def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -> None:
+    """Refuse an option that none of the methods has."""
+    owners = dict.fromkeys(("every", "blocks"), adaptertune.ADAPTER_METHODS)
+    owners |= dict.fromkeys(CLIP_OPTIONS, adaptertune.CLIP_METHODS)
+    owners["cached"] = ("head", *adaptertune.CLIP_METHODS)
+    for method, settings in adaptertune.METHODS.items():
+        for name in settings:
+            owners[name] = (*owners.get(name, ()), method)
+    flags = {"reads": "adapter-input", "act": "adapter-act", "deep": "shallow"}
+    for name, having in owners.items():
+        given = getattr(options, name) != parser.get_default(name)
+        if given and methods.isdisjoint(having):
+            flag = flags.get(name, name).replace("_", "-")
+            parser.error(f"--{flag} is for {', '.join(having)}, not {', '.join(sorted(methods))}")
 
 
 def add_options(parser: Parser) -> None:
@@ -266,7 +284,7 @@ def add_options(parser: Parser) -> None:
         0.0,
     )
     add("--seeds", "I,J,…", integers(0), "a run for each; mean and spread at the end (0)", [0])
-    parser.choice("--amp", ("auto", "bf16", "off"), "bf16 where it is faster (auto)", "auto")
+    parser.choice("--amp", ("auto", "bf16", "off"), "train in bf16, where faster (auto)", "auto")
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
 
     parser.section("run")
@@ -456,16 +474,17 @@ class Run:
     state: State = field(default_factory=State)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S], or their cached features [B, D], to logits [B, K]."""
+        """Images [B, 3, S, S], or their cached features [B, D], to logits [B, K].
+
+        With bf16 for training; what is evaluated is the network in fp32, as it is exported. The
+        head is always in fp32: in bf16 two logits are easily equal.
+        """
         features = images
         if images.ndim > 2:
-            with self.autocast():
+            bf16 = self.bf16 and self.model.training
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 features = self.model.features(images)
-        return self.model.head(features.float())  # in fp32: in bf16 two logits are easily equal
-
-    def autocast(self) -> torch.autocast:
-        """The run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return self.model.head(features.float())
 
 
 def join_processes() -> None:
@@ -642,7 +661,10 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
     present = {name: used[name] for name in ("reads", "act", "scale", "placement")}
     present["fingerprint"] = adaptertune.fingerprint(model)
     adaptertune.check_same(path, saved, present)
-    adaptertune.start_from(model, tensors)
+    try:
+        adaptertune.start_from(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"--init {path}: {error}") from error
 
 
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
@@ -723,6 +745,8 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
         "image_size": size,
         "mean": backbone.norm[0],
         "std": backbone.norm[1],
+        "heads": backbone.config.heads,
+        "mlp_act": "quick_gelu" if backbone.config.quick_gelu else "gelu",
         "interpolation": "bicubic",
         "center": dataset.center,
         "dataset": dataset.name,
@@ -785,8 +809,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
             continue
         if saved.get(key) != value:
             raise ValueError(
-                f"{folder} holds a run with other options; give this one a --name, "
-                "or delete that folder"
+                f"{folder} holds a run with other options ({key} {saved.get(key)}, not {value}); "
+                "give this one a --name, or delete that folder"
             )
     if (folder / "state.pt").exists() and not options.resume:
         raise ValueError(
@@ -811,9 +835,12 @@ def check_writable(folder: Path) -> None:
 def read_json(path: Path) -> dict:
     """A run's config.json or result.json. Raises ValueError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no dictionary")
     except (OSError, ValueError) as error:
         raise ValueError(f"no run in {path.parent}: {path} is missing or damaged") from error
+    return content
 
 
 def kept_options(options: argparse.Namespace, seed: int) -> dict:
@@ -829,7 +856,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     """
     # All that features depend on: the fingerprint is of the weights only.
     network = (run.meta["fingerprint"], run.model.config, run.batches.norm)
-    key = hashlib.sha256(repr((network, run.dataset.center, run.bf16)).encode())
+    key = hashlib.sha256(repr((network, run.dataset.center)).encode())
     key.update(images.pixels.numpy())
     path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
     if not path.exists():
@@ -839,8 +866,8 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
         run.model.eval()
         for x, _ in run.batches.eval(images, run.dataset.center):
             stop_if_asked()
-            with torch.inference_mode(), run.autocast():
-                features.append(run.model.features(x).float().cpu())
+            with torch.inference_mode():
+                features.append(run.model.features(x).cpu())
             data.progress(f"features of {what}, batch", len(features), total, started)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = f"{path}.part"
@@ -1590,12 +1617,11 @@ def examine(run: Run) -> Examined:
     started = time.perf_counter()
     run.model.eval()
     for x, _ in run.batches.eval(run.dataset.test, run.dataset.center):
-        with run.autocast():
-            x = run.model.features(x)
-            predictions.append(run.model.head(x).argmax(dim=-1).cpu())
-            if run.meta["method"] in adaptertune.CLIP_METHODS:
-                x = run.model.head.embed(x)
-        features.append(x.float().cpu())
+        x = run.model.features(x)
+        predictions.append(run.model.head(x).argmax(dim=-1).cpu())
+        if run.meta["method"] in adaptertune.CLIP_METHODS:
+            x = run.model.head.embed(x)
+        features.append(x.cpu())
         data.progress("test images, batch", len(features), total, started)
     points, projection = to_two_dimensions(torch.cat(features))
     test = run.dataset.test
@@ -1774,6 +1800,9 @@ def main(arguments: list[str] | None = None) -> int:
             evaluate_again(grid[0])
         else:
             run_grid(grid)
+    except BrokenPipeError:  # of "| head": nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

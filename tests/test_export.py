@@ -450,7 +450,7 @@ def test_precision(run, tmp_path, precision):
     out = run("runs/a", "-o", path, "--precision", precision, "--force")
     check = (
         rf"^check    {precision} against fp32, 359 test images: max \|diff\| [\d.e-]+, "
-        r"top-1 agreement [\d.]+ %, accuracy [\d.]+ %, before [\d.]+ % ok$"
+        r"top-1 agreement [\d.]+ %, accuracy [\d.]+ %, before [\d.]+ % (ok|forced)$"
     )
     assert re.search(check, out, re.M)
     assert re.search(r"^speed .* ms fp32, ratio [\d.]+ ", out, re.M)
@@ -624,7 +624,7 @@ def test_another_backbones_adapter_is_refused(run, tmp_path):
         ("runs/full --swappable", 1, "has more than adapters and a linear head"),
         ("runs/a --bogus", 2, "unrecognized arguments: --bogus"),
         ("runs/a --weights gone.safetensors", 1, "no weights at gone.safetensors"),
-        ("runs/a -o /proc/nowhere/model.onnx", 1, "/proc/nowhere"),
+        ("runs/a -o /proc/nowhere/model.onnx", 1, "can.t write to /proc"),
         ("runs/a -o runs/a/config.json/model.onnx", 1, "Not a directory|exists"),
     ],
 )

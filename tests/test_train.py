@@ -84,7 +84,9 @@ def stated_test(out):
 def test_what_a_run_says(run, tiny_weights, tmp_path):
     """The terminal shows environment, parameters, data, the chosen epoch and the next step."""
     out = run(*quick(tiny_weights))
-    assert re.search(r"^env      torch [\d.+a-z]+ · cpu \d+ threads? · fp32 · seed 0$", out, re.M)
+    assert re.search(
+        r"^env      torch [\d.+a-z]+ · cpu \d+ threads? · (fp32|bf16) · seed 0$", out, re.M
+    )
     assert re.search(r"^backbone tiny 16px, [\d,]+ frozen, 2 heads, GELU$", out, re.M)
     assert "pixels   mean 0.5 0.5 0.5, std 0.5 0.5 0.5\n" in out
     assert "warning" not in out
@@ -310,7 +312,7 @@ def test_a_run_is_not_overwritten_by_another(run, tiny_weights, tmp_path):
     """A folder takes the same run again, made elsewhere or not, and no run with other options."""
     run(*quick(tiny_weights))
     error = run(*quick(tiny_weights, "--dropout", 0.2), status=1)
-    assert "holds a run with other options; give this one a --name" in error
+    assert "holds a run with other options (dropout 0.0, not 0.2); give this one a --name" in error
     run(*quick(tiny_weights, "--offline", "--data-dir", tmp_path, "--device", "cpu"))
 
 
