@@ -525,3 +525,17 @@ def test_photos_that_memory_can_not_hold(photos, monkeypatch):
     monkeypatch.setattr(data.os, "sysconf", lambda name: 1000 if name == "SC_PHYS_PAGES" else 4096)
     with pytest.raises(ValueError, match="60 photos of 256 x 256 pixels take 0 GB, this machine"):
         data.read(str(photos))
+
+
+def test_photos_in_floats_and_too_large(photos, monkeypatch):
+    """White may be 1 or 255 in a float TIFF: it is refused. A photo that Pillow takes for a bomb is
+    called too large, and not damaged."""
+    from PIL import Image
+
+    path = photos / "leaf/float.tif"
+    Image.new("F", (8, 8), 0.5).save(path)
+    with pytest.raises(ValueError, match=r"float.tif .*32-bit floats, whose white may be 1 or 255"):
+        data.read_photo(path, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="00.png is too large to be decoded .*; shrink it"):
+        data.read_photo(photos / "leaf/00.png", 8)

@@ -348,7 +348,22 @@ def test_graphs_that_give_no_labels(run_export, label, tmp_path):
     onnx.save(
         helper.make_model(graph, ir_version=8, opset_imports=[opset]), tmp_path / "other.onnx"
     )
-    assert "other.onnx has no class names" in label(tmp_path / "other.onnx", "x.png", status=1)
+    assert "other.onnx is no graph of export.py" in label(
+        tmp_path / "other.onnx", "x.png", status=1
+    )
+
+
+def test_metadata_changed_by_hand(run_export, label, tmp_path):
+    """Class names that aren't JSON, or not as many as outputs."""
+    run_export("runs/photos", "-o", tmp_path, "--images", 8)
+    path = tmp_path / "model.onnx"
+    proto = onnx.load(path)
+    for text, message in (("two", "are damaged"), ('["a", "b"]', "names 2 classes, but has 4")):
+        for prop in proto.metadata_props:
+            if prop.key == "classes":
+                prop.value = text
+        onnx.save(proto, path)
+        assert message in label(path, "odd/dark.bmp", status=1)
 
 
 def png_chunk(kind, content):

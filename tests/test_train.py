@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -935,6 +936,17 @@ WRONG_USAGE = [
         ["--blocks", "first99,last3"],
         "argument --blocks: 'first99,last3' is not like 0,1,5 or first6",
     ),
+    (["--method", "head", "--rank", "4"], "--rank is for adaptertune, adaptformer, clip-adapter"),
+    (
+        ["--method", "head", "--dropout", "0.5"],
+        "--dropout is for adaptertune, adaptformer, not head",
+    ),
+    (["--method", "vpt", "--every", "2"], "--every is for adaptertune, adaptformer, not vpt"),
+    (["--method", "full", "--blocks", "0"], "--blocks is for adaptertune, adaptformer, not full"),
+    (["--method", "full", "--cached"], "--cached is for head, clip-adapter, zero-shot, not full"),
+    (["--method", "head", "full", "--shallow"], "--shallow is for vpt, not full, head"),
+    (["--vocab", "merges.txt"], "--vocab is for clip-adapter, zero-shot, not adaptertune"),
+    (["--method", "head", "--init", "small"], "--init is for adaptertune, adaptformer, not head"),
     (["--blocks", "middle"], "argument --blocks: 'middle' is not like 0,1,5 or first6 or last6"),
     (["--epochs", "two"], "argument --epochs: 'two' is not a valid int"),
     (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 1"),
@@ -994,6 +1006,43 @@ def test_bad_input(run, tiny_weights, tmp_path, arguments, message):
     error = run("--weights", tiny_weights, *made, status=1)
     assert re.search(message, error)
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("change", [["--heads", "4"], ["--mlp-act", "quick_gelu"]])
+def test_a_run_is_opened_as_it_was_trained(run, tiny_weights, change):
+    """Another number of heads or activation is refused, as other settings are."""
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    assert "runs/a/adapters.safetensors was trained with" in run(
+        "--eval", "runs/a", *change, status=1
+    )
+
+
+def test_init_from_a_run_without_adapters(run, tiny_weights):
+    """The error names the file and says what it lacks."""
+    run(*quick(tiny_weights, "--epochs", 1, "--method", "head", "--name", "a"))
+    path = "runs/a/adapters.safetensors"
+    error = run(*quick(tiny_weights, "--init", path, "--name", "b"), status=1)
+    assert error == f"error: --init {path}: the file holds no adapters\n"
+
+
+def test_output_that_nobody_reads(tiny_weights, tmp_path):
+    """`| head -1` ends a run without an error message."""
+    arguments = shlex.join(map(str, quick(tiny_weights, "--epochs", 60)))
+    command = f"{sys.executable} -u {ROOT / 'train.py'} {arguments} | head -1"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("env ")
+    assert done.stderr == ""
+
+
+def test_a_share_of_a_test_set_that_is_there(run, photos, tiny_weights):
+    """--test-share is for a missing one."""
+    parts = photos.parent / "parts"
+    shutil.copytree(photos, parts / "train")
+    shutil.copytree(photos, parts / "test")
+    error = run("--dataset", parts, *quick(tiny_weights, "--test-share", "0.3"), status=1)
+    assert "--test-share: parts has a test set of its own" in error
 
 
 def test_a_folder_that_can_not_be_written(run, tiny_weights, tmp_path):

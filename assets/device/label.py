@@ -9,8 +9,12 @@ Class names, image size, normalisation and the form of input and output are read
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import onnxruntime
@@ -80,33 +84,45 @@ def load_adapter(path, meta):
     return options, adapter  # the options don't keep the adapter alive
 
 
+def open_graph(path, adapter_path):
+    """The session of a graph, its metadata, and run options with the adapter, if there is one."""
+    for each in filter(None, (path, adapter_path)):
+        if not Path(each).is_file():
+            sys.exit(f"error: {each} is {'a folder' if Path(each).is_dir() else 'missing'}")
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # no warnings of inputs that have a default
+    try:
+        session = onnxruntime.InferenceSession(path, settings)
+    except Exception as error:  # onnxruntime's own kinds derive from nothing else
+        sys.exit(f"error: can't load {path}: {str(error).splitlines()[0]}")
+    meta = dict(session.get_modelmeta().custom_metadata_map)
+    options = adapter = None
+    if adapter_path:
+        options, adapter = load_adapter(adapter_path, meta)
+    if "image_size" not in meta:
+        sys.exit(f"error: {path} is no graph of export.py: it doesn't say what it takes")
+    if "classes" not in meta:
+        sys.exit(f"error: {path} has no class names; give the task's --adapter")
+    if meta["output"] == "embedding":
+        sys.exit(f"error: {path} gives embeddings, not labels")
+    return session, meta, options, adapter
+
+
 def main():
     parser = argparse.ArgumentParser(description="Label photos with an ONNX file of export.py.")
     parser.add_argument("model", help="model.onnx")
     parser.add_argument("photos", nargs="+", metavar="photo")
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
     arguments = parser.parse_args()
-
     sys.stdout.reconfigure(errors="replace")  # names that a terminal can't show
-    for path in filter(None, (arguments.model, arguments.adapter)):
-        if not Path(path).is_file():
-            sys.exit(f"error: {path} is {'a folder' if Path(path).is_dir() else 'missing'}")
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # no warnings of inputs that have a default
+
+    # The options don't keep the adapter alive, so it stays in a variable.
+    session, meta, options, _adapter = open_graph(arguments.model, arguments.adapter)
     try:
-        session = onnxruntime.InferenceSession(arguments.model, settings)
-    except Exception as error:  # onnxruntime's own kinds derive from nothing else
-        sys.exit(f"error: can't load {arguments.model}: {str(error).splitlines()[0]}")
-    meta = dict(session.get_modelmeta().custom_metadata_map)
-    options = adapter = None
-    if arguments.adapter:
-        options, adapter = load_adapter(arguments.adapter, meta)
-    if "classes" not in meta:
-        sys.exit(f"error: {arguments.model} has no class names; give the task's --adapter")
-    if meta["output"] == "embedding":
-        sys.exit(f"error: {arguments.model} gives embeddings, not labels")
-    classes = json.loads(meta["classes"])
-    batch = json.loads(meta["batch"]) or 1  # a fixed batch is filled up
+        classes = json.loads(meta["classes"])
+        batch = json.loads(meta["batch"]) or 1  # a fixed batch is filled up
+    except (ValueError, KeyError):
+        sys.exit(f"error: the metadata of {arguments.model} are damaged; export it again")
 
     for photo in arguments.photos:
         try:
@@ -114,6 +130,10 @@ def main():
         except Exception as error:  # Pillow's decoders raise many kinds
             sys.exit(f"error: can't read {photo} as an image ({error})")
         scores = session.run(None, {"image": image}, options)[0][0]
+        if len(scores) != len(classes):
+            sys.exit(
+                f"error: {arguments.model} names {len(classes)} classes, but has {len(scores)}"
+            )
         if meta["output"] == "logits":
             scores = np.exp(scores - scores.max())
             scores /= scores.sum()
