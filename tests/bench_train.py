@@ -70,7 +70,7 @@ def build(kind: str) -> nn.Module:
     if kind in ("ours", "full"):
         model = vit.ViT(CONFIG)
         model.init_weights()
-        adaptertune.adapt(model, CLASSES, "full" if kind == "full" else "adaptertune")
+        adaptertune.adapt(model, "full" if kind == "full" else "adaptertune", CLASSES)
         return model
     import timm
 
@@ -100,7 +100,7 @@ def make_step(kind: str, bf16: bool) -> Callable[[Tensor, Tensor], None]:
     def step(images: Tensor, labels: Tensor) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
