@@ -617,6 +617,13 @@ HARMLESS = [
 ]
 
 
+FOREIGN = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file: `git lfs pull` fetches it",
+    b"\x89HDF": "an HDF5 file, as Keras writes",
+    b"GGUF": "a GGUF file",
+}
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """All tensors of a file, and the JSON that adaptertune.save leaves in its header (or {}).
 
@@ -640,10 +647,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         return read_parts(path), {}
     with path.open("rb") as file:
         beginning = file.read(64)
-    if beginning.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a pointer of Git LFS, not the file; fetch it by `git lfs pull`"
-        )
+    kind = foreign_kind(path, beginning)
+    if kind:
+        raise ValueError(f"{path} is {kind}; give a .safetensors or .pth file")
     try:
         if beginning[8:9] == b"{":  # safetensors, whatever the suffix: a length, then JSON
             with safe_open(path, "pt") as file:
@@ -668,6 +674,24 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or cut short ({reason}); fetch it again") from error
     return choose_tensors(content, path)
+
+
+def foreign_kind(path: Path, beginning: bytes) -> str:
+    """What a file is that isn't read, by its beginning or what a zip archive holds; "" if it may
+    be."""
+    for start, kind in FOREIGN.items():
+        if beginning.startswith(start):
+            return kind
+    if path.suffix == ".onnx":
+        return "an ONNX graph"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith(".npy") for name in names):
+            return "an .npz of numpy, as JAX's checkpoints are"
+        if any(name.endswith("archive_format") for name in names):
+            return "a program of torch.export (.pt2)"
+    return ""
 
 
 def read_parts(index: Path) -> dict[str, Tensor]:

@@ -288,7 +288,7 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
     assert torch.equal(model.cls_token, tensors["cls_token"])
 
     (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1")
-    with pytest.raises(ValueError, match="a pointer of Git LFS, not the file; fetch it by"):
+    with pytest.raises(ValueError, match="a pointer of Git LFS, not the file: `git lfs pull`"):
         vit.load(tmp_path / "lfs.safetensors")
     part = tmp_path / "model-00001-of-00002.safetensors"
     save_file({"cls_token": tensors["cls_token"]}, part)
@@ -304,6 +304,26 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
     save_file(tensors, tmp_path / "int8.safetensors")
     with pytest.raises(ValueError, match=r"fc1.weight holds torch.int8: quantised weights can't"):
         vit.load(tmp_path / "int8.safetensors", heads=2)
+
+
+def test_kinds_of_files_that_are_not_read(tmp_path):
+    """They are called what they are, and not damaged."""
+    np.savez(tmp_path / "jax.npz", embedding=np.zeros(3))
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    (tmp_path / "graph.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    (tmp_path / "keras.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    (tmp_path / "llama.gguf").write_bytes(b"GGUF\x03")
+    kinds = {
+        "jax.npz": "an .npz of numpy",
+        "program.pt2": "a program of torch.export",
+        "graph.onnx": "an ONNX graph",
+        "keras.h5": "an HDF5 file",
+        "llama.gguf": "a GGUF file",
+    }
+    for name, kind in kinds.items():
+        with pytest.raises(ValueError, match=f"{name} is {kind}.*; give a .safetensors or .pth"):
+            vit.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("names", [("student", "teacher"), ("encoder", "momentum_encoder")])
