@@ -711,6 +711,8 @@ def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int)
             print(
                 f"split    {what}: {counted(len(images), 'image')} of {path}, such as {images[0]}"
             )
+    if not len(dataset.test):
+        raise ValueError(f"none of the test images that {path} lists is in {options.dataset}")
     if moved.new and not options.limit and not options.shots:  # which leave images out themselves
         print(f"split    left out: {counted(moved.new, 'image')} that {path} doesn't list")
     return dataset
@@ -1329,6 +1331,8 @@ def describe(run: Run) -> None:
             text += f" (head {options.head_lr:g})"
         if not options.cached:
             text += f", crops of {options.min_scale:g} to 1 of the area"
+        if options.label_smoothing:
+            text += f", label smoothing {options.label_smoothing:g}"
         print(text)
 
 

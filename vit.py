@@ -788,19 +788,14 @@ def choose_tensors(
 def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """One dictionary, or one for each prefix before which it has an averaged network and another
     one ("teacher.", "student.")."""
-    begins = {match[1] for match in map(re.compile(r"(\w+)\.").match, tensors) if match}
-    networks = [
-        begin
-        for begin in sorted(begins)
-        if any(key.startswith(f"{begin}.") and TELLS.search(key) for key in tensors)
-    ]
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        begin, _, _ = key.partition(".")
+        parts.setdefault(begin, {})[key] = value
+    networks = [begin for begin, inside in parts.items() if any(map(TELLS.search, inside))]
     if len(networks) < 2 or not any(map(AVERAGED.search, networks)):
         return {where: tensors}
-    found = {}
-    for begin in networks:
-        inside = {key: value for key, value in tensors.items() if key.startswith(f"{begin}.")}
-        found[f"{where}.{begin}".lstrip(".")] = inside
-    return found
+    return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
 
 
 def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -240,6 +240,21 @@ def test_bf16_trains(run, tiny_weights):
     assert "· bf16 · seed 0" in run(*quick(tiny_weights, "--amp", "bf16", "--epochs", 1))
 
 
+def test_bf16_is_for_training_alone(tiny_weights):
+    """In training the network runs in bf16, nearly as in fp32; it is evaluated in fp32."""
+    options, *_ = train.parse(["--weights", str(tiny_weights), "--limit", "64", "--amp", "bf16"])
+    run = train.prepare(options, 0)
+    x, _ = next(run.batches.eval(run.dataset.val, 1.0))
+    exact = run.model(x)
+    run.model.train()
+    rounded = run.logits(x)
+    assert rounded.dtype is torch.float32
+    assert not torch.allclose(rounded, exact, atol=1e-5)
+    assert torch.allclose(rounded, exact, atol=0.02)
+    run.model.eval()
+    assert torch.equal(run.logits(x), exact)
+
+
 def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch, handlers):
     """--amp auto takes what is faster, writes it down, and a resumed run keeps it."""
     for share, amp, word in ((0.5, "bf16", "bf16"), (0.9, "off", "fp32")):
@@ -491,6 +506,11 @@ def test_a_split_holds_wherever_the_photos_are(run, photos, tiny_weights, tmp_pa
         assert "split    " not in out
     (copy / listed["train"][0]).unlink()
     train.read_dataset.cache_clear()
+    shutil.copytree(
+        copy, tmp_path / "renamed", copy_function=lambda a, b: shutil.copy(a, f"{b}.png")
+    )
+    error = run("--eval", "runs/a", "--dataset", tmp_path / "renamed", status=1)
+    assert "none of the test images that runs/a/split.json lists is in" in error
     out = run("--eval", "runs/a", "--dataset", copy)
     assert "42 train / 5 val / 12 test" in out
     assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}\n" in out
@@ -759,8 +779,9 @@ def torchrun(arguments, folder):
 
 
 def in_pairs(weights, name, *more):
-    """Options for 205 images in steps of 6: 35 steps, the last of one image alone."""
-    common = ["--weights", weights, "--limit", "205", "--batch", "6", "--amp", "off"]
+    """Options for 206 images in steps of 5, of which the two processes have 3 and 2; in the last
+    step there is one image alone."""
+    common = ["--weights", weights, "--limit", "206", "--batch", "5", "--amp", "off"]
     return [*common, "--name", name, *more]
 
 
