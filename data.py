@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images with their bytes and labels on a device."""
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def __getitem__(self, index: Tensor) -> "Images":
         names = [self.names[i] for i in index.tolist()] if self.names else []
@@ -745,8 +749,8 @@ def center_boxes(n: int, H: int, W: int, share: float, device: torch.device) -> 
 class Batches:
     """Turns images into what the network sees: normalised floats [B, 3, S, S] on a device.
 
-    Only the raw bytes travel to the device. Of several processes each has its part of every batch:
-    the images rank, rank + world, rank + 2·world and so on.
+    Only the raw bytes travel to the device, or lie there already. Of several processes each has its
+    part of every batch: the images rank, rank + world, rank + 2·world and so on.
     """
 
     size: int  # S
@@ -756,9 +760,14 @@ class Batches:
     rank: int = 0
     world: int = 1
 
+    @cached_property
+    def mean_std(self) -> Tensor:
+        """[2, 3, 1, 1], made once: a GPU stands still while numbers are copied to it."""
+        return torch.tensor(self.norm, device=self.device)[..., None, None]
+
     def finish(self, pixels: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
         """Crop, flip, resize and normalise a batch of pixels uint8 [B, 3, H, W]."""
-        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in self.norm)
+        mean, std = self.mean_std
         return (crop_resize(pixels, boxes, self.size, flip=flip) - mean) / std
 
     def count(self, images: Images) -> int:
@@ -772,6 +781,7 @@ class Batches:
         by (seed, epoch, step). To go on after an interruption it begins at step `first`."""
         images = data.train
         order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}"))
+        order = order.to(images.pixels.device)  # once an epoch: each copy makes a GPU wait
         own = slice(self.rank, None, self.world)
         for step, index in enumerate(order.split(self.batch)):
             if step < first:

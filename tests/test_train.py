@@ -255,6 +255,33 @@ def test_bf16_is_for_training_alone(tiny_weights):
     assert torch.equal(run.logits(x), exact)
 
 
+def test_compiled_training_is_the_plain_one(run, tiny_weights, tmp_path):
+    """--compile changes how the steps are computed, not what they do; the last batch is smaller."""
+    try:
+        train.check_compiler(torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    arguments = quick(tiny_weights, "--amp", "off", "--epochs", 2, "--device", "cpu")
+    run(*arguments, "--name", "plain")
+    run(*arguments, "--name", "compiled", "--compile")
+    plain = load_file(tmp_path / "runs/plain/adapters.safetensors")
+    compiled = load_file(tmp_path / "runs/compiled/adapters.safetensors")
+    for name, tensor in plain.items():
+        assert torch.allclose(compiled[name], tensor, atol=1e-4), name
+    assert any(not torch.equal(compiled[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_compiler_that_is_missing(run, tiny_weights, monkeypatch):
+    """Without a compiler --compile is an error of one line that says what torch lacks."""
+
+    def compile(function, **_):  # noqa: A001
+        raise RuntimeError("no C++ compiler\nfor many reasons")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    error = run(*quick(tiny_weights, "--compile"), status=1)
+    assert "--compile can't be used here (no C++ compiler); leave it out" in error
+
+
 def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch, handlers):
     """--amp auto takes what is faster, writes it down, and a resumed run keeps it."""
     for share, amp, word in ((0.5, "bf16", "bf16"), (0.9, "off", "fp32")):
@@ -1195,7 +1222,7 @@ STATED = {
 }
 # Off unless they are given.
 SWITCHES = {"--offline", "--cached", "--resume", "--scratch", "--learn-scale", "--shallow"}
-SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot"}
+SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot", "--compile"}
 # What each setting's option is called, where it isn't the setting's name.
 OPTIONS = {"reads": "--adapter-input", "act": "--adapter-act", "deep": "--shallow"}
 
@@ -1234,6 +1261,7 @@ DIGITS = {
     "heads": 0,
     "image_size": 0,
     "cached": False,
+    "compile": False,
     "lr": 5e-3,
     "head_lr": 1e-2,
     "weight_decay": 0.05,
