@@ -476,8 +476,10 @@ class Run:
 
     @functools.cached_property
     def compiled(self) -> Callable[[Tensor], Tensor]:
-        """model.features as torch compiles it."""
-        return torch.compile(self.model.features, dynamic=False)
+        """model.features as torch compiles it; on a GPU as one CUDA graph for each direction, since
+        to launch the kernels one by one takes longer than to run them."""
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        return torch.compile(self.model.features, dynamic=False, mode=mode)
 
     def logits(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], or their cached features [B, D], to logits [B, K].
@@ -501,9 +503,16 @@ class Run:
 def join_processes() -> None:
     """Where torchrun started several processes, let them train together; the first one speaks."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        gpus = torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
+
+
+def leave_processes() -> None:
+    """What `join_processes` began ends before the process does, or its threads abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -515,16 +524,12 @@ def rank_and_world() -> tuple[int, int]:
 
 def wait_for_all() -> None:
     """Go on when every process has come here."""
-    if dist.is_initialized():
-        dist.barrier()
+    any_process(False)
 
 
 def any_process(value: bool) -> bool:
     """Whether it is true in any of the processes."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(sum_over_processes(torch.tensor(int(value), device=device)))
+    return bool(sum_over_processes(torch.tensor(int(value))))
 
 
 def sum_over_processes(sums: Tensor) -> Tensor:
@@ -562,6 +567,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and dist.is_initialized():
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        if here > torch.cuda.device_count():
+            raise ValueError(
+                f"{here} processes want a GPU each, and there are {torch.cuda.device_count()}; "
+                "start as many, or give --device cpu"
+            )
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -571,6 +582,7 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} can't be used here; choose auto, cpu or, with a GPU, cuda"
         ) from error
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
         be_repeatable()
     return device
 
@@ -580,10 +592,19 @@ def be_repeatable() -> None:
 
     By default the backward pass of attention adds in any order, and convolutions are in TF32.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and for debugging
     torch.backends.cudnn.allow_tf32 = False
+    # torch wants this variable at its first product and never again; while it is set it parses it
+    # at each, which takes as long as the rest of a small network's step. What it guards against,
+    # several streams on one handle, doesn't happen here.
+    variable = "CUBLAS_WORKSPACE_CONFIG"
+    given = os.environ.get(variable)
+    os.environ[variable] = ":4096:8"
+    torch.ones(1, 1, device="cuda").mm(torch.ones(1, 1, device="cuda"))
+    del os.environ[variable]
+    if given:
+        os.environ[variable] = given
 
 
 def check_compiler(device: torch.device) -> None:
@@ -1874,6 +1895,8 @@ def main(arguments: list[str] | None = None) -> int:
             program = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
         print(f"\nstopped; to go on: {program} {shlex.join(command)}", file=sys.stderr)
         return 130
+    finally:
+        leave_processes()
     return 0
 
 

@@ -4,6 +4,8 @@
     python tests/bench_train.py [--rounds 5] [--threads 1] [--batch 32]
     python tests/bench_train.py --epoch                wall-clock time with the images' pipeline
     python tests/bench_train.py --operations ours-bf16
+    python tests/bench_train.py --device cuda --batch 128 --steps 30
+                                --variants timm-bf16 ours-bf16 ours-bf16-compiled
 
 DeiT-tiny's shape at 224 px with random weights, 100 classes, AdamW, gradients clipped to 1.0:
 
@@ -12,13 +14,15 @@ DeiT-tiny's shape at 224 px with random weights, 100 classes, AdamW, gradients c
     peft-fp32, peft-bf16    peft's LoRA on qkv of the same model, with as many parameters (rank 7)
     full-fp32, full-bf16    ours, everything trained
     timm-full-bf16          timm's, everything trained
+    …-compiled              the same after torch.compile
 
 With --epoch, train.py's batches of uint8 images [n, 3, 32, 32] stand against PIL images,
 torchvision's RandomResizedCrop(224) and flip in a DataLoader with two workers.
 
 Each of a round's variants runs in a process of its own, one after the other: memory is that
 process's peak. The figures are medians over rounds, and ratios of medians. Matrix rate: what one
-product of [batch · 197, 192] by [192, 768] reaches in the same process.
+product of [batch · 197, 192] by [192, 768] reaches in the same process. On a GPU the seconds are
+wall-clock time, and memory is the GPU's.
 """
 
 import argparse
@@ -38,6 +42,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adaptertune
 import data
+import train
 import vit
 
 CLASSES = 100
@@ -46,6 +51,7 @@ VARIANTS = (
     *("timm-fp32", "timm-bf16", "ours-fp32", "ours-bf16", "peft-fp32", "peft-bf16"),
     *("full-fp32", "full-bf16", "timm-full-bf16"),
 )
+COMPILED = tuple(f"{variant}-compiled" for variant in VARIANTS)
 
 
 class Wrapped(nn.Module):
@@ -91,15 +97,21 @@ def build(kind: str) -> nn.Module:
     return model
 
 
-def make_step(kind: str, bf16: bool) -> Callable[[Tensor, Tensor], None]:
+def make_step(variant: str, device: str) -> Callable[[Tensor, Tensor], None]:
     """A function that takes one training step."""
-    model = build(kind).train()
+    kind, bf16 = parse_variant(variant)
+    model = build(kind).train().to(device)
     parameters = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    ours = kind in ("ours", "full")
+    fused = ours and device == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, fused=fused)
+    network = torch.compile(model) if variant in COMPILED else model
+    if ours and device == "cuda":
+        train.be_repeatable()
 
     def step(images: Tensor, labels: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(images)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            logits = network(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -109,15 +121,36 @@ def make_step(kind: str, bf16: bool) -> Callable[[Tensor, Tensor], None]:
     return step
 
 
-def matrix_rate(bf16: bool, batch: int) -> float:
-    """GFLOP/s of this process's threads in a product of the network's shape."""
+def parse_variant(variant: str) -> tuple[str, bool]:
+    """What a variant's network is, and whether it trains in bf16."""
+    kind, _, precision = variant.removesuffix("-compiled").rpartition("-")
+    return kind, precision == "bf16"
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was asked to."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: str) -> float:
+    """GiB, of a GPU or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def matrix_rate(bf16: bool, batch: int, device: str) -> float:
+    """GFLOP/s of this process's threads, or of a GPU, in a product of the network's shape."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    x = torch.ones(batch * 197, CONFIG.width, dtype=dtype)
-    weight = torch.ones(4 * CONFIG.width, CONFIG.width, dtype=dtype)
+    x = torch.ones(batch * 197, CONFIG.width, dtype=dtype, device=device)
+    weight = torch.ones(4 * CONFIG.width, CONFIG.width, dtype=dtype, device=device)
     times = []
     for _ in range(10):
+        wait(device)
         started = time.perf_counter()
         F.linear(x, weight)
+        wait(device)
         times.append(time.perf_counter() - started)
     return 2 * x.numel() * len(weight) / min(times) / 1e9
 
@@ -132,35 +165,38 @@ def operations_of(batch: int) -> float:
     return batch * ((2 * (L - 1) - 1) * block + 2 * last + patches) / 1e9
 
 
-def time_steps(kind: str, bf16: bool, options: argparse.Namespace) -> dict:
+def time_steps(variant: str, options: argparse.Namespace) -> dict:
     """CPU and wall-clock seconds of a step in this process, and its peak memory."""
-    images = torch.randn(options.batch, 3, 224, 224)
-    labels = torch.randint(0, CLASSES, (options.batch,))
-    step = make_step(kind, bf16)
+    device = options.device
+    images = torch.randn(options.batch, 3, 224, 224, device=device)
+    labels = torch.randint(0, CLASSES, (options.batch,), device=device)
+    step = make_step(variant, device)
     step(images, labels)  # warms up
+    wait(device)
     cpu = []
     wall = []
     for _ in range(options.steps):
         before = time.process_time(), time.perf_counter()
         step(images, labels)
+        wait(device)
         cpu.append(time.process_time() - before[0])
         wall.append(time.perf_counter() - before[1])
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    rate = matrix_rate(bf16, options.batch)
+    _, bf16 = parse_variant(variant)
     return {
         "cpu": statistics.median(cpu),
         "wall": statistics.median(wall),
-        "memory": memory,
-        "rate": rate,
+        "memory": peak_memory(device),
+        "rate": matrix_rate(bf16, options.batch, device),
     }
 
 
-def time_epoch(kind: str, bf16: bool, options: argparse.Namespace) -> dict:
+def time_epoch(variant: str, options: argparse.Namespace) -> dict:
     """Wall-clock seconds for all images of an epoch, with the pipeline that belongs to the kind."""
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (options.images, 3, 32, 32), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, CLASSES, (options.images,), generator=draw)
-    step = make_step(kind, bf16)
+    kind, _ = parse_variant(variant)
+    step = make_step(variant, "cpu")
     step(torch.randn(options.batch, 3, 224, 224), labels[: options.batch])
     started = time.perf_counter()
     if kind in ("ours", "full"):
@@ -194,8 +230,7 @@ def time_epoch(kind: str, bf16: bool, options: argparse.Namespace) -> dict:
         for x, y in loader:
             step(x, y)
     wall = time.perf_counter() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"cpu": 0.0, "wall": wall, "memory": memory, "rate": 0.0}
+    return {"cpu": 0.0, "wall": wall, "memory": peak_memory("cpu"), "rate": 0.0}
 
 
 def run_worker(variant: str, options: argparse.Namespace) -> dict:
@@ -203,6 +238,7 @@ def run_worker(variant: str, options: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--worker", variant, "--batch", str(options.batch)]
     command += ["--threads", str(options.threads), "--steps", str(options.steps)]
     command += ["--images", str(options.images), *(["--epoch"] if options.epoch else [])]
+    command += ["--device", options.device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -211,10 +247,9 @@ def run_worker(variant: str, options: argparse.Namespace) -> dict:
 
 def print_operations(variant: str, options: argparse.Namespace) -> None:
     """Where a step's time goes."""
-    kind, _, precision = variant.rpartition("-")
     images = torch.randn(options.batch, 3, 224, 224)
     labels = torch.randint(0, CLASSES, (options.batch,))
-    step = make_step(kind, precision == "bf16")
+    step = make_step(variant, "cpu")
     step(images, labels)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step(images, labels)
@@ -228,7 +263,7 @@ def print_operations(variant: str, options: argparse.Namespace) -> None:
 
 def print_table(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
     """Medians over the rounds, and ratios to the first two variants."""
-    key = "wall" if options.epoch else "cpu"
+    key = "wall" if options.epoch or options.device == "cuda" else "cpu"
     middle = {}
     for variant, rounds in found.items():
         middle[variant] = {
@@ -244,7 +279,7 @@ def print_table(found: dict[str, list[dict]], options: argparse.Namespace) -> No
             reached = operations_of(options.batch) / figures["wall"] / figures["rate"]
             share = f"{100 * reached:.0f} % of {figures['rate']:.0f} GFLOP/s"
         print(
-            f"| {variant} | {figures[key]:.2f} | {min(times):.2f} to {max(times):.2f} "
+            f"| {variant} | {figures[key]:.3g} | {min(times):.3g} to {max(times):.3g} "
             f"| {middle[first][key] / figures[key]:.2f} | {middle[second][key] / figures[key]:.2f} "
             f"| {figures['memory']:.2f} | {share} |"
         )
@@ -254,7 +289,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS + COMPILED)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="in each round")
@@ -262,13 +298,12 @@ def main() -> None:
     parser.add_argument("--epoch", action="store_true")
     parser.add_argument("--images", type=int, default=512, help="of an epoch")
     parser.add_argument("--operations", metavar="VARIANT", choices=VARIANTS)
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=VARIANTS + COMPILED, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.worker:
-        kind, _, precision = options.worker.rpartition("-")
         measure = time_epoch if options.epoch else time_steps
-        print(json.dumps(measure(kind, precision == "bf16", options)))
+        print(json.dumps(measure(options.worker, options)))
         return
     if options.operations:
         print_operations(options.operations, options)
@@ -277,10 +312,10 @@ def main() -> None:
     for _ in range(options.rounds):
         for variant, rounds in found.items():
             rounds.append(run_worker(variant, options))
-    print(
-        f"torch {torch.__version__}, {options.threads} threads, batch {options.batch}, "
-        f"{options.rounds} rounds"
-    )
+    where = f"{options.threads} threads"
+    if options.device == "cuda":
+        where = torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {where}, batch {options.batch}, {options.rounds} rounds")
     print_table(found, options)
 
 

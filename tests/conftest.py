@@ -1,4 +1,9 @@
-"""What the tests share: tiny networks and data sets, a runner of command lines, an HTTP server."""
+"""What the tests share: tiny networks and data sets, a runner of command lines, an HTTP server.
+
+They run on the CPU, so that they check the same everywhere. Those of whole runs hold on a GPU too:
+
+    ADAPTERTUNE_GPU=1 pytest tests/test_train.py -k "same_command or resuming or compiled"
+"""
 
 import dataclasses
 import http.server
@@ -8,6 +13,9 @@ import pickle
 import re
 import threading
 from pathlib import Path
+
+if not os.environ.get("ADAPTERTUNE_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest

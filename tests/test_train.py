@@ -258,10 +258,10 @@ def test_bf16_is_for_training_alone(tiny_weights):
 def test_compiled_training_is_the_plain_one(run, tiny_weights, tmp_path):
     """--compile changes how the steps are computed, not what they do; the last batch is smaller."""
     try:
-        train.check_compiler(torch.device("cpu"))
+        train.check_compiler(train.choose_device("auto"))
     except ValueError as error:
         pytest.skip(str(error))
-    arguments = quick(tiny_weights, "--amp", "off", "--epochs", 2, "--device", "cpu")
+    arguments = quick(tiny_weights, "--amp", "off", "--epochs", 2)
     run(*arguments, "--name", "plain")
     run(*arguments, "--name", "compiled", "--compile")
     plain = load_file(tmp_path / "runs/plain/adapters.safetensors")

@@ -1,0 +1,236 @@
+"""Do fewer tokens in training pay? As much time spent on all of them, on some, on small images.
+
+    python tests/bench_tokens.py --real DIR --restored DIR --out tokens.csv [--seeds 0,1,2]
+    python tests/bench_tokens.py --cost                    what a step of each kind costs here
+    python tests/bench_tokens.py --table --out tokens.csv
+
+A schedule is a list of phases, epochs x image size x share of the patch tokens kept, such as
+"8x224x0.5 2x224x1". Tokens are dropped as PatchDropout does (https://arxiv.org/abs/2208.07220):
+another random part for each image and step, after the positions were added. At a smaller image size
+the positions are resized. Validation always sees all tokens at 224 px.
+
+DeiT-tiny, adapters of rank 8, everything else as train.py has it. Judged by validation accuracy;
+the test set isn't read. DIR are the folders that test_real.py names.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import adaptertune  # noqa: E402
+import data  # noqa: E402
+import train  # noqa: E402
+import vit  # noqa: E402
+
+COLUMNS = ("data", "schedule", "seed", "val_accuracy", "seconds", "device")
+# Data: train images a class, validation images a class, the factor by which its epochs are more.
+SETS = {"cifar100": (50, 25, 1), "flowers12": (40, 20, 3)}
+SCHEDULES = (
+    "10x224x1",
+    "5x224x1",
+    "10x224x0.5",
+    "6x224x0.5 2x224x1",
+    "10x160x1",
+    "6x160x1 2x224x1",
+    "8x112x1 3x224x1",
+    "4x112x1 4x224x1",
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some epochs with images of `size` px and a share `keep` of their patch tokens."""
+
+    epochs: int
+    size: int
+    keep: float
+
+
+def read_schedule(text: str, factor: int = 1) -> list[Phase]:
+    """The phases of a schedule, each with `factor` times its epochs."""
+    phases = []
+    for part in text.split():
+        epochs, size, keep = part.split("x")
+        phases.append(Phase(factor * int(epochs), int(size), float(keep)))
+    return phases
+
+
+def embed(self: vit.ViT, images: Tensor) -> Tensor:
+    """ViT.embed for images of any size, without some of the tokens in training."""
+    positions = vit.resize_positions(self.pos_embed, images.shape[-1] // self.config.patch)
+    patches = self.patch_embed(images) + positions[:, 1:]
+    B, n, D = patches.shape
+    keep = round(n * Tokens.keep) if self.training else n
+    if keep < n:
+        chosen = torch.rand(B, n, device=patches.device).topk(keep, dim=1).indices
+        patches = patches.gather(1, chosen[..., None].expand(-1, -1, D))
+    class_token = (self.cls_token + positions[:, :1]).expand(B, -1, -1)
+    return torch.cat([class_token, patches], dim=1)
+
+
+class Tokens:
+    """What `embed` keeps at present."""
+
+    keep = 1.0
+
+
+@dataclass(frozen=True)
+class PhasedBatches(data.Batches):
+    """Batches whose images have the size of the epoch's phase."""
+
+    phases: tuple[Phase, ...] = ()
+
+    def train(
+        self, data: data.Dataset, seed: int, epoch: int, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        last = 0
+        for phase in self.phases:
+            last += phase.epochs
+            if epoch <= last:
+                break
+        Tokens.keep = phase.keep
+        return super(PhasedBatches, replace(self, size=phase.size)).train(data, seed, epoch, first)
+
+
+@functools.lru_cache(maxsize=1)
+def make_set(name: str, seed: int, real: Path, restored: Path) -> data.Dataset:
+    """A data set with images to train on and others to choose by, drawn from its training set."""
+    shots, choose, _ = SETS[name]
+    if name == "cifar100":
+        dataset = data.read("cifar100", str(restored), offline=True)
+    else:
+        dataset = data.read(str(real / "data" / name), image_size=224)
+    trained, rest = data.sample_shots(dataset.train, shots, f"tokens/{seed}")
+    val, _ = data.sample_shots(rest, choose, f"tokens/{seed}")
+    return replace(dataset, train=trained, val=val, test=val[torch.arange(1)])
+
+
+def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace) -> dict:
+    """A run's result.json."""
+    phases = read_schedule(schedule, SETS[name][2])
+    epochs = sum(phase.epochs for phase in phases)
+    weights = options.real / "weights" / "deit_tiny_patch16_224.safetensors"
+    train.read_dataset = lambda *_: make_set(name, seed, options.real, options.restored)
+    plain = train.prepare
+
+    def prepare(*arguments) -> train.Run:
+        run = plain(*arguments)
+        fields = {name: getattr(run.batches, name) for name in ("size", "norm", "batch", "device")}
+        run.batches = PhasedBatches(**fields, phases=tuple(phases))
+        return run
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        arguments = ["--dataset", str(options.real), "--weights", str(weights)]
+        chosen, *_ = train.parse([*arguments, "--epochs", str(epochs)])
+        train.prepare = prepare
+        try:
+            return train.train_run(chosen, seed)
+        finally:
+            train.prepare = plain
+
+
+def measure_costs() -> None:
+    """Print what a training step of 32 images costs by kind of phase, one thread's CPU time."""
+    torch.set_num_threads(1)
+    bf16 = train.time_bf16() < 0.7
+    model = vit.ViT(vit.BACKBONES["deit_ti16"].config)
+    model.init_weights()
+    adaptertune.adapt(model, "adaptertune", 100)
+    model.train()
+    labels = torch.zeros(32, dtype=torch.long)
+    kinds = {(224, 1.0): [], (224, 0.5): [], (160, 1.0): [], (112, 1.0): []}
+    for _ in range(6):
+        for (size, keep), seconds in kinds.items():
+            Tokens.keep = keep
+            images = torch.randn(32, 3, size, size)
+            started = time.thread_time()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
+            seconds.append(time.thread_time() - started)
+    whole = statistics.median(kinds[224, 1.0][1:])
+    print(f"torch {torch.__version__}, one thread, {'bf16' if bf16 else 'fp32'}, batch 32")
+    for (size, keep), seconds in kinds.items():
+        middle = statistics.median(seconds[1:])
+        print(f"{size} px, {keep:.0%} of the tokens: {middle:.2f} s, {middle / whole:.2f}")
+
+
+# Of a step with all tokens at 224 px: medians of `--cost`.
+COSTS = {(224, 1.0): 1.0, (224, 0.5): 0.45, (160, 1.0): 0.45, (112, 1.0): 0.23}
+
+
+def print_table(path: Path) -> None:
+    """Print validation accuracy by schedule, and what it costs in epochs with all tokens."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    print("| epochs x px x share of the tokens | cost | " + " | ".join(SETS) + " |")
+    print("|---|--:|" + "--:|" * len(SETS))
+    for schedule in dict.fromkeys(row["schedule"] for row in rows):
+        phases = read_schedule(schedule)
+        cost = sum(phase.epochs * COSTS[phase.size, phase.keep] for phase in phases)
+        cells = []
+        for name in SETS:
+            vals = [
+                float(row["val_accuracy"])
+                for row in rows
+                if (row["data"], row["schedule"]) == (name, schedule)
+            ]
+            spread = statistics.stdev(vals) if len(vals) > 1 else 0.0
+            cells.append(f"{statistics.mean(vals):.2f} ± {spread:.2f}" if vals else "")
+        print(f"| {schedule} | {cost:.1f} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--real", type=lambda name: Path(name).resolve())
+    parser.add_argument("--restored", type=lambda name: Path(name).resolve())
+    parser.add_argument("--data", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", default="tokens.csv", type=Path)
+    parser.add_argument("--cost", action="store_true", help="measure steps")
+    parser.add_argument("--table", action="store_true", help="print what --out holds")
+    options = parser.parse_args()
+    vit.ViT.embed = embed
+    if options.cost:
+        measure_costs()
+        return
+    if options.table:
+        print_table(options.out)
+        return
+    if not options.out.exists():
+        options.out.write_text(",".join(COLUMNS) + "\n")
+    for name in options.data:
+        for seed in map(int, options.seeds.split(",")):
+            for schedule in options.schedules:
+                result = train_once(name, schedule, seed, options)
+                row = [name, schedule, seed, f"{result['val_accuracy']:.2f}"]
+                row += [f"{result['seconds']:.1f}", train.choose_device("auto").type]
+                with options.out.open("a") as file:
+                    file.write(",".join(map(str, row)) + "\n")
+                print(*row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
