@@ -105,7 +105,9 @@ def make_step(variant: str, device: str) -> Callable[[Tensor, Tensor], None]:
     ours = kind in ("ours", "full")
     fused = ours and device == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, fused=fused)
-    network = torch.compile(model) if variant in COMPILED else model
+    network = model
+    if variant in COMPILED:  # as train.py does it
+        network = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None)
     if ours and device == "cuda":
         train.be_repeatable()
 
