@@ -38,6 +38,7 @@ KEY = ("pair", "method", "epochs", "lr", "recipe", "seed")  # the columns that s
 METHODS = {
     "head": ["--method", "head"],
     "adaptertune": ["--method", "adaptertune", "--rank", "8"],
+    "adaptertune-r64": ["--method", "adaptertune", "--rank", "64"],
     "adaptformer-r64": ["--method", "adaptformer", "--rank", "64"],
     "adaptformer-r8": ["--method", "adaptformer", "--rank", "8"],
     "vpt": ["--method", "vpt"],
