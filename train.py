@@ -59,7 +59,8 @@ import vit
 
 # Peak learning rates by method, for every backbone and size of data set. They were chosen on
 # validation over pairs of the two (assets/results, Learning rates). The paper's 1e-3 for adapters
-# belongs to 50 epochs of large sets; in a short run it is too low.
+# belongs to 50 epochs of large sets; in a short run it is too low. An adapter's belongs to the rank
+# of RATE_RANKS, see `default_rate`.
 RATES = {
     "adaptertune": 5e-3,
     "adaptformer": 1e-2,
@@ -70,6 +71,7 @@ RATES = {
     "full": 2.5e-4,
     "scratch": 1e-3,
 }
+RATE_RANKS = {"adaptertune": 8, "adaptformer": 64}
 # The new head's beside what is pretrained or starts as the identity.
 HEAD_RATE = 1e-2
 HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
@@ -271,7 +273,7 @@ def add_options(parser: Parser) -> None:
     )
     parser.switch("--cached", "head: train on features computed once, without augmentation")
     add("--batch", "N", integer(1), "images in a step (128; 32 for fewer than 5,000 images)", 0)
-    add("--lr", "LR", number(1e-12, 1000), "peak learning rate (by method)", 0.0)
+    add("--lr", "LR", number(1e-12, 1000), "peak learning rate (by method and rank)", 0.0)
     with_head = f"the head's beside it ({HEAD_RATE:g}; as --lr for head, clip-adapter, scratch)"
     add("--head-lr", "LR", number(1e-12, 1000), with_head, 0.0)
     add("--weight-decay", "W", number(0, 1000), "on weight matrices only, 0 for off (0.05)", 0.05)
@@ -378,6 +380,18 @@ def label_of(run: dict, runs: list[dict]) -> str:
     return " ".join(parts)
 
 
+def default_rate(method: str, rank: int | None) -> float:
+    """The peak learning rate of a method, for adapters of a rank.
+
+    A bottleneck sums over `rank` units, each of which AdamW moves by the rate: eight times the
+    units want half the rate, by measurement (assets/results, Learning rates).
+    """
+    rate = RATES[method]
+    if method in RATE_RANKS:
+        rate *= (RATE_RANKS[method] / max(1, rank)) ** (1 / 3)
+    return float(f"{rate:.2g}")
+
+
 def fill_in(options: argparse.Namespace) -> None:
     """Set the defaults that depend on other options."""
     for name, value in adaptertune.METHODS[options.method].items():
@@ -390,7 +404,7 @@ def fill_in(options: argparse.Namespace) -> None:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
     if options.label_smoothing is None:
         options.label_smoothing = 0.0 if clip else 0.1
-    options.lr = options.lr or RATES[options.method]
+    options.lr = options.lr or default_rate(options.method, options.rank)
     if not options.head_lr:
         own = options.method in HEAD_RATE_METHODS
         options.head_lr = HEAD_RATE if own else options.lr

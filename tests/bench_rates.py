@@ -185,7 +185,8 @@ def print_tables(path: Path) -> None:
     """Print the accuracy of every rate, and what each method's default rate loses to the best."""
     summary = []
     for method in METHODS:
-        default = f"{train.RATES[method.split('-')[0]]:g}"
+        name, _, rank = method.partition("-r")
+        default = f"{train.default_rate(name, int(rank or 8)):g}"
         rates = ladder(method)
         print(f"\n| `{method}` | {' | '.join(rates)} |\n|---|{'--:|' * len(rates)}")
         lost = {}

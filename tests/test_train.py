@@ -1194,7 +1194,7 @@ STATED = {
     "--image-size": "(0: its own)",
     "--epochs": "(10, up to 30 for fewer than 1,500 images; --cached 100)",
     "--batch": "(128; 32 for fewer than 5,000 images)",
-    "--lr": "(by method)",
+    "--lr": "(by method and rank)",
     "--head-lr": "(0.01; as --lr for head, clip-adapter, scratch)",
     "--weight-decay": "(0.05)",
     "--label-smoothing": "(0.1; CLIP's methods 0)",
@@ -1280,7 +1280,7 @@ DIGITS = {
     "learn_scale": False,
     "dropout": 0.0,
 }
-ADAPTFORMER = {"rank": 64, "reads": "raw", "act": "relu", "init": "zero", "scale": 0.1}
+ADAPTFORMER = {"rank": 64, "lr": 1e-2, "reads": "raw", "act": "relu", "init": "zero", "scale": 0.1}
 CLIP_ADAPTER = {"rank": 0, "ratio": 0.2, "text_ratio": 0.0, "learn_ratio": False, "cached": True}
 CLIP_ADAPTER["label_smoothing"] = 0.0
 
@@ -1292,6 +1292,9 @@ CLIP_ADAPTER["label_smoothing"] = 0.0
         (["--dataset", "cifar10"], {"backbone": "vit_s16", "lr": 5e-3}),
         (["--method", "head", "--cached"], {"cached": True}),
         (["--method", "adaptformer"], ADAPTFORMER | {"dropout": 0.1, "learn_scale": False}),
+        (["--rank", "64"], {"lr": 2.5e-3, "head_lr": 1e-2}),
+        (["--rank", "1"], {"lr": 1e-2}),
+        (["--method", "adaptformer", "--rank", "8"], {"lr": 2e-2, "head_lr": 1e-2}),
         (["--method", "full"], {"lr": 2.5e-4, "head_lr": 1e-2}),
         (["--method", "full", "--lr", "1e-4"], {"lr": 1e-4, "head_lr": 1e-2}),
         (["--method", "full", "--head-lr", "1e-3"], {"lr": 2.5e-4, "head_lr": 1e-3}),
