@@ -1,16 +1,17 @@
 """Do fewer tokens in training pay? As much time spent on all of them, on some, on small images.
 
-    python tests/bench_tokens.py --real DIR --restored DIR --out tokens.csv [--seeds 0,1,2]
-    python tests/bench_tokens.py --cost                    what a step of each kind costs here
+    python tests/bench_tokens.py --real DIR --restored DIR --out tokens.csv [--size 112]
+    python tests/bench_tokens.py --cost [--size 112]         what a step of each kind costs here
     python tests/bench_tokens.py --table --out tokens.csv
 
-A schedule is a list of phases, epochs x image size x share of the patch tokens kept, such as
-"8x224x0.5 2x224x1". Tokens are dropped as PatchDropout does (https://arxiv.org/abs/2208.07220):
-another random part for each image and step, after the positions were added. At a smaller image size
-the positions are resized. Validation always sees all tokens at 224 px.
+A schedule is a list of phases, epochs x share of the image's side x share of the patch tokens, such
+as "6x1x0.5 2x1x1". Tokens are dropped as PatchDropout does (https://arxiv.org/abs/2208.07220):
+another random part for each image and step, after the positions were added. For smaller images the
+positions are resized. What is reported was trained on all of its images and is seen in full.
 
-DeiT-tiny, adapters of rank 8, everything else as train.py has it. Judged by validation accuracy;
-the test set isn't read. DIR are the folders that test_real.py names.
+DeiT-tiny, adapters of rank 8, everything else as train.py has it, the last epoch. Accuracy is of
+images drawn from the training set; the test set isn't read. DIR are the folders that test_real.py
+names.
 """
 
 import argparse
@@ -37,36 +38,41 @@ import data  # noqa: E402
 import train  # noqa: E402
 import vit  # noqa: E402
 
-COLUMNS = ("data", "schedule", "seed", "val_accuracy", "seconds", "device")
+COLUMNS = ("data", "size", "schedule", "seed", "val_accuracy", "seconds")
 # Data: train images a class, validation images a class, the factor by which its epochs are more.
-SETS = {"cifar100": (50, 25, 1), "flowers12": (40, 20, 3)}
+SETS = {"cifar100": (20, 25, 1), "flowers12": (40, 20, 3)}
+PATCH = 16
+# Of a step with all tokens, by side and share of the tokens: medians of `--cost --size 112`.
+COSTS = {(1.0, 1.0): 1.0, (1.0, 0.5): 0.51, (0.71, 1.0): 0.55, (0.57, 1.0): 0.36}
 SCHEDULES = (
-    "10x224x1",
-    "5x224x1",
-    "10x224x0.5",
-    "6x224x0.5 2x224x1",
-    "10x160x1",
-    "6x160x1 2x224x1",
-    "8x112x1 3x224x1",
-    "4x112x1 4x224x1",
+    "10x1x1",
+    "5x1x1",
+    "10x1x0.5",
+    "6x1x0.5 2x1x1",
+    "5x0.71x1 2x1x1",
+    "8x0.57x1 2x1x1",
 )
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some epochs with images of `size` px and a share `keep` of their patch tokens."""
+    """Some epochs with images of a share of the side, and a share `keep` of their patch tokens."""
 
     epochs: int
-    size: int
+    side: float
     keep: float
+
+    def size(self, whole: int) -> int:
+        """Pixels along a side, in whole patches."""
+        return PATCH * round(self.side * whole / PATCH)
 
 
 def read_schedule(text: str, factor: int = 1) -> list[Phase]:
     """The phases of a schedule, each with `factor` times its epochs."""
     phases = []
     for part in text.split():
-        epochs, size, keep = part.split("x")
-        phases.append(Phase(factor * int(epochs), int(size), float(keep)))
+        epochs, side, keep = part.split("x")
+        phases.append(Phase(factor * int(epochs), float(side), float(keep)))
     return phases
 
 
@@ -104,20 +110,22 @@ class PhasedBatches(data.Batches):
             if epoch <= last:
                 break
         Tokens.keep = phase.keep
-        return super(PhasedBatches, replace(self, size=phase.size)).train(data, seed, epoch, first)
+        small = replace(self, size=phase.size(self.size))
+        return super(PhasedBatches, small).train(data, seed, epoch, first)
 
 
 @functools.lru_cache(maxsize=1)
-def make_set(name: str, seed: int, real: Path, restored: Path) -> data.Dataset:
+def make_set(name: str, seed: int, real: Path, restored: Path, size: int) -> data.Dataset:
     """A data set with images to train on and others to choose by, drawn from its training set."""
     shots, choose, _ = SETS[name]
     if name == "cifar100":
         dataset = data.read("cifar100", str(restored), offline=True)
     else:
-        dataset = data.read(str(real / "data" / name), image_size=224)
+        dataset = data.read(str(real / "data" / name), image_size=size)
     trained, rest = data.sample_shots(dataset.train, shots, f"tokens/{seed}")
     val, _ = data.sample_shots(rest, choose, f"tokens/{seed}")
-    return replace(dataset, train=trained, val=val, test=val[torch.arange(1)])
+    nothing = val[torch.arange(0)]  # so that the last epoch is kept
+    return replace(dataset, train=trained, val=nothing, test=val)
 
 
 def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace) -> dict:
@@ -125,7 +133,9 @@ def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace)
     phases = read_schedule(schedule, SETS[name][2])
     epochs = sum(phase.epochs for phase in phases)
     weights = options.real / "weights" / "deit_tiny_patch16_224.safetensors"
-    train.read_dataset = lambda *_: make_set(name, seed, options.real, options.restored)
+    train.read_dataset = lambda *_: make_set(
+        name, seed, options.real, options.restored, options.size
+    )
     plain = train.prepare
 
     def prepare(*arguments) -> train.Run:
@@ -140,6 +150,7 @@ def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace)
         contextlib.redirect_stdout(io.StringIO()),
     ):
         arguments = ["--dataset", str(options.real), "--weights", str(weights)]
+        arguments += ["--image-size", str(options.size)]
         chosen, *_ = train.parse([*arguments, "--epochs", str(epochs)])
         train.prepare = prepare
         try:
@@ -148,7 +159,7 @@ def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace)
             train.prepare = plain
 
 
-def measure_costs() -> None:
+def measure_costs(size: int) -> None:
     """Print what a training step of 32 images costs by kind of phase, one thread's CPU time."""
     torch.set_num_threads(1)
     bf16 = train.time_bf16() < 0.7
@@ -157,36 +168,33 @@ def measure_costs() -> None:
     adaptertune.adapt(model, "adaptertune", 100)
     model.train()
     labels = torch.zeros(32, dtype=torch.long)
-    kinds = {(224, 1.0): [], (224, 0.5): [], (160, 1.0): [], (112, 1.0): []}
+    kinds = {kind: [] for kind in COSTS}
     for _ in range(6):
-        for (size, keep), seconds in kinds.items():
+        for (side, keep), seconds in kinds.items():
             Tokens.keep = keep
-            images = torch.randn(32, 3, size, size)
+            pixels = Phase(1, side, keep).size(size)
+            images = torch.randn(32, 3, pixels, pixels)
             started = time.thread_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 logits = model(images)
             F.cross_entropy(logits.float(), labels).backward()
             seconds.append(time.thread_time() - started)
-    whole = statistics.median(kinds[224, 1.0][1:])
+    whole = statistics.median(kinds[1.0, 1.0][1:])
     print(f"torch {torch.__version__}, one thread, {'bf16' if bf16 else 'fp32'}, batch 32")
-    for (size, keep), seconds in kinds.items():
+    for (side, keep), seconds in kinds.items():
         middle = statistics.median(seconds[1:])
-        print(f"{size} px, {keep:.0%} of the tokens: {middle:.2f} s, {middle / whole:.2f}")
-
-
-# Of a step with all tokens at 224 px: medians of `--cost`.
-COSTS = {(224, 1.0): 1.0, (224, 0.5): 0.45, (160, 1.0): 0.45, (112, 1.0): 0.23}
+        print(f"{side} of the side, {keep} of the tokens: {middle:.3f} s, {middle / whole:.2f}")
 
 
 def print_table(path: Path) -> None:
     """Print validation accuracy by schedule, and what it costs in epochs with all tokens."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    print("| epochs x px x share of the tokens | cost | " + " | ".join(SETS) + " |")
+    print("| epochs x share of the side x share of the tokens | cost | " + " | ".join(SETS) + " |")
     print("|---|--:|" + "--:|" * len(SETS))
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
         phases = read_schedule(schedule)
-        cost = sum(phase.epochs * COSTS[phase.size, phase.keep] for phase in phases)
+        cost = sum(phase.epochs * COSTS[phase.side, phase.keep] for phase in phases)
         cells = []
         for name in SETS:
             vals = [
@@ -208,13 +216,14 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--size", type=int, default=112, help="of the images in full")
     parser.add_argument("--out", default="tokens.csv", type=Path)
     parser.add_argument("--cost", action="store_true", help="measure steps")
     parser.add_argument("--table", action="store_true", help="print what --out holds")
     options = parser.parse_args()
     vit.ViT.embed = embed
     if options.cost:
-        measure_costs()
+        measure_costs(options.size)
         return
     if options.table:
         print_table(options.out)
@@ -225,8 +234,8 @@ def main() -> None:
         for seed in map(int, options.seeds.split(",")):
             for schedule in options.schedules:
                 result = train_once(name, schedule, seed, options)
-                row = [name, schedule, seed, f"{result['val_accuracy']:.2f}"]
-                row += [f"{result['seconds']:.1f}", train.choose_device("auto").type]
+                row = [name, options.size, schedule, seed, f"{result['test_accuracy']:.2f}"]
+                row.append(f"{result['seconds']:.1f}")
                 with options.out.open("a") as file:
                     file.write(",".join(map(str, row)) + "\n")
                 print(*row, flush=True)
