@@ -596,7 +596,8 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} can't be used here; choose auto, cpu or, with a GPU, cuda"
         ) from error
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         be_repeatable()
     return device
 
@@ -646,7 +647,7 @@ def choose_amp(folder: Path, device: torch.device) -> str:
     if kept.exists():
         return read_json(kept)["amp"]
     if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported()
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         faster = time_bf16() < 0.7
     return "bf16" if faster else "off"
