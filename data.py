@@ -21,6 +21,7 @@ import http.client
 import itertools
 import os
 import pickle
+import re
 import sys
 import tarfile
 import tempfile
@@ -44,12 +45,15 @@ CIFAR = "https://www.cs.toronto.edu/~kriz/"
 # What Pillow decodes without another program, by the files' suffixes and by its own names. EPS and
 # PDF aren't among them, whatever a file is called.
 PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-PHOTOS |= {".avif", ".jp2", ".ppm", ".pgm", ".pbm"}
+PHOTOS |= {".apng", ".mpo", ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"}
+PHOTOS |= {".dib", ".dds", ".ico", ".icns", ".im", ".pcx", ".qoi", ".sgi", ".tga"}
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
-# How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP.
-BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM")
+FORMATS += ("DIB", "DDS", "ICO", "ICNS", "IM", "PCX", "QOI", "SGI", "TGA")
+# How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF.
+BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM|II\*\0|MM\0\*|.{4}ftypavif", re.DOTALL)
 # Names of the folders that hold a part of the data, in any case.
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+PARTS |= {"dev": "val", "test": "test", "testing": "test"}
 
 
 @dataclass
@@ -276,7 +280,7 @@ def check_split(data: Dataset) -> None:
         raise ValueError(
             f"no training image is left of {some} in {data.name} ({len(empty)} of "
             f"{len(data.classes)} classes): a class needs at least 3 images, or leave them to "
-            "train/ and test/; with --limit, give at least one for each class"
+            "train/, val/ and test/; with --limit, give at least one for each class"
         )
     if not len(data.test):
         raise ValueError(f"{data.name} has no test images")
@@ -507,6 +511,7 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     """The photos of each class folder inside and of its sub-folders, sorted, without hidden ones.
     Other files, links to nothing and photos outside of class folders are added to `skipped`."""
     photos = {}
+    empty = []
     skipped += [str(file) for file in sorted(folder.glob("[!.]*")) if is_photo(file)]
     for class_folder in find_folders(folder):
         found = []
@@ -518,9 +523,16 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
                 found.append(file)
             else:
                 skipped.append(str(file))
-        if not found:
-            raise ValueError(f"no images in {class_folder}; {', '.join(sorted(PHOTOS))} are read")
-        photos[as_utf8(class_folder.name)] = found
+        if found:
+            photos[as_utf8(class_folder.name)] = found
+        else:
+            empty.append(class_folder)
+    if empty:
+        hint = ""
+        for name in photos:  # photos one level down, beside a folder of something else
+            if len(photos) == 1 and find_folders(folder / name):
+                hint = f"; do you mean {folder / name}?"
+        raise ValueError(f"no images in {empty[0]}{hint}; {', '.join(sorted(PHOTOS))} are read")
     return photos
 
 
@@ -536,7 +548,7 @@ def is_photo(file: Path) -> bool:
     if file.suffix:
         return file.suffix.lower() in PHOTOS
     with file.open("rb") as opened:
-        return opened.read(4).startswith(BEGINNINGS)
+        return bool(BEGINNINGS.match(opened.read(12)))
 
 
 def decode(
@@ -583,8 +595,6 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
         with Image.open(path, formats=formats) as image:
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
-            if image.mode == "F":
-                raise ValueError("32-bit floats, whose white may be 1 or 255; save it in 8 bits")
             return upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"no photo at {path}") from error
@@ -605,13 +615,20 @@ def square(height: int, width: int) -> tuple[int, int, int, int]:
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
     """An opened photo as 8-bit RGB: 16-bit grey scaled, transparency over white, turned as its
-    EXIF orientation says, whatever its other tags hold. assets/device/label.py does the same."""
+    EXIF orientation says, whatever its other tags hold. assets/device/label.py does the same.
+
+    Raises:
+        ValueError: its pixels have 32 bits, of which nothing says which is white.
+    """
     from PIL import Image
 
     orientation = image.getexif().get(0x0112)
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("32 bits a pixel, whose white may be 1, 255 or more; save it in 8 bits")
     if image.mode.startswith("I"):  # 16-bit grey
-        grey = np.asarray(image, np.float32) / 257  # 65,535 to 255
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image, np.float32)
+        grey[grey == image.info.get("transparency", -1)] = 65_535  # white
+        image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -759,6 +776,11 @@ class Batches:
     device: torch.device
     rank: int = 0
     world: int = 1
+
+    @property
+    def share(self) -> int:
+        """Images of a full batch that are this process's."""
+        return len(range(self.rank, self.batch, self.world))
 
     @cached_property
     def mean_std(self) -> Tensor:

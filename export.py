@@ -25,6 +25,11 @@ Shapes: B images (batch), N tokens, D width, H heads, d = D/H, r rank, S pixels 
 g = S / patch, P prompts, K classes.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import copy
@@ -32,16 +37,12 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import onnx
@@ -858,7 +859,8 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
             return
         size = part.stat().st_size
         meta = dict(run.meta)
-        meta["fp32_test_accuracy"] = meta.pop("test_accuracy")  # of the run, not of this file
+        for name in ("val_accuracy", "test_accuracy"):
+            meta[f"fp32_{name}"] = meta.pop(name)  # of the run, not of this file
         if options.precision == "int8":
             equalise(model, calibration_images(run))
             proto = to_int8(to_model(Graph(options.opset), model, meta), part)

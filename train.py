@@ -20,6 +20,11 @@ the same kind of device.
 From the top: options, setting up, training, opening a run, the terminal, pictures, main.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import csv
@@ -32,19 +37,16 @@ import math
 import os
 import re
 import shlex
-import signal
 import statistics
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -59,8 +61,8 @@ import vit
 
 # Peak learning rates by method, for every backbone and size of data set. They were chosen on
 # validation over pairs of the two (assets/results, Learning rates). The paper's 1e-3 for adapters
-# belongs to 50 epochs of large sets; in a short run it is too low. An adapter's belongs to the rank
-# of RATE_RANKS, see `default_rate`.
+# belongs to 50 epochs of large sets; in a short run it is too low. An adapter's is that of the rank
+# in RATE_RANKS, see `default_rate`.
 RATES = {
     "adaptertune": 5e-3,
     "adaptformer": 1e-2,
@@ -384,7 +386,8 @@ def default_rate(method: str, rank: int | None) -> float:
     """The peak learning rate of a method, for adapters of a rank.
 
     A bottleneck sums over `rank` units, each of which AdamW moves by the rate: eight times the
-    units want half the rate, by measurement (assets/results, Learning rates).
+    units get half the rate. AdaptFormer wants that; AdapterTune at rank 64 diverged on a large set
+    without it, though on small ones it is better without (assets/results, Learning rates).
     """
     rate = RATES[method]
     if method in RATE_RANKS:
@@ -484,14 +487,14 @@ class Run:
     device: torch.device
     bf16: bool
     meta: dict  # goes into adapters.safetensors
-    note: str = ""  # of the backbone (vit.Backbone)
-    guessed: tuple[str, ...] = ()
+    backbone: vit.Backbone
     state: State = field(default_factory=State)
 
     @functools.cached_property
     def compiled(self) -> Callable[[Tensor], Tensor]:
-        """model.features as torch compiles it; on a GPU as one CUDA graph for each direction, since
-        to launch the kernels one by one takes longer than to run them."""
+        """model.features as torch compiles it; on a GPU as one CUDA graph for each direction:
+        launching the kernels one by one takes longer than running them."""
+        torch.compiler.reset()  # it compiles only so many networks, and earlier runs had some
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         return torch.compile(self.model.features, dynamic=False, mode=mode)
 
@@ -501,16 +504,16 @@ class Run:
         With bf16 for training; what is evaluated is the network in fp32, as it is exported. The
         head is always in fp32: in bf16 two logits are easily equal.
         """
-        features = images
-        if images.ndim > 2:
-            training = self.model.training
-            # Compiled for whole batches of training alone: what is evaluated is the plain network,
-            # and a smaller last batch isn't worth a compilation.
-            whole = len(images) >= self.batches.batch // self.batches.world
-            compiled = self.options.compile and training and whole
-            bf16 = self.bf16 and training
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                features = self.compiled(images) if compiled else self.model.features(images)
+        if images.ndim == 2:
+            return self.model.head(images)
+        training = self.model.training
+        network = self.model.features
+        # Compiled for full batches of training alone: what is evaluated is the plain network, and a
+        # smaller last batch isn't worth a compilation.
+        if self.options.compile and training and len(images) == self.batches.share:
+            network = self.compiled
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and training):
+            features = network(images)
         return self.model.head(features.float())
 
 
@@ -537,7 +540,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Go on when every process has come here: a sum waits for all."""
     any_process(False)
 
 
@@ -547,7 +550,7 @@ def any_process(value: bool) -> bool:
 
 
 def sum_over_processes(sums: Tensor) -> Tensor:
-    """The sum of all processes' tensors of one shape."""
+    """The sum of all processes' tensors of one shape, in place."""
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums
@@ -610,16 +613,16 @@ def be_repeatable() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and for debugging
     torch.backends.cudnn.allow_tf32 = False
-    # torch wants this variable at its first product and never again; while it is set it parses it
-    # at each, which takes as long as the rest of a small network's step. What it guards against,
-    # several streams on one handle, doesn't happen here.
-    variable = "CUBLAS_WORKSPACE_CONFIG"
-    given = os.environ.get(variable)
-    os.environ[variable] = ":4096:8"
-    torch.ones(1, 1, device="cuda").mm(torch.ones(1, 1, device="cuda"))
-    del os.environ[variable]
-    if given:
-        os.environ[variable] = given
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # torch asks for this variable once, at the first product. Left set, it is parsed at every
+    # product, which takes as long as the rest of a small network's step. So: set it, multiply once,
+    # unset it. What it prevents, one handle of cuBLAS on several streams, doesn't happen here.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    try:
+        torch.ones(1, 1, device="cuda").mm(torch.ones(1, 1, device="cuda"))
+    except RuntimeError:  # someone's program multiplied before, so it is too late to ask
+        torch.use_deterministic_algorithms(False)
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def check_compiler(device: torch.device) -> None:
@@ -634,6 +637,7 @@ def check_compiler(device: torch.device) -> None:
 def place_images(dataset: data.Dataset, device: torch.device) -> data.Dataset:
     """Keep the images on a GPU if they take less than half of what is free there."""
     parts = {part: getattr(dataset, part) for part in ("train", "val", "test")}
+    torch.cuda.empty_cache()  # of an earlier run
     size = sum(images.pixels.nbytes for images in parts.values())
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return dataset
@@ -657,8 +661,8 @@ def choose_amp(folder: Path, device: torch.device) -> str:
 def time_bf16() -> float:
     """How long this CPU takes for a matrix product in bf16, as a share of its time in fp32.
 
-    No flag of a CPU tells. A training step gains less than its products: where they took 0.5, steps
-    took 0.5 to 0.8, the most for the smallest networks (tests/bench_train.py).
+    A CPU's flags don't say. A training step gains less than its products: where they took 0.5,
+    steps took 0.5 to 0.8, the most for the smallest networks (tests/bench_train.py).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread's CPU time hardly depends on what else is running
@@ -737,6 +741,8 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
     """
     tensors, saved = vit.read_tensors(path)
     present = {name: used[name] for name in ("reads", "act", "scale", "placement")}
+    present["heads"] = model.config.heads
+    present["mlp_act"] = "quick_gelu" if model.config.quick_gelu else "gelu"
     present["fingerprint"] = adaptertune.fingerprint(model)
     adaptertune.check_same(path, saved, present)
     try:
@@ -801,14 +807,18 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     data.check_name(options.dataset)  # before a backbone is downloaded
     run_folder(options, seed)
     device = choose_device(options.device)
-    if options.compile and not options.eval:
+    if options.compile and not options.eval and not options.cached:
         check_compiler(device)
+    rank, world = rank_and_world()
+    if rank:  # the first process downloads, the others find it done
+        wait_for_all()
     torch.manual_seed(data.seed_from(f"{seed}/init"))
     model, backbone = load_backbone(options)
     size = backbone.config.image_size
-    dataset = split_dataset(
-        read_dataset(options.dataset, options.data_dir, size, options.offline), options, seed
-    )
+    dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
+    if not rank:
+        wait_for_all()
+    dataset = split_dataset(dataset, options, seed)
     if not options.eval:
         data.check_split(dataset)
     options = argparse.Namespace(**vars(options))  # of this run alone
@@ -844,12 +854,10 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     if options.method in adaptertune.CLIP_METHODS:
         meta["classifier"] = options.classifier
     meta |= adapt_backbone(model, options, len(dataset.classes))
-    batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
+    batches = data.Batches(size, backbone.norm, options.batch, device, rank, world)
     model.to(device)
-    about = (backbone.note, backbone.guessed)
-    return Run(
-        options, seed, folder, dataset, model, batches, device, options.amp == "bf16", meta, *about
-    )
+    bf16 = options.amp == "bf16"
+    return Run(options, seed, folder, dataset, model, batches, device, bf16, meta, backbone)
 
 
 def run_name(options: argparse.Namespace, seed: int) -> str:
@@ -885,7 +893,10 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     if not (folder / "config.json").exists():
         return folder
     saved = read_json(folder / "config.json")
-    for key, value in kept_options(options, seed).items():
+    kept = kept_options(options, seed)
+    derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
+    for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
+        value = kept[key]
         auto = key in saved.get("auto", []) and value == AUTO[key]
         if key in MAY_DIFFER or auto:
             continue
@@ -969,6 +980,9 @@ def embed_class_names(run: Run) -> None:
     tower, scale = vit.load_text(weights, quick_gelu=run.model.config.quick_gelu)
     vocab = find_vocabulary(options, weights, repo)
     tokenizer = vit.Tokenizer(vocab)
+    if scale is None:
+        scale = 100.0
+        print(f"warning  scale 100, CLIP's highest: guessed, since {weights} states no logit_scale")
     vocabulary = len(tower.token_embed.weight)
     if tokenizer.size != vocabulary:
         raise ValueError(
@@ -1050,10 +1064,10 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
             key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
             torch.manual_seed(data.seed_from(key) + run.batches.rank)
 
+            optimizer.zero_grad()
             logits = run.logits(images)
             loss = loss_of(logits, labels, options.label_smoothing)
             hits = (logits.argmax(dim=-1) == labels).sum()
-            optimizer.zero_grad()
             loss.backward()
             size = min(options.batch, len(run.dataset.train) - state.step * options.batch)
             loss, hits = share_step(parameters.values(), len(labels) / size, loss.detach(), hits)
@@ -1076,7 +1090,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
         if not finite:
             raise ValueError(
                 f"the loss became {state.loss.item()} in epoch {state.epoch}; "
-                f"lower --lr ({options.lr:g})"
+                f"lower --lr ({options.lr:g}) and give another --name"
             )
 
         val = evaluate(run, run.dataset.val, "validation")
@@ -1094,7 +1108,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
 def loss_of(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Mean cross-entropy; 0 for a process that has no image of a small last batch."""
     if not len(labels):
-        return logits.sum()
+        return logits.sum()  # of nothing: 0, and gradients of 0
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
@@ -1152,8 +1166,13 @@ def fit(run: Run) -> None:
     )
     # Fused, a GPU takes a step in one launch.
     optimizer = torch.optim.AdamW(groups, fused=run.device.type == "cuda")
-    if (run.folder / "state.pt").exists():
+    found = (run.folder / "state.pt").exists()
+    if found:
         load_state(run, optimizer)
+        for group in optimizer.param_groups:  # a state may come from another device
+            group["fused"] = run.device.type == "cuda"
+    if any_process(found) != found:
+        raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
     describe(run)
     try:
         if run.options.method in adaptertune.CLIP_METHODS:
@@ -1212,7 +1231,9 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         weights = saved.pop("weights")
         optimizer.load_state_dict(saved.pop("optimizer"))
         run.model.load_state_dict(weights, strict=False)
-        if set(weights) != set(adaptertune.trained(run.model)) or set(saved) != set(vars(State())):
+        names = set(adaptertune.trained(run.model))
+        complete = set(weights) == names and set(saved["chosen"]) in (names, set())
+        if not complete or set(saved) != set(vars(State())):
             raise ValueError("a part is missing")
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged; delete that folder and train again") from error
@@ -1260,12 +1281,30 @@ def finish(run: Run) -> dict:
     return result
 
 
+def check_weights(options: argparse.Namespace, result: dict, path: Path) -> None:
+    """Raise a ValueError if --weights has other tensors by now than a finished run was trained on.
+
+    Args:
+        result, path: the run's result.json, and its adapters, for the message.
+    """
+    if not options.weights:
+        return
+    model, _ = load_backbone(options)
+    present = adaptertune.fingerprint(model)
+    if present != result["fingerprint"]:
+        raise ValueError(
+            f"{path} was trained on another backbone ({result['fingerprint']}) than "
+            f"{options.weights} is ({present}); give that one, or another --name"
+        )
+
+
 def train_run(options: argparse.Namespace, seed: int) -> dict:
     """One run from loading to the report; returns its result.json, and its folder."""
     folder = run_folder(options, seed)
     path = folder / "adapters.safetensors"
     if path.exists() and not (folder / "state.pt").exists():
         result = read_json(folder / "result.json")
+        check_weights(options, result, path)
         print(
             f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; "
             "to train it again, delete that folder or give a --name"
@@ -1302,10 +1341,12 @@ def open_run(options: argparse.Namespace) -> Run:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
     path = Path(options.eval) / "adapters.safetensors"
-    adaptertune.read(path)  # an error before anything is loaded
+    _, meta = adaptertune.read(path)  # an error before anything is loaded
     run = prepare(options, options.seeds[0])
-    meta = adaptertune.load(path, run.model, name=run.meta["backbone"])
     present = {name: value for name, value in run.meta.items() if name not in MAY_CHANGE}
+    shape = ("method", "rank", "placement", "prompts")  # an error that doesn't name tensors
+    adaptertune.check_same(path, meta, {name: present[name] for name in shape if name in present})
+    adaptertune.load(path, run.model, name=run.meta["backbone"])
     adaptertune.check_same(path, meta, present)
     return replace(run, meta=run.meta | meta)
 
@@ -1381,22 +1422,7 @@ def describe(run: Run) -> None:
     print(f"env      torch {torch.__version__} · {device} · {precision} · seed {run.seed}")
 
     counts = adaptertune.count(run.model)
-    config = run.model.config
-    act = "QuickGELU" if config.quick_gelu else "GELU"
-    print(
-        f"backbone {run.meta['backbone']} {run.meta['image_size']}px, {counts['frozen']:,} frozen, "
-        f"{counted(config.heads, 'head')}, {act}"
-    )
-    mean = " ".join(f"{value:.3g}" for value in run.meta["mean"])
-    std = " ".join(f"{value:.3g}" for value in run.meta["std"])
-    print(f"pixels   mean {mean}, std {std}")
-    if run.note:
-        print(f"weights  {run.note}")
-    if run.guessed:
-        print(
-            f"warning  {', '.join(run.guessed)}: guessed, since nothing beside the weights states "
-            "it; if that is wrong: --backbone, or --heads, --mean, --std, --mlp-act"
-        )
+    describe_backbone(run.backbone, run.meta, counts["frozen"])
     total = sum(counts.values())
     trained = total - counts["frozen"]
     text = f"trained  {trained:,} ({100 * trained / total:.2f} %)"
@@ -1420,6 +1446,27 @@ def describe(run: Run) -> None:
         print(text)
 
 
+def describe_backbone(backbone: vit.Backbone, meta: dict, frozen: int) -> None:
+    """The network's name and shape, the normalisation, and what was guessed."""
+    heads = counted(backbone.config.heads, "head")
+    if backbone.heads_from:
+        heads += f" ({backbone.heads_from})"
+    act = "QuickGELU" if backbone.config.quick_gelu else "GELU"
+    size = backbone.config.image_size
+    print(f"backbone {meta['backbone']} {size}px, {frozen:,} frozen, {heads}, {act}")
+    mean = " ".join(f"{value:.3g}" for value in meta["mean"])
+    std = " ".join(f"{value:.3g}" for value in meta["std"])
+    print(f"pixels   mean {mean}, std {std}")
+    if backbone.note:
+        print(f"weights  {backbone.note}")
+    if backbone.guessed:
+        guessed = ", ".join(backbone.guessed)
+        print(
+            f"warning  {guessed}: guessed, since nothing beside the weights states it; "
+            "if that is wrong: --backbone, or --heads, --mean, --std, --mlp-act"
+        )
+
+
 def describe_data(images: data.Dataset, limit: int) -> None:
     """How many images there are, of what, and what was left out."""
     train = of_all(len(images.train), images.whole[0])
@@ -1434,7 +1481,8 @@ def describe_data(images: data.Dataset, limit: int) -> None:
     if images.skipped:
         skipped = counted(len(images.skipped), "file")
         print(
-            f"skipped  {skipped}, not photos or not in a class folder, such as {images.skipped[0]}"
+            f"skipped  {skipped}, not photos or outside the class folders, such as "
+            f"{images.skipped[0]}"
         )
     copies = data.count_copies(images)
     if copies:
@@ -1623,7 +1671,9 @@ def save_figure(figure, path: Path) -> None:
     """Write a picture and say where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, metadata=metadata, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks
+        figure.savefig(path, metadata=metadata, bbox_inches="tight")
     print(f"saved    {path}")
 
 

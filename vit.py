@@ -405,7 +405,8 @@ class Backbone:
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
     guessed: tuple[str, ...] = ()  # what nothing states, such as "ImageNet's mean and std"
-    note: str = ""  # which of several networks in its file this is
+    note: str = ""  # which of several networks in its file this is, and what was left out
+    heads_from: str = ""  # what decided their number, if it wasn't the name or a guess
 
     def at(self, image_size: int) -> "Backbone":
         """A copy configured for another image size in pixels; 0 keeps its own."""
@@ -475,32 +476,29 @@ class Layout:
     without the prefix isn't the backbone's and gets "../" in front, so that patterns can tell the
     two. In a CLIP of Hugging Face `tell` matches "vision_model.embeddings.class_embedding": the
     prefix is "vision_model.", and "text_model.x" becomes "../text_model.x". Without a prefix all
-    keys count as the backbone's.
+    keys count as the backbone's, and one too many is an error.
     """
 
     tell: str  # matches the end of a key that only this family has
     eps: float  # of the LayerNorms, which no file states
-    # Keys known not to belong to the backbone. Whatever else is left over is an error.
+    # Keys known not to belong to the backbone. Others without the prefix are named in a note.
     ignored: tuple[str, ...]
 
-
-# Beside a backbone with a prefix, in any family: other heads, losses and metrics.
-OTHERS = (r"\.\./(.*\.)?(fc|linear|criterion|loss|(train_|val_|test_)?\w*metrics?)\.",)
 
 LAYOUTS = {  # the first one that fits is taken
     "OpenAI CLIP, open_clip": Layout(
         r"\bconv1\.weight$",
         1e-5,
         (
-            r"\.\./transformer\.",  # the text tower
-            r"\.\./(token_embedding\.|positional_embedding$|ln_final\.|text)",
-            r"\.\./(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
+            r"\.\./(.*\.)?transformer\.",  # the text tower
+            r"\.\./(.*\.)?(token_embedding\.|positional_embedding$|ln_final\.|text)",
+            r"\.\./(.*\.)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
         ),
     ),
     "Hugging Face CLIP": Layout(
         r"\bembeddings\.class_embedding$",
         1e-5,
-        (r"(.*\.)?embeddings\.position_ids$", r"\.\./(text_|logit_scale$)"),
+        (r"(.*\.)?embeddings\.position_ids$", r"\.\./(.*\.)?(text_|logit_scale$)"),
     ),
     "Hugging Face Dinov2": Layout(
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, (r"embeddings\.mask_token$",)
@@ -510,7 +508,7 @@ LAYOUTS = {  # the first one that fits is taken
         1e-12,
         (
             r"pooler\.|embeddings\.mask_token$",
-            r"\.\./(decoder\.|(cls|distillation)_classifier\.)",  # MAE, DeiT with distillation
+            r"\.\./(.*\.)?(decoder\.|(cls|distillation)_classifier\.)",  # MAE, DeiT's second head
         ),
     ),
     "timm, DeiT, DINO, DINOv2, MAE": Layout(
@@ -519,7 +517,7 @@ LAYOUTS = {  # the first one that fits is taken
         (
             r"mask_token$|decoder_|head_dist\.",
             r"(\.\./)?head\.(mlp|last_layer)",  # DINO's projection head
-            r"\.\./(text|logit_)",  # open_clip around a timm tower
+            r"\.\./(.*\.)?(text|logit_)",  # open_clip around a timm tower
         ),
     ),
 }
@@ -528,8 +526,8 @@ TEXT_LAYOUTS = {
         r"\b(embeddings\.)?token_embedding\.weight$",
         1e-5,
         (
-            r"(\.\./)?(visual|vision_model\.)",  # the image tower
-            r"(\.\./)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
+            r"(\.\./(.*\.)?)?(visual|vision_model\.)",  # the image tower
+            r"(\.\./(.*\.)?)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
             r"embeddings\.position_ids$",
         ),
     ),
@@ -559,7 +557,9 @@ RENAMES = (
     # inside the blocks
     (r"^(encoder\.layers?|layers)\.", "blocks."),  # HF encoder.layer.0.…
     (r"^transformer\.resblocks\.", "blocks."),  # OpenAI transformer.resblocks.0.…
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks: blocks.CHUNK.BLOCK.…
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # HF Dinov2 ….layer_scale1.lambda1
+    (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III ….gamma_1
     (r"\.ln_([12])\.", r".norm\1."),  # OpenAI ….ln_1.weight
     (r"\.layer_norm([12])\.", r".norm\1."),  # HF CLIP ….layer_norm1.weight
     (r"\.layernorm_before\.", ".norm1."),  # HF ViT
@@ -576,9 +576,9 @@ RENAMES = (
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
     # heads; "head.weight.T" is transposed
-    (r"^(\.\./)?classifier\.", "head."),  # HF ViT classifier.weight
-    (r"^(\.\./)?text_projection\.", "head."),  # HF CLIP's text tower: text_projection.weight
-    (r"^\.\./(visual_projection|visual\.head\.proj)\.", "head."),  # HF CLIP, open_clip
+    (r"^(\.\./(.*\.)?)?classifier\.", "head."),  # HF ViT classifier.weight
+    (r"^(\.\./(.*\.)?)?text_projection\.", "head."),  # HF CLIP's text tower
+    (r"^\.\./(.*\.)?(visual_projection|visual\.head\.proj)\.", "head."),  # HF CLIP, open_clip
     (r"^(proj|text_projection)$", "head.weight.T"),  # OpenAI proj [D, E]
 )
 
@@ -612,6 +612,8 @@ HARMLESS = [
     "numpy.dtypes.Int64DType",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
+    "pathlib.PurePosixPath",
+    "pathlib.PureWindowsPath",
     "pathlib._local.PosixPath",
     "pathlib._local.WindowsPath",
 ]
@@ -707,7 +709,7 @@ def read_parts(index: Path) -> dict[str, Tensor]:
             tensors |= load_file(part)
         except Exception as error:  # missing or damaged, for which it has kinds of its own
             raise ValueError(f"{part}, which {index.name} lists, is missing or damaged") from error
-    return without_prefix(tensors)
+    return tensors
 
 
 def is_torchscript(path: Path) -> bool:
@@ -745,9 +747,10 @@ def flatten(module: Module, where: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-# Keys that tell a network; names of those whose weights were averaged over training.
+# Keys that tell a network; names of those whose weights were averaged over training. (Of MoCo's two
+# encoders the field takes the base, which stands first.)
 TELLS = re.compile("|".join(layout.tell for layout in (*LAYOUTS.values(), *TEXT_LAYOUTS.values())))
-AVERAGED = re.compile(r"(^|[._])(ema|teacher|momentum)")
+AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)")
 
 
 def find_tensors(content: object, where: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -775,36 +778,29 @@ def choose_tensors(
     networks = [where for where, tensors in everything.items() if any(map(TELLS.search, tensors))]
     if not networks:  # the largest one, for an error that names what it holds
         tensors = max(everything.values(), key=len, default={})
-        return without_prefix(tensors), meta
+        return tensors, meta
     # The weights that the field evaluates: averaged ones, or the teacher's.
     averaged = [where for where in networks if AVERAGED.search(where)]
     chosen = (averaged or networks)[0]
     if len(networks) > 1:
         others = ", ".join(where or "its top level" for where in networks if where != chosen)
         meta["note"] = f"{chosen or 'its top level'} of {path.name}; it also holds {others}"
-    return without_prefix(everything[chosen]), meta
+    return everything[chosen], meta
 
 
 def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """One dictionary, or one for each prefix before which it has an averaged network and another
-    one ("teacher.", "student.")."""
+    one ("teacher.", "student."; "module.teacher.", …)."""
+    shared = os.path.commonprefix(list(tensors))
+    shared = shared[: shared.rfind(".") + 1]
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        begin, _, _ = key.partition(".")
+        begin, _, _ = key.removeprefix(shared).partition(".")
         parts.setdefault(begin, {})[key] = value
     networks = [begin for begin, inside in parts.items() if any(map(TELLS.search, inside))]
     if len(networks) < 2 or not any(map(AVERAGED.search, networks)):
         return {where: tensors}
     return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
-
-
-def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what stands before all keys, such as "module." or "_orig_mod.model."."""
-    prefix = os.path.commonprefix(list(tensors))
-    prefix = prefix[: prefix.rfind(".") + 1]
-    if len(tensors) < 2 or re.match(r"blocks|.*\d", prefix):
-        return tensors
-    return {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 
 def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[Layout, str]:
@@ -826,23 +822,36 @@ def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple
     )
 
 
-def to_timm(
-    tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS
-) -> tuple[dict[str, Tensor], float]:
-    """Translate a published state dict to timm's names and this file's shapes; also give its eps.
+@dataclass
+class Translated:
+    """A published state dict in timm's names and this file's shapes."""
+
+    tensors: dict[str, Tensor]
+    eps: float
+    names: dict[str, str]  # the file's own, by timm's
+    note: str = ""  # which of the file's tensors were left out, apart from known ones
+
+
+def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) -> Translated:
+    """Translate a published state dict.
 
     Raises:
         ValueError: no layout fits.
     """
     layout, prefix = find_layout(tensors, layouts)
-    ignored = re.compile("|".join((*layout.ignored, *OTHERS)))
+    ignored = re.compile("|".join(layout.ignored))
     found = {}
+    names = {}
+    others = []
     for key, value in tensors.items():
         name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
         if ignored.match(name):
             continue
         for pattern, replacement in RENAMES:
             name = re.sub(pattern, replacement, name)
+        if name.startswith("../"):  # other heads, losses, metrics, another network
+            others.append(key)
+            continue
         if not value.is_floating_point():
             raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
         value = value.float()
@@ -850,10 +859,17 @@ def to_timm(
             name = name.removesuffix(".T")
             value = value.T.contiguous()
         found[name] = value
+        names[name] = key
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
-    return found, layout.eps
+    note = f"left out: {some(others)}" if others else ""
+    return Translated(found, layout.eps, names, note)
+
+
+def some(keys: list[str]) -> str:
+    """A few names, and whether there are more."""
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def stack_qkv(found: dict[str, Tensor]) -> None:
@@ -864,6 +880,11 @@ def stack_qkv(found: dict[str, Tensor]) -> None:
         if k in found and v in found:
             parts = [found.pop(q), found.pop(k), found.pop(v)]
             found[q.replace(".q.", ".qkv.")] = torch.cat(parts)
+    for q in [name for name in found if name.endswith(".attn.q_bias")]:  # BEiT's, without k's
+        v = q.replace("q_bias", "v_bias")
+        if v in found:
+            parts = [found.pop(q), torch.zeros_like(found[v]), found.pop(v)]
+            found[q.replace("q_bias", "qkv.bias")] = torch.cat(parts)
 
 
 def arrange_positions(found: dict[str, Tensor]) -> None:
@@ -916,7 +937,11 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     missing = [key for key in needed if key not in found]
     if missing:
         kind = "text tower" if text else "ViT"
-        raise ValueError(f"not a whole {kind}: missing {', '.join(missing)}")
+        rest = [key for key in found if not key.startswith("blocks.")][:12]
+        raise ValueError(
+            f"not a whole {kind}: missing {', '.join(missing)}; "
+            f"beside blocks it has {', '.join(rest) or 'nothing'}"
+        )
     tokens, width = found["pos_embed"].shape[-2:]
     if not heads and width not in HEADS and width % 64:
         raise ValueError(
@@ -970,7 +995,8 @@ BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 
 def read_beside(path: Path, width: int) -> dict:
-    """What the files beside weights state: heads, eps, quick_gelu, mean, std; whatever is there.
+    """What the files beside weights state: heads, eps, quick_gelu, mean, std; whatever is there;
+    and "heads_from", which file it was.
 
     Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
     open_clip_config.json. A file that states another width is another network's: "note" says that
@@ -986,7 +1012,12 @@ def read_beside(path: Path, width: int) -> dict:
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8-sig"))
-            stated |= read_description(content, width)
+            if not isinstance(content, dict):
+                raise ValueError("it is no dictionary")
+            found = read_description(content, width)
+            if "heads" in found:
+                found["heads_from"] = name
+            stated |= found
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"{file}, beside the weights, can't be used ({error}); correct or remove it"
@@ -996,15 +1027,17 @@ def read_beside(path: Path, width: int) -> dict:
 
 def read_description(content: dict, width: int) -> dict:
     """What one such file states (see `read_beside`)."""
-    open_clip = content.get("model_cfg", {})
-    vision = open_clip.get("vision_cfg", {})
-    timm = content.get("model_args", {})
+    open_clip = content.get("model_cfg") or {}
+    vision = open_clip.get("vision_cfg") or {}
+    timm = content.get("model_args") or {}
     tower = content
     if "vision_config" in content:  # a CLIP of transformers, which leaves its defaults out
         defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
         tower = defaults | content["vision_config"]
     widths = (vision.get("width"), tower.get("hidden_size"), timm.get("embed_dim"))
     for other in widths:
+        if other is not None and type(other) is not int:
+            raise ValueError(f"it states the width {other!r}")
         if other not in (None, width):
             return {"note": f"the description beside it is of width {other}, and was left out"}
     act = tower.get("hidden_act", "gelu")
@@ -1019,8 +1052,8 @@ def read_description(content: dict, width: int) -> dict:
         stated["heads"] = width // vision.get("head_width", 64)
         stated["quick_gelu"] = open_clip.get("quick_gelu", False)
     heads = stated["heads"]
-    if heads is not None and (type(heads) is not int or heads < 1):
-        raise ValueError(f"it states {heads!r} attention heads")
+    if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
+        raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
     stated |= read_norm(content)
     return {key: value for key, value in stated.items() if value is not None}
 
@@ -1059,6 +1092,7 @@ def choose_backbone(
     """The named backbone, else the one that the file describes, else what stands beside the file,
     else what its shapes suggest; what is `given` by hand (see `read_beside`) overrides it."""
     guessed = []
+    heads_from = "given" if "heads" in given else ""
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
@@ -1067,6 +1101,7 @@ def choose_backbone(
     else:
         width = found["pos_embed"].shape[-1] if "pos_embed" in found else 0
         known = read_beside(path, width) | given
+        heads_from = heads_from or known.get("heads_from", "")
         config = infer_config(found, eps=known.get("eps", eps), heads=known.get("heads", 0))
         if "heads" not in known:
             guessed.append(f"heads {config.heads}")
@@ -1086,7 +1121,8 @@ def choose_backbone(
     mean, std = backbone.norm
     norm = (tuple(given.get("mean", mean)), tuple(given.get("std", std)))
     config = replace(backbone.config, **changes)
-    return replace(backbone, config=config, norm=norm, note=meta.get("note", ""))
+    note = meta.get("note", "")
+    return replace(backbone, config=config, norm=norm, note=note, heads_from=heads_from)
 
 
 def load(
@@ -1107,8 +1143,11 @@ def load(
     """
     tensors, meta = read_tensors(path)
     try:
-        found, eps = to_timm(tensors)
-        backbone = choose_backbone(name, Path(path), found, meta, eps, given).at(image_size)
+        translated = to_timm(tensors)
+        found = translated.tensors
+        meta["note"] = "; ".join(filter(None, (meta.get("note"), translated.note)))
+        backbone = choose_backbone(name, Path(path), found, meta, translated.eps, given)
+        backbone = backbone.at(image_size)
         config = backbone.config
         if not head:
             found = {key: value for key, value in found.items() if not key.startswith("head.")}
@@ -1122,7 +1161,7 @@ def load(
             if "head.weight" in found:
                 classes = len(found["head.weight"])
                 model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
-        check_tensors(model.state_dict(), found)
+        check_tensors(model.state_dict(), found, translated.names)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(found, assign=True)
@@ -1131,8 +1170,8 @@ def load(
 
 def load_text(
     path: str | Path, *, heads: int = 0, quick_gelu: bool = True
-) -> tuple[TextTower, float]:
-    """CLIP's text tower, in eval mode, and exp(logit_scale) (100 if the file doesn't state it).
+) -> tuple[TextTower, float | None]:
+    """CLIP's text tower, in eval mode, and exp(logit_scale); None if the file doesn't state it.
 
     Args:
         quick_gelu: OpenAI's activation; no file tells, but both towers have it or neither.
@@ -1148,24 +1187,31 @@ def load_text(
             "or use --classifier prototypes"
         )
     try:
-        found, eps = to_timm(tensors, TEXT_LAYOUTS)
-        config = infer_config(found, eps=eps, heads=heads)
+        translated = to_timm(tensors, TEXT_LAYOUTS)
+        found = translated.tensors
+        config = infer_config(found, eps=translated.eps, heads=heads)
         config = replace(config, quick_gelu=quick_gelu)
         with torch.device("meta"):
             model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
-        check_tensors(model.state_dict(), found)
+        check_tensors(model.state_dict(), found, translated.names)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(found, assign=True)
-    scale = 100.0
+    scale = None
     for key, value in tensors.items():
-        if key == "logit_scale":
+        if key.rpartition(".")[2] == "logit_scale":
             scale = math.exp(value.item())
     return model.eval(), scale
 
 
-def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise a ValueError that names what is missing, left over, of another shape or not finite."""
+def check_tensors(
+    wanted: dict[str, Tensor], found: dict[str, Tensor], names: dict[str, str]
+) -> None:
+    """Raise a ValueError that names what is missing, left over, of another shape or not finite.
+
+    Args:
+        names: the file's own, which its user knows, by ours.
+    """
     misshapen = []
     for key in wanted:
         if key in found and found[key].shape != wanted[key].shape:
@@ -1173,7 +1219,7 @@ def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
             misshapen.append(f"{key} {shapes}")
     faults = {
         "missing": [key for key in wanted if key not in found],
-        "left over": [key for key in found if key not in wanted],
+        "left over": [names.get(key, key) for key in found if key not in wanted],
         "of another shape": misshapen,
         "with values that aren't finite": [key for key in found if not found[key].isfinite().all()],
     }

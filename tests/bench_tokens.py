@@ -39,7 +39,7 @@ import train  # noqa: E402
 import vit  # noqa: E402
 
 COLUMNS = ("data", "size", "schedule", "seed", "val_accuracy", "seconds")
-# Data: train images a class, validation images a class, the factor by which its epochs are more.
+# Data: train images a class, validation images a class, how many times a schedule's epochs.
 SETS = {"cifar100": (20, 25, 1), "flowers12": (40, 20, 3)}
 PATCH = 16
 # Of a step with all tokens, by side and share of the tokens: medians of `--cost --size 112`.
@@ -95,14 +95,17 @@ class Tokens:
     keep = 1.0
 
 
+Batches = data.Batches
+
+
 @dataclass(frozen=True)
-class PhasedBatches(data.Batches):
+class PhasedBatches(Batches):
     """Batches whose images have the size of the epoch's phase."""
 
     phases: tuple[Phase, ...] = ()
 
     def train(
-        self, data: data.Dataset, seed: int, epoch: int, first: int = 0
+        self, dataset: data.Dataset, seed: int, epoch: int, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         last = 0
         for phase in self.phases:
@@ -111,7 +114,7 @@ class PhasedBatches(data.Batches):
                 break
         Tokens.keep = phase.keep
         small = replace(self, size=phase.size(self.size))
-        return super(PhasedBatches, small).train(data, seed, epoch, first)
+        return Batches.train(small, dataset, seed, epoch, first)
 
 
 @functools.lru_cache(maxsize=1)
@@ -124,8 +127,8 @@ def make_set(name: str, seed: int, real: Path, restored: Path, size: int) -> dat
         dataset = data.read(str(real / "data" / name), image_size=size)
     trained, rest = data.sample_shots(dataset.train, shots, f"tokens/{seed}")
     val, _ = data.sample_shots(rest, choose, f"tokens/{seed}")
-    nothing = val[torch.arange(0)]  # so that the last epoch is kept
-    return replace(dataset, train=trained, val=nothing, test=val)
+    # train.py's test set is the validation here; its own is empty, so that it keeps the last epoch.
+    return replace(dataset, train=trained, val=val[torch.arange(0)], test=val)
 
 
 def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace) -> dict:
@@ -186,10 +189,10 @@ def measure_costs(size: int) -> None:
         print(f"{side} of the side, {keep} of the tokens: {middle:.3f} s, {middle / whole:.2f}")
 
 
-def print_table(path: Path) -> None:
+def print_table(path: Path, size: int) -> None:
     """Print validation accuracy by schedule, and what it costs in epochs with all tokens."""
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["size"] == str(size)]
     print("| epochs x share of the side x share of the tokens | cost | " + " | ".join(SETS) + " |")
     print("|---|--:|" + "--:|" * len(SETS))
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
@@ -226,7 +229,7 @@ def main() -> None:
         measure_costs(options.size)
         return
     if options.table:
-        print_table(options.out)
+        print_table(options.out, options.size)
         return
     if not options.out.exists():
         options.out.write_text(",".join(COLUMNS) + "\n")

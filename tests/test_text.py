@@ -3,6 +3,7 @@
 import gzip
 import html
 import json
+import math
 import random
 import sys
 import unicodedata
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import REAL, ROOT
 from references import randomise
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vit
 
@@ -136,7 +137,10 @@ def test_tower(build, tmp_path):
         tower, scale = vit.load_text(tmp_path / name, heads=HEADS, quick_gelu=quick_gelu)
         assert not tower.training
         assert (tower(ids) - expected).abs().max() < 1e-5
-        assert scale == pytest.approx(logit_scale.exp().item(), rel=1e-6)
+        if build is hugging_face_text:  # whose file has none
+            assert scale is None
+        else:
+            assert scale == pytest.approx(logit_scale.exp().item(), rel=1e-6)
 
 
 # Our names, and OpenAI's in their place.
@@ -493,3 +497,15 @@ def test_a_bad_vocabulary(tmp_path, name, damage):
     message = f"{name} is missing, damaged or not a CLIP vocabulary.*give the published[^\n]*$"
     with pytest.raises(ValueError, match=message):
         vit.Tokenizer(path)
+
+
+def test_the_scale_of_a_wrapped_clip(clip, tmp_path):
+    """Beside a loss and behind a prefix the scale is the file's; without one it isn't made up."""
+    both = {f"model.{key}": value for key, value in load_file(clip).items()}
+    save_file(both | {"criterion.weight": torch.zeros(2)}, tmp_path / "w.safetensors")
+    assert vit.load_text(tmp_path / "w.safetensors")[1] == pytest.approx(math.exp(3))
+    _, backbone = vit.load(tmp_path / "w.safetensors")
+    assert backbone.note == "left out: criterion.weight"
+    del both["model.logit_scale"]
+    save_file(both, tmp_path / "w.safetensors")
+    assert vit.load_text(tmp_path / "w.safetensors")[1] is None

@@ -118,12 +118,12 @@ def test_what_is_guessed_is_said(run, tmp_path):
     assert "warning  heads 1, ImageNet's mean and std: guessed" in out
     by_hand = ["--heads", 4, "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2"]
     out = run(*command, *by_hand, "--mlp-act", "quick_gelu", "--name", "b")
-    assert "frozen, 4 heads, QuickGELU\n" in out
+    assert "frozen, 4 heads (given), QuickGELU\n" in out
     assert "pixels   mean 0.5 0.5 0.5, std 0.2 0.2 0.2\n" in out
     assert "warning" not in out
     _, meta = adaptertune.read(tmp_path / "runs/b/adapters.safetensors")
     assert (meta["mean"], meta["std"]) == ([0.5] * 3, [0.2] * 3)
-    assert "4 heads, QuickGELU" in run("--eval", "runs/b")
+    assert "4 heads (given), QuickGELU" in run("--eval", "runs/b")
 
 
 def test_what_a_run_leaves(run, tiny_weights, tmp_path):
@@ -406,6 +406,8 @@ def test_photos(run, photos, tiny_weights, tmp_path):
         (["--scale", 2], "scale 1.0, not 2.0"),
         (["--adapter-act", "relu"], "act gelu, not relu"),
         (["--adapter-input", "mlp"], "reads block, not mlp"),
+        (["--rank", 4], "rank 8, not 4"),
+        (["--method", "vpt"], "method adaptertune, not vpt"),
     ],
 )
 def test_eval_with_what_the_run_was_not_trained_with(changed, named, run, tiny_weights):
@@ -459,6 +461,28 @@ def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
     assert "holds a run with other options" in run(*command, status=1)
 
 
+def test_a_finished_run_whose_weights_were_replaced(run, tiny_weights, tmp_path):
+    """The same command after --weights became another network isn't told the old result."""
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(tiny_weights, weights)
+    command = quick(weights, "--epochs", 1, "--name", "a")
+    run(*command)
+    write_tiny(weights, seed=1)
+    error = run(*command, status=1)
+    assert "was trained on another backbone" in error
+    assert "weights.safetensors is (" in error
+
+
+def test_a_change_of_method_is_named(run, tiny_weights):
+    """A refusal names the option that was given, not the rate that follows from it."""
+    command = [each for each in quick(tiny_weights, "--name", "a") if each not in ("--lr", 0.01)]
+    run(*command, "--epochs", 1)
+    error = run(*command, "--epochs", 1, "--method", "adaptformer", status=1)
+    assert "other options (method adaptertune, not adaptformer)" in error
+    error = run(*command, "--epochs", 1, "--method", "adaptformer", "--rank", 8, status=1)
+    assert "other options (method adaptertune, not adaptformer)" in error
+
+
 def test_skipped_files_are_counted(run, photos, tiny_weights):
     """Files that aren't photos, links to nothing, and photos outside of the class folders are
     counted in a line."""
@@ -467,7 +491,7 @@ def test_skipped_files_are_counted(run, photos, tiny_weights):
     (photos / "leaf" / "gone.png").symlink_to(photos / "nothing.png")
     shutil.copy(photos / "leaf/00.png", photos / "loose.png")
     quick_look = quick(tiny_weights, "--limit", 0, "--epochs", 1)
-    line = "skipped  4 files, not photos or not in a class folder, such as "
+    line = "skipped  4 files, not photos or outside the class folders, such as "
     assert f"{line}{photos}/loose.png\n" in run("--dataset", photos, *quick_look, "--name", "a")
 
     parts = photos.parent / "parts"
@@ -475,7 +499,7 @@ def test_skipped_files_are_counted(run, photos, tiny_weights):
     shutil.copytree(photos, parts / "holdout", symlinks=True)
     out = run("--dataset", parts, *quick_look, "--name", "b")
     # In train the same 4 files, and all 61 photos of the folder beside it.
-    assert "skipped  65 files, not photos or not in a class folder, such as " in out
+    assert "skipped  65 files, not photos or outside the class folders, such as " in out
 
 
 def test_test_images_that_were_trained_on(run, photos, tiny_weights):
@@ -853,10 +877,20 @@ def test_two_processes_that_are_stopped_or_killed(tiny_weights, tmp_path):
     assert "error: another process ended" in error
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    """Each process wants a GPU of its own; the error says how many there are."""
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes want a GPU each, and there are 1; start as"):
+        train.choose_device("cuda")
+
+
 def test_cached_features_want_one_process(run, tiny_weights, monkeypatch):
     """Features are computed once, so torchrun would only repeat them."""
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train, "any_process", bool)
+    monkeypatch.setattr(train, "leave_processes", lambda: None)
     error = run(*quick(tiny_weights, "--method", "head", "--cached"), status=1)
     assert "head trains on cached features: one process, not torchrun" in error
 

@@ -122,7 +122,7 @@ def distributed(tensors):
 def in_lightning(tensors):
     """Lightning's: the network as a member, beside its loss and its metrics."""
     network = {f"model.{key}": value for key, value in tensors.items()}
-    other = {"criterion.weight": torch.zeros(3), "train_metric.total": torch.zeros(())}
+    other = {"criterion.weight": torch.zeros(3), "train_acc.tp": torch.zeros((), dtype=torch.long)}
     return {"state_dict": network | other, "hyper_parameters": {"lr": 0.1}}
 
 
@@ -135,7 +135,18 @@ def in_three(tensors):
 def with_a_head(tensors):
     """A classifier of someone's own beside a prefixed backbone."""
     network = {f"backbone.{key}": value for key, value in tensors.items() if "head" not in key}
-    return {"net": network | {"fc.weight": torch.zeros(5, 32), "fc.bias": torch.zeros(5)}}
+    return {"net": network | {"head.weight": torch.zeros(5, 32), "head.bias": torch.zeros(5)}}
+
+
+def in_chunks(tensors):
+    """DINOv2's blocks in chunks: the number of the chunk, and of the block among all."""
+    return {
+        key.replace("blocks.1.", "blocks.0.1.")
+        .replace("blocks.0.n", "blocks.0.0.n")
+        .replace("blocks.0.a", "blocks.0.0.a")
+        .replace("blocks.0.m", "blocks.0.0.m"): value
+        for key, value in tensors.items()
+    }
 
 
 def with_arguments(tensors):
@@ -144,14 +155,14 @@ def with_arguments(tensors):
     return {
         "model_state_dict": tensors,
         "args": arguments,
-        "path": pathlib.Path("runs"),
+        "path": [pathlib.Path("runs"), pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("b")],
         "best": np.float64(0.5),
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
     }
 
 
 WRAPPERS = [in_model, in_state_dict, in_teacher, with_decoder, distributed]
-WRAPPERS += [in_lightning, in_three, with_a_head, with_arguments]
+WRAPPERS += [in_lightning, in_three, with_a_head, with_arguments, in_chunks]
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
@@ -159,6 +170,36 @@ def test_wrappers(tensors, tiny_weights, tmp_path, wrap):
     """The network is found inside the wrappers of published files."""
     torch.save(wrap(tensors), tmp_path / "w.pth")
     assert torch.equal(outputs(tmp_path / "w.pth", heads=2), outputs(tiny_weights))
+
+
+def test_what_is_left_out_is_named(tensors, tmp_path):
+    """Beside a prefixed backbone tensors are left out, by the file's own names."""
+    torch.save(in_lightning(tensors), tmp_path / "w.pth")
+    _, backbone = vit.load(tmp_path / "w.pth", heads=2)
+    assert backbone.note == "left out: criterion.weight, train_acc.tp"
+    wrong = {f"module.{key}": value for key, value in tensors.items()}
+    save_file(wrong | {"module.mystery": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="1 left over: module.mystery$"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+    tensors["pos_embed.pos_embedding"] = tensors.pop("pos_embed")
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="missing pos_embed; .* it has .*pos_embed.pos_embedding"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+
+
+def test_biases_and_scales_of_other_names(tensors, tmp_path):
+    """BEiT's biases of queries and values alone, DeiT III's gammas."""
+    q, v, gamma = torch.randn(3, 32)
+    for i in range(2):
+        del tensors[f"blocks.{i}.attn.qkv.bias"]
+        tensors[f"blocks.{i}.attn.q_bias"] = q.clone()
+        tensors[f"blocks.{i}.attn.v_bias"] = v.clone()
+        for j in (1, 2):
+            tensors[f"blocks.{i}.gamma_{j}"] = j * gamma
+    save_file(tensors, tmp_path / "w.safetensors")
+    model, _ = vit.load(tmp_path / "w.safetensors", heads=2)
+    assert torch.equal(model.blocks[1].attn.qkv.bias, torch.cat([q, torch.zeros(32), v]))
+    assert torch.equal(model.blocks[1].ls2.gamma, 2 * gamma)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +367,7 @@ def test_kinds_of_files_that_are_not_read(tmp_path):
             vit.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("names", [("student", "teacher"), ("encoder", "momentum_encoder")])
+@pytest.mark.parametrize("names", [("student", "teacher"), ("module.model", "module.swa_model")])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_two_networks_in_one_dictionary(tensors, names, suffix, tmp_path):
     """The averaged one is taken, and a note says so."""
@@ -336,7 +377,21 @@ def test_two_networks_in_one_dictionary(tensors, names, suffix, tmp_path):
     (torch.save if suffix == ".pth" else save_file)(both, path)
     model, backbone = vit.load(path, heads=2)
     assert torch.equal(model.cls_token, tensors["cls_token"])
-    assert backbone.note == f"{names[1]} of both{suffix}; it also holds {names[0]}"
+    first, second = (name.removeprefix("module.") for name in names)
+    assert backbone.note == f"{second} of both{suffix}; it also holds {first}"
+
+
+def test_two_encoders_of_moco(tensors, tmp_path):
+    """The base encoder is taken, as MoCo v3's own evaluation does; a note names the other one."""
+    both = {f"module.base_encoder.{key}": value for key, value in tensors.items()}
+    both |= {f"module.momentum_encoder.{key}": value + 1 for key, value in tensors.items()}
+    torch.save({"state_dict": both}, tmp_path / "moco.pth")
+    model, backbone = vit.load(tmp_path / "moco.pth", heads=2)
+    assert torch.equal(model.cls_token, tensors["cls_token"])
+    begin = "module.momentum_encoder."
+    first, second, third, *rest = tensors
+    named = f"{begin}{first}, {begin}{second}, {begin}{third} and {len(rest)} more"
+    assert backbone.note == f"left out: {named}"
 
 
 def test_lora_that_was_not_merged(tensors, tmp_path):

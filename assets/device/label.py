@@ -25,9 +25,12 @@ def upright_rgb(image):
     """An opened photo as 8-bit RGB: 16-bit grey scaled, transparency over white, turned as its
     EXIF orientation says."""
     orientation = image.getexif().get(0x0112)
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("32 bits a pixel, whose white may be 1, 255 or more; save it in 8 bits")
     if image.mode.startswith("I"):  # 16-bit grey
-        grey = np.asarray(image, np.float32) / 257  # 65,535 to 255
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image, np.float32)
+        grey[grey == image.info.get("transparency", -1)] = 65_535  # white
+        image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
