@@ -46,9 +46,9 @@ CIFAR = "https://www.cs.toronto.edu/~kriz/"
 # PDF aren't among them, whatever a file is called.
 PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PHOTOS |= {".apng", ".mpo", ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"}
-PHOTOS |= {".dib", ".dds", ".ico", ".icns", ".im", ".pcx", ".qoi", ".sgi", ".tga"}
+PHOTOS |= {".dib", ".dds", ".ico", ".icns", ".pcx", ".qoi", ".sgi", ".tga"}
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
-FORMATS += ("DIB", "DDS", "ICO", "ICNS", "IM", "PCX", "QOI", "SGI", "TGA")
+FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA")
 # How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF.
 BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM|II\*\0|MM\0\*|.{4}ftypavif", re.DOTALL)
 # Names of the folders that hold a part of the data, in any case.

@@ -292,6 +292,8 @@ def test_what_is_transparent_is_white(tmp_path):
     palette.save(tmp_path / "P.png", transparency=1)  # its second colour is transparent
     key = image.fromarray(np.where(alpha == 0, 77, 0).astype(np.uint8))
     key.save(tmp_path / "L.png", transparency=77)
+    deep = image.fromarray(np.where(alpha == 0, 4000, 0).astype(np.uint16))
+    deep.save(tmp_path / "16 bits.png", transparency=4000)
     icon.save(tmp_path / "RGBA.webp", lossless=True)
     for path in tmp_path.iterdir():
         read = data.read_photo(path, side=16)
@@ -351,7 +353,11 @@ def test_every_photo_is_found(photos):
         path = photos / "apple" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         photo.save(path, format={"c.jfif": "JPEG", "f.jpe": "JPEG"}.get(name))
-    for name, kind in (("no suffix", "JPEG"), ("nor here", "PNG"), ("deep/webp", "WEBP")):
+    for name in ("h.tga", "i.pcx", "j.dds", "k.ico", "l.sgi", "m.j2k", "n.pnm", "p.dib"):
+        photo.save(photos / "apple" / name)
+        found.append(name)
+    kinds = {"no suffix": "JPEG", "nor here": "PNG", "deep/webp": "WEBP", "nor": "TIFF"}
+    for name, kind in kinds.items():
         photo.save(photos / "apple" / name, format=kind)
         found.append(name)
     skipped = ["notes.txt", "README", "deep/labels.csv"]
@@ -376,12 +382,13 @@ def test_a_photo_that_would_start_another_program(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("named", "part"), [("valid", "val"), ("Validation", "val"), ("VAL", "val"), ("Test", "test")]
+    ("named", "part"),
+    [("valid", "val"), ("Validation", "val"), ("VAL", "val"), ("dev", "val"), ("Testing", "test")],
 )
 def test_names_of_the_parts(photos, named, part):
     """What people call the folders of validation and test images."""
     root = photos.parent / "parts"
-    shutil.copytree(photos, root / "Train")
+    shutil.copytree(photos, root / ("Train" if part == "val" else "training"))
     shutil.copytree(photos, root / named)
     dataset = data.read(str(root), image_size=14)
     assert len(getattr(dataset, part)) == len(dataset.train) == 60
@@ -402,6 +409,9 @@ def test_data_one_level_down(photos):
     root.mkdir()
     shutil.copytree(photos, root / "Data")
     with pytest.raises(ValueError, match="1 class folders; .*do you mean .*around/Data"):
+        data.read(str(root))
+    (root / "__MACOSX").mkdir()
+    with pytest.raises(ValueError, match="no images in .*__MACOSX; do you mean .*around/Data"):
         data.read(str(root))
 
 
@@ -533,6 +543,9 @@ def test_photos_in_floats_and_too_large(photos, monkeypatch):
     from PIL import Image
 
     path = photos / "leaf/float.tif"
+    Image.new("I", (8, 8), 200).save(path)
+    with pytest.raises(ValueError, match="32 bits a pixel"):
+        data.read_photo(path, side=8)
     Image.new("F", (8, 8), 0.5).save(path)
     with pytest.raises(
         ValueError, match=r"float.tif .*32 bits a pixel, whose white may be 1, 255 or more"

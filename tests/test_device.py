@@ -372,6 +372,15 @@ def png_chunk(kind, content):
     return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
 
+def float_tiff():
+    """A TIFF of 32-bit floats, of which nothing says whether white is 1 or 255."""
+    from PIL import Image
+
+    written = io.BytesIO()
+    Image.new("F", (8, 8), 0.5).save(written, format="TIFF")
+    return written.getvalue()
+
+
 def huge_png():
     """The beginning of a PNG file that claims to be of 30,000 x 30,000 pixels."""
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
@@ -397,6 +406,7 @@ def wrong_photos(work):
         "truncated.jpg": whole[: len(whole) // 2],
         "broken.png": broken_png(),
         "huge.png": huge_png(),
+        "float.tif": float_tiff(),
     }
     folder = work / "wrong"
     (folder / "folder.png").mkdir(parents=True, exist_ok=True)
@@ -407,7 +417,10 @@ def wrong_photos(work):
 
 @pytest.mark.parametrize(
     "name",
-    ["gone.png", "folder.png", "empty.png", "text.png", "truncated.jpg", "broken.png", "huge.png"],
+    [
+        *("gone.png", "folder.png", "empty.png", "text.png", "truncated.jpg", "broken.png"),
+        *("huge.png", "float.tif"),
+    ],
 )
 def test_photos_that_are_none(run_export, label, wrong_photos, tmp_path, name):
     """A missing, damaged or dangerous photo: a line with its name, after the labels of others."""

@@ -1166,10 +1166,12 @@ def test_terminals_that_can_not_show_a_name(photos, tiny_weights, tmp_path, enco
 
 
 @pytest.mark.parametrize("program", ["train.py", "export.py"])
-def test_ctrl_c_while_torch_is_imported(program, tmp_path):
+@pytest.mark.parametrize("module", ["torch", "argparse"])
+def test_ctrl_c_during_the_imports(program, module, tmp_path):
     """It ends the process, without a traceback."""
-    (tmp_path / "torch.py").write_text("import time\nprint(1, flush=True)\ntime.sleep(60)\n")
-    (tmp_path / "onnx.py").write_text((tmp_path / "torch.py").read_text())
+    slow = tmp_path / f"{module}.py"
+    slow.write_text("import time\nprint(1, flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "onnx.py").write_text(slow.read_text())
     code = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); "
     code += (
         f"sys.argv = [{program!r}]; runpy.run_path({str(ROOT / program)!r}, run_name='__main__')"
