@@ -1,5 +1,6 @@
 """assets/device/label.py, as a process without torch and onnx: torch's labels and probabilities."""
 
+import io
 import os
 import re
 import struct
@@ -374,8 +375,6 @@ def png_chunk(kind, content):
 
 def float_tiff():
     """A TIFF of 32-bit floats, of which nothing says whether white is 1 or 255."""
-    from PIL import Image
-
     written = io.BytesIO()
     Image.new("F", (8, 8), 0.5).save(written, format="TIFF")
     return written.getvalue()
