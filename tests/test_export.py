@@ -456,7 +456,10 @@ def test_precision(run, tmp_path, precision):
     assert re.search(r"^speed .* ms fp32, ratio [\d.]+ ", out, re.M)
     ratio = path.stat().st_size / (tmp_path / "fp32.onnx").stat().st_size
     assert 0.25 < ratio < 0.75  # a tiny network: half and a quarter, and the nodes
-    assert metadata(path)["precision"] == precision
+    saved = metadata(path)
+    assert saved["precision"] == precision
+    assert {"fp32_val_accuracy", "fp32_test_accuracy"} < set(saved)  # of the run, not of this graph
+    assert not {"val_accuracy", "test_accuracy"} & set(saved)
 
 
 def test_int8_that_disagrees(run, tmp_path, monkeypatch):

@@ -511,6 +511,9 @@ def test_init_from_a_file(run, tiny_weights, published, tmp_path):
     ours = ["--rank", 4, "--init", tmp_path / "runs/a/adapters.safetensors", "--name", "d"]
     assert "with scale 0.1, not 0.5" in run(*common, *ours, "--scale", 0.5, status=1)
     assert "with act relu, not gelu" in run(*common, *ours, "--adapter-act", "gelu", status=1)
+    assert "with heads 2, not 4" in run(*common, *ours, "--heads", 4, status=1)
+    quick = ["--mlp-act", "quick_gelu"]
+    assert "with mlp act gelu, not quick_gelu" in run(*common, *ours, *quick, status=1)
     assert "with placement [0, 1], not [1]" in run(*common, *ours, "--blocks", 1, status=1)
     assert "with reads raw, not block" in run(*common, *ours, "--method", "adaptertune", status=1)
     other = write_tiny(tmp_path / "other.safetensors", seed=1)

@@ -723,7 +723,7 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
     """A flipped bit anywhere in the weights, a missing part, a cut file: never other weights."""
     command = quick(tiny_weights, "--name", "a")
     with monkeypatch.context() as patch:
-        stop_at(patch, 9, signal.SIGTERM)
+        stop_at(patch, EPOCH + 2, signal.SIGTERM)
         assert train.main([str(each) for each in command]) == 130
     train.stop_asked.clear()
     capsys.readouterr()
@@ -747,9 +747,10 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
     for gone in ("chosen_val", "fingerprint", "optimizer", "weights"):
         torch.save({key: value for key, value in saved.items() if key != gone}, path)
         assert_refused()
-    del saved["weights"]["head.bias"]
-    torch.save(saved, path)
-    assert_refused()
+    for weights in ("chosen", "weights"):
+        without = {key: value for key, value in saved[weights].items() if key != "head.bias"}
+        torch.save(saved | {weights: without}, path)
+        assert_refused()
     path.write_bytes(whole)
     assert "test  " in run(*command, "--resume")
 
