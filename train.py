@@ -491,6 +491,11 @@ class Run:
     state: State = field(default_factory=State)
 
     @functools.cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(adaptertune.trained(self.model).values())
+
+    @functools.cached_property
     def compiled(self) -> Callable[[Tensor], Tensor]:
         """model.features as torch compiles it; on a GPU as one CUDA graph for each direction:
         launching the kernels one by one takes longer than running them."""
@@ -556,13 +561,14 @@ def sum_over_processes(sums: Tensor) -> Tensor:
     return sums
 
 
-def share_step(
-    parameters: Iterable[nn.Parameter], share: float, loss: Tensor, hits: Tensor
+def share_gradients(
+    parameters: list[nn.Parameter], weight: float, loss: Tensor, hits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Make every process's gradients those of the whole batch, in one exchange.
 
     Args:
-        share: how much of the batch's images this process had; `loss` is their mean.
+        weight: how much of the batch's images this process had; its gradients and `loss` are means
+            over them.
 
     Returns:
         The mean loss and the hits of the whole batch.
@@ -570,13 +576,13 @@ def share_step(
     if not dist.is_initialized():
         return loss, hits
     gradients = [parameter.grad for parameter in parameters]
-    parts = [share * each.flatten() for each in gradients]
-    parts += [share * loss[None], hits[None].to(loss)]
-    together = sum_over_processes(torch.cat(parts))
-    *parts, loss, hits = together.split([len(each) for each in parts])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-    return loss[0], hits[0].long()
+    packed = [weight * gradient.flatten() for gradient in gradients]
+    packed += [weight * loss[None], hits[None].to(loss)]
+    sums = sum_over_processes(torch.cat(packed)).split([len(part) for part in packed])
+    *means, mean_loss, all_hits = sums
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return mean_loss[0], all_hits[0].long()
 
 
 def choose_device(name: str) -> torch.device:
@@ -1045,64 +1051,89 @@ def schedule(step: int, steps: int) -> float:
 def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """The training loop, from where run.state stands to the last epoch."""
     state = run.state
-    options = run.options
-    parameters = adaptertune.trained(run.model)
-    count = run.batches.count(run.dataset.train)  # steps in an epoch
-    while state.epoch <= options.epochs:
-        run.model.train()
-        first = state.step  # not 0 where a stopped run goes on
-        started = time.perf_counter()
-        clock = started
-        for images, labels in run.batches.train(run.dataset, run.seed, state.epoch, first=first):
-            stop_if_asked()  # here, between two steps, weights and optimiser agree
-            # Learning rate and dropout depend only on the position, as the batches do: so a
-            # resumed run takes the steps that it would have taken.
-            step = (state.epoch - 1) * count + state.step
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(step, options.epochs * count)
-            # A key of its own: the crops are drawn by (seed, epoch, step) alone.
-            key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
-            torch.manual_seed(data.seed_from(key) + run.batches.rank)
-
-            optimizer.zero_grad()
-            logits = run.logits(images)
-            loss = loss_of(logits, labels, options.label_smoothing)
-            hits = (logits.argmax(dim=-1) == labels).sum()
-            loss.backward()
-            size = min(options.batch, len(run.dataset.train) - state.step * options.batch)
-            loss, hits = share_step(parameters.values(), len(labels) / size, loss.detach(), hits)
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-
-            # Loss and hits are of the augmented images as they pass; tensors, so that a GPU
-            # needn't wait for them.
-            state.loss = state.loss + loss.double() * size
-            state.hits = state.hits + hits
-            state.seen += size
-            state.step += 1
-            now = time.perf_counter()
-            state.epoch_time += now - clock
-            clock = now
-            what = f"epoch {state.epoch}/{options.epochs}, step"
-            data.progress(what, state.step, count, started, first)
-        finite = math.isfinite(state.loss)  # here a GPU is waited for
-        state.epoch_time += time.perf_counter() - clock
-        if not finite:
-            raise ValueError(
-                f"the loss became {state.loss.item()} in epoch {state.epoch}; "
-                f"lower --lr ({options.lr:g}) and give another --name"
-            )
-
+    while state.epoch <= run.options.epochs:
+        train_epoch(run, optimizer)
         val = evaluate(run, run.dataset.val, "validation")
-        # Of epochs that val can't tell from the best the last one, which has seen most. Without
-        # validation images val is NaN, for which every comparison is false: the last one stays.
         state.best_val = max(state.best_val, val)
-        if not val < state.best_val - standard_error(state.best_val, len(run.dataset.val)):
+        # The last epoch that validation can't tell from the best, since it has seen most.
+        error = standard_error(state.best_val, len(run.dataset.val))
+        if math.isnan(val) or val >= state.best_val - error:
+            weights = adaptertune.trained(run.model)
             state.chosen_epoch = state.epoch
             state.chosen_val = val
-            state.chosen = {name: each.detach().clone() for name, each in parameters.items()}
-        end_epoch(state, val, options.epochs)
+            state.chosen = {name: each.detach().clone() for name, each in weights.items()}
+        end_epoch(state, val, run.options.epochs)
         save_state(run, optimizer)
+
+
+def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """The steps of run.state's epoch, from where it stands.
+
+    Raises:
+        ValueError: the loss isn't finite.
+    """
+    state = run.state
+    options = run.options
+    steps = run.batches.count(run.dataset.train)
+    run.model.train()
+    first = state.step  # not 0 where a stopped run goes on
+    started = time.perf_counter()
+    before = started
+    for images, labels in run.batches.train(run.dataset, run.seed, state.epoch, first=first):
+        stop_if_asked()  # here, between two steps, weights and optimiser agree
+        # Learning rate and dropout depend only on the position, as the batches do: so a resumed
+        # run takes the steps that it would have taken.
+        position = (state.epoch - 1) * steps + state.step
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule(position, options.epochs * steps)
+        # A key of its own: the crops are drawn by (seed, epoch, step) alone.
+        key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
+        torch.manual_seed(data.seed_from(key) + run.batches.rank)
+
+        # Of all processes. The last batch may be smaller.
+        batch = min(options.batch, len(run.dataset.train) - state.step * options.batch)
+        loss, hits = take_step(run, optimizer, images, labels, batch)
+
+        # Of the augmented images as they pass; tensors, so that a GPU needn't wait for them.
+        state.loss = state.loss + loss.double() * batch
+        state.hits = state.hits + hits
+        state.seen += batch
+        state.step += 1
+        now = time.perf_counter()
+        state.epoch_time += now - before
+        before = now
+        what = f"epoch {state.epoch}/{options.epochs}, step"
+        data.progress(what, state.step, steps, started, first)
+    finite = math.isfinite(state.loss)  # here a GPU is waited for
+    state.epoch_time += time.perf_counter() - before
+    if not finite:
+        raise ValueError(
+            f"the loss became {state.loss.item()} in epoch {state.epoch}; "
+            f"lower --lr ({options.lr:g}) and give another --name"
+        )
+
+
+def take_step(
+    run: Run, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Change the weights by what a batch of images teaches.
+
+    Args:
+        images, labels: this process's part of the batch.
+        batch: images in all of it.
+
+    Returns:
+        The mean loss and the hits of the whole batch, before the step.
+    """
+    optimizer.zero_grad()
+    logits = run.logits(images)
+    loss = loss_of(logits, labels, run.options.label_smoothing)
+    hits = (logits.argmax(dim=-1) == labels).sum()
+    loss.backward()
+    loss, hits = share_gradients(run.parameters, len(labels) / batch, loss.detach(), hits)
+    nn.utils.clip_grad_norm_(run.parameters, 1.0)
+    optimizer.step()
+    return loss, hits
 
 
 def loss_of(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
