@@ -287,7 +287,14 @@ def add_options(parser: Parser) -> None:
         "least area of a training crop (0.08; digits 0.85)",
         0.0,
     )
-    add("--seeds", "I,J,…", integers(0), "a run for each; mean and spread at the end (0)", [0])
+    parser.switch("--no-flip", "don't mirror training images: text, signs, anything with a side")
+    add(
+        "--seeds --seed",
+        "I,J,…",
+        integers(0),
+        "a run for each; mean and spread at the end (0)",
+        [0],
+    )
     parser.choice("--amp", ("auto", "bf16", "off"), "train in bf16, where faster (auto)", "auto")
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
     parser.switch("--compile", "compile the network: a minute once, then faster steps on a GPU")
@@ -489,6 +496,7 @@ class Run:
     meta: dict  # goes into adapters.safetensors
     backbone: vit.Backbone
     state: State = field(default_factory=State)
+    features_time: float = 0.0  # seconds for features that were computed once
 
     @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -834,6 +842,7 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
         bf16 = any_process(choose_amp(folder, device) == "bf16")  # the same for all
         options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
+    dataset.flip = dataset.flip and not options.no_flip
     scratch = options.method == "scratch"
     meta = {
         "method": options.method,
@@ -1204,7 +1213,6 @@ def fit(run: Run) -> None:
             group["fused"] = run.device.type == "cuda"
     if any_process(found) != found:
         raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
-    describe(run)
     try:
         if run.options.method in adaptertune.CLIP_METHODS:
             zero_shot = validate_zero_shot(run)
@@ -1349,12 +1357,15 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
     signal.signal(signal.SIGINT, ask_stop)
     signal.signal(signal.SIGTERM, ask_stop)
     peak_memory(run.device, reset=True)
+    describe(run)
     clip = options.method in adaptertune.CLIP_METHODS
     if clip and options.classifier == "text":  # before what takes long
         embed_class_names(run)
     if options.cached:
+        started = time.perf_counter()
         for part in ("train", "val", "test"):
             setattr(run.dataset, part, cache_features(run, getattr(run.dataset, part), part))
+        run.features_time = time.perf_counter() - started
     if clip and options.classifier == "prototypes":
         average_class_images(run)
     run.dataset = place_images(run.dataset, run.device)
@@ -1472,6 +1483,7 @@ def describe(run: Run) -> None:
             text += f" (head {options.head_lr:g})"
         if not options.cached:
             text += f", crops of {options.min_scale:g} to 1 of the area"
+            text += ", mirrored at random" if run.dataset.flip else ""
         if options.label_smoothing:
             text += f", label smoothing {options.label_smoothing:g}"
         print(text)
@@ -1560,11 +1572,12 @@ def conclude(run: Run) -> None:
     else:
         how = f"epoch {state.chosen_epoch}, the last, as no images are left for val; test read once"
     path = run.folder / "adapters.safetensors"
-    training = clock_text(state.train_time)
-    evaluation = clock_text(state.eval_time)
+    cost = f"{clock_text(state.train_time)} training, {clock_text(state.eval_time)} evaluation"
+    if run.options.cached:
+        cost += f", {clock_text(run.features_time)} features"
     memory = peak_memory(run.device)
     print(f"\ntest     {run.meta['test_accuracy']:.2f} %   ({how})")
-    print(f"cost     {training} training, {evaluation} evaluation, peak {memory:.1f} GiB")
+    print(f"cost     {cost}, peak {memory:.1f} GiB")
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
     if state.rows:
         draw_curves(state.rows, state.chosen_epoch, run.folder / "curves.svg")
@@ -1918,9 +1931,13 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
     """Train every run, then compare them."""
     results = []
     stop_asked.clear()
+    total = sum(len(options.seeds) for options in grid)
+    started = time.perf_counter()
     for options in grid:
         for seed in options.seeds:
             stop_if_asked()
+            if total > 1:
+                print_heading(options, seed, len(results), total, time.perf_counter() - started)
             results.append((options.label, train_run(options, seed)))
     rank, _ = rank_and_world()
     if rank:
@@ -1933,6 +1950,17 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
         folders = [result["folder"] for _, result in first_seed]
         path = together if len(folders) > 1 else folders[0] / "test"
         plot((open_folder(folder) for folder in folders), path)
+
+
+def print_heading(
+    options: argparse.Namespace, seed: int, done: int, total: int, seconds: float
+) -> None:
+    """The line above one of several runs: which it is, and how long all that are left will take,
+    where `done` took so many seconds."""
+    text = f"{options.label or options.method}, learning rate {options.lr:g}, seed {seed}"
+    if done:
+        text += f"; about {clock_text(seconds / done * (total - done))} left for all"
+    print(f"\nrun      {done + 1} of {total}: {text}")
 
 
 def open_folder(folder: Path) -> Run:

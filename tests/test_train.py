@@ -327,8 +327,12 @@ def test_schedule():
 
 
 def test_seeds(run, tiny_weights, tmp_path):
-    """Several seeds end in a row of mean and standard deviation, a .csv and a picture."""
+    """Several seeds end in a row of mean and standard deviation, a .csv and a picture. Each has a
+    heading."""
     out = run(*quick(tiny_weights, "--seeds", "0,1", "--method", "head"))
+    assert "\nrun      1 of 2: head, learning rate 0.01, seed 0\n" in out
+    heading = r"^run      2 of 2: head, learning rate 0.01, seed 1; about \d:\d\d left for all$"
+    assert re.search(heading, out, re.M)
     first, second = map(float, stated_test(out))
     row = re.search(r"^head +330 +([\d.]+) ± ([\d.]+) ", out, re.M)
     assert float(row[1]) == pytest.approx((first + second) / 2, abs=0.011)
@@ -1033,9 +1037,9 @@ WRONG_USAGE = [
     (["--blocks", "middle"], "argument --blocks: 'middle' is not like 0,1,5 or first6 or last6"),
     (["--epochs", "two"], "argument --epochs: 'two' is not a valid int"),
     (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 1"),
-    (["--seeds", "0,0"], "argument --seeds: 0 is given twice"),
+    (["--seeds", "0,0"], "argument --seeds/--seed: 0 is given twice"),
     (["--ranks", "4,8,4"], "argument --rank/--ranks: 4 is given twice"),
-    (["--seeds", "0,-1"], "argument --seeds: -1 is not between 0 and"),
+    (["--seeds", "0,-1"], "argument --seeds/--seed: -1 is not between 0 and"),
     (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
     (["--scratch"], "--scratch starts from random weights; leave out --weights"),
     (["--unknown"], "unrecognized arguments: --unknown"),
@@ -1259,7 +1263,7 @@ STATED = {
 }
 # Off unless they are given.
 SWITCHES = {"--offline", "--cached", "--resume", "--scratch", "--learn-scale", "--shallow"}
-SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot", "--compile"}
+SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot", "--compile", "--no-flip"}
 # What each setting's option is called, where it isn't the setting's name.
 OPTIONS = {"reads": "--adapter-input", "act": "--adapter-act", "deep": "--shallow"}
 
@@ -1299,6 +1303,7 @@ DIGITS = {
     "image_size": 0,
     "cached": False,
     "compile": False,
+    "no_flip": False,
     "lr": 5e-3,
     "head_lr": 1e-2,
     "weight_decay": 0.05,
@@ -1388,6 +1393,28 @@ def test_the_recipe_is_printed_and_kept(tiny_weights, run):
     )
     config = json.loads(Path("runs/digits-adaptertune-r8-n640-s0/config.json").read_text())
     assert (config["epochs"], config["batch"], config["min_scale"]) == (1, 32, 0.85)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_images_that_have_a_side(tiny_weights, tmp_path, monkeypatch):
+    """--no-flip: no training image is mirrored, which half of them are otherwise."""
+    write_cifar10(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    command = ["--weights", str(tiny_weights), "--dataset", "cifar10", "--min-scale", "1"]
+    mirrored = []
+
+    def crop_resize(pixels, boxes, size, *, flip=None):
+        mirrored.append(0 if flip is None else int(flip.sum()))
+        return plain(pixels, boxes, size, flip=flip)
+
+    plain = data.crop_resize
+    monkeypatch.setattr(data, "crop_resize", crop_resize)
+    for more, some in (([], True), (["--no-flip"], False)):
+        (options,) = train.parse([*command, *more])
+        run = train.prepare(options, 0)
+        mirrored.clear()
+        list(run.batches.train(run.dataset, 0, 1))
+        assert (sum(mirrored) > 0) == some
 
 
 def test_what_is_left_to_the_data_resumes(tiny_weights, run):
