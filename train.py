@@ -1285,20 +1285,28 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         setattr(run.state, name, value)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there: it is the old one or the new one, never a
+    part of either, whenever the process is killed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def write_records(run: Run) -> None:
     """Write config.json, metrics.csv, and split.json: which image is in which part."""
     run.folder.mkdir(parents=True, exist_ok=True)
     config = kept_options(run.options, run.seed)
-    (run.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_whole(run.folder / "config.json", json.dumps(config, indent=1) + "\n")
     lines = [",".join(row) for row in (COLUMNS, *run.state.rows)]
-    (run.folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    write_whole(run.folder / "metrics.csv", "\n".join(lines) + "\n")
     listed = {"classes": run.dataset.classes}
     for part in ("train", "val", "test"):
         listed[part] = getattr(run.dataset, part).names
     used = itertools.chain(listed["train"], listed["val"], listed["test"])
     sums = run.dataset.sums
     listed["checksums"] = {name: sums[name] for name in used if name in sums}
-    (run.folder / "split.json").write_text(json.dumps(listed, indent=1) + "\n")
+    write_whole(run.folder / "split.json", json.dumps(listed, indent=1) + "\n")
 
 
 def finish(run: Run) -> dict:
@@ -1313,9 +1321,9 @@ def finish(run: Run) -> dict:
     if not run.batches.rank:
         write_records(run)
         adaptertune.save(run.folder / "adapters.safetensors", run.model, run.meta)
-        (run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        (run.folder / "state.pt").unlink(missing_ok=True)
+        write_whole(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
         conclude(run)
+        (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
     wait_for_all()
     return result
 

@@ -759,6 +759,42 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
     assert "test  " in run(*command, "--resume")
 
 
+def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, handlers):
+    """What had config.json open before it is written again reads the old one, whole."""
+    monkeypatch.chdir(tmp_path)
+    (options,) = train.parse([str(each) for each in quick(tiny_weights, "--name", "a")])
+    prepared = train.prepare(options, 0)
+    train.write_records(prepared)
+    names = ("config.json", "split.json", "metrics.csv")
+    opened = [(prepared.folder / name).open() for name in names]
+    before = [(prepared.folder / name).read_text() for name in names]
+    train.write_records(prepared)
+    for file, text in zip(opened, before, strict=True):
+        with file:
+            assert file.read() == text
+    assert {path.name for path in prepared.folder.iterdir()} == set(names)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_run_killed_amid_its_pictures_finishes(tiny_weights, tmp_path, monkeypatch, capsys):
+    """state.pt goes last: a run that is killed before it was reported is resumed to the same."""
+    monkeypatch.chdir(tmp_path)
+    command = [str(each) for each in quick(tiny_weights, "--name", "a")]
+
+    def killed(run):
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "conclude", killed)
+        with pytest.raises(SystemExit):
+            train.main(command)
+    first = (tmp_path / "runs/a/adapters.safetensors").read_bytes()
+    assert train.main([*command, "--resume"]) == 0
+    assert "test     " in capsys.readouterr().out
+    assert (tmp_path / "runs/a/adapters.safetensors").read_bytes() == first
+    assert not (tmp_path / "runs/a/state.pt").exists()
+
+
 def test_resume_on_another_backbone(run, tiny_weights, tmp_path, monkeypatch, capsys):
     """A stopped run whose --weights were replaced is refused, by both fingerprints."""
     weights = shutil.copy(tiny_weights, tmp_path / "mine.safetensors")
