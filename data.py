@@ -18,6 +18,7 @@ network sees, K classes.
 
 import hashlib
 import http.client
+import io
 import itertools
 import os
 import pickle
@@ -399,15 +400,40 @@ def extract_cifar(root: Path, archive: Path, md5: str, offline: bool) -> None:
         os.replace(Path(part) / root.name, root)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that can only build numpy arrays, so that a data file can't run code."""
+class _Dtype:
+    """Stands for numpy's dtype in a pickle."""
 
-    RECONSTRUCT = np.empty(0).__reduce__()[0]
+    def __init__(self, name: object = None, *_):
+        self.name = name
+
+    def __setstate__(self, state: object):
+        pass
+
+
+class _Array:
+    """Stands for a numpy array in a pickle: uint8 alone, as many bytes as its shape says."""
+
+    values: np.ndarray
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state: tuple):
+        _, shape, dtype, _, raw = state
+        if not isinstance(dtype, _Dtype) or dtype.name not in ("u1", b"u1"):
+            raise pickle.UnpicklingError("an array of something else than bytes")
+        self.values = np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+class _ArraysOnly(pickle._Unpickler):  # the one in Python: in C a small file can take gigabytes
+    """An unpickler that builds nothing but lists, dictionaries, numbers, text and _Array, so that a
+    data file can't run code, nor make numpy look at memory of its choice."""
+
     ALLOWED = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
     }
 
     def find_class(self, module: str, name: str):
@@ -420,11 +446,14 @@ def unpickle(path: Path) -> dict:
     """A CIFAR pickle's dictionary (keys are bytes).
 
     Raises:
-        ValueError: it is missing, damaged, or wants more than arrays.
+        ValueError: it is missing, damaged, or wants more than arrays of bytes.
     """
     try:
-        with path.open("rb") as file:
-            return _ArraysOnly(file, encoding="bytes").load()
+        # From memory: asked for more bytes than a file has, a file would reserve them first.
+        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        return {
+            key: each.values if isinstance(each, _Array) else each for key, each in content.items()
+        }
     except Exception as error:  # a broken pickle can raise nearly anything
         raise ValueError(
             f"{path} was refused: {error}; delete its folder to extract the archive again"

@@ -481,10 +481,34 @@ class Evil:
         return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
 
 
+def forged(shape, dtype, raw):
+    """The pickle of an array whose state is of one's own choice."""
+    array = np.zeros(1, dtype=np.uint8).__reduce__()
+    _, _, known, order, _ = array[2]
+
+    class Forged:
+        def __reduce__(self):
+            return array[0], array[1], (1, shape, dtype or known, order, raw)
+
+    return pickle.dumps({b"data": Forged()})
+
+
 @pytest.mark.parametrize(
     "content",
-    [pickle.dumps({b"data": Evil()}), b"", b"\x80\x04garbage", pickle.dumps([1])[:-1]],
-    ids=["code", "empty", "garbage", "cut"],
+    [
+        *(pickle.dumps({b"data": Evil()}), b"", b"\x80\x04garbage", pickle.dumps([1])[:-1]),
+        pickle.dumps({b"data": np.zeros(2)}),
+        pickle.dumps({b"data": np.array([{}, 1], dtype=object)}),
+        forged((1,), np.dtype("O"), b"\x00" * 8),
+        forged((2**30,), None, b"\x00" * 8),
+        forged((8,), np.dtype((np.uint8, (2**30,))), b"\x00" * 8),
+        b"\x80\x04r\xff\xff\xff\x7f.",  # puts its only value at place 2^31 of the memo
+        b"\x80\x04\x8e\xff\xff\xff\xff\x01\x00\x00\x00.",  # says that 8 GB follow
+    ],
+    ids=[
+        *("evil", "empty", "garbage", "cut", "floats", "objects", "forged dtype", "forged shape"),
+        *("forged items", "large memo", "large size"),
+    ],
 )
 def test_pickle_is_refused(tmp_path, monkeypatch, content):
     """A pickle that would run code, or is damaged, is refused and nothing is run."""
