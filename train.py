@@ -913,7 +913,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
         value = kept[key]
         auto = key in saved.get("auto", []) and value == AUTO[key]
-        if key in MAY_DIFFER or auto:
+        new = key not in saved and not value  # an option that came later, and is off
+        if key in MAY_DIFFER or auto or new:
             continue
         if saved.get(key) != value:
             raise ValueError(

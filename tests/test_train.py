@@ -477,6 +477,19 @@ def test_a_finished_run_whose_weights_were_replaced(run, tiny_weights, tmp_path)
     assert "weights.safetensors is (" in error
 
 
+def test_a_run_from_before_an_option_came(run, tiny_weights, tmp_path):
+    """config.json without an option that came later: the same run where that is off."""
+    command = quick(tiny_weights, "--epochs", 1, "--name", "a")
+    run(*command)
+    path = tmp_path / "runs/a/config.json"
+    saved = json.loads(path.read_text())
+    del saved["no_flip"]
+    path.write_text(json.dumps(saved))
+    assert "kept" in run(*command)
+    error = run(*command, "--no-flip", status=1)
+    assert "other options (no_flip None, not True)" in error
+
+
 def test_a_change_of_method_is_named(run, tiny_weights):
     """A refusal names the option that was given, not the rate that follows from it."""
     command = [each for each in quick(tiny_weights, "--name", "a") if each not in ("--lr", 0.01)]
