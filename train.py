@@ -1816,8 +1816,11 @@ def examine(run: Run) -> Examined:
         data.progress("test images, batch", len(features), total, started)
     points, projection = to_two_dimensions(torch.cat(features))
     test = run.dataset.test
+    name = run.meta["method"]
+    if run.meta.get("rank"):
+        name += f" rank {run.meta['rank']}"
     return Examined(
-        title=f"{run.meta['method']}, {run.meta['test_accuracy']:.2f} %",
+        title=f"{name}, {run.meta['test_accuracy']:.2f} %",
         classes=run.dataset.classes,
         names=test.names or [str(i) for i in range(len(test))],
         labels=test.labels,

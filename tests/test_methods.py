@@ -798,9 +798,9 @@ def test_predictions_and_mistakes(run, tiny_weights, tmp_path):
     out = run(*common, "--method", "adaptertune", "head", "--name", "p")
     rows = read_csv(tmp_path / "runs/p-predictions.csv")
     assert list(rows[0]) == ["run", "image", "label", "prediction", "x", "y"]
-    for method in ("adaptertune", "head"):
+    for method, name in (("adaptertune", "adaptertune rank 8"), ("head", "head")):
         counts = confusion_of(open_run(tmp_path / f"runs/p-{method}"))
-        of_run = [row for row in rows if row["run"].startswith(f"{method}, ")]
+        of_run = [row for row in rows if row["run"].startswith(f"{name}, ")]
         listed = json.loads((tmp_path / f"runs/p-{method}/split.json").read_text())
         assert [row["image"] for row in of_run] == listed["test"]
         found = np.zeros((10, 10), dtype=int)
@@ -809,7 +809,7 @@ def test_predictions_and_mistakes(run, tiny_weights, tmp_path):
             assert math.isfinite(float(row["x"]) + float(row["y"]))
         assert np.array_equal(found, counts)
 
-        pattern = rf"^mistaken {method}: (\d+) of (\d+) images of '(\d)' for '(\d)'$"
+        pattern = rf"^mistaken {name}: (\d+) of (\d+) images of '(\d)' for '(\d)'$"
         shown = np.array(re.findall(pattern, out, re.M), dtype=int)
         wrong = counts - np.diag(counts.diagonal())
         assert shown[:, 0].tolist() == sorted(wrong.flatten(), reverse=True)[:3]
@@ -836,9 +836,9 @@ def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, request
     confusion = texts_of(tmp_path / "runs/p-confusion.svg")
     assert set(digits) <= set(features)
     numbers = []
-    for method in ("adaptertune", "head"):
+    for method, name in (("adaptertune", "adaptertune rank 8"), ("head", "head")):
         accuracy = read_result(tmp_path / f"runs/p-{method}")["test_accuracy"]
-        title = f"{method}, {accuracy:.2f} %"
+        title = f"{name}, {accuracy:.2f} %"
         assert f"{title} ({how})" in features
         assert title in confusion
         counts = confusion_of(open_run(tmp_path / f"runs/p-{method}"))
