@@ -111,7 +111,7 @@ def make_step(variant: str, device: str) -> Callable[[Tensor, Tensor], None]:
     if variant in COMPILED:  # in train.py's mode
         network = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None)
     if ours and device == "cuda":
-        train.be_repeatable()
+        train.be_repeatable(variant not in COMPILED)
 
     def step(images: Tensor, labels: Tensor) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
