@@ -238,13 +238,25 @@ def join(parts: list[Images]) -> Images:
     return Images(pixels, labels, [name for images in filled for name in images.names])
 
 
-def match_classes(data: Dataset, classes: list[str]) -> Dataset:
+def all_as_test(data: Dataset) -> Dataset:
+    """The data set with nothing to train on: its test set, or everything if it has none."""
+    test = data.test
+    if test is None:
+        test = join([data.train] if data.val is None else [data.train, data.val])
+    none = data.train[torch.zeros(0, dtype=torch.long)]
+    return replace(data, train=none, val=none, test=test)
+
+
+def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Dataset:
     """The data set with its labels in the order of a run's `classes`.
+
+    Args:
+        some: it needn't have all of them.
 
     Raises:
         ValueError: a class is missing, or isn't one of them; names it.
     """
-    missing = sorted(set(classes) - set(data.classes))
+    missing = [] if some else sorted(set(classes) - set(data.classes))
     unknown = sorted(set(data.classes) - set(classes))
     if missing or unknown:
         parts = []
@@ -601,13 +613,38 @@ def decode(
     return Images(pixels, torch.tensor(labels), names), sums
 
 
-def read_photo(path: str | Path, side: int) -> Tensor:
+def find_photos(paths: list[str]) -> list[Path]:
+    """Files as they are given, and of folders all photos inside, sorted, without hidden ones.
+
+    Raises:
+        ValueError: a folder without photos.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = []
+        for file in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if not hidden and is_photo(file):
+                inside.append(file)
+        if not inside:
+            raise ValueError(f"no photos in {path}; {', '.join(sorted(PHOTOS))} are read")
+        found += inside
+    return found
+
+
+def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa: F821
     """A photo's centre square, resized (bicubic) to `side` pixels: uint8 [3, side, side], RGB.
+
+    Args:
+        photo: its file, or what Pillow made of it.
 
     Raises:
         ValueError: Pillow isn't installed, or can't read the file.
     """
-    image = open_photo(path, side)
+    image = open_photo(photo, side) if isinstance(photo, str | Path) else upright_rgb(photo)
     box = square(image.height, image.width)
     resized = image.resize((side, side), box=box, resample=3)  # Image.Resampling.BICUBIC
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

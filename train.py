@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import statistics
@@ -78,7 +79,8 @@ HEAD_RATE = 1e-2
 HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
-NOT_KEPT = ("resume", "eval", "name", "label", "plot")  # options that config.json leaves out
+# What config.json leaves out of the options, and what it has besides.
+NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "made")
 AUTO = {"epochs": 0, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
 # What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
 MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit", "shots")
@@ -93,6 +95,8 @@ CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 WIDTHS = (6, 8, 9, 8, 9, 10, 10)
+FILE_COLUMNS = ("seconds", "lr", "val_loss")  # what metrics.csv has besides
+UNEVEN = 3  # from this ratio of the classes' sizes on accuracy is also given as a mean over classes
 
 # --------------------------------------------------------------------------------------- options
 
@@ -189,6 +193,10 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
     add_options(parser)
     add_method_options(parser)
     options = parser.parse_args(arguments)
+    if options.predict:
+        check_predict(options, parser)
+        parser.set_defaults(eval=options.predict[0])
+        options.eval = options.predict[0]
     if options.eval:  # the run's own options, unless the command line says otherwise
         try:
             saved = read_json(Path(options.eval) / "config.json")
@@ -205,6 +213,17 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         fill_in(run_options)
         check(run_options, parser)
     return grid
+
+
+def check_predict(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse --predict without photos, and a run that is none."""
+    folder, *photos = options.predict
+    if not photos:
+        parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
+    if not (Path(folder) / "adapters.safetensors").exists():
+        parser.error(
+            f"--predict {folder}: no finished run there; give runs/NAME first, then photos"
+        )
 
 
 def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -> None:
@@ -287,6 +306,8 @@ def add_options(parser: Parser) -> None:
         0.0,
     )
     parser.switch("--no-flip", "don't mirror training images: text, signs, anything with a side")
+    weights = "weigh each training image by the inverse of its class's size, as if all were equal"
+    parser.switch("--class-weights", weights)
     add(
         "--seeds --seed",
         "I,J,…",
@@ -301,8 +322,16 @@ def add_options(parser: Parser) -> None:
 
     parser.section("run")
     add("--name", "NAME", str, "folder below runs/ (from data set, method and seed)", "")
-    parser.switch("--resume", "go on with a run that was stopped")
-    add("--eval", "runs/NAME", str, "don't train: read the test set of a finished run again", "")
+    more = "go on with a run that was stopped; or, with more --epochs, with one that is finished: "
+    parser.switch("--resume", more + "warm-up and cosine begin again for what is added")
+    again = (
+        "don't train: read the test set of a finished run again, or with --dataset another folder"
+    )
+    add("--eval", "runs/NAME", str, again, "")
+    photos = "don't train: label photos, and those in folders, by a finished run"
+    metavar = ("runs/NAME", "PHOTO")
+    add("--predict", metavar, str, photos, [], nargs="+")
+    add("--csv", "FILE", str, "with --predict: write the labels to this file, too", "")
     drawn = "draw the test images as the head reads them, and the confusion matrix"
     parser.choice("--plot", ("features",), drawn, None)
 
@@ -465,6 +494,7 @@ class State:
     """How far a run has come: with weights and optimiser all that --resume needs."""
 
     epoch: int = 1
+    first_epoch: int = 1  # of the schedule: another one where a finished run got more epochs
     # Of this epoch (see end_epoch):
     step: int = 0  # steps done
     seen: int = 0  # images
@@ -497,11 +527,22 @@ class Run:
     backbone: vit.Backbone
     state: State = field(default_factory=State)
     features_time: float = 0.0  # seconds for features that were computed once
+    originals: data.Dataset | None = None  # the images, where `dataset` has their features
+    predictions: dict[str, "Predictions"] = field(default_factory=dict)  # of val and test
 
     @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return list(adaptertune.trained(self.model).values())
+
+    @functools.cached_property
+    def class_weights(self) -> Tensor | None:
+        """What --class-weights multiplies each class's losses by, [K]: the inverse of its share of
+        the training images, so that their mean over these images is 1; None without it."""
+        if not self.options.class_weights:
+            return None
+        sizes = class_sizes(self.dataset).float()
+        return (sizes.sum() / (len(sizes) * sizes)).to(self.device)
 
     @functools.cached_property
     def compiled(self) -> Callable[[Tensor], Tensor]:
@@ -557,6 +598,44 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and training):
             features = network(images)
         return self.model.head(features.float())
+
+
+@dataclass
+class Predictions:
+    """What a network says of n images."""
+
+    best: Tensor  # [n], the class with the highest logit
+    second: Tensor  # [n], the runner-up
+    probability: Tensor  # [n], of `best`
+    loss: Tensor  # [n], cross-entropy with the label, without smoothing
+    labels: Tensor  # [n]
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, in percent; NaN without images."""
+        return 100 * (self.best == self.labels).double().mean().item()
+
+    def by_class(self, classes: int) -> tuple[Tensor, Tensor]:
+        """Hits and images of each class, each [K]."""
+        hits = torch.bincount(self.labels[self.best == self.labels], minlength=classes)
+        images = torch.bincount(self.labels, minlength=classes)
+        return hits, images
+
+    def class_accuracy(self, classes: int) -> float:
+        """The mean over classes of their accuracies, in percent: of those that have images."""
+        hits, images = self.by_class(classes)
+        return 100 * (hits / images)[images > 0].mean().item()
+
+
+def class_sizes(dataset: data.Dataset) -> Tensor:
+    """How many training images each class has, [K]."""
+    return torch.bincount(dataset.train.labels.cpu(), minlength=len(dataset.classes))
+
+
+def is_uneven(dataset: data.Dataset) -> bool:
+    """Are the largest and the smallest class so unlike that accuracy alone would mislead?"""
+    sizes = class_sizes(dataset)
+    return bool(sizes.max() > UNEVEN * sizes.min())
 
 
 def join_processes() -> None:
@@ -819,14 +898,13 @@ def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int)
             f"{path} is missing: nothing else says which images were trained on; restore it"
         )
     sums = listed.pop("checksums", {})
-    dataset = data.match_classes(dataset, listed.pop("classes", dataset.classes))
+    classes = listed.pop("classes", dataset.classes)
+    dataset = data.match_classes(dataset, classes, some=bool(options.eval))
     parts = (dataset.train, dataset.val, dataset.test)
     names = {name for images in parts if images for name in images.names}
-    # --eval RUN --dataset OTHER: none of its images were in the run, by name or by content.
-    same_names = names.intersection(itertools.chain(*listed.values()))
-    same_files = set(dataset.sums.values()).intersection(sums.values())
-    another = options.eval and not same_names and not same_files
-    if another or not listed:
+    if options.eval and names.isdisjoint(itertools.chain(*listed.values())):
+        return take_as_test(dataset, listed, sums)
+    if not listed:
         return data.split(
             dataset,
             seed=seed,
@@ -850,6 +928,33 @@ def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int)
     if moved.new and not options.limit and not options.shots:  # which leave images out themselves
         print(f"split    left out: {counted(moved.new, 'image')} that {path} doesn't list")
     return dataset
+
+
+def take_as_test(
+    dataset: data.Dataset, listed: dict[str, list[str]], sums: dict[str, str]
+) -> data.Dataset:
+    """Another folder than the run's own, to test on all of it (or on its test/, if it has one) but
+    for copies of images that the run was trained or chosen on.
+
+    Args:
+        listed: names of the run's own images in train, val and test.
+        sums: their checksums.
+
+    Raises:
+        ValueError: nothing else is in it.
+    """
+    dataset = data.all_as_test(dataset)
+    known = {sums[name] for part in ("train", "val") for name in listed[part] if name in sums}
+    test = dataset.test
+    new = [i for i, name in enumerate(test.names) if dataset.sums.get(name) not in known]
+    copies = len(test) - len(new)
+    if not new:
+        raise ValueError(f"{dataset.name} has only images that the run was trained on")
+    if copies:
+        print(
+            f"split    left out: {counted(copies, 'image')} that the run was trained or chosen on"
+        )
+    return replace(dataset, test=test[torch.tensor(new)])
 
 
 def prepare(options: argparse.Namespace, seed: int) -> Run:
@@ -880,36 +985,45 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
         options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     dataset.flip = dataset.flip and not options.no_flip
-    scratch = options.method == "scratch"
-    meta = {
-        "method": options.method,
-        "backbone": backbone_name(options),
-        "license": backbone.license,
-        "fingerprint": "" if scratch else adaptertune.fingerprint(model),
-        "image_size": size,
-        "mean": backbone.norm[0],
-        "std": backbone.norm[1],
-        "heads": backbone.config.heads,
-        "mlp_act": "quick_gelu" if backbone.config.quick_gelu else "gelu",
-        "interpolation": "bicubic",
+    meta = describe_network(options, model, backbone)
+    meta |= {
         "center": dataset.center,
         "dataset": dataset.name,
         "classes": dataset.classes,
         "seed": seed,
         "limit": options.limit,
         "shots": options.shots,
+        "epochs": options.epochs,
         "lr": options.lr,
         "head_lr": options.head_lr,
     }
-    if options.method in adaptertune.WHOLE_METHODS:
-        meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
-    if options.method in adaptertune.CLIP_METHODS:
-        meta["classifier"] = options.classifier
     meta |= adapt_backbone(model, options, len(dataset.classes))
     batches = data.Batches(size, backbone.norm, options.batch, device, rank, world)
     model.to(device)
     bf16 = options.amp == "bf16"
     return Run(options, seed, folder, dataset, model, batches, device, bf16, meta, backbone)
+
+
+def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.Backbone) -> dict:
+    """The metadata of a network that isn't adapted yet."""
+    scratch = options.method == "scratch"
+    meta = {
+        "method": options.method,
+        "backbone": backbone_name(options),
+        "license": backbone.license,
+        "fingerprint": "" if scratch else adaptertune.fingerprint(model),
+        "image_size": backbone.config.image_size,
+        "mean": backbone.norm[0],
+        "std": backbone.norm[1],
+        "heads": backbone.config.heads,
+        "mlp_act": "quick_gelu" if backbone.config.quick_gelu else "gelu",
+        "interpolation": "bicubic",
+    }
+    if options.method in adaptertune.WHOLE_METHODS:
+        meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
+    if options.method in adaptertune.CLIP_METHODS:
+        meta["classifier"] = options.classifier
+    return meta
 
 
 def run_name(options: argparse.Namespace, seed: int) -> str:
@@ -938,12 +1052,38 @@ def run_name(options: argparse.Namespace, seed: int) -> str:
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
-    """runs/NAME. Refuses to overwrite an unfinished run, or one with different options."""
+    """runs/NAME of these options; where others have that name, runs/NAME-2 and so on.
+
+    Raises:
+        ValueError: another run has the --name, or is unfinished and --resume was given, or this
+            one is unfinished and it wasn't.
+    """
     if options.eval:
         return Path(options.eval)
-    folder = Path("runs") / run_name(options, seed)
-    if not (folder / "config.json").exists():
-        return folder
+    first = Path("runs") / run_name(options, seed)
+    folder = first
+    number = 1
+    while (folder / "config.json").exists():
+        difference = find_difference(folder, options, seed)
+        unfinished = (folder / "state.pt").exists()
+        if not difference and unfinished and not options.resume:
+            raise ValueError(
+                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
+            )
+        if not difference:
+            return folder
+        if options.name or (unfinished and options.resume):
+            raise ValueError(
+                f"{folder} holds a run with other options ({difference}); "
+                "give this one another --name, or delete that folder"
+            )
+        number += 1
+        folder = Path(f"{first}-{number}")
+    return folder
+
+
+def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
+    """In what the run of a folder differs from these options; "" if it is theirs."""
     saved = read_json(folder / "config.json")
     kept = kept_options(options, seed)
     derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
@@ -951,18 +1091,14 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
         value = kept[key]
         auto = key in saved.get("auto", []) and value == AUTO[key]
         new = key not in saved and not value  # an option that came later, and is off
+        more = key == "epochs" and options.resume and value > saved.get(key, value)
+        if more and not (folder / "state.pt").exists():  # a finished run goes on
+            continue
         if key in MAY_DIFFER or auto or new:
             continue
         if saved.get(key) != value:
-            raise ValueError(
-                f"{folder} holds a run with other options ({key} {saved.get(key)}, not {value}); "
-                "give this one a --name, or delete that folder"
-            )
-    if (folder / "state.pt").exists() and not options.resume:
-        raise ValueError(
-            f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
-        )
-    return folder
+            return f"{key} {saved.get(key)}, not {value}"
+    return ""
 
 
 def check_writable(folder: Path) -> None:
@@ -1100,7 +1236,8 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
     state = run.state
     while state.epoch <= run.options.epochs:
         train_epoch(run, optimizer)
-        val = evaluate(run, run.dataset.val, "validation")
+        predictions = predict(run, run.dataset.val, "validation")
+        val = predictions.accuracy
         state.best_val = max(state.best_val, val)
         # The last epoch that validation can't tell from the best, since it has seen most.
         error = standard_error(state.best_val, len(run.dataset.val))
@@ -1109,7 +1246,8 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
             state.chosen_epoch = state.epoch
             state.chosen_val = val
             state.chosen = {name: each.detach().clone() for name, each in weights.items()}
-        end_epoch(state, val, run.options.epochs)
+        rate = optimizer.param_groups[0]["lr"]
+        end_epoch(state, predictions, rate, run.options.epochs)
         save_state(run, optimizer)
 
 
@@ -1130,9 +1268,10 @@ def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
         stop_if_asked()  # here, between two steps, weights and optimiser agree
         # Learning rate and dropout depend only on the position, as the batches do: so a resumed
         # run takes the steps that it would have taken.
-        position = (state.epoch - 1) * steps + state.step
+        position = (state.epoch - state.first_epoch) * steps + state.step
+        last = (options.epochs - state.first_epoch + 1) * steps
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule(position, options.epochs * steps)
+            group["lr"] = group["initial_lr"] * schedule(position, last)
         # A key of its own: the crops are drawn by (seed, epoch, step) alone.
         key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
         torch.manual_seed(data.seed_from(key) + run.batches.rank)
@@ -1174,7 +1313,7 @@ def take_step(
     """
     optimizer.zero_grad()
     logits = run.logits(images)
-    loss = loss_of(logits, labels, run.options.label_smoothing)
+    loss = loss_of(logits, labels, run.options.label_smoothing, run.class_weights)
     hits = (logits.argmax(dim=-1) == labels).sum()
     loss.backward()
     loss, hits = share_gradients(run.parameters, len(labels) / batch, loss.detach(), hits)
@@ -1183,11 +1322,17 @@ def take_step(
     return loss, hits
 
 
-def loss_of(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Mean cross-entropy; 0 for a process that has no image of a small last batch."""
+def loss_of(
+    logits: Tensor, labels: Tensor, smoothing: float, class_weights: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy, with each image's multiplied by its class's weight [K] if they are given;
+    0 for a process that has no image of a small last batch."""
     if not len(labels):
         return logits.sum()  # of nothing: 0, and gradients of 0
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if class_weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    return (losses * class_weights[labels]).mean()
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -1197,8 +1342,12 @@ def standard_error(accuracy: float, images: int) -> float:
     return 100 * math.sqrt(2 * p * (1 - p) / max(1, images))
 
 
-def end_epoch(state: State, val: float, epochs: int) -> None:
-    """Print the epoch's row, and advance to the next epoch."""
+def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
+    """Print the epoch's row, and advance to the next epoch.
+
+    Args:
+        rate: the learning rate of the epoch's last step.
+    """
     state.train_time += state.epoch_time
     elapsed = state.train_time + state.eval_time
     left = elapsed / state.epoch * (epochs - state.epoch)
@@ -1206,10 +1355,13 @@ def end_epoch(state: State, val: float, epochs: int) -> None:
         str(state.epoch),
         f"{state.loss.item() / state.seen:.3f}",
         f"{100 * state.hits.item() / state.seen:.2f}",
-        f"{val:.2f}",
+        f"{val.accuracy:.2f}",
         f"{state.seen / state.epoch_time:.0f}",
         clock_text(elapsed),
         clock_text(left),
+        f"{elapsed:.2f}",
+        f"{rate:.3g}",
+        f"{val.loss.mean().item():.4f}",
     ]
     state.rows.append(row)
     if is_shown(state.epoch, epochs):
@@ -1220,20 +1372,25 @@ def end_epoch(state: State, val: float, epochs: int) -> None:
 
 
 @torch.inference_mode()
-def evaluate(run: Run, images: data.Images, what: str) -> float:
-    """Top-1 accuracy in percent; NaN without images."""
-    hits = torch.zeros((), dtype=torch.int64, device=run.device)
+def predict(run: Run, images: data.Images, what: str) -> Predictions:
+    """What the network says of images; each process has its part of them, and gets all."""
+    table = torch.zeros(4, len(images), dtype=torch.float64, device=run.device)
+    rows = torch.arange(len(images), device=run.device).split(run.batches.batch)
     seen = 0
     started = time.perf_counter()
     run.model.eval()
-    for x, labels in run.batches.eval(images, run.dataset.center):
+    for part, (x, labels) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
         stop_if_asked()
-        hits += (run.logits(x).argmax(dim=-1) == labels).sum()
+        logits = run.logits(x)
+        probabilities, classes = logits.softmax(dim=-1).topk(2)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        own = part[run.batches.rank :: run.batches.world]
+        table[:, own] = torch.stack([*classes.T, probabilities[:, 0], loss]).double()
         seen = min(seen + run.batches.batch, len(images))
         data.progress(what, seen, len(images), started)
-    correct = sum_over_processes(hits).item()
+    best, second, probability, loss = sum_over_processes(table).cpu()
     run.state.eval_time += time.perf_counter() - started
-    return 100 * correct / seen if seen else math.nan
+    return Predictions(best.long(), second.long(), probability, loss, images.labels.cpu())
 
 
 def fit(run: Run) -> None:
@@ -1249,6 +1406,8 @@ def fit(run: Run) -> None:
         load_state(run, optimizer)
         for group in optimizer.param_groups:  # a state may come from another device
             group["fused"] = run.device.type == "cuda"
+    elif (run.folder / "adapters.safetensors").exists():
+        extend(run)
     if any_process(found) != found:
         raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
     try:
@@ -1262,17 +1421,61 @@ def fit(run: Run) -> None:
         run.model.load_state_dict(state.chosen, strict=False)
         run.meta["epoch"] = state.chosen_epoch
         run.meta["val_accuracy"] = None if math.isnan(state.chosen_val) else state.chosen_val
-        run.meta["test_accuracy"] = evaluate(run, run.dataset.test, "test")
+        predict_all(run)
+        run.meta["test_accuracy"] = run.predictions["test"].accuracy
+        if is_uneven(run.dataset):
+            classes = len(run.dataset.classes)
+            run.meta["test_class_accuracy"] = run.predictions["test"].class_accuracy(classes)
     except KeyboardInterrupt:
         save_state(run, optimizer)
         raise
+
+
+def extend(run: Run) -> None:
+    """Set run.state and the weights to where a finished run ended, for it to get more epochs: with
+    a schedule and an optimiser of their own, and the weights of the epoch that was chosen."""
+    state = run.state
+    path = run.folder / "adapters.safetensors"
+    meta = adaptertune.load(path, run.model, name=run.meta["backbone"])
+    result = read_json(run.folder / "result.json")
+    epochs = epochs_of(run.folder)
+    with (run.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        state.rows = list(csv.reader(file))[1 : 1 + epochs]
+    state.epoch = epochs + 1
+    state.first_epoch = state.epoch
+    state.train_time = result["seconds"]
+    state.best_val = max(float(row[COLUMNS.index("val%")]) for row in state.rows)
+    state.chosen_epoch = meta["epoch"]
+    state.chosen_val = math.nan if meta["val_accuracy"] is None else meta["val_accuracy"]
+    trained = adaptertune.trained(run.model)
+    state.chosen = {name: each.detach().clone() for name, each in trained.items()}
+    added = run.options.epochs - epochs
+    print(
+        f"more     {counted(added, 'epoch')} from the weights of epoch {state.chosen_epoch}; "
+        "warm-up and cosine begin again"
+    )
+
+
+def epochs_of(folder: Path) -> int:
+    """How many epochs a finished run had."""
+    result = read_json(folder / "result.json")
+    config = read_json(folder / "config.json")  # for runs from before the result said so
+    return result.get("epochs", config["epochs"])
+
+
+def predict_all(run: Run) -> None:
+    """Set run.predictions: of validation, if there is any, and of test."""
+    for part in ("val", "test"):
+        images = getattr(run.dataset, part)
+        if len(images):
+            run.predictions[part] = predict(run, images, part)
 
 
 def validate_zero_shot(run: Run) -> float:
     """Validation accuracy of CLIP's class embeddings alone, in percent, printed and put into the
     metadata; NaN without validation images."""
     with run.model.head.zero_shot():
-        val = evaluate(run, run.dataset.val, "zero-shot")
+        val = predict(run, run.dataset.val, "zero-shot").accuracy
     if not math.isnan(val):
         run.meta["zero_shot_val_accuracy"] = val
         print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
@@ -1305,6 +1508,7 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError("a checksum differs")
         saved = torch.load(path, map_location=run.device, weights_only=True)
         fingerprint = saved.pop("fingerprint")
+        saved.setdefault("first_epoch", 1)  # of before finished runs could go on
         weights = saved.pop("weights")
         optimizer.load_state_dict(saved.pop("optimizer"))
         run.model.load_state_dict(weights, strict=False)
@@ -1334,9 +1538,11 @@ def write_whole(path: Path, text: str) -> None:
 def write_records(run: Run) -> None:
     """Write config.json, metrics.csv, and split.json: which image is in which part."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    config = kept_options(run.options, run.seed)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **versions}
+    config = kept_options(run.options, run.seed) | {"made": made}
     write_whole(run.folder / "config.json", json.dumps(config, indent=1) + "\n")
-    lines = [",".join(row) for row in (COLUMNS, *run.state.rows)]
+    lines = [",".join(row) for row in (COLUMNS + FILE_COLUMNS, *run.state.rows)]
     write_whole(run.folder / "metrics.csv", "\n".join(lines) + "\n")
     listed = {"classes": run.dataset.classes}
     for part in ("train", "val", "test"):
@@ -1360,6 +1566,8 @@ def finish(run: Run) -> dict:
         write_records(run)
         adaptertune.save(run.folder / "adapters.safetensors", run.model, run.meta)
         write_whole(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        write_predictions(run, run.folder / "predictions.csv")
+        write_whole(run.folder / "README.md", model_card(run))
         conclude(run)
         (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
     wait_for_all()
@@ -1390,11 +1598,13 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
     if path.exists() and not (folder / "state.pt").exists():
         result = read_json(folder / "result.json")
         check_weights(options, result, path)
-        print(
-            f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; "
-            "to train it again, delete that folder or give a --name"
-        )
-        return result | {"folder": folder}
+        if not options.resume or options.epochs <= epochs_of(folder):
+            print(
+                f"kept     {path}, finished before with test accuracy "
+                f"{result['test_accuracy']:.2f} %; to train it again, delete that folder or give a "
+                "--name"
+            )
+            return result | {"folder": folder}
     if options.cached and dist.is_initialized():
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
     run = prepare(options, seed)
@@ -1409,8 +1619,11 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         embed_class_names(run)
     if options.cached:
         started = time.perf_counter()
+        features = {}
         for part in ("train", "val", "test"):
-            setattr(run.dataset, part, cache_features(run, getattr(run.dataset, part), part))
+            features[part] = cache_features(run, getattr(run.dataset, part), part)
+        run.originals = run.dataset
+        run.dataset = replace(run.dataset, **features)
         run.features_time = time.perf_counter() - started
     if clip and options.classifier == "prototypes":
         average_class_images(run)
@@ -1422,52 +1635,112 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
 # --------------------------------------------------------------------------------- opening a run
 
 
-def open_run(options: argparse.Namespace) -> Run:
+def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     """The finished run that --eval names: its data, and its network with the trained tensors.
+
+    Args:
+        need_data: without it, a run whose data set is gone gets None for it, and a line says so.
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
     path = Path(options.eval) / "adapters.safetensors"
     _, meta = adaptertune.read(path)  # an error before anything is loaded
-    run = prepare(options, options.seeds[0])
-    present = {name: value for name, value in run.meta.items() if name not in MAY_CHANGE}
+    if need_data:
+        data.check_name(options.dataset)
+    device = choose_device(options.device)
+    model, backbone = load_backbone(options)
+    present = describe_network(options, model, backbone)
+    present |= adapt_backbone(model, options, len(meta["classes"]))
+    compared = {name: value for name, value in present.items() if name not in MAY_CHANGE}
     shape = ("method", "rank", "placement", "prompts")  # an error that doesn't name tensors
-    adaptertune.check_same(path, meta, {name: present[name] for name in shape if name in present})
-    adaptertune.load(path, run.model, name=run.meta["backbone"])
-    adaptertune.check_same(path, meta, present)
-    return replace(run, meta=run.meta | meta)
+    adaptertune.check_same(path, meta, {name: compared[name] for name in shape if name in compared})
+    adaptertune.load(path, model, name=present["backbone"])
+    adaptertune.check_same(path, meta, compared)
+    batches = data.Batches(meta["image_size"], backbone.norm, options.batch or 128, device)
+    model.to(device)
+    folder = Path(options.eval)
+    seed = options.seeds[0]
+    meta = present | meta
+    run = Run(options, seed, folder, None, model, batches, device, False, meta, backbone)
+    try:
+        dataset = read_dataset(
+            options.dataset, options.data_dir, meta["image_size"], options.offline
+        )
+        run.dataset = split_dataset(dataset, options, seed)
+        adaptertune.check_same(path, meta, {"classes": run.dataset.classes})
+    except ValueError as error:
+        if need_data:
+            raise
+        print(f"note     the run's data set isn't there: {error}")
+    return run
 
 
-def load_run(folder: str | Path) -> tuple[vit.ViT, Callable, list[str]]:
-    """A finished run for use in one's own code, without its data set:
+@dataclass
+class Classifier:
+    """A finished run for use in one's own code, without its data set (see load_run)."""
 
-        model, preprocess, classes = load_run("runs/NAME")
-        probabilities = model(preprocess("photo.jpg")).softmax(dim=-1)  # [1, K]
+    network: vit.ViT  # images [B, 3, S, S] to logits [B, K]; in eval mode
+    classes: list[str]
+    image_size: int  # S
+    center: float  # share of a photo's centre square that is looked at
+    batches: data.Batches
 
-    Returns:
-        The network in eval mode on the CPU, images [B, 3, S, S] to logits [B, K]; a function from
-        a photo's path to such an image [1, 3, S, S]; and the names of the K classes.
+    def preprocess(self, photo: "str | Path | Image.Image") -> Tensor:  # noqa: F821
+        """A photo's file, or what Pillow made of it, as the network takes it: [1, 3, S, S].
+
+        Raises:
+            ValueError: it can't be read.
+        """
+        pixels = data.read_photo(photo, side=round(self.image_size / self.center))[None]
+        pixels = pixels.to(self.batches.device)
+        boxes = data.center_boxes(1, *pixels.shape[-2:], self.center, pixels.device)
+        return self.batches.finish(pixels, boxes)
+
+    @torch.inference_mode()
+    def predict(self, photos: Sequence) -> tuple[list[str], Tensor]:
+        """The labels of n photos, files or Pillow's images, and the probabilities [n, K].
+
+        Raises:
+            ValueError: one of them can't be read; none are given.
+        """
+        if not len(photos):
+            raise ValueError("no photos to label")
+        parts = []
+        for start in range(0, len(photos), 32):
+            images = [self.preprocess(photo) for photo in photos[start : start + 32]]
+            parts.append(self.network(torch.cat(images)).softmax(dim=-1).cpu())
+        probabilities = torch.cat(parts)
+        labels = [self.classes[best] for best in probabilities.argmax(dim=-1).tolist()]
+        return labels, probabilities
+
+
+def load_run(folder: str | Path) -> Classifier:
+    """A finished run for use in one's own code, on the CPU and without its data set:
+
+        model = train.load_run("runs/NAME")
+        labels, probabilities = model.predict(["photo.jpg", "other.jpg"])
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    path = Path(folder) / "adapters.safetensors"
-    _, meta = adaptertune.read(path)
+    adaptertune.read(Path(folder) / "adapters.safetensors")
     read_json(Path(folder) / "config.json")  # an error, where parse would exit
-    options, *_ = parse(["--eval", str(folder)])
+    options, *_ = parse(["--eval", str(folder), "--device", "cpu"])
+    return open_classifier(options)
+
+
+def open_classifier(options: argparse.Namespace) -> Classifier:
+    """What load_run gives, of the run that --eval names and on the options' device."""
+    path = Path(options.eval) / "adapters.safetensors"
+    _, meta = adaptertune.read(path)
+    device = choose_device(options.device)
     model, _ = load_backbone(options)
     adapt_backbone(model, options, len(meta["classes"]))
     adaptertune.load(path, model, name=backbone_name(options))
-    size = meta["image_size"]
-    batches = data.Batches(size, (meta["mean"], meta["std"]), 1, torch.device("cpu"))
-
-    def preprocess(photo: str | Path) -> Tensor:
-        pixels = data.read_photo(photo, side=round(size / meta["center"]))[None]
-        boxes = data.center_boxes(1, *pixels.shape[-2:], meta["center"], pixels.device)
-        return batches.finish(pixels, boxes)
-
-    return model.eval().requires_grad_(False), preprocess, meta["classes"]
+    model = model.eval().requires_grad_(False).to(device)
+    batches = data.Batches(meta["image_size"], (meta["mean"], meta["std"]), 1, device)
+    return Classifier(model, meta["classes"], meta["image_size"], meta["center"], batches)
 
 
 # ---------------------------------------------------------------------------------- the terminal
@@ -1521,7 +1794,9 @@ def describe(run: Run) -> None:
 
     describe_data(run.dataset, run.options.limit)
     options = run.options
-    if options.epochs:
+    if is_uneven(run.dataset):
+        describe_classes(run)
+    if options.epochs and len(run.dataset.train):
         steps = counted(run.batches.count(run.dataset.train), "step")
         text = f"recipe   {counted(options.epochs, 'epoch')} of {steps}, batch {options.batch}"
         text += f", learning rate {options.lr:g}"
@@ -1578,6 +1853,21 @@ def describe_data(images: data.Dataset, limit: int) -> None:
         print(f"warning  {copies} of {len(images.test):,} test images are training images too")
 
 
+def describe_classes(run: Run) -> None:
+    """The smallest and the largest class of training images, and what to do about it."""
+    sizes = class_sizes(run.dataset)
+    few = int(sizes.argmin())
+    many = int(sizes.argmax())
+    classes = run.dataset.classes
+    text = f"from {sizes[few]:,} training images ({classes[few]}) to {sizes[many]:,} "
+    text += f"({classes[many]})"
+    if run.options.class_weights:
+        text += ", weighted by the inverse of their sizes"
+    else:
+        text += "; --class-weights makes them count alike"
+    print(f"classes  {text}")
+
+
 def counted(number: int, noun: str) -> str:
     """Such as "1 thread", "2 threads"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -1590,7 +1880,7 @@ def of_all(part: int, whole: int) -> str:
 
 def print_row(cells: Iterable[str]) -> None:
     """One aligned row of the table of epochs."""
-    padded = [f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)]
+    padded = [f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=False)]
     print("".join(padded), flush=True)
 
 
@@ -1608,6 +1898,97 @@ def print_header(rows: list[list[str]], epochs: int) -> None:
             print_row(row)
 
 
+def report_test(run: Run, how: str) -> None:
+    """Accuracy on test, and the five classes with the lowest."""
+    predictions = run.predictions["test"]
+    text = f"test     {predictions.accuracy:.2f} %"
+    K = len(run.dataset.classes)
+    if is_uneven(run.dataset):
+        text += f", as a mean over classes {predictions.class_accuracy(K):.2f} %"
+    print(f"{text}   ({how})")
+    hits, images = predictions.by_class(K)
+    shares = hits / images  # NaN, and last, where a class has no images
+    worst = []
+    for label in shares.argsort(stable=True)[:5].tolist():
+        if hits[label] < images[label]:
+            worst.append(f"{run.dataset.classes[label]} ({hits[label]} of {images[label]})")
+    if worst:
+        print(f"worst    right of {', '.join(worst)}")
+
+
+def write_predictions(run: Run, path: Path) -> None:
+    """Write a .csv with a row for each image of validation and test."""
+    classes = run.dataset.classes
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file", "split", "label", "prediction", "probability", "runner-up"))
+    for part, found in run.predictions.items():
+        images = getattr(run.dataset, part)
+        names = images.names or range(len(images))
+        columns = (found.labels, found.best, found.probability, found.second)
+        for name, label, best, probability, second in zip(names, *columns, strict=True):
+            row = (classes[label], classes[best], f"{probability:.4f}", classes[second])
+            writer.writerow((data.as_utf8(str(name)), part, *row))
+    write_whole(path, text.getvalue())
+
+
+def model_card(run: Run) -> str:
+    """The run's README.md, in the form of Hugging Face's hub: what the model is, how good, how to
+    use it (https://huggingface.co/docs/hub/model-cards)."""
+    meta = run.meta
+    license = meta["license"]
+    front = {"license": "unknown" if license == "not stated" else license.lower()}
+    if run.options.backbone and run.backbone.repo:
+        front["base_model"] = run.backbone.repo
+    front |= {"library_name": "adaptertune", "pipeline_tag": "image-classification"}
+    front |= {"tags": ["vision-transformer", meta["method"]], "datasets": [meta["dataset"]]}
+    front["metrics"] = ["accuracy"]
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
+
+    method = meta["method"]
+    if meta.get("rank"):
+        method += f", rank {meta['rank']}"
+    what = f"{meta['backbone']} ({method}) trained on {meta['dataset']}"
+    images = counted(len(run.dataset.train), "image")
+    how = (
+        f"{images}, {counted(meta['epochs'], 'epoch')}, seed {run.seed}, torch {torch.__version__}"
+    )
+    result = f"{meta['test_accuracy']:.2f} % of {len(run.dataset.test):,} test images are right"
+    if "test_class_accuracy" in meta:
+        result += f" ({meta['test_class_accuracy']:.2f} % as a mean over classes)"
+    if meta["val_accuracy"] is not None:
+        result += f", {meta['val_accuracy']:.2f} % of {len(run.dataset.val):,} of validation"
+    classes = ", ".join(name.replace("\n", " ") for name in meta["classes"])
+    held = f"adapters and head, and needs the weights of {meta['backbone']}"
+    if meta["method"] in adaptertune.WHOLE_METHODS:
+        held = "the whole network"
+    folder = run.folder.as_posix()
+    return f"""---
+{chr(10).join(lines)}
+---
+# {run.folder.name}
+
+{what}: {how}, {time.strftime("%Y-%m-%d")}.
+{result} (predictions.csv).
+
+{len(meta["classes"])} classes: {classes}.
+
+## Use
+Where AdapterTune's train.py and export.py are, with this folder as `{folder}`:
+```bash
+python train.py --predict {shlex.quote(folder)} photo.jpg
+python export.py {shlex.quote(folder)}
+```
+```python
+import train
+
+model = train.load_run("{folder}")
+labels, probabilities = model.predict(["photo.jpg"])
+```
+adapters.safetensors holds {held} (licence: {license}).
+"""
+
+
 def conclude(run: Run) -> None:
     """The lines below the table."""
     state = run.state
@@ -1622,11 +2003,19 @@ def conclude(run: Run) -> None:
     if run.options.cached:
         cost += f", {clock_text(run.features_time)} features"
     memory = peak_memory(run.device)
-    print(f"\ntest     {run.meta['test_accuracy']:.2f} %   ({how})")
+    print()
+    report_test(run, how)
     print(f"cost     {cost}, peak {memory:.1f} GiB")
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
-    if state.rows:
-        draw_curves(state.rows, state.chosen_epoch, run.folder / "curves.svg")
+    curves = run.folder / "curves.svg"
+    mistakes = run.folder / "mistakes.png"
+    wanted = [curves] if state.rows else []
+    if (run.predictions["test"].best != run.predictions["test"].labels).any():
+        wanted.append(mistakes)
+    if wanted and can_draw(*wanted):
+        if state.rows:
+            draw_curves(state.rows, state.chosen_epoch, curves)
+        draw_mistakes(run, mistakes)
     print(f"next     python export.py {shlex.quote(str(run.folder))}")
 
 
@@ -1730,7 +2119,7 @@ def find_elbow(summaries: list[Summary]) -> int:
 def can_draw(*paths: Path) -> bool:
     """Is matplotlib installed? If not, say which pictures are left out."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib.image  # noqa: F401 - which wants Pillow
     except ImportError:
         names = ", ".join(map(str, paths))
         print(f"pictures {names} left out; to have them: pip install matplotlib")
@@ -1769,8 +2158,6 @@ def save_figure(figure, path: Path) -> None:
 
 def draw_curves(rows: list[list[str]], chosen_epoch: int, path: Path) -> None:
     """Loss and accuracy over the epochs of a run."""
-    if not can_draw(path):
-        return
     figure, (loss_axes, accuracy_axes) = new_figure(4.5, 3.5, panels=2)
     for axes in (loss_axes, accuracy_axes):
         axes.xaxis.get_major_locator().set_params(integer=True)  # epochs
@@ -1783,6 +2170,43 @@ def draw_curves(rows: list[list[str]], chosen_epoch: int, path: Path) -> None:
     accuracy_axes.axvline(chosen_epoch, color="grey", linestyle="--", label="chosen")
     accuracy_axes.legend()
     save_figure(figure, path)
+
+
+def draw_mistakes(run: Run, path: Path) -> None:
+    """The 25 test images of which the network is most certain, and wrong."""
+    found = run.predictions["test"]
+    wrong = (found.best != found.labels).nonzero().flatten()
+    wrong = wrong[found.probability[wrong].argsort(descending=True)][:25].tolist()
+    if not wrong:
+        return
+    images = (run.originals or run.dataset).test
+    classes = run.dataset.classes
+    columns = min(5, len(wrong))
+    rows = math.ceil(len(wrong) / 5)
+    # One panel for all of them, five in a row: a panel each would take a second to draw.
+    figure, (axes,) = new_figure(2.3 * columns, 2.8 * rows)
+    axes.axis("off")
+    for place, i in enumerate(wrong):
+        left = 1.1 * (place % 5)
+        bottom = -1.4 * (place // 5)
+        pixels = images.pixels[i].cpu().permute(1, 2, 0).numpy()
+        axes.imshow(pixels, extent=(left, left + 1, bottom, bottom + 1))
+        name = images.names[i] if images.names else str(i)
+        lines = [shorten(classes[found.labels[i]])]
+        best = shorten(classes[found.best[i]])
+        lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
+        lines.append(shorten(data.as_utf8(name)))
+        style = {"fontsize": 8, "ha": "center", "va": "bottom", "parse_math": False}
+        axes.text(left + 0.5, bottom + 1.02, "\n".join(lines), **style)
+    axes.set(xlim=(0, 1.1 * columns - 0.1), ylim=(-1.4 * (rows - 1), 1.4))
+    figure.suptitle("the most confident mistakes on test: label, prediction, file")
+    save_figure(figure, path)
+
+
+def shorten(text: str, length: int = 28) -> str:
+    """A text that fits below a picture: its beginning and end."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, path: Path) -> None:
@@ -1889,7 +2313,7 @@ def plot(runs: Iterable[Run], path: Path) -> None:
     examined = [examine(run) for run in runs]
     for each in examined:
         print_mistakes(each)
-    table = path.with_name(f"{path.name}-predictions.csv")
+    table = path.with_name(f"{path.name}-features.csv")
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -2019,13 +2443,53 @@ def open_folder(folder: Path) -> Run:
 
 
 def evaluate_again(options: argparse.Namespace) -> None:
-    """--eval: read the test set of a finished run again."""
+    """--eval: read the test set of a finished run again, or all of another folder."""
     run = open_run(options)
     describe(run)
-    test = evaluate(run, run.dataset.test, "test")
-    print(f"test     {test:.2f} %   (its file says {run.meta['test_accuracy']:.2f} %)")
+    predict_all(run)
+    name = ""
+    how = f"its file says {run.meta['test_accuracy']:.2f} %"
+    if not len(run.dataset.train):
+        name = f"-{run.dataset.name}"
+        how = f"another folder, {counted(len(run.dataset.test), 'image')}"
+    report_test(run, how)
+    table = run.folder / f"predictions{name}.csv"
+    write_predictions(run, table)
+    print(f"saved    {table}")
+    mistakes = run.folder / f"mistakes{name}.png"
+    if can_draw(mistakes):
+        draw_mistakes(run, mistakes)
     if options.plot:
         plot([run], run.folder / "test")
+
+
+def predict_photos(options: argparse.Namespace) -> int:
+    """--predict: label photos. Returns the exit status, 1 if none could be read."""
+    model = open_classifier(options)
+    photos = data.find_photos(options.predict[1:])
+    rows = []
+    started = time.perf_counter()
+    for number, photo in enumerate(photos):
+        try:
+            _, (probabilities,) = model.predict([photo])
+        except ValueError as error:
+            print(f"skipped  {error}", file=sys.stderr)
+            continue
+        (first, second), (best, runner_up) = probabilities.topk(2)
+        names = [model.classes[best], f"{first:.4f}", model.classes[runner_up], f"{second:.4f}"]
+        rows.append([str(photo), *names])
+        percent = [f"{100 * each:.1f} %" for each in (first, second)]
+        print(f"{photo}  {names[0]} {percent[0]}  ({names[2]} {percent[1]})", flush=True)
+        data.progress("photo", number + 1, len(photos), started)
+    if options.csv:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("file", "prediction", "probability", "runner-up", "its_probability"))
+        for row in rows:
+            writer.writerow([data.as_utf8(cell) for cell in row])
+        write_whole(Path(options.csv), text.getvalue())
+        print(f"saved    {options.csv}", file=sys.stderr)
+    return 0 if rows else 1
 
 
 def prepare_process() -> None:
@@ -2036,16 +2500,24 @@ def prepare_process() -> None:
             stream.reconfigure(errors="replace")
 
 
+def run_command(grid: list[argparse.Namespace]) -> int:
+    """What the options ask for. Returns the exit status."""
+    if grid[0].predict:
+        return predict_photos(grid[0])
+    if grid[0].eval:
+        evaluate_again(grid[0])
+    else:
+        run_grid(grid)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
     prepare_process()
     grid = parse(arguments)
     try:
         join_processes()
-        if grid[0].eval:
-            evaluate_again(grid[0])
-        else:
-            run_grid(grid)
+        return run_command(grid)
     except BrokenPipeError:  # of "| head": nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -2070,7 +2542,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         leave_processes()
-    return 0
 
 
 if __name__ == "__main__":

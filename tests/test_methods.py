@@ -173,7 +173,7 @@ def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch
     adapter = tmp_path / "runs/c-clip-adapter"
     zero_shot = tmp_path / "runs/c-zero-shot"
     again = open_run(zero_shot)
-    expected = train.evaluate(again, again.dataset.val, "val")
+    expected = train.predict(again, again.dataset.val, "val").accuracy
     stated = re.findall(r"^zeroshot (.*)$", out, re.M)
     assert stated == [f"{expected:.2f} %   (val, by text alone, before training)"] * 2
     for folder in (zero_shot, adapter):
@@ -199,7 +199,7 @@ def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch
     tests = accuracies_on_test(out)
     for folder, test in (("c-zero-shot", tests[0]), ("c-clip-adapter", tests[1])):
         again = run("--eval", f"runs/{folder}")
-        assert again.rstrip().endswith(f"test     {test} %   (its file says {test} %)")
+        assert f"test     {test} %   (its file says {test} %)\n" in again
 
 
 @pytest.mark.usefixtures("no_matplotlib")
@@ -538,12 +538,12 @@ def test_the_test_set_is_read_once(run, clip, tiny_weights, monkeypatch, method)
         arguments += ["--rank", 4]
 
     evaluated = []
-    evaluate = train.evaluate
+    predict = train.predict
 
-    def recorded_evaluate(run, images, what):
+    def recorded_predict(run, images, what):
         evaluated.append("test" if images is run.dataset.test else what)
         assert (what == "test") == (images is run.dataset.test)
-        return evaluate(run, images, what)
+        return predict(run, images, what)
 
     seen = []
     eval_batches = data.Batches.eval
@@ -553,7 +553,7 @@ def test_the_test_set_is_read_once(run, clip, tiny_weights, monkeypatch, method)
             seen.append(len(images))
         return eval_batches(self, images, center)
 
-    monkeypatch.setattr(train, "evaluate", recorded_evaluate)
+    monkeypatch.setattr(train, "predict", recorded_predict)
     monkeypatch.setattr(data.Batches, "eval", recorded_batches)
     out = run(*arguments)
     assert evaluated.count("test") == 1
@@ -583,14 +583,25 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
     assert expected.shape == (12, 3)
 
     elsewhere = shutil.move(photos, tmp_path / "elsewhere")
-    model, preprocess, classes = train.load_run(tmp_path / "runs/a")
-    assert classes == ["apple", "leaf", "sky"]
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model = train.load_run(tmp_path / "runs/a")
+    assert model.classes == ["apple", "leaf", "sky"]
+    assert not model.network.training
+    assert not any(parameter.requires_grad for parameter in model.network.parameters())
     for name, row in zip(test.names, expected, strict=True):
-        x = preprocess(elsewhere / name)
+        x = model.preprocess(elsewhere / name)
         assert x.shape == (1, 3, 16, 16)
-        assert torch.allclose(model(x), row[None], atol=1e-5)
+        assert torch.allclose(model.network(x), row[None], atol=1e-5)
+
+    from PIL import Image
+
+    files = [elsewhere / name for name in test.names]
+    labels, probabilities = model.predict(files)
+    assert labels == [model.classes[best] for best in expected.argmax(dim=1)]
+    assert torch.allclose(probabilities, expected.softmax(dim=1), atol=1e-5)
+    opened = [Image.open(file) for file in files]
+    assert torch.equal(model.predict(opened)[1], probabilities)
+    with pytest.raises(ValueError, match="no photo at"):
+        model.predict(["gone.png"])
 
 
 @pytest.mark.usefixtures("no_matplotlib")
@@ -758,8 +769,8 @@ def test_without_matplotlib_pictures_are_left_out(run, tiny_weights, tmp_path):
     out = run(*common, "--plot", "features", "--name", "p")
     lines = [line for line in out.splitlines() if line.startswith("pictures")]
     left_out = [
-        "runs/p-s0/curves.svg",
-        "runs/p-s1/curves.svg",
+        "runs/p-s0/curves.svg, runs/p-s0/mistakes.png",
+        "runs/p-s1/curves.svg, runs/p-s1/mistakes.png",
         "runs/p-comparison.svg",
         "runs/p-s0/test-features.svg, runs/p-s0/test-confusion.svg",
     ]
@@ -768,7 +779,7 @@ def test_without_matplotlib_pictures_are_left_out(run, tiny_weights, tmp_path):
     ]
     assert lines == expected
     assert not list(tmp_path.rglob("*.svg"))
-    assert (tmp_path / "runs/p-s0/test-predictions.csv").exists()
+    assert (tmp_path / "runs/p-s0/test-features.csv").exists()
 
 
 def test_curves(run, tiny_weights, tmp_path):
@@ -796,7 +807,7 @@ def test_predictions_and_mistakes(run, tiny_weights, tmp_path):
     """--plot features: every test image of every run in a CSV; the worst mistakes by number."""
     common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60, "--plot", "features"]
     out = run(*common, "--method", "adaptertune", "head", "--name", "p")
-    rows = read_csv(tmp_path / "runs/p-predictions.csv")
+    rows = read_csv(tmp_path / "runs/p-features.csv")
     assert list(rows[0]) == ["run", "image", "label", "prediction", "x", "y"]
     for method, name in (("adaptertune", "adaptertune rank 8"), ("head", "head")):
         counts = confusion_of(open_run(tmp_path / f"runs/p-{method}"))
@@ -847,8 +858,8 @@ def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, request
     assert sorted(text for text in confusion if text.isdigit()) == sorted(numbers)
 
     again = run("--eval", "runs/p-head", "--plot", "features")
-    assert again.count("saved") == 3
-    for name in ("features.svg", "confusion.svg", "predictions.csv"):
+    assert again.count("saved") == 5  # predictions and mistakes, and these
+    for name in ("features.svg", "confusion.svg", "features.csv"):
         assert (tmp_path / f"runs/p-head/test-{name}").exists()
 
 

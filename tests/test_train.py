@@ -99,7 +99,8 @@ def test_what_a_run_says(run, tiny_weights, tmp_path):
     assert len(table) == 4
     for row in table[1:]:
         text = " ".join(row)
-        assert re.fullmatch(r"\d \d\.\d{3} \d+\.\d\d \d+\.\d\d \d+ \d+:\d\d \d+:\d\d", text)
+        table_part = r"\d \d\.\d{3} \d+\.\d\d \d+\.\d\d \d+ \d+:\d\d \d+:\d\d"
+        assert re.fullmatch(table_part + r" \d+\.\d\d \d\S* \d\.\d{4}", text)
     best = max(table[1:], key=lambda row: (float(row[3]), int(row[0])))
     chosen = rf"^test     \d+\.\d\d %   \(epoch {best[0]}, chosen on val; test read once\)$"
     assert re.search(chosen, out, re.M)
@@ -131,8 +132,9 @@ def test_what_a_run_leaves(run, tiny_weights, tmp_path):
     out = run(*quick(tiny_weights))
     folder = tmp_path / "runs/digits-adaptertune-r8-n200-s0"
     files = {"adapters.safetensors", "metrics.csv", "config.json", "result.json", "split.json"}
+    files |= {"predictions.csv", "README.md"}
     if HAS_MATPLOTLIB:
-        files.add("curves.svg")
+        files |= {"curves.svg", "mistakes.png"}
     assert {path.name for path in folder.iterdir()} == files
 
     keys = {"head.weight", "head.bias"}
@@ -165,11 +167,23 @@ def test_what_a_run_leaves(run, tiny_weights, tmp_path):
 
 
 def test_the_terminal_and_metrics_csv_have_the_same_rows(run, tiny_weights, tmp_path):
-    """Every cell of the table of epochs is in metrics.csv, in the same order, and no other."""
+    """Every cell of the table of epochs is in metrics.csv, in the same order; after them seconds,
+    learning rate and validation loss."""
     out = run(*quick(tiny_weights, "--name", "a"))
     table = read_table(tmp_path / "runs/a")
     assert [row[0] for row in table] == ["epoch", "1", "2", "3"]
-    assert printed_rows(out) == table
+    assert printed_rows(out) == [row[:7] for row in table]
+    assert table[0][7:] == ["seconds", "lr", "val_loss"]
+    seconds = [float(row[7]) for row in table[1:]]
+    assert 0 < seconds[0] <= seconds[1] <= seconds[2]
+    # 7 steps an epoch, 2 of them for the warm-up
+    rates = [0.01 * train.schedule(step, 21) for step in (6, 13, 20)]
+    assert [float(row[8]) for row in table[1:]] == pytest.approx(rates, rel=1e-2)
+    (options,) = train.parse(["--eval", "runs/a"])
+    opened = train.open_run(options)
+    loss = train.predict(opened, opened.dataset.val, "val").loss.mean().item()
+    chosen = json.loads((tmp_path / "runs/a/result.json").read_text())["epoch"]
+    assert float(table[chosen][9]) == pytest.approx(loss, abs=1e-4)
 
 
 def test_of_many_epochs_the_terminal_shows_every_tenth(run, tiny_weights, tmp_path):
@@ -177,7 +191,7 @@ def test_of_many_epochs_the_terminal_shows_every_tenth(run, tiny_weights, tmp_pa
     out = run(*quick(tiny_weights, "--method", "head", "--cached", "--epochs", 50, "--name", "a"))
     head, *rows = read_table(tmp_path / "runs/a")
     assert [row[0] for row in rows] == [str(epoch) for epoch in range(1, 51)]
-    assert printed_rows(out) == [head, *rows[9::10]]
+    assert printed_rows(out) == [row[:7] for row in (head, *rows[9::10])]
 
 
 def test_the_embedded_default_learns(run, tmp_path):
@@ -364,11 +378,18 @@ def test_scratch_leaves_a_backbone(run, tmp_path):
 
 
 def test_a_run_is_not_overwritten_by_another(run, tiny_weights, tmp_path):
-    """A folder takes the same run again, made elsewhere or not, and no run with other options."""
+    """A folder takes the same run again, made elsewhere or not; with other options its number is
+    another, unless it was given a name."""
     run(*quick(tiny_weights))
-    error = run(*quick(tiny_weights, "--dropout", 0.2), status=1)
-    assert "holds a run with other options (dropout 0.0, not 0.2); give this one a --name" in error
-    run(*quick(tiny_weights, "--offline", "--data-dir", tmp_path, "--device", "cpu"))
+    again = run(*quick(tiny_weights, "--dropout", 0.2))
+    assert "saved    runs/digits-adaptertune-r8-n200-s0-2/adapters.safetensors" in again
+    assert "runs/digits-adaptertune-r8-n200-s0-3/" in run(*quick(tiny_weights, "--lr", 0.1))
+    for more, number in (((), ""), (("--dropout", 0.2), "-2"), (("--lr", 0.1), "-3")):
+        kept = run(*quick(tiny_weights, "--offline", "--data-dir", tmp_path, *more))
+        assert kept.startswith(f"kept     runs/digits-adaptertune-r8-n200-s0{number}/adapters")
+    run(*quick(tiny_weights, "--name", "a"))
+    error = run(*quick(tiny_weights, "--name", "a", "--dropout", 0.2), status=1)
+    assert "runs/a holds a run with other options (dropout 0.0, not 0.2); give this one" in error
 
 
 # ----------------------------------------------------------------------- the finished run, again
@@ -585,8 +606,9 @@ def test_a_split_holds_wherever_the_photos_are(run, photos, tiny_weights, tmp_pa
     shutil.copytree(
         copy, tmp_path / "renamed", copy_function=lambda a, b: shutil.copy(a, f"{b}.png")
     )
-    error = run("--eval", "runs/a", "--dataset", tmp_path / "renamed", status=1)
-    assert "none of the test images that runs/a/split.json lists is in" in error
+    out = run("--eval", "runs/a", "--dataset", tmp_path / "renamed")
+    assert "split    left out: 47 images that the run was trained or chosen on\n" in out
+    assert "0 train / 0 val / 12 test" in out
     out = run("--eval", "runs/a", "--dataset", copy)
     assert "42 train / 5 val / 12 test" in out
     assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}\n" in out
@@ -654,22 +676,260 @@ def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
     train.read_dataset.cache_clear()
     (photos / "leaf").rename(photos / "zebra")
     error = run("--eval", "runs/a", status=1)
-    assert "it lacks leaf; it has zebra, which the run doesn't know" in error
+    assert "it has zebra, which the run doesn't know" in error
 
 
 def test_load_run_gives_the_network_of_the_run(run, photos, tiny_weights):
     """load_run's network and preprocessing give the logits that the run has of its test photos."""
     run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--name", "a"))
-    model, preprocess, classes = train.load_run("runs/a")
-    assert classes == ["apple", "leaf", "sky"]
-    assert not model.training
+    model = train.load_run("runs/a")
+    assert model.classes == ["apple", "leaf", "sky"]
+    assert not model.network.training
     opened = train.open_folder("runs/a")
     test = opened.dataset.test
-    images = torch.cat([preprocess(photos / name) for name in test.names])
+    images = torch.cat([model.preprocess(photos / name) for name in test.names])
     prepared, _ = next(opened.batches.eval(test, opened.dataset.center))
     assert torch.equal(images, prepared)
     with torch.no_grad():
-        assert torch.equal(model(images), opened.model.eval()(prepared))
+        assert torch.equal(model.network(images), opened.model.eval()(prepared))
+
+
+# ------------------------------------------------------------------- looking at the result
+
+
+def read_predictions(path):
+    """The rows of predictions.csv as dictionaries."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_of_every_image(run, photos, tiny_weights, tmp_path):
+    """predictions.csv has each image of val and test once; its mistakes are the accuracy's, and the
+    worst classes are named."""
+    command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a")
+    out = run("--dataset", photos, *command)
+    folder = tmp_path / "runs/a"
+    rows = read_predictions(folder / "predictions.csv")
+    columns = ["file", "split", "label", "prediction", "probability", "runner-up"]
+    assert list(rows[0]) == columns
+    listed = json.loads((folder / "split.json").read_text())
+    for part in ("val", "test"):
+        of_part = [row for row in rows if row["split"] == part]
+        assert [row["file"] for row in of_part] == listed[part]
+        assert all(row["label"] == row["file"].split("/")[0] for row in of_part)
+        right = sum(row["label"] == row["prediction"] for row in of_part)
+        result = json.loads((folder / "result.json").read_text())
+        assert result[f"{part}_accuracy"] == pytest.approx(100 * right / len(of_part))
+    tested = [row for row in rows if row["split"] == "test"]
+    worst = []
+    for name in ("apple", "leaf", "sky"):
+        hits = [row["label"] == row["prediction"] for row in tested if row["label"] == name]
+        if not all(hits):
+            worst.append((sum(hits) / len(hits), f"{name} ({sum(hits)} of {len(hits)})"))
+    stated = re.findall("^worst    right of (.*)$", out, re.M)
+    assert stated == [", ".join(text for _, text in sorted(worst))]
+    model = train.load_run(folder)
+    _, probabilities = model.predict([photos / row["file"] for row in tested])
+    for row, each in zip(tested, probabilities, strict=True):
+        best, second = each.topk(2).indices.tolist()
+        assert (row["prediction"], row["runner-up"]) == (model.classes[best], model.classes[second])
+        assert float(row["probability"]) == pytest.approx(float(each[best]), abs=1e-3)
+    before = (folder / "predictions.csv").read_bytes()
+    (folder / "predictions.csv").unlink()
+    assert stated == re.findall("^worst    right of (.*)$", run("--eval", "runs/a"), re.M)
+    assert (folder / "predictions.csv").read_bytes() == before
+    if HAS_MATPLOTLIB:
+        assert (folder / "mistakes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
+    """--eval --dataset OTHER tests every photo that the run wasn't trained or chosen on, by the
+    names of the classes, of which some may be missing."""
+    from PIL import Image
+
+    run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
+    for name, count in (("sky", 5), ("apple", 4)):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for i in range(count):
+            colour = (40 * i, 20, 250 - 30 * i)
+            Image.new("RGB", (24, 24), colour).save(tmp_path / f"other/{name}/{i}.png")
+    trained_on = json.loads((tmp_path / "runs/a/split.json").read_text())["train"][0]
+    shutil.copy(photos / trained_on, tmp_path / "other/sky/copy.png")
+    out = run("--eval", "runs/a", "--dataset", "other")
+    assert "split    left out: 1 image that the run was trained or chosen on\n" in out
+    assert "other: 0 train / 0 val / 9 test" in out
+    assert "(another folder, 9 images)" in out
+    assert "recipe" not in out
+    rows = read_predictions(tmp_path / "runs/a/predictions-other.csv")
+    assert sorted(row["label"] for row in rows) == ["apple"] * 4 + ["sky"] * 5
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert stated_test(out) == [f"{100 * right / 9:.2f}"]
+    for file in (tmp_path / "other").rglob("*.png"):
+        shutil.copy(photos / trained_on, file)
+    train.read_dataset.cache_clear()
+    error = run("--eval", "runs/a", "--dataset", "other", status=1)
+    assert error == "error: other has only images that the run was trained on\n"
+
+
+def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
+    """--predict labels files and folders as the run's own test does, though its data set is gone; a
+    bad photo is reported and skipped."""
+    run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
+    expected = {}
+    for row in read_predictions(tmp_path / "runs/a/predictions.csv"):
+        expected[Path(row["file"]).name, row["label"]] = row["prediction"]
+    elsewhere = Path(shutil.move(photos, tmp_path / "elsewhere"))
+    (elsewhere / "apple/broken.png").write_bytes(b"no photo")
+    (elsewhere / "apple/notes.txt").write_text("no photo either")
+    capsys.readouterr()
+    command = ["--predict", "runs/a", str(elsewhere), "gone.jpg", "--csv", "out.csv"]
+    assert train.main(command) == 0
+    out, err = capsys.readouterr()
+    skipped = [line for line in err.splitlines() if line.startswith("skipped")]
+    assert len(skipped) == 2
+    assert "broken.png" in skipped[0]
+    assert skipped[1] == "skipped  no photo at gone.jpg"
+    rows = read_predictions(tmp_path / "out.csv")
+    assert len(rows) == len(out.splitlines()) == 60
+    known = 0
+    for row, line in zip(rows, out.splitlines(), strict=True):
+        file = Path(row["file"])
+        percent = f"{100 * float(row['probability']):.0f}"
+        assert line.startswith(f"{file}  {row['prediction']} ")
+        assert abs(float(re.search(r" ([\d.]+) %", line)[1]) - float(percent)) <= 1
+        if (file.name, file.parent.name) in expected:
+            assert row["prediction"] == expected[file.name, file.parent.name]
+            known += 1
+    assert known == 17
+    assert train.main(["--predict", "runs/a", "gone.jpg"]) == 1
+    capsys.readouterr()
+    for command, message in (
+        (["--predict", "runs/a"], "give photos or folders to label"),
+        (["--predict", "gone.jpg", "other.jpg"], "no finished run there"),
+    ):
+        assert message in run(*command, status=2)
+
+
+def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
+    """README.md of a run says what it is in the hub's form, and its commands do what they say."""
+    command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a")
+    out = run("--dataset", photos, *command)
+    card = (tmp_path / "runs/a/README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    stated = dict(line.split(": ", 1) for line in front.splitlines())
+    assert json.loads(stated["pipeline_tag"]) == "image-classification"
+    assert json.loads(stated["datasets"]) == ["photos"]
+    (accuracy,) = stated_test(out)
+    assert f"{accuracy} % of 12 test images are right" in text
+    assert "3 classes: apple, leaf, sky." in text
+    shutil.copy(next(photos.rglob("*.png")), tmp_path / "photo.jpg")
+    shutil.rmtree(photos)
+    commands = re.search("```bash\n(.*?)```", text, re.S)[1].splitlines()
+    assert len(commands) == 2
+    for line in commands:
+        _, script, *arguments = shlex.split(line)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/a/model.onnx").exists()
+    code = re.search("```python\n(.*?)```", text, re.S)[1]
+    found = {}
+    exec(code, found)
+    assert found["labels"][0] in ("apple", "leaf", "sky")
+    assert found["probabilities"].shape == (1, 3)
+
+
+def test_classes_of_unlike_sizes(run, photos, tiny_weights, tmp_path):
+    """Their sizes are printed, and accuracy is given as a mean over classes, too."""
+    for file in sorted((photos / "sky").iterdir())[5:]:
+        file.unlink()
+    train.read_dataset.cache_clear()
+    command = ["--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 2)]
+    out = run(*command, "--name", "a")
+    sizes = re.search(r"^classes  from (\d+) training images \(sky\) to (\d+) \(", out, re.M)
+    assert int(sizes[2]) > 3 * int(sizes[1])
+    assert "; --class-weights makes them count alike\n" in out
+    tested = read_predictions(tmp_path / "runs/a/predictions.csv")
+    shares = []
+    for name in ("apple", "leaf", "sky"):
+        rows = [row for row in tested if row["split"] == "test" and row["label"] == name]
+        shares.append(sum(row["prediction"] == name for row in rows) / len(rows))
+    mean = 100 * sum(shares) / 3
+    assert f"as a mean over classes {mean:.2f} %" in out
+    result = json.loads((tmp_path / "runs/a/result.json").read_text())
+    assert result["test_class_accuracy"] == pytest.approx(mean)
+    weighted = run(*command, "--class-weights", "--name", "b")
+    assert "weighted by the inverse of their sizes\n" in weighted
+    assert read_table(tmp_path / "runs/a")[1][1] != read_table(tmp_path / "runs/b")[1][1]
+
+
+def test_class_weights():
+    """A class's losses count inversely to its size; over the training images their mean is 1."""
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    images = data.Images(torch.zeros(6, 1), labels)
+    dataset = data.Dataset("x", ["a", "b", "c"], images, None, None)
+    options = train.argparse.Namespace(class_weights=True)
+    each = train.Run(options, 0, None, dataset, None, None, torch.device("cpu"), False, {}, None)
+    weights = each.class_weights
+    assert torch.allclose(weights, torch.tensor([6 / 9, 1.0, 2.0]))
+    assert weights[labels].mean().item() == pytest.approx(1)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    expected = (losses[:3].mean() + losses[3:5].mean() + losses[5]) / 3
+    assert torch.allclose(train.loss_of(logits, labels, 0.0, weights), expected)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_finished_run_gets_more_epochs(
+    run, tiny_weights, tmp_path, monkeypatch, capsys, stopped, handlers
+):
+    """--resume with more --epochs begins where the run ended, with a schedule of its own; stopped
+    in them, it goes on to the same end."""
+    command = quick(tiny_weights, "--epochs", 2, "--dropout", 0.1)
+    run(*command)
+    folder = tmp_path / "runs/digits-adaptertune-r8-n200-s0"
+    first = read_table(folder)
+    more = [str(each) for each in (*command, "--epochs", 4, "--resume")]
+    if stopped:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 4, signal.SIGINT)
+            assert train.main(more) == 130
+        train.stop_asked.clear()
+        capsys.readouterr()
+    out = run(*more)
+    if not stopped:
+        assert "more     2 epochs from the weights of epoch 2; warm-up and cosine begin" in out
+    table = read_table(folder)
+    assert table[:3] == first
+    assert [row[0] for row in table[1:]] == ["1", "2", "3", "4"]
+    rates = [0.01 * train.schedule(step, 14) for step in (6, 13)]  # anew
+    assert [float(row[8]) for row in table[3:]] == pytest.approx(rates, rel=1e-2)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["epochs"] == 4
+    assert not (folder / "state.pt").exists()
+    assert "kept" in run(*command, "--epochs", 4)
+    again = run(*command)  # two epochs alone are another run
+    assert "runs/digits-adaptertune-r8-n200-s0-2/" in again
+    if stopped:  # the other end
+        tensors = load_file(folder / "adapters.safetensors")
+        shutil.rmtree(folder)
+        shutil.move(f"{folder}-2", folder)
+        run(*more)
+        undisturbed = load_file(folder / "adapters.safetensors")
+        assert all(torch.equal(tensors[name], undisturbed[name]) for name in tensors)
+
+
+def test_config_says_when_and_with_what(run, tiny_weights, tmp_path):
+    """config.json has resolved values, the date and the versions; none of it is an option."""
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    saved = json.loads((tmp_path / "runs/a/config.json").read_text())
+    assert saved["amp"] in ("bf16", "off")
+    assert saved["made"]["torch"] == torch.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", saved["made"]["date"])
+    saved["made"]["torch"] = "0.1"
+    (tmp_path / "runs/a/config.json").write_text(json.dumps(saved))
+    assert "kept" in run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
 
 
 # ----------------------------------------------------------------------------- stop and go on
@@ -840,7 +1100,7 @@ def test_a_resumed_run_shows_the_rows_before(tiny_weights, tmp_path, monkeypatch
     before = printed_rows(capsys.readouterr().out)
     assert train.main(resumable(tiny_weights, "cut")) == 0
     rows = printed_rows(capsys.readouterr().out)
-    assert rows == read_table(tmp_path / "runs/cut")
+    assert rows == [row[:7] for row in read_table(tmp_path / "runs/cut")]
     assert rows[:3] == before
 
 
@@ -977,11 +1237,12 @@ def test_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
     """Without matplotlib a run ends well, says once what is left out, and writes no picture."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = run(*quick(tiny_weights, "--name", "a"))
-    left_out = "pictures runs/a/curves.svg left out; to have them: pip install matplotlib"
-    assert re.findall("^pictures.*", out, re.M) == [left_out]
+    left_out = "pictures runs/a/curves.svg, runs/a/mistakes.png left out; to have them: pip install"
+    assert re.findall("^pictures.*", out, re.M) == [f"{left_out} matplotlib"]
     assert out.count("matplotlib") == 1
     assert out.endswith("next     python export.py runs/a\n")
     names = {"adapters.safetensors", "metrics.csv", "config.json", "result.json", "split.json"}
+    names |= {"predictions.csv", "README.md"}
     assert {path.name for path in (tmp_path / "runs/a").iterdir()} == names
 
 
@@ -993,14 +1254,14 @@ def test_comparison_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch)
     out = run(*quick(tiny_weights, *methods, "--epochs", 1))
     left_out = [line.split(" left out;")[0] for line in re.findall("^pictures.*", out, re.M)]
     assert left_out == [
-        "pictures runs/a-adaptertune/curves.svg",
-        "pictures runs/a-head/curves.svg",
+        "pictures runs/a-adaptertune/curves.svg, runs/a-adaptertune/mistakes.png",
+        "pictures runs/a-head/curves.svg, runs/a-head/mistakes.png",
         "pictures runs/a-comparison.svg",
         "pictures runs/a-features.svg, runs/a-confusion.svg",
     ]
     assert list(tmp_path.rglob("*.svg")) == []
     assert (tmp_path / "runs/a-comparison.csv").exists()
-    assert (tmp_path / "runs/a-predictions.csv").exists()
+    assert (tmp_path / "runs/a-features.csv").exists()
 
 
 def test_a_process_without_pillow_and_matplotlib(tiny_weights, tmp_path):
@@ -1020,8 +1281,9 @@ def test_a_process_without_pillow_and_matplotlib(tiny_weights, tmp_path):
 
 
 def test_without_pillow(run, tiny_weights, tmp_path, monkeypatch):
-    """Without Pillow CIFAR trains, and a folder of photos says what to install."""
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    """Without Pillow (so without matplotlib) CIFAR trains; photos say what to install."""
+    for package in ("PIL", "matplotlib", "matplotlib.image"):
+        monkeypatch.setitem(sys.modules, package, None)
     write_cifar10(tmp_path / "data")
     run("--dataset", "cifar10", *quick(tiny_weights))
     for name in ("a", "b"):
@@ -1321,6 +1583,7 @@ STATED = {
 # Off unless they are given.
 SWITCHES = {"--offline", "--cached", "--resume", "--scratch", "--learn-scale", "--shallow"}
 SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot", "--compile", "--no-flip"}
+SWITCHES |= {"--class-weights", "--predict", "--csv"}
 # What each setting's option is called, where it isn't the setting's name.
 OPTIONS = {"reads": "--adapter-input", "act": "--adapter-act", "deep": "--shallow"}
 
@@ -1361,6 +1624,9 @@ DIGITS = {
     "cached": False,
     "compile": False,
     "no_flip": False,
+    "class_weights": False,
+    "predict": [],
+    "csv": "",
     "lr": 5e-3,
     "head_lr": 1e-2,
     "weight_decay": 0.05,
@@ -1479,8 +1745,8 @@ def test_what_is_left_to_the_data_resumes(tiny_weights, run):
     command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--test-share", 0.1]
     run(*command)
     assert "kept" in run(*command, "--resume")
-    message = run(*command, "--epochs", 3, status=1)
-    assert message.startswith("error: runs/digits-head-n600-s0 holds a run with other options")
+    assert "saved    runs/digits-head-n600-s0-2/adapters" in run(*command, "--epochs", 3)
+    assert "kept     runs/digits-head-n600-s0-2/" in run(*command, "--epochs", 3, "--resume")
 
 
 def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch):
@@ -1517,11 +1783,14 @@ def test_validation_chooses_the_epoch(vals, chosen, tiny_weights, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     weights_at = []
 
-    def evaluate(run, images, what):
+    def predict(run, images, what):
         weights_at.append(run.model.head.weight.detach().clone())
-        return float(vals[len(weights_at) - 1]) if what == "validation" else 0.0
+        accuracy = vals[len(weights_at) - 1] if what == "validation" else 0
+        zeros = torch.zeros(len(images), dtype=torch.long)
+        labels = (torch.arange(len(images)) >= accuracy / 100 * len(images)).long()
+        return train.Predictions(zeros, zeros, zeros, zeros.float(), labels)
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "predict", predict)
     assert train.main([str(each) for each in quick(tiny_weights, "--name", "a")]) == 0
     tensors, meta = adaptertune.read(tmp_path / "runs/a/adapters.safetensors")
     assert meta["epoch"] == chosen
