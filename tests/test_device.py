@@ -1,6 +1,7 @@
 """assets/device/label.py, as a process without torch and onnx: torch's labels and probabilities."""
 
 import io
+import json
 import os
 import re
 import struct
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import ROOT, runner, write_tiny
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import export
 import train
@@ -164,11 +166,11 @@ def run_export(work, monkeypatch, capsys):
 
 def in_torch(run, photos):
     """Torch's probabilities, {photo: {class: probability}}."""
-    model, preprocess, classes = train.load_run(run)
+    model = train.load_run(run)
+    _, probabilities = model.predict(photos)
     found = {}
-    for photo in photos:
-        scores = model(preprocess(photo)).softmax(dim=1)[0].tolist()
-        found[str(photo)] = dict(zip(classes, scores, strict=True))
+    for photo, scores in zip(photos, probabilities.tolist(), strict=True):
+        found[str(photo)] = dict(zip(model.classes, scores, strict=True))
     return found
 
 
@@ -223,7 +225,9 @@ def test_photos_differ(odd_photos):
         "--output probabilities",
         "--input uint8",
         "--input uint8 --output probabilities --opset 23",
-        "--batch 3",
+        "--input unit",
+        "--input unit --output probabilities --batch 2",
+        "--batch 8",
         "--input uint8 --batch 2",
         "--resize",
         "--resize --output probabilities --batch 2",
@@ -231,7 +235,7 @@ def test_photos_differ(odd_photos):
 )
 def test_labels_are_those_of_torch(run_export, label, odd_photos, tmp_path, options):
     """Every form of input and output that a graph may have, on photos of every form."""
-    run_export("runs/photos", "-o", tmp_path, "--images", 8, *options.split())
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8, *options.split())
     out = label(tmp_path / "model.onnx", *odd_photos)
     # In the graph a resized photo isn't rounded to whole pixel values.
     tolerance = 0.02 if "--resize" in options else 0.001
@@ -251,7 +255,7 @@ def test_turned_photos_are_seen_upright(run_export, label, tmp_path):
     probabilities = in_torch("runs/photos", [upright, stored])
     assert probabilities[upright]["light above"] > 0.3 + probabilities[stored]["light above"]
 
-    run_export("runs/photos", "-o", tmp_path, "--images", 8)
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     expected = {}
     for orientation in TURNS:
         photo = tmp_path / f"{orientation}.jpg"
@@ -307,10 +311,22 @@ def test_adapters_that_do_not_fit(swappable, run_export, label, tmp_path):
     error = label(backbone, "--adapter", tmp_path / "else.onnx_adapter", photo, status=1)
     assert "else.onnx_adapter is for another program; the model takes for." in error
 
-    run_export("runs/photos", "-o", tmp_path, "--images", 8)
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     arguments = ["--adapter", swappable / "photos.onnx_adapter", photo]
     error = label(tmp_path / "model.onnx", *arguments, status=1)
     assert "the model takes no adapters" in error
+
+
+def test_adapter_with_damaged_metadata(swappable, label, tmp_path):
+    """An adapter of this backbone, whose classes can't be read."""
+    whole = swappable / "photos.onnx_adapter"
+    tensors = onnxruntime.AdapterFormat.read_adapter(str(whole)).get_parameters()
+    key = next(name for name in tensors if name.startswith("for."))
+    for text in (b"{", b"{}", b"[]"):
+        path = tmp_path / "damaged.onnx_adapter"
+        export.save_adapter({key: np.frombuffer(text, np.uint8)}, path)
+        error = label(swappable / "backbone.onnx", "--adapter", path, "odd/dark.bmp", status=1)
+        assert "damaged.onnx_adapter are damaged; export it again" in error
 
 
 def test_backbone_without_adapter(swappable, label):
@@ -337,7 +353,7 @@ def test_files_that_are_no_graph(label, name):
 
 def test_graphs_that_give_no_labels(run_export, label, tmp_path):
     """A graph of embeddings, and one that export.py didn't write."""
-    run_export("runs/photos", "-o", tmp_path, "--output", "embedding", "--images", 8)
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--output", "embedding", "--images", 8)
     error = label(tmp_path / "model.onnx", "odd/dark.bmp", status=1)
     assert "model.onnx gives embeddings, not labels" in error
 
@@ -354,17 +370,89 @@ def test_graphs_that_give_no_labels(run_export, label, tmp_path):
     )
 
 
-def test_metadata_changed_by_hand(run_export, label, tmp_path):
-    """Class names that aren't JSON, or not as many as outputs."""
-    run_export("runs/photos", "-o", tmp_path, "--images", 8)
-    path = tmp_path / "model.onnx"
-    proto = onnx.load(path)
-    for text, message in (("two", "are damaged"), ('["a", "b"]', "names 2 classes, but has 4")):
-        for prop in proto.metadata_props:
-            if prop.key == "classes":
-                prop.value = text
-        onnx.save(proto, path)
-        assert message in label(path, "odd/dark.bmp", status=1)
+@pytest.fixture
+def changed(run_export, tmp_path):
+    """A function that gives the path of an exported graph whose metadata are changed by hand; None
+    removes a key."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
+    proto = onnx.load(tmp_path / "model.onnx")
+    meta = {prop.key: prop.value for prop in proto.metadata_props}
+
+    def change(**changes):
+        new = {key: value for key, value in (meta | changes).items() if value is not None}
+        del proto.metadata_props[:]
+        helper.set_model_props(proto, new)
+        onnx.save(proto, tmp_path / "changed.onnx")
+        return tmp_path / "changed.onnx"
+
+    return change
+
+
+NEEDED = ("classes", "image_size", "center", "resize", "batch", "input", "output", "mean", "std")
+
+
+def test_damaged_metadata(changed, label):
+    """Any key with another kind of text than export.py writes: one line, never a traceback."""
+    for key in NEEDED:
+        for text in ("two", "", "{"):
+            message = label(changed(**{key: text}), "odd/dark.bmp", status=1)
+            assert re.search(r"metadata of .*changed.onnx are damaged \(.+\); export it", message)
+    for key, text in (("classes", '{"0": "a"}'), ("mean", "[1, 2]"), ("std", '{"a": 1}')):
+        assert "are damaged" in label(changed(**{key: text}), "odd/dark.bmp", status=1)
+    error = label(changed(classes='["a", "b"]'), "odd/dark.bmp", status=1)
+    assert "the metadata name 2 classes, but the graph gives (1, 4)" in error
+
+
+def test_metadata_of_other_programs(changed, label):
+    """A key that another program happens to use too doesn't make a graph one of export.py."""
+    for key in NEEDED:
+        error = label(changed(**{key: None}), "odd/dark.bmp", status=1)
+        assert "changed.onnx" in error
+    nothing = dict.fromkeys(NEEDED)
+    for key, text in (("classes", '{"0": "cat"}'), ("image_size", "[224, 224]")):
+        error = label(changed(**nothing | {key: text}), "odd/dark.bmp", status=1)
+        assert re.search(r"changed.onnx (is no graph of export.py|has no class names)", error)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"input": "uint8"}, {"image_size": "48"}, {"input": "uint8", "resize": "true"}],
+    ids=str,
+)
+def test_input_that_metadata_do_not_describe(changed, label, changes):
+    """Metadata that say one thing, and a graph that takes another."""
+    error = label(changed(**changes), "odd/dark.bmp", status=1)
+    message = "the graph takes tensor(float) ['batch', 3, 32, 32], not what its metadata say"
+    assert message in error
+
+
+def test_names_do_not_reach_the_terminal_raw(changed, label, tmp_path):
+    """Control characters in the names of classes and files, which a terminal would obey."""
+    names = '["\\u001b[31mred", "two\\nlines", "\\u009b2J", "é"]'
+    photo = tmp_path / "new\nline.png"
+    Image.new("RGB", (32, 32)).save(photo)
+    path = changed(classes=names)
+    out = label(path, photo)
+    assert out.count("\n") == 1
+    assert "new?line.png  " in out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", out)
+    assert "?[31mred" in out + label(path, *sorted(Path("odd").iterdir()))
+
+
+def test_pixels_from_0_to_1_under_another_name(changed, label, odd_photos):
+    """Input "unit": the graph normalises. Its input's name is read from the graph."""
+    path = changed()
+    meta = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    proto = onnx.load(changed(input="unit", mean=None, std=None))
+    graph = proto.graph
+    graph.input[0].name = "pixels"
+    for name in ("mean", "std"):
+        values = np.array(json.loads(meta[name]), np.float32).reshape(3, 1, 1)
+        graph.initializer.append(numpy_helper.from_array(values, f"unit.{name}"))
+    graph.node.insert(0, helper.make_node("Sub", ["pixels", "unit.mean"], ["unit.centred"]))
+    graph.node.insert(1, helper.make_node("Div", ["unit.centred", "unit.std"], ["image"]))
+    onnx.save(proto, path)
+    check_labels(label(path, *odd_photos), odd_photos)
 
 
 def png_chunk(kind, content):
@@ -421,11 +509,54 @@ def wrong_photos(work):
         *("huge.png", "float.tif"),
     ],
 )
-def test_photos_that_are_none(run_export, label, wrong_photos, tmp_path, name):
-    """A missing, damaged or dangerous photo: a line with its name, after the labels of others."""
-    run_export("runs/photos", "-o", tmp_path, "--images", 8)
-    error = label(tmp_path / "model.onnx", "odd/dark.bmp", f"wrong/{name}", status=1)
-    assert f"can't read wrong/{name} as an image" in error
+def test_photos_that_are_none(run_export, python, wrong_photos, tmp_path, name):
+    """A missing, damaged or dangerous photo: a line with its name; the others are labelled, those
+    after it too."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
+    photos = ["odd/dark.bmp", f"wrong/{name}", "odd/dark.webp"]
+    done = python(LABEL, tmp_path / "model.onnx", *photos)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"skipped wrong/{name}: [^\n]+\n", done.stderr)
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [photos[0], photos[2]]
+
+
+def test_warnings_of_pillow_are_not_shown(run_export, label, tmp_path):
+    """99 million pixels, of which Pillow warns in two lines, are a photo all the same."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 11000, 9000, 1, 0, 0, 0, 0))
+    rows = zlib.compress(bytes(9000 * (1 + 11000 // 8)))
+    end = png_chunk(b"IEND", b"")
+    content = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", rows) + end
+    (tmp_path / "large.png").write_bytes(content)
+    assert "large.png  " in label(tmp_path / "model.onnx", tmp_path / "large.png")
+
+
+def test_folders_of_photos(run_export, label, tmp_path):
+    """The photos below a folder, in order of their names, whatever else lies there."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    image = Image.new("RGB", (32, 32))
+    paths = [folder / "a.PNG", folder / "b/b.webp", folder / "c.jpg"]
+    for path in reversed(paths):
+        image.save(path)
+    (folder / "notes.txt").write_text("no photo")
+    out = label(tmp_path / "model.onnx", "odd/dark.bmp", folder)
+    shown = [line.split("  ")[0] for line in out.splitlines()]
+    assert shown == ["odd/dark.bmp", *map(str, paths)]
+
+
+def test_nobody_reads_on(run_export, work, tmp_path):
+    """A pipe that is closed early, as of "| head -1", ends it without a traceback."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
+    command = [sys.executable, str(LABEL), str(tmp_path / "model.onnx"), "photos"]
+    with subprocess.Popen(
+        command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline().startswith("photos/dark/00.png  ")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_wrong_usage(python):

@@ -4,13 +4,17 @@
     python label.py model.onnx photo.jpg …
     python label.py backbone.onnx --adapter flowers.onnx_adapter photo.jpg …
 
-Class names, image size, normalisation and the form of input and output are read from the file.
+Class names, image size, normalisation and the form of input and output are read from the file. Of a
+folder all photos are labelled. What can't be read is reported and skipped: exit status 1.
 """
 
 import argparse
 import json
+import os
+import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C ends without a traceback
@@ -19,6 +23,24 @@ if __name__ == "__main__":  # Ctrl-C ends without a traceback
 import numpy as np
 import onnxruntime
 from PIL import Image
+
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")  # in folders
+
+
+def plain(text):
+    """Text without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)
+
+
+def fail(text):
+    """End with one line and exit status 1."""
+    sys.exit(plain(f"error: {text}"))
+
+
+def reason(error):
+    """The first line of an exception's text; its kind where it has none."""
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    return first
 
 
 def upright_rgb(image):
@@ -42,14 +64,14 @@ def upright_rgb(image):
     return image.convert("RGB")
 
 
-def read_photo(path, meta):
+def read_photo(path, task):
     """A photo as the graph takes it, prepared as in training: a batch of 1."""
-    size = json.loads(meta["image_size"])
-    side = round(size / json.loads(meta["center"]))  # 256 for 224
+    size = task["image_size"]
+    side = round(size / task["center"])  # 256 for 224
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
         image = upright_rgb(image)
-    if meta["resize"] == "false":  # the graph doesn't: centre square to `side` pixels, its middle
+    if not task["resize"]:  # the graph doesn't: centre square to `side` pixels, its middle
         edge = min(image.size)
         left = (image.width - edge) // 2
         top = (image.height - edge) // 2
@@ -58,91 +80,168 @@ def read_photo(path, meta):
         start = (side - size) // 2
         image = image.crop((start, start, start + size, start + size))
     pixels = np.asarray(image)[None]  # uint8 [1, height, width, 3]
-    if meta["input"] == "uint8":
+    if task["input"] == "uint8":
         return pixels
-    mean = np.array(json.loads(meta["mean"]), np.float32)
-    std = np.array(json.loads(meta["std"]), np.float32)
-    return ((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    pixels = pixels / np.float32(255)
+    if task["input"] == "float":  # else "unit": the graph normalises
+        pixels = (pixels - task["mean"]) / task["std"]
+    return pixels.transpose(0, 3, 1, 2)
+
+
+def photos_in(paths):
+    """The photos, and those in folders and their subfolders, in order of their names."""
+    for path in paths:
+        if not Path(path).is_dir():
+            yield path
+            continue
+        inside = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in PHOTOS)
+        yield from inside or [path]  # a folder without photos is reported
+
+
+def read_task(meta):
+    """What is needed of a file's metadata.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are damaged, or another program's.
+    """
+    task = {
+        "classes": json.loads(meta["classes"]),  # ["bluebell", "daisy"]
+        "image_size": int(meta["image_size"]),  # 224
+        "center": float(meta["center"]),  # 0.875 of the square is what the network sees
+        "resize": json.loads(meta["resize"]),  # true: the graph does it
+        "batch": int(meta["batch"]),  # 0: any
+        "input": meta["input"],  # uint8 [B, H, W, 3]; unit, 0..1, or float, normalised [B, 3, S, S]
+        "output": meta["output"],
+    }
+    if not isinstance(task["classes"], list):
+        raise ValueError("classes are no list")
+    if task["input"] not in ("float", "unit", "uint8"):
+        raise ValueError(f"input {task['input']} is unknown")
+    if task["output"] not in ("logits", "probabilities"):
+        raise ValueError(f"output {task['output']} is unknown")
+    if task["input"] == "float":
+        for name in ("mean", "std"):
+            task[name] = np.array(json.loads(meta[name]), np.float32).reshape(3)
+    return task
 
 
 def load_adapter(path, meta):
-    """Run options with an adapter, and the metadata of its task. An adapter has a tensor named
-    after the backbone that it belongs to, which holds them."""
+    """Run options with an adapter; the metadata of its task go into `meta`. An adapter has a tensor
+    named after the backbone that it belongs to, which holds them."""
     try:
         tensors = onnxruntime.AdapterFormat.read_adapter(path).get_parameters()
     except RuntimeError:
-        sys.exit(f"error: {path} is missing or no adapter that onnxruntime can read")
+        fail(f"{path} is missing or no adapter that onnxruntime can read")
     key = "for another program"
     for name in tensors:
         if name.startswith("for."):
             key = name
     if key != meta.get("swappable"):
-        sys.exit(f"error: {path} is {key}; the model takes {meta.get('swappable', 'no adapters')}")
-    task = json.loads(tensors[key].numpy().tobytes())
+        fail(f"{path} is {key}; the model takes {meta.get('swappable', 'no adapters')}")
+    try:
+        task = json.loads(tensors[key].numpy().tobytes())
+        meta |= {name: json.dumps(task[name]) for name in ("classes", "center")}
+    except (KeyError, TypeError, ValueError):
+        fail(f"the metadata of {path} are damaged; export it again")
     adapter = onnxruntime.LoraAdapter()
     adapter.Load(path)
     options = onnxruntime.RunOptions()
     options.add_active_adapter(adapter)
-    meta |= {name: json.dumps(task[name]) for name in ("classes", "center")}
     return options, adapter  # the options don't keep the adapter alive
 
 
 def open_graph(path, adapter_path):
-    """The session of a graph, its metadata, and run options with the adapter, if there is one."""
+    """The session of a graph, its task, and run options with the adapter, if there is one."""
     for each in filter(None, (path, adapter_path)):
         if not Path(each).is_file():
-            sys.exit(f"error: {each} is {'a folder' if Path(each).is_dir() else 'missing'}")
+            fail(f"{each} is {'a folder' if Path(each).is_dir() else 'missing'}")
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # no warnings of inputs that have a default
     try:
         session = onnxruntime.InferenceSession(path, settings)
     except Exception as error:  # onnxruntime's own kinds derive from nothing else
-        sys.exit(f"error: can't load {path}: {str(error).splitlines()[0]}")
+        fail(f"can't load {path}: {reason(error)}")
     meta = dict(session.get_modelmeta().custom_metadata_map)
     options = adapter = None
     if adapter_path:
         options, adapter = load_adapter(adapter_path, meta)
     if "image_size" not in meta:
-        sys.exit(f"error: {path} is no graph of export.py: it doesn't say what it takes")
+        fail(f"{path} is no graph of export.py: it doesn't say what it takes")
     if "classes" not in meta:
-        sys.exit(f"error: {path} has no class names; give the task's --adapter")
-    if meta["output"] == "embedding":
-        sys.exit(f"error: {path} gives embeddings, not labels")
-    return session, meta, options, adapter
+        fail(f"{path} has no class names; give the task's --adapter")
+    if meta.get("output") == "embedding":
+        fail(f"{path} gives embeddings, not labels")
+    try:
+        task = read_task(meta)
+    except KeyError as error:
+        fail(f"{path} is no graph of export.py: its metadata have no {error}")
+    except (TypeError, ValueError) as error:
+        fail(f"the metadata of {path} are damaged ({reason(error)}); export it again")
+    return session, task, options, adapter
+
+
+def takes(wanted, images):
+    """Does a graph's input take these images? Its type is compared, and the sizes that it fixes."""
+    kind = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}[images.dtype.name]
+    if wanted.type != kind or len(wanted.shape) != images.ndim:
+        return False
+    for fixed, size in zip(wanted.shape, images.shape, strict=True):
+        if isinstance(fixed, int) and fixed != size:
+            return False
+    return True
+
+
+def label(photo, session, task, options):
+    """The photo's three likeliest classes and their probabilities, as text.
+
+    Raises:
+        Exception: of any kind, if the photo can't be read: Pillow's decoders raise many.
+    """
+    wanted = session.get_inputs()[0]
+    images = read_photo(photo, task)
+    images = np.repeat(images, task["batch"] or 1, axis=0)  # a fixed batch is filled up
+    if not takes(wanted, images):
+        what = f"{wanted.type} {wanted.shape}"
+        fail(f"the graph takes {what}, not what its metadata say; export it again")
+    scores = session.run(None, {wanted.name: images}, options)[0]
+    classes = task["classes"]
+    if scores.shape != (len(images), len(classes)):
+        fail(f"the metadata name {len(classes)} classes, but the graph gives {scores.shape}")
+    scores = scores[0]
+    if task["output"] == "logits":
+        scores = np.exp(scores - scores.max())
+        scores /= scores.sum()
+    best = np.argsort(-scores)[:3]
+    return "  ".join(f"{classes[i]} {scores[i]:.3f}" for i in best)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Label photos with an ONNX file of export.py.")
     parser.add_argument("model", help="model.onnx")
-    parser.add_argument("photos", nargs="+", metavar="photo")
+    parser.add_argument("photos", nargs="+", metavar="photo", help="a photo, or a folder of photos")
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # names that a terminal can't show
+    warnings.simplefilter("ignore")  # Pillow's, of photos that it can read all the same
 
     # The options don't keep the adapter alive, so it stays in a variable.
-    session, meta, options, _adapter = open_graph(arguments.model, arguments.adapter)
-    try:
-        classes = json.loads(meta["classes"])
-        batch = json.loads(meta["batch"]) or 1  # a fixed batch is filled up
-    except (ValueError, KeyError):
-        sys.exit(f"error: the metadata of {arguments.model} are damaged; export it again")
-
-    for photo in arguments.photos:
+    session, task, options, _adapter = open_graph(arguments.model, arguments.adapter)
+    failed = False
+    for photo in photos_in(arguments.photos):
         try:
-            image = np.repeat(read_photo(photo, meta), batch, axis=0)
-        except Exception as error:  # Pillow's decoders raise many kinds
-            sys.exit(f"error: can't read {photo} as an image ({error})")
-        scores = session.run(None, {"image": image}, options)[0][0]
-        if len(scores) != len(classes):
-            sys.exit(
-                f"error: {arguments.model} names {len(classes)} classes, but has {len(scores)}"
-            )
-        if meta["output"] == "logits":
-            scores = np.exp(scores - scores.max())
-            scores /= scores.sum()
-        best = np.argsort(-scores)[:3]
-        print(photo, *(f"{classes[i]} {scores[i]:.3f}" for i in best), sep="  ")
+            labels = label(photo, session, task, options)
+        except Exception as error:
+            print(plain(f"skipped {photo}: {reason(error)}"), file=sys.stderr)
+            failed = True
+        else:
+            print(plain(f"{photo}  {labels}"), flush=True)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # of "| head": nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
