@@ -1605,6 +1605,10 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
                 "--name"
             )
             return result | {"folder": folder}
+    first = Path("runs") / run_name(options, seed)
+    if folder != first and not folder.exists():
+        difference = find_difference(first, options, seed)
+        print(f"note     {first} holds a run with {difference}; this one goes to {folder}")
     if options.cached and dist.is_initialized():
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
     run = prepare(options, seed)

@@ -383,6 +383,8 @@ def test_a_run_is_not_overwritten_by_another(run, tiny_weights, tmp_path):
     run(*quick(tiny_weights))
     again = run(*quick(tiny_weights, "--dropout", 0.2))
     assert "saved    runs/digits-adaptertune-r8-n200-s0-2/adapters.safetensors" in again
+    note = "note     runs/digits-adaptertune-r8-n200-s0 holds a run with dropout 0.0, not 0.2; this"
+    assert again.startswith(f"{note} one goes to runs/digits-adaptertune-r8-n200-s0-2\n")
     assert "runs/digits-adaptertune-r8-n200-s0-3/" in run(*quick(tiny_weights, "--lr", 0.1))
     for more, number in (((), ""), (("--dropout", 0.2), "-2"), (("--lr", 0.1), "-3")):
         kept = run(*quick(tiny_weights, "--offline", "--data-dir", tmp_path, *more))
