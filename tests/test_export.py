@@ -1,5 +1,6 @@
 """The ONNX graph against torch, what travels in its file, and export.py as a user runs it."""
 
+import ast
 import json
 import re
 
@@ -108,7 +109,7 @@ def difference(session, model, x):
 # ------------------------------------------------------------------------------------- the graph
 
 
-@pytest.mark.parametrize("kind", ["float", "uint8"])
+@pytest.mark.parametrize("kind", ["float", "unit", "uint8"])
 @pytest.mark.parametrize("opset", [17, 20, 23])
 @pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS)
 def test_parity(changes, opset, kind):
@@ -118,7 +119,11 @@ def test_parity(changes, opset, kind):
     for batch in (1, 3, 32):
         pixels = random_pixels(batch)
         x = normalised(pixels)
-        image = x.numpy() if kind == "float" else channels_last(pixels)
+        image = {
+            "float": x.numpy(),
+            "unit": (pixels / 255).numpy(),
+            "uint8": channels_last(pixels),
+        }[kind]
         got = session.run(None, {"image": image})[0]
         assert np.abs(got - model(x).numpy()).max() < 1e-4
 
@@ -230,6 +235,27 @@ def test_what_a_viewer_shows():
     assert tokens["blocks.2.adapter.down"] == 1
 
 
+def test_pads_say_how():
+    """Every Pad has its mode: pnnx takes none for granted."""
+    model = network(None)
+    adaptertune.add_prompts(model, prompts=5, deep=True)
+    model.requires_grad_(False)
+    _, proto = to_session(model, method="vpt")
+    pads = [node for node in proto.graph.node if node.op_type == "Pad"]
+    assert len(pads) == 4
+    for node in pads:
+        assert [each.s for each in node.attribute if each.name == "mode"] == [b"constant"]
+
+
+def test_the_inputs_name():
+    """The input can have another name, in every kind of graph."""
+    for kind in ("float", "unit", "uint8"):
+        g = export.Graph(17, image="pixel_values")
+        proto = export.to_model(g, network(None), META | {"input": kind})
+        onnx.checker.check_model(proto, full_check=True)
+        assert [each.name for each in proto.graph.input] == ["pixel_values"]
+
+
 def test_merged_adapters_leave_no_node():
     """Merged adapters: as many nodes as the backbone alone, and the same function."""
     model = network(MERGEABLE)
@@ -314,6 +340,7 @@ def test_a_run_becomes_a_file(run, runs, tmp_path):
         r"\(limit 1e-4\), top-1 agreement 100 % ok",
         r"speed    batch 1: [\d.]+ ms onnxruntime, [\d.]+ ms torch, ratio [\d.]+ "
         r"\(median of 50, CPU, \d+ threads?\)",
+        r"saved    runs/a/labels.txt \(0.02 kB\)",
         r"saved    runs/a/model.onnx \([\d.]+ MB\)",
     ]
     assert re.fullmatch("\n".join(lines) + "\n", out)
@@ -345,7 +372,74 @@ def test_a_run_becomes_a_file(run, runs, tmp_path):
     first = (runs / "runs/a/model.onnx").read_bytes()
     run("runs/a", "-o", tmp_path)
     assert (tmp_path / "model.onnx").read_bytes() == first
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert names_in(tmp_path) == ["labels.txt", "model.onnx"]
+    assert (tmp_path / "labels.txt").read_text().split() == expected["classes"]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("--precision int8", "model-int8"),
+        ("--precision fp16 --batch 1", "model-fp16-b1"),
+        ("--input uint8", "model-uint8"),
+        ("--resize --opset 23", "model-uint8-resize-opset23"),
+        ("--input unit --output probabilities", "model-unit-probabilities"),
+        ("--output embedding", "model-embedding"),
+    ],
+)
+def test_names(run, tmp_path, options, name):
+    """What isn't as by default stands in the name; labels.txt is beside all but embeddings."""
+    run("runs/a", "-o", tmp_path, "--force", "--images", 8, *options.split())
+    expected = {f"{name}.onnx", "labels.txt"}
+    if "embedding" in options:
+        expected.remove("labels.txt")
+    assert set(names_in(tmp_path)) == expected
+
+
+def test_labels_are_a_line_each(tmp_path):
+    """Any class, in UTF-8; what would break the line becomes a space."""
+    export.write_labels(["a b", "c\nd\u2028e\r", "ö"], tmp_path / "labels.txt")
+    assert (tmp_path / "labels.txt").read_bytes() == "a b\nc d e \nö\n".encode()
+
+
+@pytest.mark.parametrize("kind", ["float", "unit", "uint8"])
+@pytest.mark.parametrize("output", ["logits", "probabilities", "embedding"])
+def test_what_other_programs_read(kind, output):
+    """By their names, and only what is true of the graph; ours are the last."""
+    meta = META | {"classes": ["it's", "two words"], "dataset": "d", "center": 0.875, "batch": 1}
+    _, proto = to_session(network({"rank": 8}), **meta | {"input": kind, "output": output})
+    props = {prop.key: prop.value for prop in proto.metadata_props}
+    assert proto.doc_string == props["description"]
+    assert json.loads(props["classes"]) == meta["classes"]
+    assert list(props)[-1] in ("classes", "dataset")
+    assert props["Image.BitmapPixelFormat"] == "Rgb8"
+    ranges = {"unit": "Normalized_0_1", "uint8": "NominalRange_0_255"}
+    assert props.get("Image.NominalPixelRange") == ranges.get(kind)
+    assert "resized to 18 x 18 (bicubic, antialiased), of that the middle" in props["preprocessing"]
+    assert ("minus mean, divided by std" in props["preprocessing"]) == (kind == "float")
+    if output == "embedding":
+        assert not {"task", "names", "model_info model_type"} & set(props)
+        return
+    assert ("task" in props) == (kind == "unit" and output == "probabilities")
+    assert ast.literal_eval(props["names"]) == {0: "it's", 1: "two words"}
+    assert ast.literal_eval(props["imgsz"]) == [16, 16]
+    assert props["model_info labels"].split() == ["it's", "two_words"]
+    x = 255 * np.array([0.1, 0.5, 0.9])
+    mean = np.array(props["model_info mean_values"].split(), float)
+    scale = np.array(props["model_info scale_values"].split(), float)
+    expected = {"unit": x / 255, "uint8": x, "float": (x / 255 - META["mean"]) / META["std"]}[kind]
+    assert np.abs((x - mean) / scale - expected).max() < 1e-4
+
+
+def test_half_as_mean_and_deviation():
+    """Pixels from -1 to 1 have a name of their own."""
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    props = export.props_of_others(META | half, network(None).config)
+    assert props["Image.NominalPixelRange"] == "Normalized_1_1"
 
 
 @pytest.mark.parametrize(("count", "singles"), [(1, 0), (2, 1), (30, 26), (64, 55), (359, 55)])
@@ -372,8 +466,8 @@ def test_constants_beside_a_graph_that_is_too_large(run, tmp_path, monkeypatch, 
     """Past protobuf's limit the constants are in a second file, and all is checked as ever."""
     monkeypatch.setattr(export, "ONE_FILE", 60_000)  # more than int8's, less than fp32's
     out = run("runs/b", "--precision", precision, "-o", tmp_path / "m.onnx", "--force")
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == (["m.onnx", "m.onnx.data"] if precision == "fp32" else ["m.onnx"])
+    data = ["m.onnx.data"] if precision == "fp32" else []
+    assert names_in(tmp_path) == ["labels.txt", "m.onnx", *data]
     assert out.count("check    onnx.checker ok") == (1 if precision == "fp32" else 2)
     export.session(tmp_path / "m.onnx")
 
@@ -426,6 +520,7 @@ def test_resizing_is_checked_on_original_photos(run, runs, photos, tmp_path, mon
     "options",
     [
         ["--opset", 20, "--input", "uint8", "--batch", 5],
+        ["--input", "unit"],
         ["--opset", 23, "--output", "probabilities"],
         ["--resize", "--output", "embedding"],
         ["--resize", "--opset", 23, "--batch", 1],
@@ -450,20 +545,23 @@ def test_precision(run, tmp_path, precision):
     out = run("runs/a", "-o", path, "--precision", precision, "--force")
     check = (
         rf"^check    {precision} against fp32, 359 test images: max \|diff\| [\d.e-]+, "
-        r"top-1 agreement [\d.]+ %, accuracy [\d.]+ %, before [\d.]+ % (ok|forced)$"
+        r"top-1 agreement [\d.]+ %, accuracy [\d.]+ %, before [\d.]+ %, "
+        r"change [+-][\d.]+ ± [\d.]+ points (ok|forced)$"
     )
     assert re.search(check, out, re.M)
     assert re.search(r"^speed .* ms fp32, ratio [\d.]+ ", out, re.M)
+    assert ("one scale a batch" in out) == (precision == "int8")
     ratio = path.stat().st_size / (tmp_path / "fp32.onnx").stat().st_size
     assert 0.25 < ratio < 0.75  # a tiny network: half and a quarter, and the nodes
     saved = metadata(path)
     assert saved["precision"] == precision
+    assert ("one scale a batch" in saved["description"]) == (precision == "int8")
     assert {"fp32_val_accuracy", "fp32_test_accuracy"} < set(saved)  # of the run, not of this graph
     assert not {"val_accuracy", "test_accuracy"} & set(saved)
 
 
 def test_int8_that_disagrees(run, tmp_path, monkeypatch):
-    """Too many other labels than in fp32: no file, unless --force is given."""
+    """Too many labels are wrong that fp32 had right: no file, unless --force is given."""
 
     def turn_labels_around(model, images):
         model.head.weight.neg_()
@@ -471,10 +569,53 @@ def test_int8_that_disagrees(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "equalise", turn_labels_around)
     arguments = ["runs/a", "-o", tmp_path / "m.onnx", "--precision", "int8"]
     error = run(*arguments, status=1)
-    assert "no file was written; at least 98 % is wanted, --force writes it all the same" in error
+    assert "no file was written; --force writes it all the same" in error
     assert not list(tmp_path.iterdir())
-    run(*arguments, "--force")
-    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert "points forced" in run(*arguments, "--force")
+    assert names_in(tmp_path) == ["labels.txt", "m.onnx"]
+
+
+def agreement(counts, labels=True):
+    """Answers of which `counts` are right in both, before alone, after alone, in neither."""
+    before = np.repeat([1, 1, 0, 0], counts)
+    after = np.repeat([1, 0, 1, 2], counts)
+    truth = np.ones(len(before), int) if labels else np.full(len(before), -1)
+    return export.Agreement(0.1, [before], [after], [truth])
+
+
+@pytest.mark.parametrize(
+    ("counts", "good", "text"),
+    [
+        ((900, 0, 0, 100), True, "accuracy 90.00 %, before 90.00 %, change +0.00 ± 0.00 points"),
+        ((900, 15, 0, 85), False, "accuracy 90.00 %, before 91.50 %, change -1.50 ± 0.38 points"),
+        ((900, 13, 0, 87), True, "change -1.30 ± 0.36 points"),
+        ((9000, 150, 0, 850), False, "change -1.50 ± 0.12 points"),
+        ((900, 40, 40, 20), True, "top-1 agreement 90 %, accuracy 94.00 %, before 94.00 %"),
+        ((70, 2, 0, 2), True, "change -2.70 ± 1.89 points"),
+        ((50, 20, 0, 4), False, "change -27.03 ± 5.16 points"),
+        ((0, 8, 0, 0), False, "change -100.00 ± 0.00 points"),
+    ],
+)
+def test_the_rule_of_rounding(counts, good, text):
+    """A loss of a point and one standard error of the paired difference is accepted."""
+    said, judged = export.judge_rounded(agreement(counts), META)
+    assert text in said
+    assert judged == good
+
+
+@pytest.mark.parametrize(("changed", "good"), [(2, True), (3, False)])
+def test_rounding_without_labels(changed, good):
+    """The predictions of 98 % must stay, and the line says why."""
+    said, judged = export.judge_rounded(agreement((100 - changed, changed, 0, 0), False), META)
+    assert "at least 98 % is wanted, since labels aren't known" in said
+    assert judged == good
+
+
+def test_rounding_to_nothing():
+    """NaN isn't good, whatever the answers."""
+    found = agreement((10, 0, 0, 0))
+    found.worst = float("nan")
+    assert not export.judge_rounded(found, META)[1]
 
 
 def test_int8_is_where_it_should_be(run, tmp_path):
@@ -508,6 +649,15 @@ def test_int8_is_where_it_should_be(run, tmp_path):
     ]
     assert proto.ir_version == 8
     assert proto.opset_import[0].version == 17
+    assert proto.producer_name == "adaptertune"
+
+
+def test_int8_of_a_fixed_batch(run, tmp_path):
+    """No shape in it says otherwise: tract takes `batch` beside the number for a contradiction."""
+    run("runs/a", "-o", tmp_path / "m.onnx", "--precision", "int8", "--batch", 2, "--force")
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert not proto.graph.value_info
+    assert b"batch" not in proto.graph.SerializeToString()
 
 
 @pytest.mark.parametrize("damage", [0.01, float("nan")])
@@ -609,6 +759,105 @@ def test_another_backbones_adapter_is_refused(run, tmp_path):
     assert not (tmp_path / "other.onnx_adapter").exists()
 
 
+# --------------------------------------------------------------------- other photos, the hub
+
+
+def test_other_photos(run, runs, photos, tmp_path):
+    """--check takes photos in place of the test images, and says so. Labels are those of folders
+    named like classes; without, predictions decide."""
+    common = ["--dataset", str(photos), "--weights", str(runs / "tiny.safetensors")]
+    assert train.main([*common, "--epochs", "1", "--name", "colours"]) == 0
+    arguments = ["runs/colours", "-o", tmp_path, "--images", 30, "--check"]
+    out = run(*arguments, photos)
+    assert f"onnxruntime against torch, 30 photos of {photos}: " in out
+    out = run(*arguments, photos, "--precision", "int8", "--force")
+    assert f"int8 against fp32, 30 photos of {photos}: " in out
+    assert "accuracy" in out
+    out = run(*arguments, photos / "sky", "--precision", "fp16", "--force")
+    assert f"20 photos of {photos / 'sky'}: " in out
+    assert "since labels aren't known" in out
+    assert "accuracy" not in out
+    run(*arguments, photos, "--resize")
+    (tmp_path / "empty").mkdir()
+    assert "no photos in" in run(*arguments, tmp_path / "empty", status=1)
+
+
+def test_without_the_runs_photos(run, runs, photos, tmp_path):
+    """A run whose photos are gone is checked on noise, which the line says; int8 is refused."""
+    common = ["--dataset", str(photos), "--weights", str(runs / "tiny.safetensors")]
+    assert train.main([*common, "--epochs", "1", "--name", "gone"]) == 0
+    photos.rename(tmp_path / "elsewhere")
+    train.read_dataset.cache_clear()
+    noise = "64 noise images, since the run's photos are gone and no --check is given: max"
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for options in ([], ["--resize"], ["--input", "unit", "--batch", "3"]):
+        assert noise in run("runs/gone", "-o", folder, *options)
+    before = names_in(folder)
+    error = run("runs/gone", "-o", folder, "--precision", "int8", status=1)
+    assert "int8 is calibrated on photos, and the run's are gone; give --check FOLDER" in error
+    assert names_in(folder) == before
+    out = run("runs/gone", "--hub", folder / "hub")
+    assert "left out onnx/model_quantized.onnx: int8 is calibrated on photos" in out
+    config = json.loads((folder / "hub/config.json").read_text())
+    assert config["transformers.js_config"] == {"dtype": "fp32"}
+    run("runs/gone", "-o", folder, "--precision", "int8", "--force", "--check", tmp_path)
+
+
+def test_hub(run, runs, tmp_path):
+    """The files that transformers.js and optimum-onnx look for, and what they look for in them."""
+    out = run("runs/a", "--hub", tmp_path, "--force")
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+    assert files == [
+        "README.md",
+        "config.json",
+        "onnx/model.onnx",
+        "onnx/model_quantized.onnx",
+        "preprocessor_config.json",
+    ]
+    assert "int8 against fp32, 359 test images" in out
+    for name in files[2:4]:
+        session = export.session(tmp_path / name)
+        assert [each.name for each in session.get_inputs()] == ["pixel_values"]
+        assert [each.name for each in session.get_outputs()] == ["logits"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {str(i): str(i) for i in range(10)}
+    assert config["label2id"] == {str(i): i for i in range(10)}
+    assert "transformers.js_config" not in config
+    processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 16}
+    assert processor["crop_size"] == {"height": 16, "width": 16}
+    assert processor["image_mean"] == processor["image_std"] == [0.5] * 3
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers.js\n")
+    assert re.search(r"Accuracy on its test images: [\d.]+ % of 359\.", card)
+    run("runs/a", "--hub", tmp_path, "--force")  # a second time
+
+
+def test_hub_beside_another_readme(run, tmp_path):
+    """A README.md that --hub didn't write isn't overwritten."""
+    (tmp_path / "README.md").write_text("mine")
+    error = run("runs/a", "--hub", tmp_path, status=1)
+    assert "README.md is there and not of --hub; give a folder of its own" in error
+    assert names_in(tmp_path) == ["README.md"]
+
+
+def test_a_card_names_what_the_hub_has():
+    """Backbone, licence and data set by their names on the hub."""
+    meta = {"backbone": "mae_b16", "license": "CC-BY-NC-4.0", "dataset": "cifar100"}
+    meta |= {"method": "head", "classes": ["a", "b"], "test_accuracy": 91.0, "test_images": 10_000}
+    card = export.model_card(meta, int8=False)
+    for line in (
+        "base_model: timm/vit_base_patch16_224.mae",
+        "license: cc-by-nc-4.0",
+        "datasets: [cifar100]",
+        "pipeline_tag: image-classification",
+    ):
+        assert f"\n{line}\n" in card
+    assert "91.00 % of 10,000" in card
+    assert "int8" not in card
+
+
 # ---------------------------------------------------------------------------------------- errors
 
 
@@ -620,6 +869,14 @@ def test_another_backbones_adapter_is_refused(run, tmp_path):
         ("runs/a runs/b", 2, "unrecognized arguments: runs/b"),
         ("runs/a --opset 19", 2, "invalid choice: .?19"),
         ("runs/a --resize --input float", 2, "leave out --input float"),
+        ("runs/a --resize --input unit", 2, "leave out --input unit"),
+        ("runs/a --hub h --resize", 2, "--hub settles what its folder holds; leave out --resize"),
+        ("runs/a --hub h --input unit", 2, "leave out --input"),
+        ("runs/a --hub h --output embedding", 2, "leave out --output"),
+        ("runs/a --hub h --precision int8", 2, "leave out --precision"),
+        ("runs/a --hub h --swappable", 2, "leave out --swappable"),
+        ("runs/a --hub h -o m.onnx", 2, "leave out -o"),
+        ("runs/a --check gone", 2, "--check gone: no such folder"),
         ("runs/a --batch -1", 2, "argument --batch: -1 is not between 0 and 1,000,000"),
         ("runs/a --images many", 2, "argument --images: 'many' is not a valid int"),
         ("runs/a --swappable --precision int8", 2, "--swappable is fp32"),

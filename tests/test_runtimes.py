@@ -1,12 +1,15 @@
 """One file in runtimes that share no code: the same labels in each, and nearly the same numbers.
 
-They are onnxruntime, the reference evaluator of onnx (numpy), OpenVINO, and onnxruntime-web in
-headless Chromium, there by assets/device/index.html too. The images are the test set of digits and,
-where ADAPTERTUNE_REAL names the folder that test_real.py describes, of twelve kinds of flowers.
+They are onnxruntime, the reference evaluator of onnx (numpy), OpenVINO, ncnn, onnxruntime-web in
+headless Chromium, there by assets/device/index.html too. Programs that prepare photos themselves,
+by what the file or the folder of --hub says, are transformers.js, optimum-onnx, Ultralytics and
+OpenVINO's Model API. The images are the test set of digits and, where ADAPTERTUNE_REAL names the
+folder that test_real.py describes, of twelve kinds of flowers.
 
-Skipped, with the reason, where a runtime isn't there: pip install openvino; Debian's chromium; and
-npm's onnxruntime-web, whose folder dist is looked for in node_modules or named by
-ADAPTERTUNE_ORT_WEB.
+Skipped, with the reason, where a runtime isn't there: pip install openvino openvino-model-api
+optimum-onnx[onnxruntime] ultralytics pnnx ncnn; Debian's chromium; npm's onnxruntime-web, whose
+folder dist is looked for in node_modules or named by ADAPTERTUNE_ORT_WEB; npm's
+@huggingface/transformers in the node_modules that ADAPTERTUNE_TRANSFORMERS_JS names.
 """
 
 import functools
@@ -16,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +122,178 @@ def test_resizing_in_openvino(task, size):
     photo = np.ascontiguousarray((255 * photo).byte().permute(0, 2, 3, 1).numpy())
     expected = export.session(path).run(None, {"image": photo})[0]
     assert np.abs(model([photo])[0] - expected).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def unit(task):
+    """The path of a graph that takes 0..1 and gives probabilities, one by one."""
+    path = task.folder / "unit.onnx"
+    options = ["--input", "unit", "--output", "probabilities", "--batch", "1", "-o", str(path)]
+    assert export.main([str(task.folder / "runs/run"), *options]) == 0
+    return path
+
+
+def test_ncnn(task, unit):
+    """ncnn on the CPU, by way of pnnx."""
+    ncnn = pytest.importorskip("ncnn")
+    pnnx = shutil.which("pnnx", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not pnnx:
+        pytest.skip("no pnnx (pip install pnnx)")
+    S = task.images.shape[-1]
+    command = [pnnx, unit, f"inputshape=[1,3,{S},{S}]"]
+    subprocess.run(command, cwd=task.folder, check=True, capture_output=True)
+    net = ncnn.Net()
+    net.load_param(str(task.folder / "unit.ncnn.param"))
+    net.load_model(str(task.folder / "unit.ncnn.bin"))
+    mean, std = task.run.batches.mean_std.numpy()
+    labels = []
+    for image in task.images:
+        extractor = net.create_extractor()
+        pixels = image * std + mean  # a Mat is a view: this keeps them
+        extractor.input("in0", ncnn.Mat(pixels))
+        _, probabilities = extractor.extract("out0")
+        labels.append(np.array(probabilities).argmax())
+    assert (np.array(labels) == task.logits.argmax(axis=1)).mean() >= 0.99
+
+
+@pytest.fixture(scope="module")
+def fp16(task):
+    """The path of the task's graph in fp16."""
+    path = task.folder / "fp16.onnx"
+    options = ["--precision", "fp16", "-o", str(path)]
+    assert export.main([str(task.folder / "runs/run"), *options]) == 0
+    return path
+
+
+def check_rounded(logits, task):
+    """All but a hundredth of torch's labels, and torch's numbers to a few hundredths."""
+    got = np.asarray(logits, np.float32).reshape(task.logits.shape)
+    assert (got.argmax(axis=1) == task.logits.argmax(axis=1)).mean() >= 0.99
+    assert np.abs(got - task.logits).max() < 0.05
+
+
+def test_fp16_in_onnxruntime(task, fp16):
+    session = export.session(fp16)
+    check_rounded([session.run(None, {"image": image[None]})[0] for image in task.images], task)
+
+
+def test_fp16_in_openvino(task, fp16):
+    openvino = pytest.importorskip("openvino")
+    model = openvino.Core().compile_model(fp16, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    check_rounded([model([image[None]])[0] for image in task.images], task)
+
+
+# ------------------------------------------------------------------ programs that prepare photos
+
+
+@pytest.fixture(scope="module")
+def photos(task):
+    """120 test photos as files, at most: {path: torch's label}. Digits are enlarged already: of
+    8 pixels everybody makes something else."""
+    image = pytest.importorskip("PIL.Image")
+    test = task.run.dataset.test
+    mean, std = task.run.batches.mean_std
+    labels = task.logits.argmax(axis=1)
+    found = {}
+    for i in range(0, len(test), -(-len(test) // 120)):
+        if task.run.dataset.folder:
+            path = task.run.dataset.folder / test.names[i]
+        else:
+            path = task.folder / f"photo{i}.png"
+            pixels = (255 * (torch.from_numpy(task.images[i]) * std + mean)).round().byte()
+            image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+        found[str(path.resolve())] = task.run.dataset.classes[labels[i]]
+    assert len(found) >= 80
+    return found
+
+
+def check_labels(got, photos, least):
+    """At least this share of the labels are torch's; resized otherwise, not all can be."""
+    same = [label == photos[path] for path, label in got.items()]
+    assert list(got) == list(photos)
+    print(f"{sum(same)} of {len(same)} labels are torch's")
+    assert np.mean(same) >= least
+
+
+@pytest.fixture(scope="module")
+def hub(task):
+    """The folder of --hub."""
+    folder = task.folder / "models/hub"
+    assert export.main([str(task.folder / "runs/run"), "--hub", str(folder), "--force"]) == 0
+    return folder
+
+
+CLASSIFY = """
+import { env, pipeline } from "@huggingface/transformers";
+import { readFileSync } from "node:fs";
+const [models, dtype, list] = process.argv.slice(2);
+env.allowRemoteModels = false;
+env.localModelPath = models;
+const classify = await pipeline("image-classification", "hub", { dtype });
+const labels = {};
+for (const photo of JSON.parse(readFileSync(list))) {
+  const [best] = await classify(photo, { top_k: 1 });
+  labels[photo] = best.label;
+}
+console.log(JSON.stringify(labels));
+"""
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "q8"])
+def test_transformers_js(task, hub, photos, dtype):
+    """The hub's folder in node, in fp32 and in int8."""
+    modules = os.environ.get("ADAPTERTUNE_TRANSFORMERS_JS")
+    if not modules or not shutil.which("node"):
+        pytest.skip("no node, or ADAPTERTUNE_TRANSFORMERS_JS names no node_modules")
+    script = task.folder / "classify.mjs"
+    script.write_text(CLASSIFY)
+    if not (task.folder / "node_modules").exists():
+        (task.folder / "node_modules").symlink_to(modules)
+    (task.folder / "list.json").write_text(json.dumps(list(photos)))
+    command = ["node", script, f"{hub.parent}/", dtype, task.folder / "list.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    check_labels(json.loads(done.stdout.splitlines()[-1]), photos, 0.95)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model_quantized.onnx"])
+def test_optimum(hub, photos, name):
+    """The hub's folder in optimum-onnx, with transformers' pipeline."""
+    optimum = pytest.importorskip("optimum.onnxruntime")
+    transformers = pytest.importorskip("transformers")
+    ort_model = optimum.ORTModelForImageClassification
+    model = ort_model.from_pretrained(hub, subfolder="onnx", file_name=name)
+    processor = transformers.AutoImageProcessor.from_pretrained(hub)
+    parts = {"model": model, "image_processor": processor}
+    classify = transformers.pipeline("image-classification", **parts)
+    labels = {path: classify(path, top_k=1)[0]["label"] for path in photos}
+    check_labels(labels, photos, 0.95)
+
+
+def test_ultralytics(task, unit, photos):
+    """It takes the whole square, where ours takes the middle 7/8 of its side."""
+    ultralytics = pytest.importorskip("ultralytics")
+    model = ultralytics.YOLO(unit)
+    labels = {}
+    for path in photos:
+        (result,) = model(path, verbose=False)
+        labels[path] = result.names[result.probs.top1]
+    assert model.task == "classify"
+    assert list(result.names.values()) == task.run.dataset.classes
+    check_labels(labels, photos, 0.9)
+
+
+@pytest.mark.parametrize("kind", ["float", "unit"])
+def test_model_api(task, unit, photos, kind):
+    """OpenVINO's Model API; it too takes the whole square, and photos as RGB."""
+    models = pytest.importorskip("model_api.models")
+    image = pytest.importorskip("PIL.Image")
+    path = unit if kind == "unit" else task.folder / "model.onnx"
+    model = models.Model.create_model(str(path), device="CPU")
+    labels = {}
+    for photo in photos:
+        pixels = np.array(image.open(photo).convert("RGB"))
+        labels[photo] = model(pixels).top_labels[0].name
+    check_labels(labels, photos, 0.9)
 
 
 # ----------------------------------------------------------------------------------- the browser
@@ -238,8 +414,9 @@ def site(task):
 
 
 def check_text(text, classes, probabilities):
-    """The text that index.html shows names the likeliest class, and its probability."""
-    name, percent = re.fullmatch(r"(.+) ([\d.]+) %", text).groups()
+    """The first line that index.html shows names the likeliest class, and its probability."""
+    first, _, _ = text.split("\n")
+    name, percent = re.fullmatch(r"(.+) ([\d.]+) %", first).groups()
     assert name == classes[probabilities.argmax()]
     assert abs(float(percent) - 100 * probabilities.max()) < 0.2
 
@@ -320,7 +497,7 @@ def test_elements_of_the_page(task, site):
     shown = browse(folder, "choose.html")
     assert shown["loaded"] == "ready"
     check_text(shown["first"], task.run.dataset.classes, expected[0])
-    assert shown["refused"].startswith("can't label this photo: ")
+    assert shown["refused"].startswith("can't label text.png: ")
     check_text(shown["turned"], task.run.dataset.classes, expected_turned)
 
 
@@ -335,4 +512,5 @@ def test_page_without_a_model(tmp_path):
     """index.html says that there is no model.onnx beside it."""
     (tmp_path / "index.html").write_text(REPORT + PAGE.read_text() + READ_OUTPUT)
     answer = browse(tmp_path, "index.html")
-    assert answer == {"failed": True, "shown": "can't load model.onnx: no model.onnx here (404)"}
+    assert answer["failed"]
+    assert answer["shown"].startswith("can't load model.onnx: it isn't beside this page (404). ")
