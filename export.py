@@ -480,7 +480,7 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
 def to_props(meta: dict, config: vit.Config) -> dict[str, str]:
     """The metadata_props: a graph's `meta`, texts as they are and the rest as JSON.
 
-    It stands after what is for other programs, so that the end of the file has the classes.
+    Where a name is another program's too, it is ours that counts.
     """
     props = {}
     if "swappable" not in meta:  # there the classes and the crop come with the adapter

@@ -188,14 +188,16 @@ def test_fp16_in_openvino(task, fp16):
 
 @pytest.fixture(scope="module")
 def photos(task):
-    """120 test photos as files, at most: {path: torch's label}. Digits are enlarged already: of
-    8 pixels everybody makes something else."""
+    """120 test photos as files, at most: {path: torch's label}; of those on which it is torn,
+    another resize makes another label. Digits are enlarged already: of 8 pixels everybody makes
+    something else."""
     image = pytest.importorskip("PIL.Image")
     test = task.run.dataset.test
     mean, std = task.run.batches.mean_std
     labels = task.logits.argmax(axis=1)
+    sure = torch.from_numpy(task.logits).softmax(dim=1).amax(dim=1) > 0.5
     found = {}
-    for i in range(0, len(test), -(-len(test) // 120)):
+    for i in sure.nonzero().flatten().tolist()[:: max(1, int(sure.sum()) // 120)]:
         if task.run.dataset.folder:
             path = task.run.dataset.folder / test.names[i]
         else:
@@ -203,7 +205,7 @@ def photos(task):
             pixels = (255 * (torch.from_numpy(task.images[i]) * std + mean)).round().byte()
             image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
         found[str(path.resolve())] = task.run.dataset.classes[labels[i]]
-    assert len(found) >= 80
+    assert len(found) >= 50
     return found
 
 
@@ -252,7 +254,7 @@ def test_transformers_js(task, hub, photos, dtype):
     (task.folder / "list.json").write_text(json.dumps(list(photos)))
     command = ["node", script, f"{hub.parent}/", dtype, task.folder / "list.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    check_labels(json.loads(done.stdout.splitlines()[-1]), photos, 0.95)
+    check_labels(json.loads(done.stdout.splitlines()[-1]), photos, 0.97)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model_quantized.onnx"])
@@ -266,7 +268,7 @@ def test_optimum(hub, photos, name):
     parts = {"model": model, "image_processor": processor}
     classify = transformers.pipeline("image-classification", **parts)
     labels = {path: classify(path, top_k=1)[0]["label"] for path in photos}
-    check_labels(labels, photos, 0.95)
+    check_labels(labels, photos, 0.97)
 
 
 def test_ultralytics(task, unit, photos):
