@@ -264,6 +264,9 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
             parts.append(f"it lacks {', '.join(missing[:5])}")
         if unknown:
             parts.append(f"it has {', '.join(unknown[:5])}, which the run doesn't know")
+            parts.append(
+                f"the run has {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''}"
+            )
         raise ValueError(
             f"{data.name} has other classes than the run: {'; '.join(parts)}; "
             "rename the folders, or train again"
@@ -573,7 +576,9 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
         for name in photos:  # photos one level down, beside a folder of something else
             if len(photos) == 1 and find_folders(folder / name):
                 hint = f"; do you mean {folder / name}?"
-        raise ValueError(f"no images in {empty[0]}{hint}; {', '.join(sorted(PHOTOS))} are read")
+        if any(empty[0].iterdir()):
+            raise ValueError(f"no images in {empty[0]}{hint}; {', '.join(sorted(PHOTOS))} are read")
+        raise ValueError(f"no images in {empty[0]}{hint}; put some there, or remove that folder")
     return photos
 
 
@@ -664,6 +669,8 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
             return upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"no photo at {path}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; give the photos in it") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to be decoded ({error}); shrink it") from error
     except Exception as error:  # Pillow's decoders raise many kinds

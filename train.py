@@ -193,6 +193,8 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
     add_options(parser)
     add_method_options(parser)
     options = parser.parse_args(arguments)
+    if options.csv and not options.predict:
+        parser.error("--csv is for --predict")
     if options.predict:
         check_predict(options, parser)
         parser.set_defaults(eval=options.predict[0])
@@ -220,6 +222,12 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
     folder, *photos = options.predict
     if not photos:
         parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
+    if options.eval:
+        parser.error("--predict and --eval are two things; give one")
+    if (Path(folder) / "state.pt").exists():
+        parser.error(f"--predict {folder}: that run is unfinished; go on with it by --resume")
+    if options.csv and (Path(options.csv).is_dir() or not Path(options.csv).parent.is_dir()):
+        parser.error(f"--csv {options.csv}: give a file in a folder that exists")
     if not (Path(folder) / "adapters.safetensors").exists():
         parser.error(
             f"--predict {folder}: no finished run there; give runs/NAME first, then photos"
@@ -902,7 +910,9 @@ def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int)
     dataset = data.match_classes(dataset, classes, some=bool(options.eval))
     parts = (dataset.train, dataset.val, dataset.test)
     names = {name for images in parts if images for name in images.names}
-    if options.eval and names.isdisjoint(itertools.chain(*listed.values())):
+    own = list(itertools.chain(*listed.values()))
+    # --eval RUN --dataset OTHER: a few names may be the same there (IMG_0001.jpg).
+    if options.eval and len(names.intersection(own)) < len(own) / 2:
         return take_as_test(dataset, listed, sums)
     if not listed:
         return data.split(
@@ -1063,6 +1073,7 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     first = Path("runs") / run_name(options, seed)
     folder = first
     number = 1
+    fewer = ""
     while (folder / "config.json").exists():
         difference = find_difference(folder, options, seed)
         unfinished = (folder / "state.pt").exists()
@@ -1072,6 +1083,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
             )
         if not difference:
             return folder
+        if options.resume and difference.startswith("epochs "):
+            fewer = f"{folder} has {difference}; give --resume more epochs than it has, to add some"
         if options.name or (unfinished and options.resume):
             raise ValueError(
                 f"{folder} holds a run with other options ({difference}); "
@@ -1079,6 +1092,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
             )
         number += 1
         folder = Path(f"{first}-{number}")
+    if fewer:
+        raise ValueError(fewer)
     return folder
 
 
@@ -1097,7 +1112,9 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
         if key in MAY_DIFFER or auto or new:
             continue
         if saved.get(key) != value:
-            return f"{key} {saved.get(key)}, not {value}"
+            before = "none" if saved.get(key) in ("", None) else saved[key]
+            now = "none" if value in ("", None) else value
+            return f"{key} {before}, not {now}"
     return ""
 
 
@@ -1605,14 +1622,15 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
                 "--name"
             )
             return result | {"folder": folder}
-    first = Path("runs") / run_name(options, seed)
-    if folder != first and not folder.exists():
-        difference = find_difference(first, options, seed)
-        print(f"note     {first} holds a run with {difference}; this one goes to {folder}")
     if options.cached and dist.is_initialized():
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
     run = prepare(options, seed)
     check_writable(run.folder)
+    first = Path("runs") / run_name(options, seed)
+    if folder != first and not folder.exists():
+        difference = find_difference(first, options, seed)
+        hint = "; --resume would add epochs to it" if difference.startswith("epochs ") else ""
+        print(f"note     {first} holds a run with {difference}; this one goes to {folder}{hint}")
     wait_for_all()  # before the first one writes anything
     signal.signal(signal.SIGINT, ask_stop)
     signal.signal(signal.SIGTERM, ask_stop)
@@ -1650,8 +1668,6 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     """
     path = Path(options.eval) / "adapters.safetensors"
     _, meta = adaptertune.read(path)  # an error before anything is loaded
-    if need_data:
-        data.check_name(options.dataset)
     device = choose_device(options.device)
     model, backbone = load_backbone(options)
     present = describe_network(options, model, backbone)
@@ -1668,6 +1684,11 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     meta = present | meta
     run = Run(options, seed, folder, None, model, batches, device, False, meta, backbone)
     try:
+        if not Path(options.dataset).is_dir() and options.dataset not in data.DATASETS:
+            raise ValueError(
+                f"{options.dataset}, the run's photos, isn't there; say where they are now by "
+                "--dataset FOLDER"
+            )
         dataset = read_dataset(
             options.dataset, options.data_dir, meta["image_size"], options.offline
         )
@@ -1676,7 +1697,7 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     except ValueError as error:
         if need_data:
             raise
-        print(f"note     the run's data set isn't there: {error}")
+        print(f"note     the run's data set can't be used: {error}")
     return run
 
 
@@ -1702,12 +1723,15 @@ class Classifier:
         return self.batches.finish(pixels, boxes)
 
     @torch.inference_mode()
-    def predict(self, photos: Sequence) -> tuple[list[str], Tensor]:
-        """The labels of n photos, files or Pillow's images, and the probabilities [n, K].
+    def predict(self, photos: Sequence | str | Path) -> tuple[list[str], Tensor]:
+        """The labels of n photos, files or Pillow's images, and the probabilities [n, K]. One file
+        may be given alone.
 
         Raises:
             ValueError: one of them can't be read; none are given.
         """
+        if isinstance(photos, str | Path):
+            photos = [photos]
         if not len(photos):
             raise ValueError("no photos to label")
         parts = []
@@ -1844,6 +1868,11 @@ def describe_data(images: data.Dataset, limit: int) -> None:
     if limit:
         text += " (--limit: a quick look, not the data set's result)"
     print(text)
+    sizes = torch.bincount(images.val.labels, minlength=len(images.classes))
+    missing = (sizes == 0).nonzero().flatten().tolist()
+    if len(images.val) and missing:
+        few = f"{len(missing)} of the classes"
+        print(f"note     no validation image of {few}, such as {images.classes[missing[0]]}")
     if not images.folder and Path(images.name).is_dir():
         print(f"note     that is the built-in set; the folder of this name is ./{images.name}")
     if images.skipped:
@@ -1962,8 +1991,10 @@ def model_card(run: Run) -> str:
         result += f" ({meta['test_class_accuracy']:.2f} % as a mean over classes)"
     if meta["val_accuracy"] is not None:
         result += f", {meta['val_accuracy']:.2f} % of {len(run.dataset.val):,} of validation"
-    classes = ", ".join(name.replace("\n", " ") for name in meta["classes"])
+    classes = ", ".join(f"`{name}`" for name in meta["classes"]).replace("\n", " ")
     held = f"adapters and head, and needs the weights of {meta['backbone']}"
+    if run.options.weights:
+        held += " (`--weights FILE` says where they are)"
     if meta["method"] in adaptertune.WHOLE_METHODS:
         held = "the whole network"
     folder = run.folder.as_posix()
@@ -2013,13 +2044,12 @@ def conclude(run: Run) -> None:
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
     curves = run.folder / "curves.svg"
     mistakes = run.folder / "mistakes.png"
-    wanted = [curves] if state.rows else []
-    if (run.predictions["test"].best != run.predictions["test"].labels).any():
-        wanted.append(mistakes)
-    if wanted and can_draw(*wanted):
+    if can_draw(curves, mistakes):
         if state.rows:
             draw_curves(state.rows, state.chosen_epoch, curves)
         draw_mistakes(run, mistakes)
+    if state.first_epoch > 1 and list(run.folder.glob("*.onnx")):
+        print(f"note     the .onnx files in {run.folder} are of fewer epochs; export again")
     print(f"next     python export.py {shlex.quote(str(run.folder))}")
 
 
@@ -2177,11 +2207,13 @@ def draw_curves(rows: list[list[str]], chosen_epoch: int, path: Path) -> None:
 
 
 def draw_mistakes(run: Run, path: Path) -> None:
-    """The 25 test images of which the network is most certain, and wrong."""
+    """The 25 test images of which the network is most certain, and wrong. If there are none, an
+    earlier picture goes."""
     found = run.predictions["test"]
     wrong = (found.best != found.labels).nonzero().flatten()
     wrong = wrong[found.probability[wrong].argsort(descending=True)][:25].tolist()
     if not wrong:
+        path.unlink(missing_ok=True)
         return
     images = (run.originals or run.dataset).test
     classes = run.dataset.classes
@@ -2468,7 +2500,7 @@ def evaluate_again(options: argparse.Namespace) -> None:
 
 
 def predict_photos(options: argparse.Namespace) -> int:
-    """--predict: label photos. Returns the exit status, 1 if none could be read."""
+    """--predict: label photos. Returns the exit status, 1 if one couldn't be read."""
     model = open_classifier(options)
     photos = data.find_photos(options.predict[1:])
     rows = []
@@ -2480,20 +2512,20 @@ def predict_photos(options: argparse.Namespace) -> int:
             print(f"skipped  {error}", file=sys.stderr)
             continue
         (first, second), (best, runner_up) = probabilities.topk(2)
-        names = [model.classes[best], f"{first:.4f}", model.classes[runner_up], f"{second:.4f}"]
-        rows.append([str(photo), *names])
-        percent = [f"{100 * each:.1f} %" for each in (first, second)]
-        print(f"{photo}  {names[0]} {percent[0]}  ({names[2]} {percent[1]})", flush=True)
+        name = model.classes[best]
+        other = model.classes[runner_up]
+        rows.append([str(photo), name, f"{first:.4f}", other])
+        print(f"{photo}  {name} {100 * first:.1f} %  ({other} {100 * second:.1f} %)", flush=True)
         data.progress("photo", number + 1, len(photos), started)
     if options.csv:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("file", "prediction", "probability", "runner-up", "its_probability"))
+        writer.writerow(("file", "prediction", "probability", "runner-up"))
         for row in rows:
             writer.writerow([data.as_utf8(cell) for cell in row])
         write_whole(Path(options.csv), text.getvalue())
         print(f"saved    {options.csv}", file=sys.stderr)
-    return 0 if rows else 1
+    return 0 if len(rows) == len(photos) else 1
 
 
 def prepare_process() -> None:

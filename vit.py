@@ -641,7 +641,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .safetensors or .pth file in it")
     if not path.is_file():
-        raise ValueError(f"no weights at {path}; give a .safetensors or .pth file")
+        raise ValueError(f"no weights at {path}; say where they are by --weights FILE")
     index = re.sub(r"-\d+-of-\d+\.safetensors$", ".safetensors.index.json", str(path))
     if index != str(path) and Path(index).is_file():
         raise ValueError(f"{path} is one part of several; give {index}")

@@ -600,6 +600,7 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
     assert torch.allclose(probabilities, expected.softmax(dim=1), atol=1e-5)
     opened = [Image.open(file) for file in files]
     assert torch.equal(model.predict(opened)[1], probabilities)
+    assert model.predict(str(files[0]))[0] == labels[:1]
     with pytest.raises(ValueError, match="no photo at"):
         model.predict(["gone.png"])
 

@@ -518,7 +518,7 @@ def test_a_run_from_before_an_option_came(run, tiny_weights, tmp_path):
     path.write_text(json.dumps(saved))
     assert "kept" in run(*command)
     error = run(*command, "--no-flip", status=1)
-    assert "other options (no_flip None, not True)" in error
+    assert "other options (no_flip none, not True)" in error
 
 
 def test_a_change_of_method_is_named(run, tiny_weights):
@@ -766,6 +766,13 @@ def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
     assert sorted(row["label"] for row in rows) == ["apple"] * 4 + ["sky"] * 5
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert stated_test(out) == [f"{100 * right / 9:.2f}"]
+    # The same name isn't the same photo.
+    listed = json.loads((tmp_path / "runs/a/split.json").read_text())
+    for name in (listed["train"][1], listed["test"][0]):
+        (tmp_path / "other" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (24, 24), (9, 99, 199)).save(tmp_path / "other" / name)
+    train.read_dataset.cache_clear()
+    assert "other: 0 train / 0 val / 11 test" in run("--eval", "runs/a", "--dataset", "other")
     for file in (tmp_path / "other").rglob("*.png"):
         shutil.copy(photos / trained_on, file)
     train.read_dataset.cache_clear()
@@ -785,7 +792,7 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     (elsewhere / "apple/notes.txt").write_text("no photo either")
     capsys.readouterr()
     command = ["--predict", "runs/a", str(elsewhere), "gone.jpg", "--csv", "out.csv"]
-    assert train.main(command) == 0
+    assert train.main(command) == 1  # since some weren't read
     out, err = capsys.readouterr()
     skipped = [line for line in err.splitlines() if line.startswith("skipped")]
     assert len(skipped) == 2
@@ -808,6 +815,10 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     for command, message in (
         (["--predict", "runs/a"], "give photos or folders to label"),
         (["--predict", "gone.jpg", "other.jpg"], "no finished run there"),
+        (["--predict", "runs/a", "x.jpg", "--eval", "runs/a"], "two things; give one"),
+        (["--predict", "runs/a", "x.jpg", "--csv", "nowhere/x.csv"], "in a folder that exists"),
+        (["--predict", "runs/a", "x.jpg", "--csv", "runs"], "give a file in a folder that exists"),
+        (["--csv", "x.csv"], "--csv is for --predict"),
     ):
         assert message in run(*command, status=2)
 
@@ -823,7 +834,7 @@ def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
     assert json.loads(stated["datasets"]) == ["photos"]
     (accuracy,) = stated_test(out)
     assert f"{accuracy} % of 12 test images are right" in text
-    assert "3 classes: apple, leaf, sky." in text
+    assert "3 classes: `apple`, `leaf`, `sky`." in text
     shutil.copy(next(photos.rglob("*.png")), tmp_path / "photo.jpg")
     shutil.rmtree(photos)
     commands = re.search("```bash\n(.*?)```", text, re.S)[1].splitlines()
@@ -911,8 +922,9 @@ def test_a_finished_run_gets_more_epochs(
     assert result["epochs"] == 4
     assert not (folder / "state.pt").exists()
     assert "kept" in run(*command, "--epochs", 4)
+    assert "has epochs 4, not 2; give --resume more" in run(*command, "--resume", status=1)
     again = run(*command)  # two epochs alone are another run
-    assert "runs/digits-adaptertune-r8-n200-s0-2/" in again
+    assert "runs/digits-adaptertune-r8-n200-s0-2\n" in again  # the note
     if stopped:  # the other end
         tensors = load_file(folder / "adapters.safetensors")
         shutil.rmtree(folder)
@@ -920,6 +932,19 @@ def test_a_finished_run_gets_more_epochs(
         run(*more)
         undisturbed = load_file(folder / "adapters.safetensors")
         assert all(torch.equal(tensors[name], undisturbed[name]) for name in tensors)
+
+
+def test_a_picture_without_mistakes_goes(run, tiny_weights, tmp_path):
+    """mistakes.png is never that of an earlier reading."""
+    pytest.importorskip("matplotlib")
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    (options,) = train.parse(["--eval", "runs/a"])
+    opened = train.open_run(options)
+    train.predict_all(opened)
+    assert (tmp_path / "runs/a/mistakes.png").exists()
+    opened.predictions["test"].best = opened.predictions["test"].labels
+    train.draw_mistakes(opened, tmp_path / "runs/a/mistakes.png")
+    assert not (tmp_path / "runs/a/mistakes.png").exists()
 
 
 def test_config_says_when_and_with_what(run, tiny_weights, tmp_path):
