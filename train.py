@@ -1944,9 +1944,9 @@ def report_test(run: Run, how: str) -> None:
     worst = []
     for label in shares.argsort(stable=True)[:5].tolist():
         if hits[label] < images[label]:
-            worst.append(f"{run.dataset.classes[label]} ({hits[label]} of {images[label]})")
+            worst.append(f"{run.dataset.classes[label]} ({hits[label]}/{images[label]} right)")
     if worst:
-        print(f"worst    right of {', '.join(worst)}")
+        print(f"worst    {', '.join(worst)}")
 
 
 def write_predictions(run: Run, path: Path) -> None:
