@@ -603,23 +603,39 @@ def decode(
     """Decode photos on all cores to centre squares of `side` pixels; also give the checksum of
     each file by its name."""
 
-    def read(path: Path) -> tuple[Tensor, str]:
-        return read_photo(path, side), f"{zlib.crc32(path.read_bytes()):08x}"
+    def read(path: Path) -> tuple[Tensor | ValueError, str]:
+        try:
+            return read_photo(path, side), f"{zlib.crc32(path.read_bytes()):08x}"
+        except ValueError as error:
+            if isinstance(error.__cause__, ImportError):  # no Pillow: all of them
+                raise
+            return error, ""
 
     pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     names = [path.relative_to(root).as_posix() for path in paths]
     sums = {}
+    bad = []
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, (image, checksum) in enumerate(pool.map(read, paths)):
+            if isinstance(image, ValueError):
+                bad.append(image)
+                continue
             pixels[i] = image
             sums[names[i]] = checksum
             progress(f"decoding {root.name}", i + 1, len(paths), started)
+    if bad:
+        more = f"; and {len(bad) - 1} more" if len(bad) > 1 else ""
+        others = ", ".join(str(error).partition(" as an image")[0] for error in bad[1:6])
+        raise ValueError(f"{bad[0]}{more}{': ' if others else ''}{others}") from bad[0]
     return Images(pixels, torch.tensor(labels), names), sums
 
 
-def find_photos(paths: list[str]) -> list[Path]:
+def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
     """Files as they are given, and of folders all photos inside, sorted, without hidden ones.
+
+    Args:
+        others: gets the other files in those folders.
 
     Raises:
         ValueError: a folder without photos.
@@ -632,8 +648,12 @@ def find_photos(paths: list[str]) -> list[Path]:
         inside = []
         for file in sorted(path.rglob("*")):
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if not hidden and is_photo(file):
+            if hidden or file.is_dir():
+                continue
+            if is_photo(file):
                 inside.append(file)
+            elif others is not None:
+                others.append(file)
         if not inside:
             raise ValueError(f"no photos in {path}; {', '.join(sorted(PHOTOS))} are read")
         found += inside

@@ -81,6 +81,7 @@ HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
 GRID = ("method", "rank", "every", "blocks", "init")
 # What config.json leaves out of the options, and what it has besides.
 NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "made")
+PATHS = ("dataset", "weights", "text_weights", "vocab")  # options that may name files
 AUTO = {"epochs": 0, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
 # What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
 MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit", "shots")
@@ -1111,6 +1112,8 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
             continue
         if key in MAY_DIFFER or auto or new:
             continue
+        if key in PATHS:  # earlier runs kept them as they were typed
+            saved[key] = absolute(saved.get(key, ""))
         if saved.get(key) != value:
             before = "none" if saved.get(key) in ("", None) else saved[key]
             now = "none" if value in ("", None) else value
@@ -1143,9 +1146,17 @@ def read_json(path: Path) -> dict:
 
 
 def kept_options(options: argparse.Namespace, seed: int) -> dict:
-    """What config.json holds: every option that says what the run is."""
+    """What config.json holds: every option that says what the run is, with paths that hold from
+    any folder."""
     kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
+    for name in PATHS:
+        kept[name] = absolute(kept[name])
     return kept | {"seeds": [seed]}
+
+
+def absolute(path: str) -> str:
+    """The whole path of a file or folder; names of data sets, and "", as they are."""
+    return os.path.abspath(path) if path and path not in data.DATASETS else path  # noqa: PTH100
 
 
 def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
@@ -1626,6 +1637,8 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
     run = prepare(options, seed)
     check_writable(run.folder)
+    if options.resume and not folder.exists():
+        print(f"note     there is nothing to resume at {folder}: it begins")
     first = Path("runs") / run_name(options, seed)
     if folder != first and not folder.exists():
         difference = find_difference(first, options, seed)
@@ -1686,7 +1699,7 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     try:
         if not Path(options.dataset).is_dir() and options.dataset not in data.DATASETS:
             raise ValueError(
-                f"{options.dataset}, the run's photos, isn't there; say where they are now by "
+                f"no folder {options.dataset}; if the run's photos are elsewhere now, give that "
                 "--dataset FOLDER"
             )
         dataset = read_dataset(
@@ -1743,18 +1756,24 @@ class Classifier:
         return labels, probabilities
 
 
-def load_run(folder: str | Path) -> Classifier:
+def load_run(folder: str | Path, weights: str | Path = "") -> Classifier:
     """A finished run for use in one's own code, on the CPU and without its data set:
 
         model = train.load_run("runs/NAME")
         labels, probabilities = model.predict(["photo.jpg", "other.jpg"])
+
+    Args:
+        weights: where the backbone's file is now, if it isn't where it was.
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
     adaptertune.read(Path(folder) / "adapters.safetensors")
     read_json(Path(folder) / "config.json")  # an error, where parse would exit
-    options, *_ = parse(["--eval", str(folder), "--device", "cpu"])
+    arguments = ["--eval", str(folder), "--device", "cpu"]
+    if weights:
+        arguments += ["--weights", str(weights)]
+    options, *_ = parse(arguments)
     return open_classifier(options)
 
 
@@ -2229,7 +2248,7 @@ def draw_mistakes(run: Run, path: Path) -> None:
         axes.imshow(pixels, extent=(left, left + 1, bottom, bottom + 1))
         name = images.names[i] if images.names else str(i)
         lines = [shorten(classes[found.labels[i]])]
-        best = shorten(classes[found.best[i]])
+        best = shorten(classes[found.best[i]], 18)
         lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
         lines.append(shorten(data.as_utf8(name)))
         style = {"fontsize": 8, "ha": "center", "va": "bottom", "parse_math": False}
@@ -2502,7 +2521,11 @@ def evaluate_again(options: argparse.Namespace) -> None:
 def predict_photos(options: argparse.Namespace) -> int:
     """--predict: label photos. Returns the exit status, 1 if one couldn't be read."""
     model = open_classifier(options)
-    photos = data.find_photos(options.predict[1:])
+    others = []
+    photos = data.find_photos(options.predict[1:], others)
+    if others:
+        what = counted(len(others), "file")
+        print(f"skipped  {what}, not photos, such as {others[0]}", file=sys.stderr)
     rows = []
     started = time.perf_counter()
     for number, photo in enumerate(photos):

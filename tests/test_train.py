@@ -795,9 +795,10 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     assert train.main(command) == 1  # since some weren't read
     out, err = capsys.readouterr()
     skipped = [line for line in err.splitlines() if line.startswith("skipped")]
-    assert len(skipped) == 2
-    assert "broken.png" in skipped[0]
-    assert skipped[1] == "skipped  no photo at gone.jpg"
+    assert len(skipped) == 3
+    assert re.fullmatch("skipped  1 file, not photos, such as .*notes.txt", skipped[0])
+    assert "broken.png" in skipped[1]
+    assert skipped[2] == "skipped  no photo at gone.jpg"
     rows = read_predictions(tmp_path / "out.csv")
     assert len(rows) == len(out.splitlines()) == 60
     known = 0
