@@ -558,15 +558,8 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     empty = []
     skipped += [str(file) for file in sorted(folder.glob("[!.]*")) if is_photo(file)]
     for class_folder in find_folders(folder):
-        found = []
-        for file in sorted(class_folder.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(class_folder).parts)
-            if hidden or file.is_dir():
-                continue
-            if is_photo(file):
-                found.append(file)
-            else:
-                skipped.append(str(file))
+        found, others = sort_files(class_folder)
+        skipped += map(str, others)
         if found:
             photos[as_utf8(class_folder.name)] = found
         else:
@@ -625,10 +618,25 @@ def decode(
             sums[names[i]] = checksum
             progress(f"decoding {root.name}", i + 1, len(paths), started)
     if bad:
-        more = f"; and {len(bad) - 1} more" if len(bad) > 1 else ""
-        others = ", ".join(str(error).partition(" as an image")[0] for error in bad[1:6])
-        raise ValueError(f"{bad[0]}{more}{': ' if others else ''}{others}") from bad[0]
+        text = str(bad[0])
+        if len(bad) > 1:
+            names = [str(error).partition(" as an image")[0] for error in bad[1:6]]
+            text += f"; and {len(bad) - 1} more: {', '.join(names)}"
+        raise ValueError(text) from bad[0]
     return Images(pixels, torch.tensor(labels), names), sums
+
+
+def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
+    photos = []
+    others = []
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if hidden or file.is_dir():
+            continue
+        kind = photos if is_photo(file) else others
+        kind.append(file)
+    return photos, others
 
 
 def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
@@ -645,15 +653,9 @@ def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path
         if not path.is_dir():
             found.append(path)
             continue
-        inside = []
-        for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if hidden or file.is_dir():
-                continue
-            if is_photo(file):
-                inside.append(file)
-            elif others is not None:
-                others.append(file)
+        inside, odd = sort_files(path)
+        if others is not None:
+            others += odd
         if not inside:
             raise ValueError(f"no photos in {path}; {', '.join(sorted(PHOTOS))} are read")
         found += inside

@@ -1228,7 +1228,7 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
         files = {
             "config.json": json.dumps(config, indent=2) + "\n",
             "preprocessor_config.json": json.dumps(hub_processor(run.meta), indent=2) + "\n",
-            "README.md": model_card(run.meta, int8.exists()),
+            "README.md": model_card(run, int8.exists()),
         }
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -1296,23 +1296,9 @@ print(classify("photo.jpg"))
 """
 
 
-def model_card(meta: dict, int8: bool) -> str:
-    """README.md for the hub. Its front matter names only what is on the hub too."""
-    stated = meta["license"] != "not stated"
-    lines = [
-        "---",
-        "library_name: transformers.js",
-        "pipeline_tag: image-classification",
-        f"license: {meta['license'].lower() if stated else 'unknown'}",
-        "tags: [onnx, vit, adaptertune]",
-        "metrics: [accuracy]",
-    ]
-    backbone = vit.BACKBONES.get(meta["backbone"])
-    if backbone and backbone.repo:
-        lines.append(f"base_model: {backbone.repo}")
-    if meta["dataset"].startswith("cifar"):
-        lines.append(f"datasets: [{meta['dataset']}]")
-    lines.append("---")
+def model_card(run: train.Run, int8: bool) -> str:
+    """README.md for the hub."""
+    meta = run.meta
     note = "`onnx/model_quantized.onnx` is int8: for CPUs and WASM, wrong in WebGPU."
     accuracy = "unknown"
     if "test_images" in meta and meta.get("test_accuracy") is not None:
@@ -1327,7 +1313,7 @@ def model_card(meta: dict, int8: bool) -> str:
         license=meta["license"],
         int8=note if int8 else "",
     )
-    return "\n".join(lines) + text
+    return train.front_matter(run, "transformers.js", ["onnx", "vit", "adaptertune"]) + text
 
 
 # ------------------------------------------------------------------------------ the command line

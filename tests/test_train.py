@@ -832,7 +832,8 @@ def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
     _, front, text = card.split("---\n", 2)
     stated = dict(line.split(": ", 1) for line in front.splitlines())
     assert json.loads(stated["pipeline_tag"]) == "image-classification"
-    assert json.loads(stated["datasets"]) == ["photos"]
+    assert json.loads(stated["metrics"]) == ["accuracy"]
+    assert "datasets" not in stated  # the hub has no "photos"
     (accuracy,) = stated_test(out)
     assert f"{accuracy} % of 12 test images are right" in text
     assert "3 classes: `apple`, `leaf`, `sky`." in text
@@ -946,6 +947,26 @@ def test_a_picture_without_mistakes_goes(run, tiny_weights, tmp_path):
     opened.predictions["test"].best = opened.predictions["test"].labels
     train.draw_mistakes(opened, tmp_path / "runs/a/mistakes.png")
     assert not (tmp_path / "runs/a/mistakes.png").exists()
+
+
+def test_more_epochs_that_were_cut_at_once(run, tiny_weights, tmp_path):
+    """Killed between config.json and the first state, a run isn't passed off as the longer one."""
+    command = quick(tiny_weights, "--epochs", 2, "--name", "a")
+    run(*command)
+    path = tmp_path / "runs/a/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 4}))
+    error = run(*command, "--epochs", 4, status=1)
+    assert "runs/a holds an unfinished run; go on with --resume" in error
+    run(*command, "--epochs", 4, "--resume")
+    assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 4
+
+
+def test_a_network_that_is_used_otherwise(run, photos, tiny_weights):
+    """--predict and load_run take the backbone as it was trained on, or refuse."""
+    run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
+    for more in (["--heads", 4], ["--mlp-act", "quick_gelu"], ["--mean", "0.1,0.1,0.1"]):
+        error = run("--predict", "runs/a", photos, *more, status=1)
+        assert "runs/a/adapters.safetensors was trained with" in error
 
 
 def test_config_says_when_and_with_what(run, tiny_weights, tmp_path):
@@ -1200,6 +1221,11 @@ def test_two_processes_train_what_one_does(run, tiny_weights, tmp_path):
         assert torch.allclose(value, two[name], rtol=0, atol=1e-5), name
     folders = tmp_path / "runs/one", tmp_path / "runs/two"
     assert without_times(read_table(folders[0])) == without_times(read_table(folders[1]))
+    rows = [read_predictions(folder / "predictions.csv") for folder in folders]
+    assert len(rows[0]) > 359
+    for ours, theirs in zip(*rows, strict=True):
+        for column in ("file", "label", "prediction", "runner-up"):
+            assert ours[column] == theirs[column]
 
 
 def test_two_processes_that_are_stopped_or_killed(tiny_weights, tmp_path):
