@@ -411,8 +411,14 @@ def extract_cifar(root: Path, archive: Path, md5: str, offline: bool) -> None:
     else:
         download(CIFAR + archive.name, archive, checksum=("md5", md5))
     with tempfile.TemporaryDirectory(dir=archive.parent) as part, tarfile.open(archive) as tar:
-        tar.extractall(part, filter="data")
-        os.replace(Path(part) / root.name, root)
+        # All of it are files in one folder. Their names alone are taken, so none goes elsewhere;
+        # extractall has a filter for that, which Python 3.11.2 (Debian 12) lacks.
+        folder = Path(part) / root.name
+        folder.mkdir()
+        for member in tar:
+            if member.isfile():
+                (folder / Path(member.name).name).write_bytes(tar.extractfile(member).read())
+        os.replace(folder, root)
 
 
 class _Dtype:

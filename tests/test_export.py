@@ -829,7 +829,7 @@ def test_hub(run, runs, tmp_path):
     assert processor["crop_size"] == {"height": 16, "width": 16}
     assert processor["image_mean"] == processor["image_std"] == [0.5] * 3
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers.js\n")
+    assert card.startswith('---\nlibrary_name: "transformers.js"\n')
     assert re.search(r"Accuracy on its test images: [\d.]+ % of 359\.", card)
     run("runs/a", "--hub", tmp_path, "--force")  # a second time
 
@@ -846,16 +846,22 @@ def test_a_card_names_what_the_hub_has():
     """Backbone, licence and data set by their names on the hub."""
     meta = {"backbone": "mae_b16", "license": "CC-BY-NC-4.0", "dataset": "cifar100"}
     meta |= {"method": "head", "classes": ["a", "b"], "test_accuracy": 91.0, "test_images": 10_000}
-    card = export.model_card(meta, int8=False)
+    options = train.argparse.Namespace(weights="")
+    device = torch.device("cpu")
+    backbone = vit.BACKBONES["mae_b16"]
+    run = train.Run(options, 0, None, None, None, None, device, False, meta, backbone)
+    card = export.model_card(run, int8=False)
     for line in (
-        "base_model: timm/vit_base_patch16_224.mae",
-        "license: cc-by-nc-4.0",
-        "datasets: [cifar100]",
-        "pipeline_tag: image-classification",
+        'base_model: "timm/vit_base_patch16_224.mae"',
+        'license: "cc-by-nc-4.0"',
+        'datasets: ["cifar100"]',
+        'pipeline_tag: "image-classification"',
     ):
         assert f"\n{line}\n" in card
     assert "91.00 % of 10,000" in card
     assert "int8" not in card
+    options.weights = "mine.safetensors"  # not the published ones
+    assert "base_model" not in export.model_card(run, int8=False)
 
 
 # ---------------------------------------------------------------------------------------- errors
