@@ -37,9 +37,10 @@ How to add a method, with LoRA on qkv as the example:
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -565,6 +566,110 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+# What a value of JSON may be. A file of another one's may hold anything.
+
+
+def text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def whole(low: int, high: int = 10**9) -> Callable:
+    """An integer within limits."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def real(low: float = -1e9, high: float = 1e9) -> Callable:
+    """A number within limits, which NaN isn't."""
+    return lambda value: type(value) in (int, float) and low <= value <= high
+
+
+def choice(values: Sequence[str]) -> Callable:
+    """One of these texts."""
+    return lambda value: isinstance(value, str) and value in values
+
+
+def maybe(kind: Callable) -> Callable:
+    """Null, or what `kind` allows."""
+    return lambda value: value is None or kind(value)
+
+
+def several(kind: Callable) -> Callable:
+    """A list of them."""
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def three(kind: Callable) -> Callable:
+    """A list of three, one for each channel."""
+    return lambda value: isinstance(value, list) and len(value) == 3 and all(map(kind, value))
+
+
+def by_name(kind: Callable) -> Callable:
+    """A dictionary of them."""
+    return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
+
+
+def check_types(content: object, table: dict[str, Callable], required: Sequence[str] = ()) -> None:
+    """Raise a ValueError unless `content` is a dictionary that has what is required, with values
+    that the table allows; keys that aren't in it may have any."""
+    if not isinstance(content, dict):
+        raise ValueError("no dictionary")
+    missing = [key for key in required if key not in content]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for key, allows in table.items():
+        if key in content and not allows(content[key]):
+            raise ValueError(f"{key} is {repr(content[key])[:60]}")
+
+
+# The metadata of the files that train.py writes.
+META = {
+    "version": whole(1),
+    "method": choice(tuple(METHODS)),
+    "backbone": text,
+    "license": text,
+    "fingerprint": text,
+    "config": by_name(lambda value: isinstance(value, bool | int | float | str)),  # of vit.Config
+    "image_size": whole(1, 10_000),
+    "mean": three(real(0, 1)),
+    "std": three(real(0.001, 1)),
+    "heads": whole(1, 10_000),
+    "mlp_act": choice(("gelu", "quick_gelu")),
+    "interpolation": text,
+    "center": real(0.1, 1),
+    "dataset": text,
+    "classes": several(text),
+    "classifier": text,
+    "seed": whole(0),
+    "limit": whole(0),
+    "shots": whole(0),
+    "epochs": whole(0),
+    "epoch": whole(0),
+    "lr": real(0),
+    "head_lr": real(0),
+    "val_accuracy": maybe(real(0, 100)),
+    "test_accuracy": real(0, 100),
+    "test_class_accuracy": real(0, 100),
+    "zero_shot_val_accuracy": real(0, 100),
+    "placement": several(whole(0)),
+    "rank": whole(0),
+    "reads": choice(READS),
+    "act": text,
+    "init": text,
+    "scale": real(),
+    "learn_scale": flag,
+    "dropout": real(0, 1),
+    "prompts": whole(1),
+    "deep": flag,
+    "ratio": real(0, 1),
+    "text_ratio": real(0, 1),
+    "learn_ratio": flag,
+}
+
+
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that a file holds: adapters and head (with a ClipHead's classes and scale), and
     whatever else is trained."""
@@ -573,29 +678,32 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if is_added(name) or name in names}
 
 
-def save(path: str | Path, model: nn.Module, meta: dict | None = None) -> None:
+def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None) -> None:
     """Write what was trained, and `meta` as JSON under "adaptertune" in the safetensors header.
 
-    The file appears whole or not at all: it is written beside its place and moved there.
-
     Args:
+        path: a file's name, or what bytes can be written to.
         meta: what a reader should know. Its "fingerprint", that of the backbone before training,
             is computed if it isn't given; that is right as long as the backbone was frozen.
     """
-    path = Path(path)
     meta = {"version": VERSION, **(meta or {})}
     if "fingerprint" not in meta:
         meta["fingerprint"] = fingerprint(model)
     tensors = {}
     for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor.detach().cpu().contiguous()
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(to_bytes(tensors, {"adaptertune": json.dumps(meta)}))
-    part.replace(path)
+    content = to_bytes(tensors, {"adaptertune": json.dumps(meta)})
+    if isinstance(path, str | Path):
+        Path(path).write_bytes(content)
+    else:
+        path.write(content)
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def read(path: str | Path, required: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the metadata of a file that `save` wrote.
+
+    Args:
+        required: what the metadata must have.
 
     Raises:
         ValueError: it is missing, damaged, or not ours.
@@ -606,6 +714,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
+            check_types(meta, META, required)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors has an error type of its own
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
@@ -645,7 +754,7 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
             its tensors aren't the model's.
     """
     tensors, meta = read(path)
-    trained_on = meta["fingerprint"]
+    trained_on = meta.get("fingerprint", "")
     present = fingerprint(model)
     if trained_on and trained_on != present:  # empty if all was trained from random weights
         raise ValueError(

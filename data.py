@@ -16,16 +16,19 @@ Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels al
 network sees, K classes.
 """
 
+import contextlib
+import errno
 import hashlib
 import http.client
 import io
 import itertools
+import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -36,10 +39,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows: there no lock is held
+    fcntl = None
 
 ASSETS = Path(__file__).parent / "assets"
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
@@ -123,6 +132,12 @@ def check_name(name: str) -> None:
             f"no data set or folder {name!r}: choose {', '.join(DATASETS)} "
             "or give a folder of images"
         )
+
+
+def is_there(name: str, data_dir: str) -> bool:
+    """Whether reading a data set needs nothing to be written to `data_dir`."""
+    reader = DATASETS.get(name)
+    return not isinstance(reader, partial) or (Path(data_dir) / reader.keywords["folder"]).is_dir()
 
 
 # ---------------------------------------------------------------------------------------- splits
@@ -383,17 +398,36 @@ def read_cifar(
     if not root.is_dir():
         extract_cifar(root, data_dir / archive, md5, offline)
 
-    def images(part: str, files: list[str]) -> Images:
-        batches = [unpickle(root / file) for file in files]
-        pixels = np.concatenate([batch[b"data"] for batch in batches])
-        labels = np.concatenate([batch[f"{key}labels".encode()] for batch in batches])
-        pixels = torch.from_numpy(pixels.reshape(-1, 3, 32, 32))
-        names = [f"{part}/{i}" for i in range(len(labels))]
-        return Images(pixels, torch.from_numpy(labels), names)
+    names = unpickle(root / meta).get(f"{key}label_names".encode())
+    if not isinstance(names, list) or not all(isinstance(each, bytes) for each in names):
+        raise ValueError(f"{root / meta} has no names of classes; delete its folder")
+    classes = [each.decode(errors="replace") for each in names]
 
-    names = unpickle(root / meta)[f"{key}label_names".encode()]
-    classes = [each.decode() for each in names]
+    def images(part: str, files: list[str]) -> Images:
+        parts = [read_batch(root / file, f"{key}labels", len(classes)) for file in files]
+        found = join(parts)
+        return replace(found, names=[f"{part}/{i}" for i in range(len(found))])
+
     return Dataset(name, classes, images("train", train), None, images("test", [test]))
+
+
+def read_batch(path: Path, key: str, classes: int) -> Images:
+    """A CIFAR pickle's images, with the labels that it has under `key`.
+
+    Raises:
+        ValueError: as `unpickle`; it has other things there.
+    """
+    batch = unpickle(path)
+    pixels = batch.get(b"data")
+    labels = batch.get(key.encode())
+    good = isinstance(pixels, np.ndarray) and pixels.ndim == 2 and pixels.shape[1] == 3072
+    good = good and isinstance(labels, list) and len(labels) == len(pixels)
+    if not good or not all(type(label) is int and 0 <= label < classes for label in labels):
+        raise ValueError(
+            f"{path} holds no images with labels; delete its folder to extract the archive again"
+        )
+    pixels = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
+    return Images(pixels, torch.tensor(labels, dtype=torch.long))
 
 
 def extract_cifar(root: Path, archive: Path, md5: str, offline: bool) -> None:
@@ -410,15 +444,16 @@ def extract_cifar(root: Path, archive: Path, md5: str, offline: bool) -> None:
         )
     else:
         download(CIFAR + archive.name, archive, checksum=("md5", md5))
-    with tempfile.TemporaryDirectory(dir=archive.parent) as part, tarfile.open(archive) as tar:
+    with empty_folder(root.with_name(f"{root.name}.part")) as part:
+        if root.is_dir():  # another process has done it meanwhile
+            return
         # All of it are files in one folder. Their names alone are taken, so none goes elsewhere;
         # extractall has a filter for that, which Python 3.11.2 (Debian 12) lacks.
-        folder = Path(part) / root.name
-        folder.mkdir()
-        for member in tar:
-            if member.isfile():
-                (folder / Path(member.name).name).write_bytes(tar.extractfile(member).read())
-        os.replace(folder, root)
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile():
+                    write_file(part / Path(member.name).name, tar.extractfile(member).read())
+        os.replace(part, root)
 
 
 class _Dtype:
@@ -470,6 +505,8 @@ def unpickle(path: Path) -> dict:
         ValueError: it is missing, damaged, or wants more than arrays of bytes.
     """
     try:
+        if not path.is_file():
+            raise ValueError("it is missing, or no file")
         # From memory: asked for more bytes than a file has, a file would reserve them first.
         content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         return {
@@ -583,7 +620,7 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
 
 def as_utf8(name: str) -> str:
     """A file's name as UTF-8 has it, whatever the locale; other bytes become "\ufffd"."""
-    return os.fsencode(name).decode(errors="replace")
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def is_photo(file: Path) -> bool:
@@ -689,6 +726,8 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         from PIL import Image
     except ImportError as error:
         raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise ValueError(f"can't read {path} as an image (a pipe or a device); remove it")
     try:
         Image.init()
         formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
@@ -933,6 +972,137 @@ class Batches:
             yield pixels, labels[own].to(self.device)
 
 
+# ----------------------------------------------------------------------------------------- files
+
+
+def lock(path: Path, *, folder: bool = False, wait: bool = True) -> int:
+    """Open a file or a folder, which is made if it isn't there, for this process alone.
+
+    The system lets go of it when it is closed or the process ends, however it does.
+
+    Args:
+        wait: for a process that has it; else that is an error.
+
+    Returns:
+        What os.close takes.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT
+    while True:
+        if folder:
+            path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if not wait:
+                os.close(handle)
+                raise ValueError(f"another process is at work in {path}; wait for it") from error
+            print(f"waiting for another process that writes {path}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            return handle
+        # Who had it before may have moved or removed it, and another one is in its place.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold a file or a folder (see `lock`) for as long as the block runs."""
+    if fcntl is None:
+        if folder:
+            path.mkdir(parents=True, exist_ok=True)
+        yield
+        return
+    handle = lock(path, folder=folder, wait=wait)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write the new content of `path` to.
+
+    It stands beside it, and is flushed to the disk and moved there if the block ends well. So
+    `path` is the old file or the new one, never a part of either, whenever the process or the
+    machine stops. What a killed process left beside it is overwritten.
+
+    Raises:
+        ValueError: the disk is full, or the place can't be written to.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with locked(part):
+            try:
+                with part.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+        flush(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save has a RuntimeError for what the system said.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise ValueError(
+            f"can't write {path} ({reason.strerror}); mend that and run it again"
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """Bring a file's content, or the names in a folder, to the disk."""
+    with contextlib.suppress(OSError):  # Windows opens no folders
+        handle = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+        os.close(handle)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8, by `replacing`."""
+    if isinstance(content, str):
+        content = content.encode("utf-8")
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def empty_folder(path: Path) -> Iterator[Path]:
+    """A folder for this process alone while the block runs, removed in the end. What a killed
+    process left in it goes first."""
+    with locked(path, folder=True):
+        for inside in path.iterdir():
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside)
+            else:
+                inside.unlink()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# Control characters, which a terminal obeys and XML doesn't allow.
+NEW_LINE = "\r\x1b[K"  # what a terminal obeys to write a line anew
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text in one line without control characters: names of files and classes may hold any."""
+    return CONTROL.sub("\ufffd", text.replace("\n", "\ufffd").replace("\t", " "))
+
+
 # ------------------------------------------------------------------------------------- downloads
 
 
@@ -949,7 +1119,7 @@ def progress(what: str, done: int, total: int, started: float, first: int = 0) -
     if done < total:
         left = (time.perf_counter() - started) * (total - done) / max(1, done - first)
         text = f"{what} {done:,} of {total:,}, {left:.0f} s left"
-    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    print(f"{NEW_LINE}{printable(text)}", end="", file=sys.stderr, flush=True)
 
 
 def file_hash(path: Path, kind: str) -> str:
@@ -959,9 +1129,20 @@ def file_hash(path: Path, kind: str) -> str:
 
 
 def cache_folder() -> Path:
-    """ADAPTERTUNE_CACHE, or ~/.cache/adaptertune."""
-    default = Path.home() / ".cache" / "adaptertune"
-    return Path(os.environ.get("ADAPTERTUNE_CACHE") or default)
+    """ADAPTERTUNE_CACHE, or ~/.cache/adaptertune.
+
+    Raises:
+        ValueError: it isn't set, and there is no home folder.
+    """
+    given = os.environ.get("ADAPTERTUNE_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "adaptertune"
+    except RuntimeError as error:
+        raise ValueError(
+            "there is no home folder to keep downloads in; set ADAPTERTUNE_CACHE to a folder"
+        ) from error
 
 
 def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
@@ -977,10 +1158,21 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
             f"{path} is not there and --offline given; fetch it once without, "
             "or give --weights FILE"
         )
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN", "")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ValueError(
+            "HF_TOKEN holds a space or another character that no token has; correct it"
+        )
+    if not re.match(r"https?://[!-~]+$", endpoint):
+        raise ValueError("HF_ENDPOINT is no address like https://huggingface.co; correct it")
     download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=token)
     return path
+
+
+# A transfer that brings less than this is given up and tried again.
+SLOWEST = 1000  # bytes a second
+PATIENCE = 30.0  # seconds over which they are counted
 
 
 def download(
@@ -993,22 +1185,61 @@ def download(
 ) -> None:
     """Fetch `url` to `path`, which exists only once it is whole and its checksum right.
 
-    What has arrived stays in `path`.part. A dropped connection is resumed, with at most `tries`
-    requests per call; a later call goes on from there. Size and SHA-256 are checked against what
-    the hub states (X-Linked-Size and X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal
-    digits).
+    What has arrived stays in `path`.part, which one process at a time writes; another one waits
+    for it. A dropped connection is resumed, with at most `tries` requests per call; a later call
+    goes on from there. Size and SHA-256 are checked against what the hub states (X-Linked-Size and
+    X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal digits), and what arrived against
+    what a file of its name begins with.
 
     Args:
         checksum: kind and hexadecimal digest, instead of what the server states.
 
     Raises:
-        ValueError: not found, no network or a wrong checksum; says how to supply the file by hand.
+        ValueError: not found, no network, a wrong checksum, or another thing than such a file; says
+            how to supply the file by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    by_hand = f"fetch {url} by other means and put it at {path}"
+    by_hand = f"fetch {without_password(url)} by other means and put it at {path}"
     if path.suffix not in (".gz", ".txt"):
         by_hand += " or give it by --weights"
+    with locked(part):
+        try:
+            if path.exists():  # another process has fetched it meanwhile
+                return
+            fetch(url, part, checksum, token, tries)
+            check_content(part, path.name)
+            flush(part)
+            os.replace(part, path)
+        except DownloadError as error:
+            part.unlink()
+            reason = f"{without_password(url)} {error} and was removed; try again"
+            raise ValueError(f"{reason}, or {by_hand}") from error
+        except ValueError as error:
+            raise ValueError(f"{error}{by_hand}") from error
+        finally:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
+    flush(path.parent)
+
+
+class DownloadError(ValueError):
+    """Something else arrived than what was asked for."""
+
+
+def without_password(url: str) -> str:
+    """An address as it may be printed."""
+    return re.sub(r"//[^/]*@", "//", url)
+
+
+def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tries: int) -> None:
+    """Requests until `part` is whole (see `download`).
+
+    Raises:
+        DownloadError: it is, but isn't what was asked for.
+        ValueError: it couldn't be fetched; the text is for something to follow.
+    """
+    shown = without_password(url)
     reason = ""
     for attempt in range(tries):
         if attempt:
@@ -1018,12 +1249,16 @@ def download(
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.reason}"
             if error.code == 416:  # the part is as long as the file, or longer: once more
-                part.unlink(missing_ok=True)
+                os.truncate(part, 0)
             elif error.code < 500:
                 hint = "; a private file needs HF_TOKEN" if error.code in (401, 403) else ""
-                raise ValueError(f"{url} answered {reason}{hint}; {by_hand}") from error
+                raise ValueError(f"{shown} answered {reason}{hint}; ") from error
             continue
         except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ValueError(
+                    f"can't write {part} ({error.strerror}); make room, or "
+                ) from error
             reason = str(getattr(error, "reason", error) or type(error).__name__)
             continue
         have = part.stat().st_size
@@ -1032,13 +1267,35 @@ def download(
             continue
         kind, digest = checksum or ("sha256", stated)
         if digest and file_hash(part, kind) != digest:
-            part.unlink()
-            raise ValueError(
-                f"{url} arrived with a wrong {kind} and was removed; try again, or {by_hand}"
-            )
-        os.replace(part, path)
+            raise DownloadError(f"arrived with a wrong {kind}")
         return
-    raise ValueError(f"could not fetch {url}: {reason}; run again to go on, or {by_hand}")
+    raise ValueError(f"could not fetch {shown}: {reason}; run again to go on, or ")
+
+
+def check_content(path: Path, name: str) -> None:
+    """Raise DownloadError unless a file is what its `name` says: no page that a portal answers,
+    not compressed, not cut short where no size was stated."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        beginning = file.read(8)
+        if not size:
+            raise DownloadError("arrived empty")
+        if name.endswith(".safetensors"):
+            # The length of a header, the header, the tensors to where it says that the last ends.
+            length = int.from_bytes(beginning, "little")
+            whole = 0
+            with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
+                if length < min(size, 100_000_000):
+                    header = json.loads(file.read(length))
+                    header.pop("__metadata__", None)
+                    ends = [tensor["data_offsets"][1] for tensor in header.values()]
+                    whole = 8 + length + max(ends)
+            if whole != size:
+                raise DownloadError("isn't a whole safetensors file")
+        elif name.endswith(".txt") and not beginning.startswith(b"#version"):
+            raise DownloadError("isn't a vocabulary")
+        elif name.endswith(".gz") and not beginning.startswith(b"\x1f\x8b"):
+            raise DownloadError("isn't a gzip archive")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -1059,8 +1316,12 @@ def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
 
     Returns:
         The file's whole size and SHA-256 as stated (0 and "" if they aren't).
+
+    Raises:
+        OSError, http.client.HTTPException: anything that another try may mend.
+        DownloadError: more arrives than the server states.
     """
-    have = part.stat().st_size if part.exists() else 0
+    have = part.stat().st_size
     request = urllib.request.Request(url, headers={"User-Agent": "adaptertune"})
     if token:  # not for the host that a redirect names
         request.add_unredirected_header("Authorization", f"Bearer {token}")
@@ -1068,17 +1329,42 @@ def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
         request.add_header("Range", f"bytes={have}-")
     redirects = _Redirects()
     with urllib.request.build_opener(redirects).open(request, timeout=30) as answer:
+        headers = {key.lower(): value for key, value in answer.headers.items()} | redirects.stated
+        asked = f"bytes {have}-"
+        if answer.status == 206 and not headers.get("content-range", asked).startswith(asked):
+            os.truncate(part, 0)
+            raise OSError(f"the server sent another part than the one from byte {have:,} on")
         if answer.status != 206:  # a server that ignores Range sends the whole file again
             have = 0
-        headers = {key.lower(): value for key, value in answer.headers.items()} | redirects.stated
-        size = int(headers.get("x-linked-size") or have + int(headers.get("content-length") or 0))
+        size = to_integer(headers.get("x-linked-size"))
+        length = to_integer(headers.get("content-length"))
+        if not size and length:
+            size = have + length
         etag = headers.get("x-linked-etag") or headers.get("etag") or ""
         etag = etag.removeprefix("W/").strip('"').lower()
         what = f"fetching {part.name.removesuffix('.part')}, MB"
         started = time.perf_counter()
+        moment = started
+        arrived = 0
         with part.open("ab" if have else "wb") as file:
-            while block := answer.read(1 << 20):
+            while block := answer.read1(1 << 20):
                 file.write(block)
                 have += len(block)
+                if size and have > size:
+                    raise DownloadError(
+                        f"arrived with more than the {size:,} bytes that it should have"
+                    )
+                arrived += len(block)
+                now = time.perf_counter()
+                if now - moment > PATIENCE:
+                    if arrived < SLOWEST * PATIENCE:
+                        raise OSError(f"too slow, {arrived:,} bytes in {now - moment:.0f} seconds")
+                    moment = now
+                    arrived = 0
                 progress(what, have >> 20, size >> 20, started)
-    return size, etag if len(etag) == 64 else ""
+    return size, etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+
+
+def to_integer(text: str | None) -> int:
+    """A header's number; 0 where there is none."""
+    return int(text) if text and text.isdecimal() and len(text) < 16 else 0

@@ -40,7 +40,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -1019,13 +1018,14 @@ def staged(folder: Path) -> Iterator[Path]:
     """A folder to write to: its contents are moved into `folder` if all goes well, else deleted."""
     train.check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as part:
-        yield Path(part)
-        for file in sorted(Path(part).rglob("*")):
+    with data.empty_folder(folder / "export.part") as part:
+        yield part
+        for file in sorted(part.rglob("*")):
             path = folder / file.relative_to(part)
             if file.is_dir():
                 path.mkdir(exist_ok=True)
                 continue
+            data.flush(file)
             file.replace(path)
             size = path.stat().st_size
             text = f"{size / 1e6:.3g} MB" if size > 1e4 else f"{size / 1e3:.3g} kB"
@@ -1052,8 +1052,7 @@ def file_name(options: argparse.Namespace) -> str:
 
 def write_labels(classes: list[str], path: Path) -> None:
     """Write labels.txt: a class a line."""
-    lines = [re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", name) + "\n" for name in classes]
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    data.write_file(path, "".join(f"{data.printable(name)}\n" for name in classes))
 
 
 def export(run: train.Run, options: argparse.Namespace) -> None:
@@ -1231,7 +1230,7 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
             "README.md": model_card(run, int8.exists()),
         }
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            data.write_file(folder / name, text)
 
 
 def hub_config(meta: dict, config: vit.Config) -> dict:
@@ -1309,7 +1308,7 @@ def model_card(run: train.Run, int8: bool) -> str:
         backbone=meta["backbone"],
         method=meta["method"],
         accuracy=accuracy,
-        classes=", ".join(meta["classes"]),
+        classes=", ".join(map(data.printable, meta["classes"])),
         license=meta["license"],
         int8=note if int8 else "",
     )
@@ -1411,8 +1410,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # of "| head": nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        train.print_error(error)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; nothing was written", file=sys.stderr)

@@ -44,16 +44,16 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 import adaptertune
@@ -104,6 +104,14 @@ UNEVEN = 3  # from this ratio of the classes' sizes on accuracy is also given as
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors (status 2) and one-line definitions of options."""
+
+    def parse_known_args(self, arguments=None, namespace=None):
+        """As argparse does it, but for an argument that is empty: a shell's variable that isn't
+        set would be taken for an option that isn't given."""
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if not argument or re.fullmatch(r"--[\w-]+=", argument):
+                self.error(f"an argument is empty ({argument or repr(argument)}); give it a value")
+        return super().parse_known_args(arguments, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; python {self.prog} --help lists all options\n")
@@ -171,7 +179,7 @@ def channels(text: str, low: float = 0) -> list[float]:
 
 def placement(text: str) -> list[int]:
     """Option type: blocks counted from 0; first6, or last6 (-6 to -1)."""
-    match = re.fullmatch(r"(first|last)(\d{1,3})", text)
+    match = re.fullmatch(r"(first|last)([1-9]\d{0,2})", text)
     if not match:
         try:
             return integers(-1000, 1000)(text)
@@ -183,8 +191,8 @@ def placement(text: str) -> list[int]:
     return list(range(count)) if match[1] == "first" else list(range(-count, 0))
 
 
-def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[argparse.Namespace]:
-    """The options of each run, except its seed. Wrong usage prints one line and exits with 2."""
+def make_parser(prog: str = "train.py") -> Parser:
+    """The command line's parser, with all options."""
     parser = Parser(
         prog=prog,
         description="Adapt a frozen Vision Transformer with zero-initialised low-rank adapters.",
@@ -194,6 +202,12 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
     add_options(parser)
     add_training_options(parser)
     add_method_options(parser)
+    return parser
+
+
+def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[argparse.Namespace]:
+    """The options of each run, except its seed. Wrong usage prints one line and exits with 2."""
+    parser = make_parser(prog)
     options = parser.parse_args(arguments)
     if options.csv and not options.predict:
         parser.error("--csv is for --predict")
@@ -203,9 +217,14 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         options.eval = options.predict[0]
     if options.eval:  # the run's own options, unless the command line says otherwise
         try:
-            saved = read_json(Path(options.eval) / "config.json")
+            saved = read_config(Path(options.eval))
         except ValueError as error:
-            parser.error(str(error))
+            if not (Path(options.eval) / "config.json").exists():
+                parser.error(str(error))
+            parser.exit(2, f"error: {error}\n")
+        # Another one's run decides what is read, but not where a data set is downloaded to.
+        if not data.is_there(saved["dataset"], saved["data_dir"]):
+            del saved["data_dir"]
         for name in GRID:  # these options hold lists of values
             if name in saved:
                 saved[name] = [saved[name]]
@@ -291,7 +310,7 @@ def add_options(parser: Parser) -> None:
     )
     gelu = f"activation (by backbone; {beside} QuickGELU for a CLIP)"
     parser.choice("--mlp-act", ("gelu", "quick_gelu"), gelu, "")
-    add("--image-size", "PIXELS", integer(0, 10_000), "side of the input (0: its own)", 0)
+    add("--image-size", "PIXELS", integer(0, 2048), "side of the input (0: its own)", 0)
 
 
 def add_training_options(parser: Parser) -> None:
@@ -795,7 +814,7 @@ def choose_amp(folder: Path, device: torch.device) -> str:
     `folder` keeps what it began with."""
     kept = folder / "config.json"
     if kept.exists():
-        return read_json(kept)["amp"]
+        return read_config(folder)["amp"]
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -909,7 +928,7 @@ def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int)
         ValueError: a run that was stopped lacks photos; or the classes aren't the run's.
     """
     path = run_folder(options, seed) / "split.json"
-    listed = read_json(path) if path.exists() else {}
+    listed = read_split(path) if path.exists() else {}
     if not listed and (options.eval or path.with_name("state.pt").exists()):
         raise ValueError(
             f"{path} is missing: nothing else says which images were trained on; restore it"
@@ -1064,7 +1083,7 @@ def run_name(options: argparse.Namespace, seed: int) -> str:
     if options.every > 1:
         parts.append(f"every{options.every}")
     if options.blocks:
-        parts.append("b" + ".".join(map(str, options.blocks)))
+        parts.append("b" + ".".join(map(str, options.blocks))[:60])  # folders number themselves
     if options.method in adaptertune.ADAPTER_METHODS and options.init != "zero":
         parts.append(Path(options.init).stem)
     return "-".join([*parts, f"s{seed}"])
@@ -1111,12 +1130,12 @@ def is_unfinished(folder: Path) -> bool:
     if (folder / "state.pt").exists():
         return True
     finished = (folder / "result.json").exists()
-    return finished and epochs_of(folder) < read_json(folder / "config.json")["epochs"]
+    return finished and epochs_of(folder) < read_config(folder)["epochs"]
 
 
 def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
     """In what the run of a folder differs from these options; "" if it is theirs."""
-    saved = read_json(folder / "config.json")
+    saved = read_config(folder)
     kept = kept_options(options, seed)
     derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
     for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
@@ -1150,15 +1169,107 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def read_json(path: Path) -> dict:
-    """A run's config.json or result.json. Raises ValueError if it is missing or damaged."""
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if it isn't there, and removed if nothing came into it.
+
+    Raises:
+        ValueError: another process is at work in it, or nothing can be written there.
+    """
+    if rank_and_world()[0]:  # the first process holds it for all
+        yield
+        return
+    check_writable(folder)
+    with data.locked(folder, folder=True, wait=False):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it isn't empty
+                os.removedirs(folder)
+
+
+def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
+    """A run's file of JSON: see adaptertune.check_types.
+
+    Raises:
+        ValueError: it is missing or damaged, or a value can't be.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no dictionary")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no run in {path.parent}: {path} is missing or damaged") from error
+        adaptertune.check_types(content, table, required)
+    except OSError as error:
+        raise ValueError(
+            f"no run in {path.parent}: {path} is missing ({error.strerror})"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); restore it, or delete that folder and train again"
+        ) from error
     return content
+
+
+def read_config(folder: Path) -> dict:
+    """A run's options, as far as they are still options, with values that these can have.
+
+    Raises:
+        ValueError: as read_json.
+    """
+    path = folder / "config.json"
+    table = {
+        "method": adaptertune.choice(tuple(adaptertune.METHODS)),
+        "seeds": adaptertune.several(adaptertune.whole(0)),
+        "auto": adaptertune.several(adaptertune.choice(tuple(AUTO))),
+        "epochs": adaptertune.whole(0),
+    }
+    saved = read_json(path, table, ("method", "seeds", "dataset", "data_dir", "epochs"))
+    options = {name: saved[name] for name in table if name in saved}
+    for action in make_parser()._actions:
+        name = action.dest
+        if name not in saved or name in options:
+            continue
+        if not can_be(action, saved[name]):
+            raise ValueError(
+                f"{path} is damaged ({name} is {saved[name]!r}); restore it, or delete that folder "
+                "and train again"
+            )
+        options[name] = saved[name]
+    return options
+
+
+def can_be(action: argparse.Action, value: object) -> bool:
+    """Whether an option can have a value: it is what comes out when its text is read."""
+    if value is None or value == action.default:
+        return True
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if isinstance(value, bool) or (isinstance(value, list) and action.dest == "init"):
+        return False
+    if action.choices:
+        return value in action.choices
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        found = action.type(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return value == found or [value] == found
+
+
+def read_result(folder: Path) -> dict:
+    """A finished run's result.json: the metadata of its adapters, and what it cost."""
+    number = adaptertune.real(0)
+    table = adaptertune.META | {"trained": number, "seconds": number, "memory": number}
+    required = ("trained", "seconds", "memory", "test_accuracy", "val_accuracy", "lr")
+    required += ("fingerprint", "method", "dataset", "backbone", "epochs")
+    return read_json(folder / "result.json", table, required)
+
+
+def read_split(path: Path) -> dict:
+    """A run's split.json: the names of the images in train, val and test; their checksums; and the
+    classes, in order."""
+    names = adaptertune.several(adaptertune.text)
+    parts = {"train": names, "val": names, "test": names}
+    more = {"classes": names, "checksums": adaptertune.by_name(adaptertune.text)}
+    return read_json(path, parts | more, tuple(parts))
 
 
 def kept_options(options: argparse.Namespace, seed: int) -> dict:
@@ -1196,9 +1307,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
                 features.append(run.model.features(x).cpu())
             data.progress(f"features of {what}, batch", len(features), total, started)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = f"{path}.part"
-        save_file({"features": torch.cat(features)}, part)
-        os.replace(part, path)
+        data.write_file(path, to_safetensors({"features": torch.cat(features)}))
     tensors, _ = vit.read_tensors(path)
     return replace(images, pixels=tensors["features"])
 
@@ -1481,10 +1590,9 @@ def extend(run: Run) -> None:
     state = run.state
     path = run.folder / "adapters.safetensors"
     meta = adaptertune.load(path, run.model, name=run.meta["backbone"])
-    result = read_json(run.folder / "result.json")
-    epochs = epochs_of(run.folder)
-    with (run.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        state.rows = list(csv.reader(file))[1 : 1 + epochs]
+    result = read_result(run.folder)
+    epochs = result["epochs"]
+    state.rows = read_metrics(run.folder / "metrics.csv", epochs)
     state.epoch = epochs + 1
     state.first_epoch = state.epoch
     state.train_time = result["seconds"]
@@ -1500,11 +1608,39 @@ def extend(run: Run) -> None:
     )
 
 
+def read_metrics(path: Path, epochs: int) -> list[list[str]]:
+    """The rows of a finished run's metrics.csv.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))[1 : 1 + epochs]
+        check_rows(rows, epochs)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is missing or damaged; without it no epochs can be added: train anew with "
+            "another --name"
+        ) from error
+    return rows
+
+
+def check_rows(rows: list[list[str]], epochs: int) -> None:
+    """Raise a ValueError unless these are the rows of that many epochs."""
+    if len(rows) != epochs:
+        raise ValueError(f"rows of {len(rows)} epochs")
+    for number, row in enumerate(rows, start=1):
+        values = dict(zip(COLUMNS + FILE_COLUMNS, row, strict=True))
+        numbers = [float(values[name]) for name in ("loss", "train%")]
+        if values["epoch"] != str(number) or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"no row of epoch {number}")
+        float(values["val%"])  # "nan" without validation images
+
+
 def epochs_of(folder: Path) -> int:
     """How many epochs a finished run had."""
-    result = read_json(folder / "result.json")
-    config = read_json(folder / "config.json")  # for runs from before the result said so
-    return result.get("epochs", config["epochs"])
+    return read_result(folder)["epochs"]
 
 
 def predict_all(run: Run) -> None:
@@ -1538,9 +1674,8 @@ def write_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
     state["fingerprint"] = run.meta["fingerprint"]
     write_records(run)
-    part = run.folder / "state.part"
-    torch.save(state, part)
-    part.replace(run.folder / "state.pt")
+    with data.replacing(run.folder / "state.pt") as file:
+        torch.save(state, file)
 
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -1548,20 +1683,20 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     path = run.folder / "state.pt"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes one, with a checksum a member
+            vit.check_archive(path)
             if archive.testzip():
                 raise ValueError("a checksum differs")
         saved = torch.load(path, map_location=run.device, weights_only=True)
         fingerprint = saved.pop("fingerprint")
         saved.setdefault("first_epoch", 1)  # of before finished runs could go on
         weights = saved.pop("weights")
-        optimizer.load_state_dict(saved.pop("optimizer"))
+        load_optimizer(optimizer, saved.pop("optimizer"))
+        check_state(saved, weights, run)
         run.model.load_state_dict(weights, strict=False)
-        names = set(adaptertune.trained(run.model))
-        complete = set(weights) == names and set(saved["chosen"]) in (names, set())
-        if not complete or set(saved) != set(vars(State())):
-            raise ValueError("a part is missing")
     except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path} is damaged; delete that folder and train again") from error
+        raise ValueError(
+            f"{path} is damaged ({vit.first_line(error)}); delete that folder and train again"
+        ) from error
     if fingerprint != run.meta["fingerprint"]:
         raise ValueError(
             f"{path} was trained on another backbone ({fingerprint}) than this one "
@@ -1571,12 +1706,63 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         setattr(run.state, name, value)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there: it is the old one or the new one, never a
-    part of either, whenever the process is killed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Restore an optimiser's state. Raises a ValueError if it isn't one of these parameters."""
+    settings = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        for name in ("betas", "eps", "weight_decay", "initial_lr"):
+            if group[name] != before[name]:
+                raise ValueError(f"the optimiser's {name} is {group[name]}")
+        group["lr"] = float(group["lr"])
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            shape = () if name == "step" else parameter.shape
+            if value.shape != shape or not value.isfinite().all():
+                raise ValueError(f"the optimiser's {name} has another shape, or isn't finite")
+
+
+def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
+    """Raise a ValueError unless a run can have this State and these weights."""
+    start = vars(State())
+    if set(saved) != set(start):
+        raise ValueError("a part is missing")
+    for name, value in start.items():
+        if type(saved[name]) is not type(value):
+            raise ValueError(f"{name} is of another type")
+    state = State(**saved)
+    if state.hits.shape or state.loss.shape or state.hits.dtype != torch.int64:
+        raise ValueError("hits or loss are no single numbers")
+    steps = run.batches.count(run.dataset.train)
+    epochs = run.options.epochs
+    if not (
+        1 <= state.first_epoch <= state.epoch <= epochs + 1
+        and 0 <= state.chosen_epoch < max(1, state.epoch)
+        and 0 <= state.step <= steps
+        and 0 <= state.seen <= len(run.dataset.train)
+        and min(state.epoch_time, state.train_time, state.eval_time) >= 0
+    ):
+        raise ValueError("epochs, steps or times that can't be")
+    check_rows(state.rows, state.epoch - 1)
+    shapes = {name: each.shape for name, each in adaptertune.trained(run.model).items()}
+    for tensors in (weights, state.chosen):
+        found = {name: each.shape for name, each in tensors.items()}
+        if found != shapes and not (tensors is state.chosen and not tensors):
+            raise ValueError("weights are missing, or of another shape")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file of JSON."""
+    data.write_file(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
+    """Write a table; names of files as UTF-8 has them."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    for row in (header, *rows):
+        writer.writerow(data.as_utf8(cell) if isinstance(cell, str) else cell for cell in row)
+    data.write_file(path, table.getvalue())
 
 
 def write_records(run: Run) -> None:
@@ -1585,16 +1771,15 @@ def write_records(run: Run) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **versions}
     config = kept_options(run.options, run.seed) | {"made": made}
-    write_whole(run.folder / "config.json", json.dumps(config, indent=1) + "\n")
-    lines = [",".join(row) for row in (COLUMNS + FILE_COLUMNS, *run.state.rows)]
-    write_whole(run.folder / "metrics.csv", "\n".join(lines) + "\n")
+    write_json(run.folder / "config.json", config)
+    write_csv(run.folder / "metrics.csv", COLUMNS + FILE_COLUMNS, run.state.rows)
     listed = {"classes": run.dataset.classes}
     for part in ("train", "val", "test"):
         listed[part] = getattr(run.dataset, part).names
     used = itertools.chain(listed["train"], listed["val"], listed["test"])
     sums = run.dataset.sums
     listed["checksums"] = {name: sums[name] for name in used if name in sums}
-    write_whole(run.folder / "split.json", json.dumps(listed, indent=1) + "\n")
+    write_json(run.folder / "split.json", listed)
 
 
 def finish(run: Run) -> dict:
@@ -1608,10 +1793,11 @@ def finish(run: Run) -> dict:
     }
     if not run.batches.rank:
         write_records(run)
-        adaptertune.save(run.folder / "adapters.safetensors", run.model, run.meta)
-        write_whole(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        with data.replacing(run.folder / "adapters.safetensors") as file:
+            adaptertune.save(file, run.model, run.meta)
+        write_json(run.folder / "result.json", result)
         write_predictions(run, run.folder / "predictions.csv")
-        write_whole(run.folder / "README.md", model_card(run))
+        data.write_file(run.folder / "README.md", model_card(run))
         conclude(run)
         (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
     wait_for_all()
@@ -1637,29 +1823,51 @@ def check_weights(options: argparse.Namespace, result: dict, path: Path) -> None
 
 def train_run(options: argparse.Namespace, seed: int) -> dict:
     """One run from loading to the report; returns its result.json, and its folder."""
-    folder = run_folder(options, seed)
-    path = folder / "adapters.safetensors"
-    if path.exists() and not (folder / "state.pt").exists():
-        result = read_json(folder / "result.json")
-        check_weights(options, result, path)
-        if not options.resume or options.epochs <= epochs_of(folder):
-            print(
-                f"kept     {path}, finished before with test accuracy "
-                f"{result['test_accuracy']:.2f} %; to train it again, delete that folder or give a "
-                "--name"
-            )
-            return result | {"folder": folder}
     if options.cached and dist.is_initialized():
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
-    run = prepare(options, seed)
-    check_writable(run.folder)
-    if options.resume and not folder.exists():
+    folder = run_folder(options, seed)
+    with at_work(folder):
+        if run_folder(options, seed) != folder:
+            raise ValueError(f"another process has begun a run in {folder}; run this again")
+        finished = find_finished(options, folder)
+        if finished:
+            return finished | {"folder": folder}
+        run = prepare(options, seed)
+        describe_folder(options, seed, folder)
+        return train_from_start_to_end(run) | {"folder": folder}
+
+
+def find_finished(options: argparse.Namespace, folder: Path) -> dict:
+    """The result.json of a run that is done already, said on the terminal; {} if there is
+    something to train."""
+    path = folder / "adapters.safetensors"
+    if not path.exists() or (folder / "state.pt").exists():
+        return {}
+    result = read_result(folder)
+    check_weights(options, result, path)
+    if options.resume and options.epochs > result["epochs"]:
+        return {}
+    print(
+        f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
+        "train it again, delete that folder or give a --name"
+    )
+    return result
+
+
+def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> None:
+    """Say where a run goes, if that may surprise."""
+    if options.resume and not (folder / "config.json").exists():
         print(f"note     there is nothing to resume at {folder}: it begins")
     first = Path("runs") / run_name(options, seed)
-    if folder != first and not folder.exists():
+    if folder != first and not (folder / "config.json").exists():
         difference = find_difference(first, options, seed)
         hint = "; --resume would add epochs to it" if difference.startswith("epochs ") else ""
         print(f"note     {first} holds a run with {difference}; this one goes to {folder}{hint}")
+
+
+def train_from_start_to_end(run: Run) -> dict:
+    """Everything after the data and the backbone are there; returns result.json."""
+    options = run.options
     wait_for_all()  # before the first one writes anything
     signal.signal(signal.SIGINT, ask_stop)
     signal.signal(signal.SIGTERM, ask_stop)
@@ -1680,10 +1888,15 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         average_class_images(run)
     run.dataset = place_images(run.dataset, run.device)
     fit(run)
-    return finish(run) | {"folder": folder}
+    return finish(run)
 
 
 # --------------------------------------------------------------------------------- opening a run
+
+
+# What the adapters of a run say of it.
+FROM_RUN = ("method", "backbone", "license", "fingerprint", "image_size", "mean", "std", "center")
+FROM_RUN += ("dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
 
 
 def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, dict]:
@@ -1695,7 +1908,7 @@ def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, di
             is used otherwise.
     """
     path = Path(options.eval) / "adapters.safetensors"
-    _, meta = adaptertune.read(path)  # an error before anything is loaded
+    _, meta = adaptertune.read(path, FROM_RUN)  # an error before anything is loaded
     model, backbone = load_backbone(options)
     present = describe_network(options, model, backbone)
     present |= adapt_backbone(model, options, len(meta["classes"]))
@@ -1797,7 +2010,7 @@ def load_run(folder: str | Path, weights: str | Path = "") -> Classifier:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
     adaptertune.read(Path(folder) / "adapters.safetensors")
-    read_json(Path(folder) / "config.json")  # an error, where parse would exit
+    read_config(Path(folder))  # an error, where parse would exit
     arguments = ["--eval", str(folder), "--device", "cpu"]
     if weights:
         arguments += ["--weights", str(weights)]
@@ -1995,17 +2208,16 @@ def report_test(run: Run, how: str) -> None:
 def write_predictions(run: Run, path: Path) -> None:
     """Write a .csv with a row for each image of validation and test."""
     classes = run.dataset.classes
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("file", "split", "label", "prediction", "probability", "runner-up"))
+    rows = []
     for part, found in run.predictions.items():
         images = getattr(run.dataset, part)
         names = images.names or range(len(images))
         columns = (found.labels, found.best, found.probability, found.second)
         for name, label, best, probability, second in zip(names, *columns, strict=True):
             row = (classes[label], classes[best], f"{probability:.4f}", classes[second])
-            writer.writerow((data.as_utf8(str(name)), part, *row))
-    write_whole(path, text.getvalue())
+            rows.append((str(name), part, *row))
+    header = ("file", "split", "label", "prediction", "probability", "runner-up")
+    write_csv(path, header, rows)
 
 
 def front_matter(run: Run, library: str, tags: list[str]) -> str:
@@ -2040,7 +2252,7 @@ def model_card(run: Run) -> str:
         result += f" ({meta['test_class_accuracy']:.2f} % as a mean over classes)"
     if meta["val_accuracy"] is not None:
         result += f", {meta['val_accuracy']:.2f} % of {len(run.dataset.val):,} of validation"
-    classes = ", ".join(f"`{name}`" for name in meta["classes"]).replace("\n", " ")
+    classes = ", ".join(f"`{data.printable(name)}`" for name in meta["classes"])
     held = f"adapters and head, and needs the weights of {meta['backbone']}"
     if run.options.weights:
         held += " (`--weights FILE` says where they are)"
@@ -2167,11 +2379,8 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
     columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
     columns += ("epoch", "lr", "seconds", "memory")
     table = path.with_name(f"{path.name}.csv")
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for label, result in results:
-            writer.writerow({"label": label, **result})
+    rows = [{"label": label, **result} for label, result in results]
+    write_csv(table, columns, ([row.get(name) for name in columns] for row in rows))
     print(f"saved    {table}")
     title = f"{results[0][1]['dataset']} on {results[0][1]['backbone']}, {counted(seeds, 'seed')}"
     draw_comparison(summaries, elbow, title, path.with_name(f"{path.name}.svg"))
@@ -2229,11 +2438,11 @@ def new_figure(width: float, height: float, panels: int = 1):
 
 def save_figure(figure, path: Path) -> None:
     """Write a picture and say where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    with warnings.catch_warnings():
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else None
+    with data.replacing(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks
-        figure.savefig(path, metadata=metadata, bbox_inches="tight")
+        figure.savefig(file, format=kind, metadata=metadata, bbox_inches="tight")
     print(f"saved    {path}")
 
 
@@ -2288,6 +2497,7 @@ def draw_mistakes(run: Run, path: Path) -> None:
 
 def shorten(text: str, length: int = 28) -> str:
     """A text that fits below a picture: its beginning and end."""
+    text = data.printable(text)
     half = length // 2
     return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
@@ -2365,7 +2575,7 @@ def examine(run: Run) -> Examined:
         name += f" rank {run.meta['rank']}"
     return Examined(
         title=f"{name}, {run.meta['test_accuracy']:.2f} %",
-        classes=run.dataset.classes,
+        classes=[data.printable(each) for each in run.dataset.classes],
         names=test.names or [str(i) for i in range(len(test))],
         labels=test.labels,
         predictions=torch.cat(predictions),
@@ -2397,15 +2607,13 @@ def plot(runs: Iterable[Run], path: Path) -> None:
     for each in examined:
         print_mistakes(each)
     table = path.with_name(f"{path.name}-features.csv")
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("run", "image", "label", "prediction", "x", "y"))
-        for each in examined:
-            rows = zip(each.names, each.labels, each.predictions, each.points, strict=True)
-            for name, label, prediction, (x, y) in rows:
-                classes = (each.classes[label], each.classes[prediction])
-                writer.writerow((each.title, data.as_utf8(name), *classes, f"{x:.3f}", f"{y:.3f}"))
+    rows = []
+    for each in examined:
+        images = zip(each.names, each.labels, each.predictions, each.points, strict=True)
+        for name, label, prediction, (x, y) in images:
+            classes = (each.classes[label], each.classes[prediction])
+            rows.append((each.title, name, *classes, f"{x:.3f}", f"{y:.3f}"))
+    write_csv(table, ("run", "image", "label", "prediction", "x", "y"), rows)
     print(f"saved    {table}")
     features = path.with_name(f"{path.name}-features.svg")
     confusion = path.with_name(f"{path.name}-confusion.svg")
@@ -2498,7 +2706,7 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
     rank, _ = rank_and_world()
     if rank:
         return
-    together = Path("runs", grid[0].name or results[0][1]["dataset"])
+    together = Path("runs", grid[0].name or as_file_name(results[0][1]["dataset"]))
     if len(results) > 1:
         compare(results, together.with_name(f"{together.name}-comparison"))
     if grid[0].plot:
@@ -2506,6 +2714,11 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
         folders = [result["folder"] for _, result in first_seed]
         path = together if len(folders) > 1 else folders[0] / "test"
         plot((open_folder(folder) for folder in folders), path)
+
+
+def as_file_name(name: str) -> str:
+    """A data set's name as a part of a file's: from another one's run it may be anything."""
+    return re.sub(r"^\.|[/\\\0]", "_", name)
 
 
 def print_heading(
@@ -2533,7 +2746,7 @@ def evaluate_again(options: argparse.Namespace) -> None:
     name = ""
     how = f"its file says {run.meta['test_accuracy']:.2f} %"
     if not len(run.dataset.train):
-        name = f"-{run.dataset.name}"
+        name = f"-{as_file_name(run.dataset.name)}"
         how = f"another folder, {counted(len(run.dataset.test), 'image')}"
     report_test(run, how)
     table = run.folder / f"predictions{name}.csv"
@@ -2569,22 +2782,44 @@ def predict_photos(options: argparse.Namespace) -> int:
         print(f"{photo}  {name} {100 * first:.1f} %  ({other} {100 * second:.1f} %)", flush=True)
         data.progress("photo", number + 1, len(photos), started)
     if options.csv:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("file", "prediction", "probability", "runner-up"))
-        for row in rows:
-            writer.writerow([data.as_utf8(cell) for cell in row])
-        write_whole(Path(options.csv), text.getvalue())
+        header = ("file", "prediction", "probability", "runner-up")
+        write_csv(Path(options.csv), header, rows)
         print(f"saved    {options.csv}", file=sys.stderr)
     return 0 if len(rows) == len(photos) else 1
 
 
+class Printable:
+    """A stream that shows control characters as "\ufffd": names of files and classes, and what a
+    damaged file says, may hold any. A progress line may still begin anew."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        line = data.NEW_LINE if text.startswith(data.NEW_LINE) else ""
+        return self.stream.write(line + data.CONTROL.sub("\ufffd", text.removeprefix(line)))
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def prepare_process() -> None:
-    """Make Ctrl-C raise KeyboardInterrupt, and print "?" for what a terminal can't show."""
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt; print "?" for what a terminal can't show,
+    and nothing where it is closed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    while nothing < 3:  # closed, as by 2>&-: else the next file that is opened gets its number
+        nothing = os.open(os.devnull, os.O_RDWR)
+    os.close(nothing)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - kept open
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+        if not isinstance(stream, Printable):
+            setattr(sys, name, Printable(stream))
 
 
 def run_command(grid: list[argparse.Namespace]) -> int:
@@ -2598,6 +2833,20 @@ def run_command(grid: list[argparse.Namespace]) -> int:
     return 0
 
 
+def print_error(error: Exception) -> None:
+    """The one line on an error that a user can do something about; any other is raised again."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        text = "not enough memory; give a smaller --batch or --image-size"
+    elif isinstance(error, torch.OutOfMemoryError):
+        text = f"{text.partition('. ')[0]}; give a smaller --batch or --image-size"
+    elif isinstance(error, RuntimeError) and dist.is_initialized():
+        text = f"another process ended ({text.splitlines()[0]})"
+    elif isinstance(error, RuntimeError):
+        raise error
+    print(f"error: {data.printable(text)}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
     prepare_process()
@@ -2608,13 +2857,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # of "| head": nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not dist.is_initialized():
-            raise
-        print(f"error: another process ended ({str(error).splitlines()[0]})", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         if rank_and_world()[0]:

@@ -68,6 +68,10 @@ class Config:
     causal: bool = False  # each token looks at itself and earlier ones only: CLIP's text tower
 
     def __post_init__(self):
+        for name in ("width", "depth", "heads", "patch", "image_size"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value <= 100_000:
+                raise ValueError(f"{name.replace('_', ' ')} {value!r} can't be")
         if self.width % self.heads:
             raise ValueError(
                 f"width {self.width} can't be split into {self.heads} heads; "
@@ -306,6 +310,7 @@ class Tokenizer:
     """
 
     MERGES = 48_894  # as many as CLIP has; the published list goes on
+    LONGEST = 2**25  # bytes; the published list has 3.2 million
 
     def __init__(self, path: str | Path):
         """Read the published bpe_simple_vocab_16e6.txt.gz or Hugging Face's merges.txt."""
@@ -321,9 +326,13 @@ class Tokenizer:
 
         self.merges: dict[tuple[int, int], int] = {}
         try:
-            raw = Path(path).read_bytes()
+            if not Path(path).is_file():
+                raise ValueError("no file")
+            with Path(path).open("rb") as file:
+                raw = file.read(self.LONGEST)
             if raw[:2] == b"\x1f\x8b":
-                raw = gzip.decompress(raw)
+                with gzip.open(io.BytesIO(raw)) as file:
+                    raw = file.read(self.LONGEST)
             first, *lines = raw.decode().splitlines()
             if "#version" not in first:
                 raise ValueError("no first line")
@@ -653,18 +662,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if kind:
         raise ValueError(f"{path} is {kind}; give a .safetensors or .pth file")
     try:
-        if beginning[8:9] == b"{":  # safetensors, whatever the suffix: a length, then JSON
-            with safe_open(path, "pt") as file:
-                meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return choose_tensors(tensors, path, meta)
-        if is_torchscript(path):
-            return choose_tensors(flatten(read_torchscript(path)), path)
-        harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
-        # Opened here, since torch.load goes by the suffix.
-        with path.open("rb") as file, warnings.catch_warnings(), harmless:
-            warnings.simplefilter("ignore")  # of a pickle that is refused anyway
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        content, meta = read_content(path, beginning)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"more than tensors ({refused[1]})" if refused else "no tensors of PyTorch"
@@ -673,9 +671,32 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             "save its state_dict as safetensors"
         ) from error
     except Exception as error:  # a damaged file can raise nearly anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged or cut short ({reason}); fetch it again") from error
-    return choose_tensors(content, path)
+        raise ValueError(
+            f"{path} is damaged or cut short ({first_line(error)}); delete it and fetch it again"
+        ) from error
+    return choose_tensors(content, path, meta)
+
+
+def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
+    """What a file holds, by how it begins, and the metadata of one of ours."""
+    if beginning[8:9] == b"{":  # safetensors, whatever the suffix: a length, then JSON
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, dict(meta)
+    check_archive(path)
+    if is_torchscript(path):
+        return flatten(read_torchscript(path)), {}
+    harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
+    # Opened here, since torch.load goes by the suffix.
+    with path.open("rb") as file, warnings.catch_warnings(), harmless:
+        warnings.simplefilter("ignore")  # of a pickle that is refused anyway
+        return torch.load(file, map_location="cpu", weights_only=True), {}
+
+
+def first_line(error: Exception) -> str:
+    """Of an exception's text; its kind where it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def foreign_kind(path: Path, beginning: bytes) -> str:
@@ -686,14 +707,40 @@ def foreign_kind(path: Path, beginning: bytes) -> str:
             return kind
     if path.suffix == ".onnx":
         return "an ONNX graph"
+    names = archive_names(path)
+    if any(name.endswith(".npy") for name in names):
+        return "an .npz of numpy, as JAX's checkpoints are"
+    if any(name.endswith("archive_format") for name in names):
+        return "a program of torch.export (.pt2)"
+    return ""
+
+
+def archive_names(path: Path) -> list[str]:
+    """The names in a zip archive; none if it is damaged or another kind of file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return []
+
+
+def check_archive(path: Path) -> None:
+    """Raise a ValueError for a zip archive that unpacks to far more than it is long: torch.save
+    compresses nothing, torch.jit.save its code alone, and what is compressed may fill the
+    memory."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.endswith(".npy") for name in names):
-            return "an .npz of numpy, as JAX's checkpoints are"
-        if any(name.endswith("archive_format") for name in names):
-            return "a program of torch.export (.pt2)"
-    return ""
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > 2 * path.stat().st_size + 2**27:
+            raise ValueError(f"it is compressed, and unpacks to {unpacked:,} bytes")
+
+
+def check_size(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise a ValueError if tensors are much larger than their file, as views of a few numbers can
+    be. A tensor may stand there by several names."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if total > 4 * path.stat().st_size + 2**20:
+        raise ValueError(f"{path} holds tensors of {total:,} bytes, far more than the file has")
 
 
 def read_parts(index: Path) -> dict[str, Tensor]:
@@ -714,10 +761,7 @@ def read_parts(index: Path) -> dict[str, Tensor]:
 
 def is_torchscript(path: Path) -> bool:
     """Such an archive holds code too, and torch.load would run it. OpenAI publishes CLIP so."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return any(name.endswith("/constants.pkl") for name in archive_names(path))
 
 
 def read_torchscript(path: Path) -> Module:
@@ -740,7 +784,7 @@ def flatten(module: Module, where: str = "") -> dict[str, Tensor]:
     """The tensors of a module and those inside, by state_dict's names."""
     tensors = {}
     for name, value in module.items():
-        if isinstance(value, Module):
+        if isinstance(value, Module) and where.count(".") < 30:  # one may hold itself
             tensors |= flatten(value, f"{where}{name}.")
         elif isinstance(value, Tensor):
             tensors[where + name] = value
@@ -754,27 +798,27 @@ AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)")
 
 
 def find_tensors(content: object, where: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary of tensors in nested dictionaries, and where it stands ("model.ema")."""
-    if not isinstance(content, dict):
+    """Every dictionary of tensors in nested dictionaries, and where it stands ("model.ema"); down
+    to eight levels, for one may hold itself."""
+    if not isinstance(content, dict) or where.count(".") > 8:
         return
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if tensors and all(isinstance(key, str) for key in tensors):
         yield where, tensors
     for key, value in content.items():
-        yield from find_tensors(value, f"{where}.{key}".lstrip("."))
+        if isinstance(value, dict):
+            yield from find_tensors(value, f"{where}.{str(key)[:200]}".lstrip("."))
 
 
-def choose_tensors(
-    content: object, path: Path, meta: dict | None = None
-) -> tuple[dict[str, Tensor], dict]:
+def choose_tensors(content: object, path: Path, meta: dict) -> tuple[dict[str, Tensor], dict]:
     """The ViT in what a file holds, wherever it stands, and its metadata, with a note if there are
     several."""
     everything = {}
     for where, tensors in find_tensors(content):
+        check_size(tensors, path)
         everything |= by_network(where, tensors)
     if not everything and not isinstance(content, dict):
         raise ValueError(f"{path} holds no dictionary of tensors")
-    meta = dict(meta or {})
     networks = [where for where, tensors in everything.items() if any(map(TELLS.search, tensors))]
     if not networks:  # the largest one, for an error that names what it holds
         tensors = max(everything.values(), key=len, default={})
@@ -955,11 +999,15 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         patch = found["patch_embed.proj.weight"].shape[-1]
         grid = math.isqrt(tokens - 1)
     hidden = len(found["blocks.0.mlp.fc1.weight"])
-    blocks = {int(key.split(".")[1]) for key in found if key.startswith("blocks.")}
+    blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
+    depth = len(blocks)
+    odd = sorted(blocks - set(map(str, range(depth))))
+    if odd:
+        raise ValueError(f"it has {depth} blocks, which aren't numbered from 0 on: {some(odd)}")
     norm_pre = "norm_pre.weight" in found
     return Config(
         width=width,
-        depth=1 + max(blocks),
+        depth=depth,
         heads=heads or HEADS.get(width) or width // 64,
         patch=patch,
         image_size=patch * grid,
@@ -1096,8 +1144,12 @@ def choose_backbone(
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
-        norm = (meta["mean"], meta["std"])
-        backbone = Backbone("", Config(**meta["config"]), norm, meta.get("license", "not stated"))
+        norm = []
+        for name in ("mean", "std"):
+            values = read_norm({f"image_{name}": meta[name]})
+            norm.append(values[name])
+        license = str(meta.get("license", "not stated"))
+        backbone = Backbone("", Config(**meta["config"]), tuple(norm), license)
     else:
         width = found["pos_embed"].shape[-1] if "pos_embed" in found else 0
         known = read_beside(path, width) | given
@@ -1164,6 +1216,8 @@ def load(
         check_tensors(model.state_dict(), found, translated.names)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
     return model.eval(), backbone
 
@@ -1194,13 +1248,15 @@ def load_text(
         with torch.device("meta"):
             model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
         check_tensors(model.state_dict(), found, translated.names)
+        scale = None
+        for key, value in tensors.items():
+            if key.rpartition(".")[2] == "logit_scale":
+                scale = math.exp(value.item())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
-    scale = None
-    for key, value in tensors.items():
-        if key.rpartition(".")[2] == "logit_scale":
-            scale = math.exp(value.item())
     return model.eval(), scale
 
 

@@ -182,6 +182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ranges: False to ignore the header Range.
         cut: numbers of bytes after which the connection is closed, once for each.
         errors: statuses that are answered first.
+        answers: {path: function of this handler}, to answer anything else.
         seen: path and headers of each request.
     """
 
@@ -190,6 +191,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.seen.append((self.path, dict(self.headers)))
         if server.errors:
             self.send_error(server.errors.pop(0))
+        elif self.path in server.answers:
+            server.answers[self.path](self)
         elif self.path in server.redirects:
             self.redirect(server.redirects[self.path])
         elif self.path in server.files:
@@ -239,6 +242,7 @@ def serve():
     server.seen = []
     server.cut = []
     server.errors = []
+    server.answers = {}
     server.ranges = True
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -1,15 +1,22 @@
 """The real download code against a real HTTP server on loopback."""
 
+import gzip
 import hashlib
 import pickle
 import random
+import resource
 import signal
+import subprocess
+import sys
 import tarfile
+import threading
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import runner, serve, write_tiny
+import torch
+from conftest import ROOT, runner, serve, write_tiny
+from safetensors.torch import save as to_safetensors
 
 import data
 import train
@@ -17,6 +24,8 @@ import train
 BODY = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(BODY).hexdigest()
 RIGHT = ("sha256", SHA)
+WEIGHTS = to_safetensors({"weight": torch.arange(50_000.0)})
+WEIGHTS_SHA = hashlib.sha256(WEIGHTS).hexdigest()
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -131,6 +140,159 @@ def test_no_network(tmp_path):
         data.download(url, tmp_path / "f")
 
 
+def test_two_processes_at_once(server, tmp_path):
+    """Of two processes that want a file one fetches it, and the other waits and finds it."""
+    server.files["/f"] = BODY
+    server.cut = [100_000, 200_000]
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data
+print("ready", flush=True)
+sys.stdin.readline()
+path = pathlib.Path({str(tmp_path / "f")!r})
+data.download({server.url + "/f"!r}, path, checksum={RIGHT!r})
+print(data.file_hash(path, "sha256"))
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in both:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert out == f"{SHA}\n"
+    assert files_below(tmp_path) == [tmp_path / "f"]
+    assert len(server.seen) == 3  # one of them, cut twice
+
+
+# ------------------------------------------------------------------------- what isn't the file
+
+
+def answer(body, status=200, **headers):
+    """A function that answers so."""
+
+    def send(handler):
+        handler.send_response(status)
+        for key, value in headers.items():
+            handler.send_header(key.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+        handler.close_connection = True
+
+    return send
+
+
+PAGE = b"<!DOCTYPE html><title>Log in to the network</title>"
+POISON = {
+    "a page": answer(PAGE),
+    "nothing": answer(b""),
+    "204": answer(b"", status=204),
+    "cut without a length": answer(WEIGHTS[:-1000]),
+    "gzip": answer(gzip.compress(WEIGHTS), Content_Encoding="gzip"),
+    "a header alone": answer(WEIGHTS[:80]),
+    "another JSON": answer(b"{\0\0\0\0\0\0\0" + b'["data_offsets", 1, 2]' * 10),
+}
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_another_thing_is_not_kept(server, tmp_path, poison):
+    """Where no checksum is stated, what is no whole safetensors file isn't kept either."""
+    path = tmp_path / "model.safetensors"
+    server.answers["/w"] = POISON[poison]
+    with pytest.raises(
+        ValueError, match=r"and was removed; try again, or fetch http.* other means"
+    ):
+        data.download(f"{server.url}/w", path)
+    assert files_below(tmp_path) == []
+    del server.answers["/w"]
+    server.files["/w"] = WEIGHTS
+    data.download(f"{server.url}/w", path)
+    assert path.read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.txt.gz"])
+def test_a_page_is_no_vocabulary(server, tmp_path, name):
+    """A page in the place of a vocabulary isn't kept."""
+    server.answers["/v"] = answer(PAGE)
+    with pytest.raises(ValueError, match="isn't a .* and was removed"):
+        data.download(f"{server.url}/v", tmp_path / name)
+    assert files_below(tmp_path) == []
+
+
+def test_part_of_another_offset(server, tmp_path):
+    """A server that answers a range by another one isn't believed; the whole file is asked for."""
+    path = tmp_path / "model.safetensors"
+    path.with_name(f"{path.name}.part").write_bytes(WEIGHTS[:1000])
+
+    def other_part(handler):
+        if not handler.headers.get("Range"):
+            answer(WEIGHTS)(handler)
+        else:
+            answer(WEIGHTS[500:], 206, Content_Range=f"bytes 500-{len(WEIGHTS)}/9")(handler)
+
+    server.answers["/w"] = other_part
+    data.download(f"{server.url}/w", path)
+    assert path.read_bytes() == WEIGHTS
+
+
+def test_more_than_stated(server, tmp_path):
+    """A transfer ends where more arrives than the hub stated, not when the disk is full."""
+    sent = []
+
+    def endless(handler):
+        handler.send_response(200)
+        handler.send_header("X-Linked-Size", "1000")
+        handler.end_headers()
+        for _ in range(400):
+            handler.wfile.write(bytes(1 << 20))
+            sent.append(1)
+
+    server.answers["/w"] = endless
+    with pytest.raises(ValueError, match="arrived with more than the 1,000 bytes .* was removed"):
+        data.download(f"{server.url}/w", tmp_path / "model.safetensors")
+    assert len(sent) < 100
+    assert files_below(tmp_path) == []
+
+
+def test_drip(server, tmp_path, monkeypatch):
+    """A transfer of a few bytes a second is given up, though each of them comes in time."""
+    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    finished = threading.Event()
+
+    def drip(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        while not finished.wait(0.02):
+            handler.wfile.write(b"x")
+            handler.wfile.flush()
+
+    server.answers["/w"] = drip
+    try:
+        with pytest.raises(ValueError, match="too slow, .* bytes in 0 seconds; run again to go on"):
+            data.download(f"{server.url}/w", tmp_path / "w", tries=2)
+    finally:
+        finished.set()
+
+
+def test_full_disk(server, tmp_path):
+    """A full disk ends a download with a line that says so, and not after five more tries."""
+    server.files["/f"] = BODY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(
+            ValueError, match=r"can't write .*part \(File too large\); make room, or"
+        ):
+            data.download(f"{server.url}/f", tmp_path / "f")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert len(server.seen) == 1
+
+
 # ---------------------------------------------------------------------------------------- the hub
 
 NET = "/timm/net/resolve/main/model.safetensors"
@@ -146,19 +308,19 @@ def serve_as_hub(server, body, etag, path=NET, store=""):
 def test_hub_file(server, tmp_path, monkeypatch):
     """A file of the hub is kept in the cache and not asked for again."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    serve_as_hub(server, BODY, SHA)
+    serve_as_hub(server, WEIGHTS, WEIGHTS_SHA)
     path = data.hub_file("timm/net", "model.safetensors")
     assert path == tmp_path / "cache" / "timm" / "net" / "model.safetensors"
-    assert path.read_bytes() == BODY
+    assert path.read_bytes() == WEIGHTS
     requests = len(server.seen)
     assert data.hub_file("timm/net", "model.safetensors", offline=True) == path
     assert len(server.seen) == requests
 
 
 def test_hub_checksum(server, tmp_path, monkeypatch):
-    """A file that differs from the SHA-256 that the hub states is refused and removed."""
+    """A file that differs from the WEIGHTS_SHA-256 that the hub states is refused and removed."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    serve_as_hub(server, BODY[:-1] + b"?", SHA)
+    serve_as_hub(server, WEIGHTS[:-1] + b"?", WEIGHTS_SHA)
     with pytest.raises(ValueError, match="wrong sha256 and was removed"):
         data.hub_file("timm/net", "model.safetensors")
     assert files_below(tmp_path / "cache") == []
@@ -171,13 +333,56 @@ def test_token_goes_to_the_hub_alone(server, store, monkeypatch):
     """HF_TOKEN is sent to the hub and not to the host that it redirects to."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", "secret")
-    store.files["/store"] = BODY
-    serve_as_hub(server, BODY, SHA, store=store.url)
+    store.files["/store"] = WEIGHTS
+    serve_as_hub(server, WEIGHTS, WEIGHTS_SHA, store=store.url)
     data.hub_file("timm/net", "model.safetensors")
     _, to_hub = server.seen[0]
     _, to_store = store.seen[0]
     assert to_hub["Authorization"] == "Bearer secret"
     assert "Authorization" not in to_store
+
+
+def test_token_is_never_printed(server, monkeypatch):
+    """The line break after a token that came from a file is no part of it; another one is refused,
+    and no error shows the token."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    serve_as_hub(server, WEIGHTS, WEIGHTS_SHA)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\nhf_other")
+    with pytest.raises(ValueError, match="HF_TOKEN holds a space or another character") as caught:
+        data.hub_file("timm/net", "model.safetensors")
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
+    data.hub_file("timm/net", "model.safetensors")
+    _, headers = server.seen[0]
+    assert headers["Authorization"] == "Bearer hf_secret"
+
+
+@pytest.mark.parametrize("endpoint", ["file:///etc", "hub.example", "http://hub/\nX: y"])
+def test_endpoint(monkeypatch, endpoint):
+    """HF_ENDPOINT is an address of the web."""
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(ValueError, match="HF_ENDPOINT is no address like"):
+        data.hub_file("timm/net", "model.safetensors")
+
+
+def test_password_is_never_printed(server, tmp_path):
+    """A password in an address isn't shown."""
+    url = server.url.replace("//", "//me:secret@") + "/f"
+    with pytest.raises(ValueError, match="could not fetch http://127.*; run again") as caught:
+        data.download(url, tmp_path / "f", tries=1)
+    assert "secret" not in str(caught.value)
+
+
+def test_no_home(monkeypatch):
+    """Without a home folder an error names ADAPTERTUNE_CACHE."""
+    monkeypatch.delenv("ADAPTERTUNE_CACHE")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(data.Path, "home", no_home)
+    with pytest.raises(ValueError, match="no home folder to keep downloads in; set ADAPTERTUNE_C"):
+        data.hub_file("timm/net", "model.safetensors")
 
 
 def test_offline():

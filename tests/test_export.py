@@ -401,9 +401,9 @@ def test_names(run, tmp_path, options, name):
 
 
 def test_labels_are_a_line_each(tmp_path):
-    """Any class, in UTF-8; what would break the line becomes a space."""
+    """Any class, in UTF-8; what would break the line is replaced."""
     export.write_labels(["a b", "c\nd\u2028e\r", "ö"], tmp_path / "labels.txt")
-    assert (tmp_path / "labels.txt").read_bytes() == "a b\nc d e \nö\n".encode()
+    assert (tmp_path / "labels.txt").read_bytes() == "a b\nc�d�e�\nö\n".encode()
 
 
 @pytest.mark.parametrize("kind", ["float", "unit", "uint8"])

@@ -74,14 +74,15 @@ def test_imports_stand_at_the_top(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_optional_packages_only_in_functions(module):
-    """A module can be imported without them; everything else is imported at the top."""
+    """A module can be imported without them; everything else is imported at the top, but for
+    fcntl, which Windows lacks."""
     tree = parse(module)
     everywhere = imports_of(ast.walk(tree))
     top = imports_of(tree.body)
     inside = imports_of(in_functions(tree))
     assert not top & OPTIONAL
     assert inside <= OPTIONAL
-    assert everywhere == top | inside  # none in an if, a try or a class
+    assert everywhere - {"fcntl"} == top | inside  # none in an if, a try or a class
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -410,7 +410,7 @@ def test_a_damaged_configuration_is_named(run, tiny_weights, tmp_path):
     """A config.json that can't be read is one line of error, with --eval and for a new run."""
     run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
     (tmp_path / "runs/a/config.json").write_text("{ cut")
-    message = "error: no run in runs/a: runs/a/config.json is missing or damaged"
+    message = "error: runs/a/config.json is damaged (Expecting property name enclosed in double"
     assert run("--eval", "runs/a", status=2).startswith(message)
     assert run(*quick(tiny_weights, "--epochs", 1, "--name", "a"), status=1).startswith(message)
 
