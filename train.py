@@ -1687,6 +1687,7 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
             if archive.testzip():
                 raise ValueError("a checksum differs")
         saved = torch.load(path, map_location=run.device, weights_only=True)
+        vit.check_size(saved, path)
         fingerprint = saved.pop("fingerprint")
         saved.setdefault("first_epoch", 1)  # of before finished runs could go on
         weights = saved.pop("weights")
@@ -1711,14 +1712,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     settings = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, before in zip(optimizer.param_groups, settings, strict=True):
-        for name in ("betas", "eps", "weight_decay", "initial_lr"):
-            if group[name] != before[name]:
+        for name in before.keys() - {"params", "lr", "fused"}:  # another device's may be fused
+            if type(group[name]) is not type(before[name]) or group[name] != before[name]:
                 raise ValueError(f"the optimiser's {name} is {group[name]}")
         group["lr"] = float(group["lr"])
     for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            shape = () if name == "step" else parameter.shape
-            if value.shape != shape or not value.isfinite().all():
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        for name, shape in shapes.items():
+            if moments[name].shape != shape or not moments[name].isfinite().all():
                 raise ValueError(f"the optimiser's {name} has another shape, or isn't finite")
 
 

@@ -735,12 +735,34 @@ def check_archive(path: Path) -> None:
             raise ValueError(f"it is compressed, and unpacks to {unpacked:,} bytes")
 
 
-def check_size(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise a ValueError if tensors are much larger than their file, as views of a few numbers can
-    be. A tensor may stand there by several names."""
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def check_size(content: object, path: Path) -> None:
+    """Raise a ValueError if the tensors in a file are much larger than the file, as views of a few
+    numbers can be. A tensor may stand there by several names."""
+    total = 0
+    for _, value in walk(content, (dict, list, tuple)):
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
     if total > 4 * path.stat().st_size + 2**20:
         raise ValueError(f"{path} holds tensors of {total:,} bytes, far more than the file has")
+
+
+def walk(content: object, containers: tuple[type, ...]) -> Iterator[tuple[str, object]]:
+    """The containers and tensors in nested containers, in order, and where they stand
+    ("model.ema"); twenty levels down, and each container once, for one may hold itself."""
+    stack = [("", 0, content)]
+    seen = set()
+    while stack:
+        where, depth, value = stack.pop()
+        yield where, value
+        if not isinstance(value, containers) or depth == 20 or id(value) in seen:
+            continue
+        seen.add(id(value))
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        inside = []
+        for key, each in pairs:
+            if isinstance(each, (*containers, Tensor)):
+                inside.append((f"{where}.{str(key)[:200]}".lstrip("."), depth + 1, each))
+        stack += reversed(inside)
 
 
 def read_parts(index: Path) -> dict[str, Tensor]:
@@ -797,25 +819,22 @@ TELLS = re.compile("|".join(layout.tell for layout in (*LAYOUTS.values(), *TEXT_
 AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)")
 
 
-def find_tensors(content: object, where: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary of tensors in nested dictionaries, and where it stands ("model.ema"); down
-    to eight levels, for one may hold itself."""
-    if not isinstance(content, dict) or where.count(".") > 8:
-        return
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if tensors and all(isinstance(key, str) for key in tensors):
-        yield where, tensors
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from find_tensors(value, f"{where}.{str(key)[:200]}".lstrip("."))
+def find_tensors(content: object) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary of tensors in nested dictionaries, and where it stands ("model.ema")."""
+    for where, value in walk(content, (dict,)):
+        if not isinstance(value, dict):
+            continue
+        tensors = {key: each for key, each in value.items() if isinstance(each, Tensor)}
+        if tensors and all(isinstance(key, str) for key in tensors):
+            yield where, tensors
 
 
 def choose_tensors(content: object, path: Path, meta: dict) -> tuple[dict[str, Tensor], dict]:
     """The ViT in what a file holds, wherever it stands, and its metadata, with a note if there are
     several."""
     everything = {}
+    check_size(content, path)
     for where, tensors in find_tensors(content):
-        check_size(tensors, path)
         everything |= by_network(where, tensors)
     if not everything and not isinstance(content, dict):
         raise ValueError(f"{path} holds no dictionary of tensors")

@@ -113,8 +113,11 @@ def read_task(meta):
         "input": meta["input"],  # uint8 [B, H, W, 3]; unit, 0..1, or float, normalised [B, 3, S, S]
         "output": meta["output"],
     }
-    if not isinstance(task["classes"], list):
-        raise ValueError("classes are no list")
+    if not all(isinstance(name, str) for name in task["classes"]):
+        raise ValueError("classes are no list of names")
+    sizes = (1 <= task["image_size"] <= 10_000, 0.1 <= task["center"] <= 1)
+    if not all(sizes) or not 0 <= task["batch"] <= 10_000:
+        raise ValueError("the image size, the center or the batch can't be")
     if task["input"] not in ("float", "unit", "uint8"):
         raise ValueError(f"input {task['input']} is unknown")
     if task["output"] not in ("logits", "probabilities"):

@@ -1,0 +1,481 @@
+"""What must not hurt: kills, full disks, closed streams, hostile files, two processes at once.
+
+tests/kill_runs.py and tests/fuzz_readers.py do more of it, by hand."""
+
+import gzip
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fuzz_readers
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, runner
+from safetensors.torch import save_file
+
+import adaptertune
+import data
+import train
+import vit
+
+QUICK = ["--limit", "48", "--batch", "16", "--epochs", "1"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(capsys, place):
+    """A function that runs train.py's main."""
+    return runner(train.main, capsys)
+
+
+@pytest.fixture
+def finished(run, tiny_weights, place):
+    """The folder of a finished run."""
+    run("--weights", tiny_weights, *QUICK, "--name", "a")
+    return place / "runs" / "a"
+
+
+def program(*arguments, script="train.py", **more):
+    """A process of one of the programs."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes | more)
+
+
+# ----------------------------------------------------------------------------------------- kills
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The processes that are forked may use no pool of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def forked(text, place):
+    """Run lines of Python in a process of their own."""
+    code = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]\n{text}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=place, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_killed_at_any_write(tmp_path, tiny_weights):
+    """A run killed before, amid and after some of its writes ends as an undisturbed one, and leaves
+    the same files."""
+    out = forked(
+        f"""
+import pathlib, torch, kill_runs
+torch.set_num_threads(1)
+kill_runs.RUN += ["--weights", {str(tiny_weights)!r}]
+count, wrong = kill_runs.kill_at_points(pathlib.Path({str(tmp_path)!r}), step=17, first=8)
+print(count, wrong)
+""",
+        tmp_path,
+    )
+    count, _, wrong = out.splitlines()[-1].partition(" ")
+    assert int(count) >= 5
+    assert wrong == "[]"
+
+
+def test_state_goes_last(run, tiny_weights, place, monkeypatch):
+    """The state is there until all other files are: a run killed before still gets its curves."""
+    found = []
+
+    def conclude(run):
+        found.extend(sorted(path.name for path in run.folder.iterdir()))
+
+    monkeypatch.setattr(train, "conclude", conclude)
+    run("--weights", tiny_weights, *QUICK, "--name", "a")
+    assert {"adapters.safetensors", "result.json", "state.pt"} <= set(found)
+    assert not (place / "runs/a/state.pt").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{"])
+def test_emptied_config_is_named(run, tiny_weights, place, content):
+    """What an earlier version left half-written is an error that names the file."""
+    run("--weights", tiny_weights, *QUICK, "--name", "a")
+    (place / "runs/a/config.json").write_text(content)
+    for arguments in (["--eval", "runs/a"], ["--weights", tiny_weights, *QUICK, "--name", "a"]):
+        status = 2 if "--eval" in arguments else 1
+        error = run(*arguments, status=status)
+        assert re.fullmatch(r"error: runs/a/config.json is damaged \(.*\); restore it.*\n", error)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_export_leaves_nothing(finished, place, number):
+    """SIGTERM removes what export had begun; what SIGKILL left goes with the next export."""
+    before = sorted(path.name for path in finished.iterdir())
+    process = program("runs/a", script="export.py")
+    for line in process.stdout:
+        if line.startswith("check"):
+            break
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert sorted(path.name for path in finished.iterdir()) == before
+    process = program("runs/a", script="export.py")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    after = sorted(path.name for path in finished.iterdir())
+    assert after == sorted([*before, "labels.txt", "model.onnx"])
+
+
+# ------------------------------------------------------------------------- two processes at once
+
+
+def test_one_process_in_a_folder(run, tiny_weights, place):
+    """A second process that wants a run's folder is told so; the first one goes on."""
+    with data.locked(place / "runs/a", folder=True):
+        error = run("--weights", tiny_weights, *QUICK, "--name", "a", status=1)
+        assert error == "error: another process is at work in runs/a; wait for it\n"
+    assert "saved    runs/a" in run("--weights", tiny_weights, *QUICK, "--name", "a")
+
+
+def test_two_runs_of_one_name(tiny_weights, place):
+    """Of two processes that start the same run one trains it, the other says why it doesn't; or
+    finds it done."""
+    arguments = ["--weights", tiny_weights, *QUICK, "--name", "a"]
+    both = [program(*arguments) for _ in range(2)]
+    ends = [process.communicate(timeout=120) for process in both]
+    statuses = sorted(process.returncode for process in both)
+    assert statuses in ([0, 0], [0, 1])
+    for process, (_, error) in zip(both, ends, strict=True):
+        lines = error.splitlines()
+        assert len(lines) == (1 if process.returncode else 0), error
+    result = json.loads((place / "runs/a/result.json").read_text())
+    assert result["epochs"] == 1
+    assert not list((place / "runs/a").glob("*.part"))
+
+
+def test_a_failed_start_leaves_no_folder(run, tiny_weights, place):
+    """An error before the first epoch leaves nothing behind."""
+    run("--weights", tiny_weights, "--dataset", "cifar10", "--offline", status=1)
+    assert list(place.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def full_disk():
+    """A function that makes files longer than so many bytes fail, as a full disk does."""
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    yield limit
+    limit(resource.RLIM_INFINITY)
+
+
+def test_full_disk_is_one_line(run, tiny_weights, place, full_disk):
+    """A full disk ends a run with one line. Nothing is lost: it goes on from the last epoch."""
+    full_disk(10_000)  # config.json, metrics.csv and split.json go in, state.pt doesn't
+    arguments = ["--weights", tiny_weights, *QUICK, "--name", "a"]
+    error = run(*arguments, status=1)
+    assert re.fullmatch(r"error: can't write runs/a/\S+ \(File too large\); mend .* again\n", error)
+    assert not list((place / "runs/a").glob("*.part"))
+    full_disk(resource.RLIM_INFINITY)
+    run(*arguments, "--resume")
+    assert (place / "runs/a/adapters.safetensors").exists()
+
+
+def test_full_disk_keeps_the_old_file(tmp_path, full_disk):
+    """What couldn't be written leaves the earlier file as it was, and nothing beside it."""
+    path = tmp_path / "state.pt"
+    data.write_file(path, "old")
+    full_disk(1000)
+    with pytest.raises(ValueError, match=r"can't write .*state.pt \(File too large\)"):
+        data.write_file(path, bytes(2000))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["runs", "runs/a"])
+def test_a_file_in_the_way(run, tiny_weights, place, name):
+    """A file where a folder should be is found before the first epoch."""
+    path = place / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    error = run("--weights", tiny_weights, *QUICK, "--name", "a", status=1)
+    assert re.fullmatch(r"error: can't write to .* \(Not a directory\); change .*\n", error)
+    assert path.read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams(tiny_weights, place, closed):
+    """A run needs no terminal: with its streams closed it trains as ever, and its files hold what
+    they should."""
+    command = [sys.executable, str(ROOT / "train.py"), "--weights", str(tiny_weights), *QUICK]
+    text = " ".join(command) + f" --name a {closed}"
+    done = subprocess.run(["bash", "-c", text], cwd=place, check=False)
+    assert done.returncode == 0
+    adaptertune.read("runs/a/adapters.safetensors")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp932"])
+def test_help_on_any_terminal(place, encoding):
+    """--help is shown where a terminal lacks some of its characters."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    process = program("--help", env=environment, encoding=encoding)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "--rank" in out
+
+
+def test_names_do_not_steer_the_terminal(run, photos, tiny_weights, place):
+    """Control characters in names of classes and files are shown as a mark."""
+    (photos / "leaf").rename(photos / "le\x1b[31maf")
+    out = run("--dataset", photos, "--weights", tiny_weights, "--epochs", 1, "--class-weights")
+    assert "\x1b" not in out
+    card = next(place.glob("runs/*/README.md")).read_text()
+    assert "le\ufffd[31maf" in card
+    assert "\x1b" not in card
+
+
+# ------------------------------------------------------------------------------------ usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--eval", ""], ["--eval="], ["--weights", ""], ["--name", ""], ["--predict", "runs/a", ""]],
+    ids=" ".join,
+)
+def test_empty_arguments(run, arguments):
+    """A variable that isn't set isn't taken for an option that isn't given."""
+    error = run(*arguments, status=2)
+    assert error.startswith("error: an argument is empty (")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--blocks", "first0"],
+        ["--blocks", "last0"],
+        ["--blocks", "first300000000"],
+        ["--image-size", "100000"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_without_measure(run, arguments):
+    """What would take all memory, or mean something else, is refused as it is read."""
+    assert re.match("error: argument --", run(*arguments, status=2))
+
+
+def test_out_of_memory_is_one_line(run, tiny_weights, monkeypatch):
+    """What torch says of a CPU's memory becomes one line."""
+
+    def no_memory(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 4 bytes")
+
+    monkeypatch.setattr(train, "take_step", no_memory)
+    error = run("--weights", tiny_weights, *QUICK, status=1)
+    assert error == "error: not enough memory; give a smaller --batch or --image-size\n"
+
+
+# -------------------------------------------------------------------------------- hostile files
+
+
+def test_an_object_array_is_refused(tmp_path):
+    """A pickle makes no array but of bytes: not of objects, whose addresses it could choose."""
+    path = tmp_path / "batch"
+    path.write_bytes(pickle.dumps({b"data": np.array([1, None], dtype=object)}, protocol=3))
+    with pytest.raises(ValueError, match="was refused: an array of something else than bytes"):
+        data.unpickle(path)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {b"fine_labels": [0]},
+        {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [2]},
+        {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [0, 1]},
+        {b"data": np.zeros((1, 9), np.uint8), b"fine_labels": [0]},
+        {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [None]},
+        [],
+    ],
+    ids=["no images", "label 2 of 2", "two labels", "9 bytes", "no number", "a list"],
+)
+def test_a_damaged_batch(tmp_path, batch):
+    """Images and labels that don't fit are one line, which says what to delete."""
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"a", b"b"]}, protocol=3))
+    for name in ("train", "test"):
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=3))
+    with pytest.raises(
+        ValueError, match="train (was refused|holds no images).*; delete its folder"
+    ):
+        data.read("cifar100", str(tmp_path))
+
+
+def test_a_file_that_holds_itself(tmp_path):
+    """A dictionary in a .pth that contains itself is read once."""
+    content = {"x": torch.zeros(2)}
+    content["again"] = content
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="not a ViT in a known layout .* begin with x"):
+        vit.load(tmp_path / "w.pth")
+
+
+def test_blocks_without_number(tiny_weights, tmp_path):
+    """A tensor of block 300,000,000 doesn't make a network of so many."""
+    tensors, _ = vit.read_tensors(tiny_weights)
+    tensors["blocks.300000000.norm1.weight"] = torch.ones(32)
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="3 blocks, which aren't numbered from 0 on: 300000000"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+
+
+def test_views_of_one_number(tmp_path):
+    """A small file whose tensors would fill the memory is refused by its size."""
+    torch.save({"cls_token": torch.zeros(1).expand(10**12)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="holds tensors of 4,000,000,000,000 bytes, far more than"):
+        vit.load(tmp_path / "w.pth")
+
+
+def test_a_compressed_archive(tmp_path):
+    """A zip archive that unpacks to a hundred times its size isn't unpacked."""
+    import zipfile
+
+    path = tmp_path / "w.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(200_000_000))
+    with pytest.raises(ValueError, match="it is compressed, and unpacks to 200,000,000 bytes"):
+        vit.load(path)
+
+
+def test_a_compressed_vocabulary(tmp_path):
+    """A gzip file of zeros is no vocabulary, and isn't unpacked to its end."""
+    path = tmp_path / "v.txt.gz"
+    path.write_bytes(gzip.compress(bytes(10**9), 1))
+    started = time.process_time()
+    with pytest.raises(ValueError, match="not a CLIP vocabulary"):
+        vit.Tokenizer(path)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("name", ["x.png", "w.pth", "v.txt"])
+def test_pipes_are_not_waited_for(tmp_path, name):
+    """A pipe by the name of a photo, of weights or a vocabulary is refused at once."""
+    path = tmp_path / name
+    os.mkfifo(path)
+    readers = {"x.png": lambda: data.open_photo(path, 32), "w.pth": lambda: vit.load(path)}
+    with pytest.raises(ValueError, match="pipe|no weights|not a CLIP vocabulary"):
+        readers.get(name, lambda: vit.Tokenizer(path))()
+
+
+def test_an_eps_is_not_run(tmp_path):
+    """PostScript named .png isn't handed to Ghostscript."""
+    pytest.importorskip("PIL")
+    (tmp_path / "cat.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with pytest.raises(ValueError, match="can't read .* as an image"):
+        data.read_photo(tmp_path / "cat.png", 32)
+
+
+# --------------------------------------------------------------------------- a stranger's run
+
+
+def edit(path, **changes):
+    """Change values of a file of JSON."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"batch": "many"}),
+        ("config.json", {"rank": -1}),
+        ("config.json", {"seeds": [None]}),
+        ("config.json", {"blocks": [[1]]}),
+        ("config.json", {"dataset": 5}),
+        ("split.json", {"train": "abc"}),
+        ("split.json", {"checksums": [1]}),
+        ("split.json", {"classes": [["a"]]}),
+    ],
+    ids=str,
+)
+def test_wrong_types(run, finished, file, changes):
+    """A value of another type in a run's files is one line that names file and value."""
+    edit(finished / file, **changes)
+    error = run("--eval", "runs/a", status=2 if file == "config.json" else 1)
+    key = next(iter(changes))
+    assert re.fullmatch(rf"error: runs/a/{file} is damaged \({key} is .*\n", error)
+
+
+def test_wrong_types_in_adapters(run, finished):
+    """The same of the metadata in the adapters' file."""
+    path = finished / "adapters.safetensors"
+    tensors, meta = adaptertune.read(path)
+    save_file(tensors, path, {"adaptertune": json.dumps(meta | {"classes": [1, 2]})})
+    error = run("--predict", "runs/a", "x.png", status=1)
+    assert re.fullmatch(r"error: runs/a/adapters.safetensors is damaged .*classes is .*\n", error)
+
+
+def test_nothing_is_written_elsewhere(run, finished, place, server, monkeypatch):
+    """Another one's run doesn't decide where a data set is downloaded to."""
+    elsewhere = place / "elsewhere" / "data"
+    edit(finished / "config.json", dataset="cifar10", data_dir=str(elsewhere))
+    monkeypatch.setattr(data, "CIFAR", f"{server.url}/")
+    run("--eval", "runs/a", status=1)
+    assert not elsewhere.parent.exists()
+
+
+def test_a_name_stays_below_runs(run, tiny_weights, place):
+    """A data set's name in another one's result isn't a path."""
+    for seed in (0, 1):
+        name = f"digits-adaptertune-r8-n48-s{seed}"
+        run("--weights", tiny_weights, *QUICK, "--seed", seed)
+        edit(place / "runs" / name / "result.json", dataset="../../x")
+    run("--weights", tiny_weights, *QUICK, "--seeds", "0,1")
+    assert [path.name for path in place.iterdir()] == ["runs"]
+    assert list(place.glob("runs/*comparison.csv"))
+
+
+# ------------------------------------------------------------------------------------- every file
+
+
+@pytest.mark.parametrize("name", fuzz_readers.READERS)
+def test_damaged_files(name, damaged_folder, monkeypatch):
+    """Ten damaged files of each kind: a result, or one line of error."""
+    if name in ("predict", "graph") or name.startswith("photo"):
+        pytest.importorskip("PIL")
+    monkeypatch.chdir(damaged_folder)
+    assert fuzz_readers.fuzz(name, damaged_folder, 10) == []
+
+
+@pytest.fixture(scope="module")
+def damaged_folder(tmp_path_factory, one_thread):
+    """The honest files that are damaged."""
+    folder = tmp_path_factory.mktemp("fuzz") / "work"
+    folder.mkdir()
+    before = Path.cwd()
+    os.chdir(folder)
+    fuzz_readers.make_files(folder)
+    os.chdir(before)
+    return folder
