@@ -33,7 +33,8 @@ import torch
 import data
 import train
 
-RUN = ["--limit", "48", "--batch", "8", "--epochs", "3", "--method", "adaptformer", "--name", "x"]
+RUN = ["--limit", "48", "--batch", "8", "--epochs", "3", "--method", "adaptformer", "--rank", "8"]
+RUN += ["--name", "x"]
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 TIMES = {"img/s", "elapsed", "left", "seconds"}
 
