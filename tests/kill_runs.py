@@ -29,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch._dynamo  # what an optimiser imports: once, here
 
 import data
 import train
