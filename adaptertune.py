@@ -597,14 +597,13 @@ def maybe(kind: Callable) -> Callable:
     return lambda value: value is None or kind(value)
 
 
-def several(kind: Callable) -> Callable:
-    """A list of them."""
-    return lambda value: isinstance(value, list) and all(map(kind, value))
+def several(kind: Callable, least: int = 0, most: int = 10**9) -> Callable:
+    """A list of so many of them."""
 
+    def allows(value: object) -> bool:
+        return isinstance(value, list) and least <= len(value) <= most and all(map(kind, value))
 
-def three(kind: Callable) -> Callable:
-    """A list of three, one for each channel."""
-    return lambda value: isinstance(value, list) and len(value) == 3 and all(map(kind, value))
+    return allows
 
 
 def by_name(kind: Callable) -> Callable:
@@ -634,14 +633,14 @@ META = {
     "fingerprint": text,
     "config": by_name(lambda value: isinstance(value, bool | int | float | str)),  # of vit.Config
     "image_size": whole(1, 10_000),
-    "mean": three(real(0, 1)),
-    "std": three(real(0.001, 1)),
+    "mean": several(real(0, 1), 3, 3),
+    "std": several(real(0.001, 1), 3, 3),
     "heads": whole(1, 10_000),
     "mlp_act": choice(("gelu", "quick_gelu")),
     "interpolation": text,
     "center": real(0.1, 1),
     "dataset": text,
-    "classes": several(text),
+    "classes": several(text, 1),
     "classifier": text,
     "seed": whole(0),
     "limit": whole(0),

@@ -1217,7 +1217,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     table = {
         "method": adaptertune.choice(tuple(adaptertune.METHODS)),
-        "seeds": adaptertune.several(adaptertune.whole(0)),
+        "seeds": adaptertune.several(adaptertune.whole(0), least=1),
         "auto": adaptertune.several(adaptertune.choice(tuple(AUTO))),
         "epochs": adaptertune.whole(0),
     }
@@ -1238,20 +1238,20 @@ def read_config(folder: Path) -> dict:
 
 def can_be(action: argparse.Action, value: object) -> bool:
     """Whether an option can have a value: it is what comes out when its text is read."""
+    if isinstance(value, bool) or action.nargs == 0:
+        return isinstance(value, bool | None) and action.nargs == 0
     if value is None or value == action.default:
-        return True
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    if isinstance(value, bool) or (isinstance(value, list) and action.dest == "init"):
-        return False
+        return value == action.default or [value] == action.default
     if action.choices:
-        return value in action.choices
+        return value in list(action.choices)
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
         found = action.type(text)
     except (ValueError, argparse.ArgumentTypeError):
         return False
-    return value == found or [value] == found
+    if action.dest in GRID and action.dest != "blocks":  # several on the command line, one in a run
+        return [value] == found
+    return value == found
 
 
 def read_result(folder: Path) -> dict:
@@ -1269,7 +1269,8 @@ def read_split(path: Path) -> dict:
     names = adaptertune.several(adaptertune.text)
     parts = {"train": names, "val": names, "test": names}
     more = {"classes": names, "checksums": adaptertune.by_name(adaptertune.text)}
-    return read_json(path, parts | more, tuple(parts))
+    found = read_json(path, parts | more, tuple(parts))
+    return {name: found[name] for name in (*parts, *more) if name in found}
 
 
 def kept_options(options: argparse.Namespace, seed: int) -> dict:

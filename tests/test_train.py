@@ -1065,8 +1065,9 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
     whole = path.read_bytes()
 
     def assert_refused():
-        message = "error: runs/a/state.pt is damaged; delete that folder and train again"
-        assert run(*command, "--resume", status=1).startswith(message)
+        error = run(*command, "--resume", status=1)
+        message = r"error: runs/a/state.pt is damaged \(.*\); delete that folder and train again\n"
+        assert re.fullmatch(message, error)
 
     saved = torch.load(path, weights_only=True)
     weights = saved["weights"]["blocks.1.adapter.down.weight"].numpy().tobytes()
