@@ -752,18 +752,26 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
     """Put what to check with into the place of the run's data: --check's photos, the run's own test
     images, or noise. The data set's name becomes what the check line calls them."""
     if options.check:
-        run.dataset = read_photos(run, Path(options.check), options.images)
+        halves = 2 if options.precision == "int8" or options.hub else 1
+        count = 1000 if options.images is None else options.images
+        run.dataset = read_photos(run, Path(options.check), halves * count)
+        images = run.dataset.test
+        if halves == 2 and len(images) > 1:  # what calibrates int8 doesn't check it
+            run.dataset.train = images[torch.arange(0, len(images), 2)]
+            run.dataset.test = images[torch.arange(1, len(images), 2)]
     elif run.dataset is None:
         run.dataset = noise(run)
     else:
         run.dataset.name = "test images"
 
 
-def read_photos(run: train.Run, folder: Path, count: int | None) -> data.Dataset:
-    """`count` photos of a folder and its sub-folders (None: 1,000, 0: all), evenly over all of
-    them. The label is that of the nearest folder that is named like a class, else -1."""
+def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
+    """`count` photos of a folder and its sub-folders (0: all), evenly over all of them.
+
+    The label is that of the nearest folder that is named like a class, else -1.
+    """
     paths = data.find_photos([folder])
-    count = min(1000 if count is None else count or len(paths), len(paths))
+    count = min(count or len(paths), len(paths))
     index = np.linspace(0, len(paths) - 1, count).astype(int)
     paths = [paths[i] for i in index]
     classes = run.meta["classes"]
@@ -1347,7 +1355,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.switch("--swappable", "one backbone.onnx for all tasks, one .onnx_adapter for each")
     add("--hub", "FOLDER", str, "write what transformers.js and optimum-onnx load", "")
     parser.section("check")
-    photos = "photos to check with, in folders named after classes or not (the run's test images)"
+    photos = "photos to check with, in folders named after classes or not; every second one "
+    photos += "calibrates int8 (the run's test images)"
     add("--check", "FOLDER", str, photos, "")
     count = "images to check with, 0 for all (64; 1,000 for fp16 and int8)"
     add("--images", "N", train.integer(0), count, None)

@@ -191,8 +191,9 @@ def check_labels(out, expected, tolerance=0.001):
         shown = []
         rest = dict(probabilities)
         for text in labels:
-            name, _, number = text.rpartition(" ")
-            shown.append(float(number))
+            name, percent, sign = text.rsplit(" ", 2)
+            assert sign == "%"
+            shown.append(float(percent) / 100)
             assert abs(shown[-1] - probabilities[name]) < tolerance, line
             assert probabilities[name] > max(rest.values()) - tolerance, line
             del rest[name]

@@ -113,7 +113,8 @@ def read_task(meta):
         "input": meta["input"],  # uint8 [B, H, W, 3]; unit, 0..1, or float, normalised [B, 3, S, S]
         "output": meta["output"],
     }
-    if not all(isinstance(name, str) for name in task["classes"]):
+    names = task["classes"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("classes are no list of names")
     sizes = (1 <= task["image_size"] <= 10_000, 0.1 <= task["center"] <= 1)
     if not all(sizes) or not 0 <= task["batch"] <= 10_000:
@@ -215,7 +216,7 @@ def label(photo, session, task, options):
         scores = np.exp(scores - scores.max())
         scores /= scores.sum()
     best = np.argsort(-scores)[:3]
-    return "  ".join(f"{classes[i]} {scores[i]:.3f}" for i in best)
+    return "  ".join(f"{classes[i]} {100 * scores[i]:.1f} %" for i in best)
 
 
 def main():
