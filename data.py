@@ -415,7 +415,7 @@ def read_batch(path: Path, key: str, classes: int) -> Images:
     """A CIFAR pickle's images, with the labels that it has under `key`.
 
     Raises:
-        ValueError: as `unpickle`; it has other things there.
+        ValueError: as `unpickle`; or they aren't images with labels.
     """
     batch = unpickle(path)
     pixels = batch.get(b"data")
@@ -975,55 +975,68 @@ class Batches:
 # ----------------------------------------------------------------------------------------- files
 
 
-def lock(path: Path, *, folder: bool = False, wait: bool = True) -> int:
-    """Open a file or a folder, which is made if it isn't there, for this process alone.
-
-    The system lets go of it when it is closed or the process ends, however it does.
+@contextlib.contextmanager
+def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[int]:
+    """Hold a file or a folder, which is made if it isn't there, for this process alone while the
+    block runs. The system lets go of it however the process ends.
 
     Args:
         wait: for a process that has it; else that is an error.
 
-    Returns:
-        What os.close takes.
+    Yields:
+        Its file descriptor; -1 on Windows, where nothing is held.
 
     Raises:
         ValueError: another process has it.
     """
-    flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT
-    while True:
-        if folder:
-            path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, flags, 0o666)
+    handle = -1
+    while handle < 0:
+        # Lock what is there now, and see whether it is still there: who had it before may have
+        # moved or removed it.
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if not wait:
+            if folder:
+                path.mkdir(parents=True, exist_ok=True)
+            else:
+                path.touch()
+            if fcntl is None:
+                break
+            handle = os.open(path, os.O_RDONLY)
+            take_lock(handle, path, wait)
+            if not is_same(handle, path):
                 os.close(handle)
-                raise ValueError(f"another process is at work in {path}; wait for it") from error
-            print(f"waiting for another process that writes {path}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            return handle
-        # Who had it before may have moved or removed it, and another one is in its place.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold a file or a folder (see `lock`) for as long as the block runs."""
-    if fcntl is None:
-        if folder:
-            path.mkdir(parents=True, exist_ok=True)
-        yield
-        return
-    handle = lock(path, folder=folder, wait=wait)
+                handle = -1
+        except FileNotFoundError:  # removed between two of these steps
+            continue
+        except BaseException:
+            if handle >= 0:
+                os.close(handle)
+            raise
     try:
-        yield
+        yield handle
     finally:
-        os.close(handle)
+        if handle >= 0:
+            os.close(handle)
+
+
+def take_lock(handle: int, path: Path, wait: bool) -> None:
+    """Lock an opened file or folder; on a file system without locks do nothing."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        if not wait:
+            raise ValueError(f"another process is at work in {path}; wait for it") from error
+        print(f"waiting for another process that writes {path}", file=sys.stderr)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return
+
+
+def is_same(handle: int, path: Path) -> bool:
+    """Whether what was opened is still what stands at the path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -1039,16 +1052,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     part = path.with_name(path.name + ".part")
     try:
+        remove_link(part)
         with locked(part):
             try:
                 with part.open("wb") as file:
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(part, path)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
+            os.replace(part, path)  # from here on another process may have a new part
         flush(path.parent)
     except (OSError, RuntimeError) as error:
         # torch.save has a RuntimeError for what the system said.
@@ -1058,6 +1072,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise ValueError(
             f"can't write {path} ({reason.strerror}); mend that and run it again"
         ) from error
+
+
+def remove_link(path: Path) -> None:
+    """Remove a symbolic link: in a folder of another one's it may lead anywhere."""
+    if path.is_symlink():
+        path.unlink()
 
 
 def flush(path: Path) -> None:
@@ -1081,7 +1101,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 def empty_folder(path: Path) -> Iterator[Path]:
     """A folder for this process alone while the block runs, removed in the end. What a killed
     process left in it goes first."""
-    with locked(path, folder=True):
+    remove_link(path)
+    with locked(path, folder=True) as handle:
         for inside in path.iterdir():
             if inside.is_dir() and not inside.is_symlink():
                 shutil.rmtree(inside)
@@ -1090,11 +1111,13 @@ def empty_folder(path: Path) -> Iterator[Path]:
         try:
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            # Not what another process made there after the block had moved this one.
+            if handle < 0 or is_same(handle, path):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-# Control characters, which a terminal obeys and XML doesn't allow.
 NEW_LINE = "\r\x1b[K"  # what a terminal obeys to write a line anew
+# Control characters, which a terminal obeys and XML doesn't allow.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -1115,11 +1138,22 @@ def progress(what: str, done: int, total: int, started: float, first: int = 0) -
     """
     if not sys.stderr.isatty():
         return
-    text = ""
+    wipe_progress()
     if done < total:
         left = (time.perf_counter() - started) * (total - done) / max(1, done - first)
-        text = f"{what} {done:,} of {total:,}, {left:.0f} s left"
-    print(f"{NEW_LINE}{printable(text)}", end="", file=sys.stderr, flush=True)
+        text = printable(f"{what} {done:,} of {total:,}, {left:.0f} s left")
+        print(text, end="", file=sys.stderr, flush=True)
+        progress_lines.append(text)
+
+
+progress_lines: list[str] = []  # the one that stands on the terminal, if any
+
+
+def wipe_progress() -> None:
+    """Remove the progress line, before anything else is printed."""
+    if progress_lines:
+        progress_lines.clear()
+        print(NEW_LINE, end="", file=sys.stderr, flush=True)
 
 
 def file_hash(path: Path, kind: str) -> str:
@@ -1195,36 +1229,38 @@ def download(
         checksum: kind and hexadecimal digest, instead of what the server states.
 
     Raises:
-        ValueError: not found, no network, a wrong checksum, or another thing than such a file; says
-            how to supply the file by hand.
+        ValueError: not found, no network, a wrong checksum or another kind of file; says how to
+            supply the file by hand.
+        OSError: the folder can't be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     by_hand = f"fetch {without_password(url)} by other means and put it at {path}"
     if path.suffix not in (".gz", ".txt"):
         by_hand += " or give it by --weights"
+    remove_link(part)
     with locked(part):
+        if path.exists():  # another process has fetched it meanwhile
+            part.unlink(missing_ok=True)
+            return
         try:
-            if path.exists():  # another process has fetched it meanwhile
-                return
             fetch(url, part, checksum, token, tries)
             check_content(part, path.name)
-            flush(part)
-            os.replace(part, path)
         except DownloadError as error:
             part.unlink()
             reason = f"{without_password(url)} {error} and was removed; try again"
             raise ValueError(f"{reason}, or {by_hand}") from error
         except ValueError as error:
-            raise ValueError(f"{error}{by_hand}") from error
-        finally:
-            if part.exists() and not part.stat().st_size:
+            if not part.stat().st_size:
                 part.unlink()
+            raise ValueError(f"{error}; or {by_hand}") from error
+        flush(part)
+        os.replace(part, path)
     flush(path.parent)
 
 
 class DownloadError(ValueError):
-    """Something else arrived than what was asked for."""
+    """What arrived isn't what was asked for."""
 
 
 def without_password(url: str) -> str:
@@ -1236,8 +1272,8 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
     """Requests until `part` is whole (see `download`).
 
     Raises:
-        DownloadError: it is, but isn't what was asked for.
-        ValueError: it couldn't be fetched; the text is for something to follow.
+        DownloadError: what arrived isn't what was asked for.
+        ValueError: it couldn't be fetched.
     """
     shown = without_password(url)
     reason = ""
@@ -1245,20 +1281,18 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         if attempt:
             time.sleep(0.2 * 2**attempt)
         try:
-            size, stated = _fetch(url, part, token)
+            size, stated = request_rest(url, part, token)
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.reason}"
             if error.code == 416:  # the part is as long as the file, or longer: once more
                 os.truncate(part, 0)
             elif error.code < 500:
-                hint = "; a private file needs HF_TOKEN" if error.code in (401, 403) else ""
-                raise ValueError(f"{shown} answered {reason}{hint}; ") from error
+                hint = "; set HF_TOKEN for a private file" if error.code in (401, 403) else ""
+                raise ValueError(f"{shown} answered {reason}{hint}") from error
             continue
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ValueError(
-                    f"can't write {part} ({error.strerror}); make room, or "
-                ) from error
+                raise ValueError(f"can't write {part} ({error.strerror}); make room") from error
             reason = str(getattr(error, "reason", error) or type(error).__name__)
             continue
         have = part.stat().st_size
@@ -1269,7 +1303,7 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         if digest and file_hash(part, kind) != digest:
             raise DownloadError(f"arrived with a wrong {kind}")
         return
-    raise ValueError(f"could not fetch {shown}: {reason}; run again to go on, or ")
+    raise ValueError(f"could not fetch {shown}: {reason}; run again to go on")
 
 
 def check_content(path: Path, name: str) -> None:
@@ -1311,8 +1345,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
-    """One request that appends to `part`.
+def request_rest(url: str, part: Path, token: str) -> tuple[int, str]:
+    """One request for what `part` lacks, which is appended to it.
 
     Returns:
         The file's whole size and SHA-256 as stated (0 and "" if they aren't).
@@ -1343,6 +1377,7 @@ def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
         etag = headers.get("x-linked-etag") or headers.get("etag") or ""
         etag = etag.removeprefix("W/").strip('"').lower()
         what = f"fetching {part.name.removesuffix('.part')}, MB"
+        first = have >> 20
         started = time.perf_counter()
         moment = started
         arrived = 0
@@ -1361,7 +1396,7 @@ def _fetch(url: str, part: Path, token: str) -> tuple[int, str]:
                         raise OSError(f"too slow, {arrived:,} bytes in {now - moment:.0f} seconds")
                     moment = now
                     arrived = 0
-                progress(what, have >> 20, size >> 20, started)
+                progress(what, have >> 20, size >> 20, started, first)
     return size, etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
 
 

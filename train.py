@@ -84,9 +84,18 @@ NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "made")
 PATHS = ("dataset", "weights", "text_weights", "vocab")  # options that may name files
 AUTO = {"epochs": 0, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
 # What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
-MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit", "shots")
-MAY_CHANGE += ("lr", "head_lr", "init")
-MAY_DIFFER = (
+EVAL_MAY_CHANGE = (
+    "dataset",
+    "center",
+    "backbone",
+    "license",
+    "fingerprint",
+    "seed",
+    "limit",
+    "shots",
+)
+EVAL_MAY_CHANGE += ("lr", "head_lr", "init")
+RESUME_MAY_CHANGE = (
     "data_dir",
     "offline",
     "device",
@@ -473,6 +482,8 @@ def fill_in(options: argparse.Namespace) -> None:
     # CLIP's tower is frozen and has no adapters inside, so its features never change.
     clip = options.method in adaptertune.CLIP_METHODS
     options.cached = clip or (options.cached and options.method == "head")
+    if options.method == "zero-shot":  # it has none
+        options.epochs = 0
     if not options.backbone and not options.weights:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
     if options.label_smoothing is None:
@@ -629,9 +640,10 @@ class Run:
         network = self.model.features
         # Compiled for full batches of training alone: what is evaluated is the plain network, and a
         # smaller last batch isn't worth a compilation.
-        if self.options.compile and training and len(images) == self.batches.share:
-            network = self.compiled
+        compiled = self.options.compile and training and len(images) == self.batches.share
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and training):
+            if compiled:  # in here, since it is compared as it will be used
+                network = self.compiled
             features = network(images)
         return self.model.head(features.float())
 
@@ -782,12 +794,16 @@ def be_repeatable(bitwise: bool = True) -> None:
     # torch asks for this variable once, at the first product. Left set, it is parsed at every
     # product, which takes as long as the rest of a small network's step. So: set it, multiply once,
     # unset it. What it prevents, one handle of cuBLAS on several streams, doesn't happen here.
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    variable = "CUBLAS_WORKSPACE_CONFIG"
+    before = os.environ.get(variable)
+    os.environ[variable] = ":4096:8"
     try:
         torch.ones(1, 1, device="cuda").mm(torch.ones(1, 1, device="cuda"))
     except RuntimeError:  # someone's program multiplied before, so it is too late to ask
         torch.use_deterministic_algorithms(False)
-    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    del os.environ[variable]
+    if before is not None:
+        os.environ[variable] = before
 
 
 def check_compiler(device: torch.device) -> None:
@@ -919,15 +935,17 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
 
 
-def split_dataset(dataset: data.Dataset, options: argparse.Namespace, seed: int) -> data.Dataset:
-    """Split as the run's split.json says, if there is a run; else by the seed.
+def split_dataset(
+    dataset: data.Dataset, options: argparse.Namespace, seed: int, folder: Path
+) -> data.Dataset:
+    """Split as the split.json in the run's folder says, if there is a run; else by the seed.
 
     So photos that come or go don't move a split, and a class keeps its number.
 
     Raises:
         ValueError: a run that was stopped lacks photos; or the classes aren't the run's.
     """
-    path = run_folder(options, seed) / "split.json"
+    path = folder / "split.json"
     listed = read_split(path) if path.exists() else {}
     if not listed and (options.eval or path.with_name("state.pt").exists()):
         raise ValueError(
@@ -995,10 +1013,14 @@ def take_as_test(
     return replace(dataset, test=test[torch.tensor(new)])
 
 
-def prepare(options: argparse.Namespace, seed: int) -> Run:
-    """Load everything, so that errors surface before the run's folder is made."""
+def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) -> Run:
+    """Load everything that a run needs, before anything is written.
+
+    Args:
+        folder: the run's; by its options if left out.
+    """
+    folder = folder or run_folder(options, seed)
     data.check_name(options.dataset)  # before a backbone is downloaded
-    run_folder(options, seed)
     compiled = options.compile and not options.eval and not options.cached
     device = choose_device(options.device, repeatable=not compiled)
     if compiled:
@@ -1012,12 +1034,11 @@ def prepare(options: argparse.Namespace, seed: int) -> Run:
     dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
     if not rank:
         wait_for_all()
-    dataset = split_dataset(dataset, options, seed)
+    dataset = split_dataset(dataset, options, seed, folder)
     if not options.eval:
         data.check_split(dataset)
     options = argparse.Namespace(**vars(options))  # of this run alone
     fit_to_data(options, dataset)
-    folder = run_folder(options, seed)
     if "amp" in options.auto:
         bf16 = any_process(choose_amp(folder, device) == "bf16")  # the same for all
         options.amp = "bf16" if bf16 else "off"
@@ -1145,7 +1166,7 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
         more = key == "epochs" and options.resume and value > saved.get(key, value)
         if more and not is_unfinished(folder):  # a finished run goes on
             continue
-        if key in MAY_DIFFER or auto or new:
+        if key in RESUME_MAY_CHANGE or auto or new:
             continue
         if key in PATHS:  # earlier runs kept them as they were typed
             saved[key] = absolute(saved.get(key, ""))
@@ -1158,14 +1179,17 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
 
 def check_writable(folder: Path) -> None:
     """Raise a ValueError if files can't be written to a folder, made or not yet made."""
-    while not folder.exists():
-        folder = folder.parent
+    place = folder
+    while not place.exists():
+        place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=place):
             pass
+    except FileNotFoundError:  # another process has removed it, as it was empty
+        check_writable(folder)
     except OSError as error:
         raise ValueError(
-            f"can't write to {folder.resolve()} ({error.strerror}); change to another folder"
+            f"can't write to {place.resolve()} ({error.strerror}); change to another folder"
         ) from error
 
 
@@ -1189,7 +1213,11 @@ def at_work(folder: Path) -> Iterator[None]:
 
 
 def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
-    """A run's file of JSON: see adaptertune.check_types.
+    """A run's file of JSON.
+
+    Args:
+        table: what the values of its keys may be (see adaptertune.check_types).
+        required: keys that it must have.
 
     Raises:
         ValueError: it is missing or damaged, or a value can't be.
@@ -1199,7 +1227,7 @@ def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -
         adaptertune.check_types(content, table, required)
     except OSError as error:
         raise ValueError(
-            f"no run in {path.parent}: {path} is missing ({error.strerror})"
+            f"no run in {path.parent}: {path} can't be read ({error.strerror})"
         ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -1225,7 +1253,7 @@ def read_config(folder: Path) -> dict:
     options = {name: saved[name] for name in table if name in saved}
     for action in make_parser()._actions:
         name = action.dest
-        if name not in saved or name in options:
+        if name not in saved or name in options or name in NOT_KEPT:
             continue
         if not can_be(action, saved[name]):
             raise ValueError(
@@ -1240,8 +1268,10 @@ def can_be(action: argparse.Action, value: object) -> bool:
     """Whether an option can have a value: it is what comes out when its text is read."""
     if isinstance(value, bool) or action.nargs == 0:
         return isinstance(value, bool | None) and action.nargs == 0
-    if value is None or value == action.default:
-        return value == action.default or [value] == action.default
+    if value == action.default or [value] == action.default:  # options of GRID have lists
+        return True
+    if value is None:
+        return False
     if action.choices:
         return value in list(action.choices)
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -1369,6 +1399,12 @@ def ask_stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
+def stop_at_once() -> None:
+    """Make Ctrl-C and SIGTERM raise a KeyboardInterrupt wherever the program is."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def stop_if_asked() -> None:
     """Raise a KeyboardInterrupt if a signal came, to any of the processes: called where nothing is
     left half done, and by all processes alike."""
@@ -1388,6 +1424,8 @@ def schedule(step: int, steps: int) -> float:
 def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """The training loop, from where run.state stands to the last epoch."""
     state = run.state
+    if not run.options.epochs:  # zero-shot: what follows may be killed too
+        save_state(run, optimizer)
     while state.epoch <= run.options.epochs:
         train_epoch(run, optimizer)
         predictions = predict(run, run.dataset.val, "validation")
@@ -1671,6 +1709,7 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def write_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """What `save_state` does, in the first process."""
     weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
     state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
     state["fingerprint"] = run.meta["fingerprint"]
@@ -1682,30 +1721,40 @@ def write_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Restore an interrupted run: all of it, or a ValueError."""
     path = run.folder / "state.pt"
-    try:
+    with refusing(path):
+        vit.check_archive(path)
         with zipfile.ZipFile(path) as archive:  # torch.save writes one, with a checksum a member
-            vit.check_archive(path)
             if archive.testzip():
                 raise ValueError("a checksum differs")
         saved = torch.load(path, map_location=run.device, weights_only=True)
         vit.check_size(saved, path)
         fingerprint = saved.pop("fingerprint")
-        saved.setdefault("first_epoch", 1)  # of before finished runs could go on
-        weights = saved.pop("weights")
-        load_optimizer(optimizer, saved.pop("optimizer"))
-        check_state(saved, weights, run)
-        run.model.load_state_dict(weights, strict=False)
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(
-            f"{path} is damaged ({vit.first_line(error)}); delete that folder and train again"
-        ) from error
     if fingerprint != run.meta["fingerprint"]:
         raise ValueError(
             f"{path} was trained on another backbone ({fingerprint}) than this one "
             f"({run.meta['fingerprint']}); give that one's --weights, or another --name"
         )
+    with refusing(path):
+        saved.setdefault("first_epoch", 1)  # of before finished runs could go on
+        weights = saved.pop("weights")
+        load_optimizer(optimizer, saved.pop("optimizer"))
+        check_state(saved, weights, run)
+        run.model.load_state_dict(weights, strict=False)
     for name, value in saved.items():
         setattr(run.state, name, value)
+
+
+@contextlib.contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Make one ValueError of all that a damaged state can raise, which is nearly anything."""
+    try:
+        yield
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # it may be whole
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged ({vit.first_line(error)}); delete that folder and train again"
+        ) from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -1739,7 +1788,7 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
     epochs = run.options.epochs
     if not (
         1 <= state.first_epoch <= state.epoch <= epochs + 1
-        and 0 <= state.chosen_epoch < max(1, state.epoch)
+        and 0 <= state.chosen_epoch < state.epoch
         and 0 <= state.step <= steps
         and 0 <= state.seen <= len(run.dataset.train)
         and min(state.epoch_time, state.train_time, state.eval_time) >= 0
@@ -1834,9 +1883,9 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         finished = find_finished(options, folder)
         if finished:
             return finished | {"folder": folder}
-        run = prepare(options, seed)
+        run = prepare(options, seed, folder)
         describe_folder(options, seed, folder)
-        return train_from_start_to_end(run) | {"folder": folder}
+        return set_up_and_fit(run) | {"folder": folder}
 
 
 def find_finished(options: argparse.Namespace, folder: Path) -> dict:
@@ -1867,7 +1916,7 @@ def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> Non
         print(f"note     {first} holds a run with {difference}; this one goes to {folder}{hint}")
 
 
-def train_from_start_to_end(run: Run) -> dict:
+def set_up_and_fit(run: Run) -> dict:
     """Everything after the data and the backbone are there; returns result.json."""
     options = run.options
     wait_for_all()  # before the first one writes anything
@@ -1890,6 +1939,7 @@ def train_from_start_to_end(run: Run) -> dict:
         average_class_images(run)
     run.dataset = place_images(run.dataset, run.device)
     fit(run)
+    stop_at_once()  # there is nothing left to bring to an end
     return finish(run)
 
 
@@ -1897,8 +1947,17 @@ def train_from_start_to_end(run: Run) -> dict:
 
 
 # What the adapters of a run say of it.
-FROM_RUN = ("method", "backbone", "license", "fingerprint", "image_size", "mean", "std", "center")
-FROM_RUN += ("dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
+REQUIRED_META = (
+    "method",
+    "backbone",
+    "license",
+    "fingerprint",
+    "image_size",
+    "mean",
+    "std",
+    "center",
+)
+REQUIRED_META += ("dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
 
 
 def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, dict]:
@@ -1910,11 +1969,11 @@ def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, di
             is used otherwise.
     """
     path = Path(options.eval) / "adapters.safetensors"
-    _, meta = adaptertune.read(path, FROM_RUN)  # an error before anything is loaded
+    _, meta = adaptertune.read(path, REQUIRED_META)  # an error before anything is loaded
     model, backbone = load_backbone(options)
     present = describe_network(options, model, backbone)
     present |= adapt_backbone(model, options, len(meta["classes"]))
-    compared = {name: value for name, value in present.items() if name not in MAY_CHANGE}
+    compared = {name: value for name, value in present.items() if name not in EVAL_MAY_CHANGE}
     shape = ("method", "rank", "placement", "prompts")  # an error that doesn't name tensors
     adaptertune.check_same(path, meta, {name: compared[name] for name in shape if name in compared})
     adaptertune.load(path, model, name=present["backbone"])
@@ -1948,7 +2007,7 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
         dataset = read_dataset(
             options.dataset, options.data_dir, meta["image_size"], options.offline
         )
-        run.dataset = split_dataset(dataset, options, seed)
+        run.dataset = split_dataset(dataset, options, seed, folder)
         adaptertune.check_same(path, meta, {"classes": run.dataset.classes})
     except ValueError as error:
         if need_data:
@@ -2572,11 +2631,12 @@ def examine(run: Run) -> Examined:
         data.progress("test images, batch", len(features), total, started)
     points, projection = to_two_dimensions(torch.cat(features))
     test = run.dataset.test
+    accuracy = 100 * (torch.cat(predictions) == test.labels.cpu()).double().mean().item()
     name = run.meta["method"]
     if run.meta.get("rank"):
         name += f" rank {run.meta['rank']}"
     return Examined(
-        title=f"{name}, {run.meta['test_accuracy']:.2f} %",
+        title=f"{name}, {accuracy:.2f} %",
         classes=[data.printable(each) for each in run.dataset.classes],
         names=test.names or [str(i) for i in range(len(test))],
         labels=test.labels,
@@ -2758,7 +2818,7 @@ def evaluate_again(options: argparse.Namespace) -> None:
     if can_draw(mistakes):
         draw_mistakes(run, mistakes)
     if options.plot:
-        plot([run], run.folder / "test")
+        plot([run], run.folder / f"test{name}")
 
 
 def predict_photos(options: argparse.Namespace) -> int:
@@ -2798,6 +2858,7 @@ class Printable:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        data.wipe_progress()
         line = data.NEW_LINE if text.startswith(data.NEW_LINE) else ""
         return self.stream.write(line + data.CONTROL.sub("\ufffd", text.removeprefix(line)))
 
@@ -2808,8 +2869,7 @@ class Printable:
 def prepare_process() -> None:
     """Make Ctrl-C and SIGTERM raise KeyboardInterrupt; print "?" for what a terminal can't show,
     and nothing where it is closed."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_at_once()
     nothing = os.open(os.devnull, os.O_RDWR)
     while nothing < 3:  # closed, as by 2>&-: else the next file that is opened gets its number
         nothing = os.open(os.devnull, os.O_RDWR)
@@ -2852,8 +2912,9 @@ def print_error(error: Exception) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
     prepare_process()
-    grid = parse(arguments)
+    grid = []
     try:
+        grid = parse(arguments)
         join_processes()
         return run_command(grid)
     except BrokenPipeError:  # of "| head": nobody reads on
@@ -2866,7 +2927,7 @@ def main(arguments: list[str] | None = None) -> int:
         if rank_and_world()[0]:
             return 130
         command = sys.argv
-        if not grid[0].eval and not grid[0].resume:
+        if grid and not grid[0].eval and not grid[0].resume:
             command = [*command, "--resume"]
         program = "python"
         if dist.is_initialized():

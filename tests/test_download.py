@@ -109,7 +109,7 @@ def test_wrong_checksum_is_refused_and_removed(server, tmp_path):
 
 def test_404(server, tmp_path):
     """A file that isn't there is asked for once; the error says how to supply it."""
-    message = r"/f answered 404 Not Found; fetch .* by other means and put it at .*f or give"
+    message = r"/f answered 404 Not Found; or fetch .* by other means and put it at .*f or give"
     with pytest.raises(ValueError, match=message):
         data.download(f"{server.url}/f", tmp_path / "f")
     assert len(server.seen) == 1
@@ -119,7 +119,9 @@ def test_404(server, tmp_path):
 def test_a_private_file_needs_a_token(server, tmp_path, status):
     """The error for a private file names HF_TOKEN."""
     server.errors = [status]
-    with pytest.raises(ValueError, match=f"answered {status} .*; a private file needs HF_TOKEN;"):
+    with pytest.raises(
+        ValueError, match=f"answered {status} .*; set HF_TOKEN for a private file; or"
+    ):
         data.download(f"{server.url}/f", tmp_path / "f")
 
 
@@ -285,7 +287,7 @@ def test_full_disk(server, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
         with pytest.raises(
-            ValueError, match=r"can't write .*part \(File too large\); make room, or"
+            ValueError, match=r"can't write .*part \(File too large\); make room; or"
         ):
             data.download(f"{server.url}/f", tmp_path / "f")
     finally:

@@ -99,6 +99,19 @@ print(count, wrong)
     assert wrong == "[]"
 
 
+def test_a_state_that_can_not_be_read(run, tiny_weights, place, monkeypatch):
+    """A state for which there is no memory isn't called damaged: its folder would be deleted."""
+    run("--weights", tiny_weights, *QUICK, "--name", "a")
+    (place / "runs/a/state.pt").write_bytes(b"whole")
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(vit, "check_archive", no_memory)
+    error = run("--weights", tiny_weights, *QUICK, "--name", "a", "--resume", status=1)
+    assert error == "error: not enough memory; give a smaller --batch or --image-size\n"
+
+
 def test_state_goes_last(run, tiny_weights, place, monkeypatch):
     """The state is there until all other files are: a run killed before still gets its curves."""
     found = []
@@ -168,6 +181,38 @@ def test_two_runs_of_one_name(tiny_weights, place):
     result = json.loads((place / "runs/a/result.json").read_text())
     assert result["epochs"] == 1
     assert not list((place / "runs/a").glob("*.part"))
+
+
+def test_other_epochs_go_to_a_folder_of_their_own(run, tiny_weights, place):
+    """The number of epochs that a command gives, and the same one as a default, are two runs: the
+    first one's folder isn't written to again."""
+    run("--weights", tiny_weights, "--limit", 600, "--epochs", 25)
+    folder = place / "runs/digits-adaptertune-r8-n600-s0"
+    before = (folder / "split.json").stat().st_mtime_ns
+    out = run("--weights", tiny_weights, "--limit", 600)
+    assert "25 epochs of" in out
+    assert f"saved    {folder.relative_to(place)}-2/adapters.safetensors" in out
+    assert (folder / "split.json").stat().st_mtime_ns == before
+
+
+def test_folders_that_come_and_go(tmp_path):
+    """Three processes that make and remove one folder at a time never meet a missing one."""
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data
+for i in range(300):
+    with data.empty_folder(pathlib.Path({str(tmp_path / "x.part")!r})) as part:
+        (part / "f").write_text("mine")
+        assert [path.name for path in part.iterdir()] == ["f"]
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    all_three = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(3)]
+    for process in all_three:
+        _, error = process.communicate(timeout=120)
+        error = re.sub("waiting for another process that writes .*\n", "", error)
+        assert (process.returncode, error) == (0, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_start_leaves_no_folder(run, tiny_weights, place):
@@ -256,6 +301,16 @@ def test_names_do_not_steer_the_terminal(run, photos, tiny_weights, place):
     card = next(place.glob("runs/*/README.md")).read_text()
     assert "le\ufffd[31maf" in card
     assert "\x1b" not in card
+
+
+def test_a_line_after_the_progress(capsys, place, monkeypatch):
+    """What is printed while a progress line stands takes its place."""
+    train.prepare_process()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    data.progress("photo", 1, 4, started=time.perf_counter())
+    print("skipped", file=sys.stderr)
+    print("next", file=sys.stderr)
+    assert capsys.readouterr().err.endswith(" left\r\x1b[Kskipped\nnext\n")
 
 
 # ------------------------------------------------------------------------------------ usage
@@ -444,6 +499,37 @@ def test_nothing_is_written_elsewhere(run, finished, place, server, monkeypatch)
     monkeypatch.setattr(data, "CIFAR", f"{server.url}/")
     run("--eval", "runs/a", status=1)
     assert not elsewhere.parent.exists()
+
+
+def test_no_action_of_its_own(run, finished, place):
+    """A run's options say what it is, not what is done with it: a --csv of its own is left out."""
+    image = pytest.importorskip("PIL.Image")
+    photo = place / "photo.png"
+    image.new("RGB", (20, 20)).save(photo)
+    letter = place / "letter"
+    letter.write_text("dear")
+    edit(finished / "config.json", csv=str(letter), predict=["runs/a", "x.png"], resume=True)
+    run("--eval", "runs/a")
+    run("--predict", "runs/a", photo)
+    assert letter.read_text() == "dear"
+
+
+def test_links_are_not_followed(run, finished, place):
+    """Links in another one's folder, by the names of what is written there, lead to nothing that is
+    overwritten or emptied."""
+    mine = place / "mine"
+    mine.mkdir()
+    (mine / "letter").write_text("dear")
+    for name in ("predictions.csv", "predictions.csv.part", "mistakes.png.part"):
+        (finished / name).unlink(missing_ok=True)
+        (finished / name).symlink_to(mine / "letter")
+    (finished / "export.part").symlink_to(mine)
+    run("--eval", "runs/a")
+    assert (finished / "predictions.csv").read_text().startswith("file,split,label")
+    process = program("runs/a", script="export.py")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (mine / "letter").read_text() == "dear"
 
 
 def test_a_name_stays_below_runs(run, tiny_weights, place):
