@@ -100,7 +100,7 @@ class Dataset:
     # RandomResizedCrop, which the paper uses.
     min_scale: float = 0.08
     center: float = 1.0  # share of each side that evaluation looks at; 7/8 for photos (224 of 256)
-    whole: tuple[int, int] = (0, 0)  # sizes of train and val before a limit
+    whole: tuple[int, int] = (0, 0)  # sizes of train and val before --limit or --shots
     skipped: list[str] = field(default_factory=list)  # files that aren't photos
     folder: Path | None = None  # where the photos are; None for a built-in set
     sums: dict[str, str] = field(default_factory=dict)  # checksum (CRC-32) of each photo, by name
@@ -114,10 +114,13 @@ def read(
     Args:
         name: a key of DATASETS, or a folder of photos: class folders, or train/ and perhaps val/
             and test/ with class folders in each.
+        data_dir: where published data sets are, or are downloaded to.
         image_size: the network's; photos are stored at 8/7 of it (256 for 224), centre square.
+        offline: never download.
 
     Raises:
-        ValueError: unknown name, missing or empty folder, corrupt file; says what to do.
+        ValueError: unknown name, missing or empty folder, corrupt file, photos without Pillow; says
+            what to do.
     """
     check_name(name)
     if name in DATASETS:
@@ -218,10 +221,10 @@ def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Da
     places = {}  # which source, and where in it
     for number, source in enumerate(sources):
         places |= {name: (number, i) for i, name in enumerate(source.names)}
-    changed = [name for name in places if name in sums and sums[name] != data.sums.get(name)]
+    changed = {name for name in places if name in sums and sums[name] != data.sums.get(name)}
     for name in changed:
         del places[name]
-    moved = Moved([], changed, 0)
+    moved = Moved([], sorted(changed), 0)
     parts = {}
     known = 0
     for part, wanted in names.items():
@@ -231,7 +234,7 @@ def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Da
                 number, i = places[name]
                 rows[number].append(i)
                 known += 1
-            elif name not in moved.changed:
+            elif name not in changed:
                 moved.missing.append(name)
         found = []
         for source, chosen in zip(sources, rows, strict=True):
@@ -609,8 +612,9 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
             empty.append(class_folder)
     if empty:
         hint = ""
-        for name in photos:  # photos one level down, beside a folder of something else
-            if len(photos) == 1 and find_folders(folder / name):
+        if len(photos) == 1:  # perhaps photos one level down, beside a folder of something else
+            (name,) = photos
+            if find_folders(folder / name):
                 hint = f"; do you mean {folder / name}?"
         if any(empty[0].iterdir()):
             raise ValueError(f"no images in {empty[0]}{hint}; {', '.join(sorted(PHOTOS))} are read")
@@ -1183,6 +1187,9 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
     """A file of a Hugging Face repository, from the cache or the network.
 
     HF_ENDPOINT and HF_TOKEN are honoured; files are kept in `cache_folder()`.
+
+    Raises:
+        ValueError: it isn't there, and can't be fetched; or one of the two variables can't be.
     """
     path = cache_folder() / repo / name
     if path.exists():

@@ -74,12 +74,12 @@ RATES = {
     "full": 2.5e-4,
     "scratch": 1e-3,
 }
-# The new head's beside what is pretrained or starts as the identity.
+# The new head's, where the rest is pretrained or starts as the identity.
 HEAD_RATE = 1e-2
 HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
-# What config.json leaves out of the options, and what it has besides.
+# Options that config.json leaves out, since they say what is done with a run; "made" isn't one.
 NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "made")
 PATHS = ("dataset", "weights", "text_weights", "vocab")  # options that may name files
 AUTO = {"epochs": 0, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
@@ -115,8 +115,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors (status 2) and one-line definitions of options."""
 
     def parse_known_args(self, arguments=None, namespace=None):
-        """As argparse does it, but for an argument that is empty: a shell's variable that isn't
-        set would be taken for an option that isn't given."""
+        """As argparse's, but refuse an empty argument: it is a shell variable that isn't set, and
+        would be taken for an option that isn't given."""
         for argument in sys.argv[1:] if arguments is None else arguments:
             if not argument or re.fullmatch(r"--[\w-]+=", argument):
                 self.error(f"an argument is empty ({argument or repr(argument)}); give it a value")
@@ -228,7 +228,7 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         try:
             saved = read_config(Path(options.eval))
         except ValueError as error:
-            if not (Path(options.eval) / "config.json").exists():
+            if not (Path(options.eval) / "config.json").exists():  # the wrong folder was given
                 parser.error(str(error))
             parser.exit(2, f"error: {error}\n")
         # Another one's run decides what is read, but not where a data set is downloaded to.
@@ -238,7 +238,7 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
             if name in saved:
                 saved[name] = [saved[name]]
         parser.set_defaults(**saved)
-        options = parser.parse_args(arguments)  # once more, with those defaults
+        options = parser.parse_args(arguments)  # once more: the first time said which run
     grid = expand(options)
     check_used(options, {each.method for each in grid}, parser)
     for run_options in grid:
@@ -1147,7 +1147,7 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Has its run state to go on with, or was it stopped on the way from its end to more epochs?"""
+    """Whether a folder's run was stopped: before its end, or when it was given more epochs."""
     if (folder / "state.pt").exists():
         return True
     finished = (folder / "result.json").exists()
@@ -1185,9 +1185,9 @@ def check_writable(folder: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
-    except FileNotFoundError:  # another process has removed it, as it was empty
-        check_writable(folder)
     except OSError as error:
+        if not place.exists():  # another process has removed it, as it was empty
+            return check_writable(folder)
         raise ValueError(
             f"can't write to {place.resolve()} ({error.strerror}); change to another folder"
         ) from error
@@ -1227,7 +1227,7 @@ def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -
         adaptertune.check_types(content, table, required)
     except OSError as error:
         raise ValueError(
-            f"no run in {path.parent}: {path} can't be read ({error.strerror})"
+            f"no run in {path.parent}: {path} is missing ({error.strerror})"
         ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -1528,8 +1528,8 @@ def loss_of(
 
 
 def standard_error(accuracy: float, images: int) -> float:
-    """Of the difference between two accuracies as high as this, in percent. One more hit and one
-    more miss are counted, so that 100 % of a few images aren't certain."""
+    """The standard error of the difference between two such accuracies, in percentage points. One
+    more hit and one more miss are counted, so that 100 % of a few images aren't certain."""
     p = (accuracy / 100 * images + 1) / (images + 2)
     return 100 * math.sqrt(2 * p * (1 - p) / max(1, images))
 
@@ -1917,7 +1917,8 @@ def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> Non
 
 
 def set_up_and_fit(run: Run) -> dict:
-    """Everything after the data and the backbone are there; returns result.json."""
+    """Describe a prepared run, compute features if it uses them, train it and write its files;
+    returns result.json."""
     options = run.options
     wait_for_all()  # before the first one writes anything
     signal.signal(signal.SIGINT, ask_stop)
@@ -2224,7 +2225,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def of_all(part: int, whole: int) -> str:
-    """A number of images, and of how many."""
+    """Such as "2,000 of 45,000", or "45,000" for all of them."""
     return f"{part:,} of {whole:,}" if part < whole else f"{part:,}"
 
 

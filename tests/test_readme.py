@@ -121,7 +121,7 @@ def test_device_commands_run(command, photos_there, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", arguments)
     capsys.readouterr()
     runpy.run_path(arguments[0], run_name="__main__")
-    assert re.fullmatch(r"photo.jpg(  \d 0\.\d{3}){3}\n", capsys.readouterr().out)
+    assert re.fullmatch(r"photo.jpg(  \d \d+\.\d %){3}\n", capsys.readouterr().out)
 
 
 def test_every_kind_of_command_is_tested():
