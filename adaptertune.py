@@ -632,13 +632,13 @@ META = {
     "license": text,
     "fingerprint": text,
     "config": by_name(lambda value: isinstance(value, bool | int | float | str)),  # of vit.Config
-    "image_size": whole(1, 10_000),
+    "image_size": whole(1, 2048),
     "mean": several(real(0, 1), 3, 3),
     "std": several(real(0.001, 1), 3, 3),
     "heads": whole(1, 10_000),
     "mlp_act": choice(("gelu", "quick_gelu")),
     "interpolation": text,
-    "center": real(0.1, 1),
+    "center": real(0.5, 1),
     "dataset": text,
     "classes": several(text, 1),
     "classifier": text,
@@ -770,5 +770,8 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         raise ValueError(
             f"the model's adapters or head differ from the file's: {', '.join(sorted(wrong)[:3])}"
         )
+    odd = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if odd:
+        raise ValueError(f"{path} has values that aren't finite: {', '.join(odd[:3])}")
     model.load_state_dict(tensors, strict=False)
     return meta

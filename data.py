@@ -486,7 +486,24 @@ class _Array:
 
 class _ArraysOnly(pickle._Unpickler):  # the one in Python: in C a small file can take gigabytes
     """An unpickler that builds nothing but lists, dictionaries, numbers, text and _Array, so that a
-    data file can't run code, nor make numpy look at memory of its choice."""
+    data file can't run code, nor make numpy look at memory of its choice.
+
+    Tuples become lists, which can't be keys: the hash of nested ones may take years.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_tuple(self):
+        items = self.pop_mark()
+        self.append(items)
+
+    def load_few(self, count: int):
+        self.stack[-count:] = [self.stack[-count:]]
+
+    dispatch[pickle.TUPLE[0]] = load_tuple
+    dispatch[pickle.TUPLE1[0]] = partial(load_few, count=1)
+    dispatch[pickle.TUPLE2[0]] = partial(load_few, count=2)
+    dispatch[pickle.TUPLE3[0]] = partial(load_few, count=3)
 
     ALLOWED = {
         ("numpy", "ndarray"): _Array,
@@ -645,7 +662,7 @@ def decode(
 
     def read(path: Path) -> tuple[Tensor | ValueError, str]:
         try:
-            return read_photo(path, side), f"{zlib.crc32(path.read_bytes()):08x}"
+            return read_photo(path, side), file_crc(path)
         except ValueError as error:
             if isinstance(error.__cause__, ImportError):  # no Pillow: all of them
                 raise
@@ -1096,7 +1113,7 @@ def flush(path: Path) -> None:
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file, text as UTF-8, by `replacing`."""
     if isinstance(content, str):
-        content = content.encode("utf-8")
+        content = as_utf8(content).encode("utf-8")
     with replacing(path) as file:
         file.write(content)
 
@@ -1127,7 +1144,8 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 def printable(text: str) -> str:
     """A text in one line without control characters: names of files and classes may hold any."""
-    return CONTROL.sub("\ufffd", text.replace("\n", "\ufffd").replace("\t", " "))
+    text = as_utf8(text).replace("\n", "\ufffd").replace("\t", " ")
+    return CONTROL.sub("\ufffd", text)
 
 
 # ------------------------------------------------------------------------------------- downloads
@@ -1157,7 +1175,17 @@ def wipe_progress() -> None:
     """Remove the progress line, before anything else is printed."""
     if progress_lines:
         progress_lines.clear()
-        print(NEW_LINE, end="", file=sys.stderr, flush=True)
+        terminal = getattr(sys.stderr, "stream", sys.stderr)  # past train.Printable
+        print(NEW_LINE, end="", file=terminal, flush=True)
+
+
+def file_crc(path: Path) -> str:
+    """A file's CRC-32 in hexadecimal."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def file_hash(path: Path, kind: str) -> str:
@@ -1275,6 +1303,14 @@ def without_password(url: str) -> str:
     return re.sub(r"//[^/]*@", "//", url)
 
 
+def without_secrets(text: str, url: str, token: str) -> str:
+    """What a server or urllib says, which may repeat the token or the address's password."""
+    for secret in (token, *re.findall(r"//[^/]*?:([^/]*)@", url)):
+        if secret:
+            text = text.replace(secret, "…")
+    return text
+
+
 def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tries: int) -> None:
     """Requests until `part` is whole (see `download`).
 
@@ -1290,27 +1326,34 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         try:
             size, stated = request_rest(url, part, token)
         except urllib.error.HTTPError as error:
-            reason = f"{error.code} {error.reason}"
+            reason = without_secrets(f"{error.code} {error.reason}", url, token)
             if error.code == 416:  # the part is as long as the file, or longer: once more
                 os.truncate(part, 0)
+            elif error.code in (401, 403):
+                hint = "set HF_TOKEN for a private file"
+                raise ValueError(f"{shown} answered {reason}; {hint}") from error
             elif error.code < 500:
-                hint = "; set HF_TOKEN for a private file" if error.code in (401, 403) else ""
-                raise ValueError(f"{shown} answered {reason}{hint}") from error
+                raise ValueError(f"{shown} answered {reason}") from error
             continue
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise ValueError(f"can't write {part} ({error.strerror}); make room") from error
             reason = str(getattr(error, "reason", error) or type(error).__name__)
+            reason = without_secrets(reason, url, token)
             continue
         have = part.stat().st_size
         if size and have < size:
             reason = f"the connection was cut at {have:,} of {size:,} bytes"
             continue
-        kind, digest = checksum or ("sha256", stated)
-        if digest and file_hash(part, kind) != digest:
-            raise DownloadError(f"arrived with a wrong {kind}")
+        check_hash(part, *(checksum or ("sha256", stated)))
         return
     raise ValueError(f"could not fetch {shown}: {reason}; run again to go on")
+
+
+def check_hash(path: Path, kind: str, digest: str) -> None:
+    """Raise DownloadError if a file has another md5 or sha256 than was stated, if one was."""
+    if digest and file_hash(path, kind) != digest:
+        raise DownloadError(f"arrived with a wrong {kind}")
 
 
 def check_content(path: Path, name: str) -> None:

@@ -793,12 +793,13 @@ def label_of(path: Path, classes: list[str]) -> int:
 
 
 def noise(run: train.Run) -> data.Dataset:
-    """64 images of coloured blots."""
+    """64 images of coloured blots, or fewer large ones."""
     side = round(run.batches.size / run.meta["center"])
-    blots = torch.rand(64, 3, 8, 8, generator=data.generator("noise"))
+    count = max(2, min(64, 10**8 // (3 * side**2)))
+    blots = torch.rand(count, 3, 8, 8, generator=data.generator("noise"))
     pixels = nn.functional.interpolate(blots, (side, side), mode="bicubic")
     pixels = (255 * pixels).clamp(0, 255).byte()
-    images = data.Images(pixels, torch.full((64,), -1))
+    images = data.Images(pixels, torch.full((count,), -1))
     none = data.Images(pixels[:0], images.labels[:0])
     name = "noise images, since the run's photos are gone and no --check is given"
     return data.Dataset(name, run.meta["classes"], none, None, images, center=run.meta["center"])
@@ -1206,7 +1207,10 @@ def save_adapter(values: dict[str, np.ndarray], path: Path) -> None:
         tensors[name] = onnxruntime.OrtValue.ortvalue_from_numpy(value)
     file = onnxruntime.AdapterFormat()
     file.set_parameters(tensors)
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except RuntimeError as error:  # a full disk
+        raise ValueError(f"can't write {path.name} ({vit.first_line(error)})") from error
 
 
 # ------------------------------------------------------------------------------ the hub's folder

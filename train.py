@@ -123,7 +123,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(arguments, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; python {self.prog} --help lists all options\n")
+        text = f"{message}; python {self.prog} --help lists all options"
+        self.exit(2, f"error: {data.printable(text)}\n")
 
     def section(self, title: str) -> None:
         """Put the options that follow under this title."""
@@ -256,7 +257,8 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
         parser.error("--predict and --eval are two things; give one")
     if (Path(folder) / "state.pt").exists():
         parser.error(f"--predict {folder}: that run is unfinished; go on with it by --resume")
-    if options.csv and (Path(options.csv).is_dir() or not Path(options.csv).parent.is_dir()):
+    table = Path(options.csv)
+    if options.csv and not (table.is_file() or (not table.exists() and table.parent.is_dir())):
         parser.error(f"--csv {options.csv}: give a file in a folder that exists")
     if not (Path(folder) / "adapters.safetensors").exists():
         parser.error(
@@ -767,8 +769,8 @@ def choose_device(name: str, repeatable: bool = True) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"device {name!r} can't be used here; choose auto, cpu or, with a GPU, cuda"
         ) from error
@@ -928,8 +930,8 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
     adaptertune.check_same(path, saved, present)
     try:
         adaptertune.start_from(model, tensors)
-    except ValueError as error:
-        raise ValueError(f"--init {path}: {error}") from error
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"--init {path}: {vit.first_line(error)}") from error
 
 
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
@@ -1223,6 +1225,8 @@ def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -
         ValueError: it is missing or damaged, or a value can't be.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device, which may have no end
+            raise ValueError("it is no file")
         content = json.loads(path.read_text(encoding="utf-8"))
         adaptertune.check_types(content, table, required)
     except OSError as error:
@@ -1340,7 +1344,10 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
         path.parent.mkdir(parents=True, exist_ok=True)
         data.write_file(path, to_safetensors({"features": torch.cat(features)}))
     tensors, _ = vit.read_tensors(path)
-    return replace(images, pixels=tensors["features"])
+    features = tensors.get("features")
+    if features is None or features.shape != (len(images), run.model.config.width):
+        raise ValueError(f"{path} is damaged; delete it, and it is computed again")
+    return replace(images, pixels=features)
 
 
 @torch.no_grad()
@@ -1654,6 +1661,8 @@ def read_metrics(path: Path, epochs: int) -> list[list[str]]:
         ValueError: it is missing or damaged.
     """
     try:
+        if not path.is_file():
+            raise ValueError("no file")
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))[1 : 1 + epochs]
         check_rows(rows, epochs)
@@ -1808,11 +1817,11 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
-    """Write a table; names of files as UTF-8 has them."""
+    """Write a table."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     for row in (header, *rows):
-        writer.writerow(data.as_utf8(cell) if isinstance(cell, str) else cell for cell in row)
+        writer.writerow(row)
     data.write_file(path, table.getvalue())
 
 
@@ -2489,6 +2498,7 @@ def new_figure(width: float, height: float, panels: int = 1):
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "adaptertune"  # the same picture for the same numbers
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     columns = min(panels, 3)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -2550,7 +2560,7 @@ def draw_mistakes(run: Run, path: Path) -> None:
         best = shorten(classes[found.best[i]], 18)
         lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
         lines.append(shorten(data.as_utf8(name)))
-        style = {"fontsize": 8, "ha": "center", "va": "bottom", "parse_math": False}
+        style = {"fontsize": 8, "ha": "center", "va": "bottom"}
         axes.text(left + 0.5, bottom + 1.02, "\n".join(lines), **style)
     axes.set(xlim=(0, 1.1 * columns - 0.1), ylim=(-1.4 * (rows - 1), 1.4))
     figure.suptitle("the most confident mistakes on test: label, prediction, file")
@@ -2781,7 +2791,7 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
 
 def as_file_name(name: str) -> str:
     """A data set's name as a part of a file's: from another one's run it may be anything."""
-    return re.sub(r"^\.|[/\\\0]", "_", name)
+    return re.sub(r"^\.|[/\\\0]", "_", name) or "_"
 
 
 def print_heading(
@@ -2836,32 +2846,32 @@ def predict_photos(options: argparse.Namespace) -> int:
         try:
             _, (probabilities,) = model.predict([photo])
         except ValueError as error:
-            print(f"skipped  {error}", file=sys.stderr)
+            print(f"skipped  {data.printable(str(error))}", file=sys.stderr)
             continue
         (first, second), (best, runner_up) = probabilities.topk(2)
         name = model.classes[best]
         other = model.classes[runner_up]
         rows.append([str(photo), name, f"{first:.4f}", other])
-        print(f"{photo}  {name} {100 * first:.1f} %  ({other} {100 * second:.1f} %)", flush=True)
+        text = f"{photo}  {name} {100 * first:.1f} %  ({other} {100 * second:.1f} %)"
+        print(data.printable(text), flush=True)
         data.progress("photo", number + 1, len(photos), started)
     if options.csv:
         header = ("file", "prediction", "probability", "runner-up")
-        write_csv(Path(options.csv), header, rows)
+        write_csv(Path(options.csv).resolve(), header, rows)
         print(f"saved    {options.csv}", file=sys.stderr)
     return 0 if len(rows) == len(photos) else 1
 
 
 class Printable:
     """A stream that shows control characters as "\ufffd": names of files and classes, and what a
-    damaged file says, may hold any. A progress line may still begin anew."""
+    damaged file says, may hold any."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
         data.wipe_progress()
-        line = data.NEW_LINE if text.startswith(data.NEW_LINE) else ""
-        return self.stream.write(line + data.CONTROL.sub("\ufffd", text.removeprefix(line)))
+        return self.stream.write(data.CONTROL.sub("\ufffd", text))
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -2899,7 +2909,8 @@ def run_command(grid: list[argparse.Namespace]) -> int:
 def print_error(error: Exception) -> None:
     """The one line on an error that a user can do something about; any other is raised again."""
     text = str(error)
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    no_memory = "can't allocate memory" in text or "could not create a primitive" in text
+    if isinstance(error, MemoryError) or no_memory:
         text = "not enough memory; give a smaller --batch or --image-size"
     elif isinstance(error, torch.OutOfMemoryError):
         text = f"{text.partition('. ')[0]}; give a smaller --batch or --image-size"

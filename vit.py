@@ -70,7 +70,7 @@ class Config:
     def __post_init__(self):
         for name in ("width", "depth", "heads", "patch", "image_size"):
             value = getattr(self, name)
-            if type(value) is not int or not 0 < value <= 100_000:
+            if type(value) is not int or not 0 < value <= (1000 if name == "depth" else 100_000):
                 raise ValueError(f"{name.replace('_', ' ')} {value!r} can't be")
         if self.width % self.heads:
             raise ValueError(
@@ -769,12 +769,15 @@ def read_parts(index: Path) -> dict[str, Tensor]:
     """All tensors of the files that a .safetensors.index.json lists."""
     try:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(Path(name).name for name in names)
+    except Exception as error:  # of JSON that may hold anything
         raise ValueError(f"{index} is damaged, or no index of safetensors") from error
     tensors = {}
-    for name in sorted(names):
-        part = index.with_name(Path(name).name)
+    for name in names:
+        part = index.with_name(name)
         try:
+            if not part.is_file():
+                raise FileNotFoundError(part)
             tensors |= load_file(part)
         except Exception as error:  # missing or damaged, for which it has kinds of its own
             raise ValueError(f"{part}, which {index.name} lists, is missing or damaged") from error
@@ -802,15 +805,9 @@ def read_torchscript(path: Path) -> Module:
         return torch.load(kept, map_location="cpu", weights_only=True)
 
 
-def flatten(module: Module, where: str = "") -> dict[str, Tensor]:
+def flatten(module: Module) -> dict[str, Tensor]:
     """The tensors of a module and those inside, by state_dict's names."""
-    tensors = {}
-    for name, value in module.items():
-        if isinstance(value, Module) and where.count(".") < 30:  # one may hold itself
-            tensors |= flatten(value, f"{where}{name}.")
-        elif isinstance(value, Tensor):
-            tensors[where + name] = value
-    return tensors
+    return {name: value for name, value in walk(module, (Module,)) if isinstance(value, Tensor)}
 
 
 # Keys that tell a network; names of those whose weights were averaged over training. (Of MoCo's two
@@ -1075,7 +1072,7 @@ def read_beside(path: Path, width: int) -> dict:
     stated = {}
     for name in BESIDE:
         file = path.with_name(name)
-        if not file.exists():
+        if not file.is_file():
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -1085,7 +1082,7 @@ def read_beside(path: Path, width: int) -> dict:
             if "heads" in found:
                 found["heads_from"] = name
             stated |= found
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{file}, beside the weights, can't be used ({error}); correct or remove it"
             ) from error

@@ -565,3 +565,16 @@ def test_wrong_usage(python):
     done = python(LABEL, "model.onnx")
     assert done.returncode == 2
     assert "error: the following arguments are required: photo" in done.stderr
+
+
+def test_postscript_by_another_name(run_export, python, tmp_path):
+    """PostScript named .png isn't handed to Ghostscript, and a pipe isn't waited for."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
+    evil = tmp_path / "evil.png"
+    evil.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    done = python(LABEL, tmp_path / "model.onnx", evil, tmp_path / "pipe.png")
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert "evil.png: cannot identify image file" in first
+    assert "pipe.png: no file" in second

@@ -303,6 +303,22 @@ def test_names_do_not_steer_the_terminal(run, photos, tiny_weights, place):
     assert "\x1b" not in card
 
 
+def test_a_name_that_is_not_utf8(run, tiny_weights, place):
+    """A run whose name has other bytes ends as any other."""
+    name = os.fsdecode(b"caf\xe9")
+    run("--weights", tiny_weights, *QUICK, "--name", name)
+    assert "caf\ufffd" in (place / "runs" / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_names_of_several_lines(run, finished, place):
+    """A photo's name can't forge a line of results, nor an error a second one."""
+    image = pytest.importorskip("PIL.Image")
+    forged = place / "a\nforged.png  cat 99 %"
+    image.new("RGB", (20, 20)).save(forged, format="PNG")
+    assert len(run("--predict", "runs/a", forged).splitlines()) == 1
+    run("--predict", "ba\nerror: se", "p.png", status=2)
+
+
 def test_a_line_after_the_progress(capsys, place, monkeypatch):
     """What is printed while a progress line stands takes its place."""
     train.prepare_process()
@@ -387,6 +403,32 @@ def test_a_damaged_batch(tmp_path, batch):
         ValueError, match="train (was refused|holds no images).*; delete its folder"
     ):
         data.read("cifar100", str(tmp_path))
+
+
+def test_keys_without_end(tmp_path):
+    """A small pickle whose key is a tuple of tuples of …, doubled sixty times, is refused: its hash
+    would never be done."""
+    path = tmp_path / "batch"
+    path.write_bytes(b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.")
+    with pytest.raises(ValueError, match="was refused: unhashable type"):
+        data.unpickle(path)
+
+
+def test_modules_without_end():
+    """Modules of a TorchScript archive that hold each other twice are read once."""
+    module = vit.Module(x=torch.zeros(1))
+    module["one"] = module
+    module["two"] = module
+    assert list(vit.flatten(module)) == ["x"]
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"a": 5}}', "[" * 200_000, "{}"])
+def test_a_damaged_index(tmp_path, content):
+    """The index of weights in several parts may hold anything."""
+    path = tmp_path / "x.safetensors.index.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is damaged, or no index of safetensors"):
+        vit.load(path)
 
 
 def test_a_file_that_holds_itself(tmp_path):
@@ -481,6 +523,29 @@ def test_wrong_types(run, finished, file, changes):
     error = run("--eval", "runs/a", status=2 if file == "config.json" else 1)
     key = next(iter(changes))
     assert re.fullmatch(rf"error: runs/a/{file} is damaged \({key} is .*\n", error)
+
+
+@pytest.mark.parametrize("name", ["config.json", "split.json", "result.json", "metrics.csv"])
+def test_a_pipe_in_a_run(run, finished, tiny_weights, name):
+    """A pipe in the place of a run's file isn't waited for."""
+    (finished / name).unlink()
+    os.mkfifo(finished / name)
+    status = 1
+    arguments = ["--eval", "runs/a"]
+    if name in ("result.json", "metrics.csv"):
+        arguments = ["--weights", tiny_weights, *QUICK[:-1], 2, "--name", "a", "--resume"]
+    elif name == "config.json":
+        status = 2
+    assert f"runs/a/{name} is" in run(*arguments, status=status)
+
+
+def test_adapters_that_are_not_finite(run, finished):
+    """Adapters with NaN aren't used: whatever they predict would look like a result."""
+    path = finished / "adapters.safetensors"
+    tensors, meta = adaptertune.read(path)
+    tensors["head.bias"][0] = float("nan")
+    save_file(tensors, path, {"adaptertune": json.dumps(meta)})
+    assert "values that aren't finite: head.bias" in run("--eval", "runs/a", status=1)
 
 
 def test_wrong_types_in_adapters(run, finished):

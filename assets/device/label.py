@@ -24,12 +24,15 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+# What Pillow decodes by itself: PostScript by another name would start Ghostscript.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA")
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")  # in folders
 
 
 def plain(text):
     """Text without control characters, which a terminal would obey."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", text)
 
 
 def fail(text):
@@ -68,7 +71,11 @@ def read_photo(path, task):
     """A photo as the graph takes it, prepared as in training: a batch of 1."""
     size = task["image_size"]
     side = round(size / task["center"])  # 256 for 224
-    with Image.open(path) as image:
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("no file")
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
+    with Image.open(path, formats=formats) as image:
         image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
         image = upright_rgb(image)
     if not task["resize"]:  # the graph doesn't: centre square to `side` pixels, its middle
@@ -116,9 +123,8 @@ def read_task(meta):
     names = task["classes"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("classes are no list of names")
-    sizes = (1 <= task["image_size"] <= 10_000, 0.1 <= task["center"] <= 1)
-    if not all(sizes) or not 0 <= task["batch"] <= 10_000:
-        raise ValueError("the image size, the center or the batch can't be")
+    if not 1 <= task["image_size"] <= 2048 or not 0.5 <= task["center"] <= 1:
+        raise ValueError("the image size or the center can't be")
     if task["input"] not in ("float", "unit", "uint8"):
         raise ValueError(f"input {task['input']} is unknown")
     if task["output"] not in ("logits", "probabilities"):
@@ -154,6 +160,23 @@ def load_adapter(path, meta):
     return options, adapter  # the options don't keep the adapter alive
 
 
+def task_of(path, meta, batch):
+    """What the metadata of a graph say, as `read_task` gives it, or the end of the program.
+
+    Args:
+        batch: the graph's; a name where it takes any.
+    """
+    try:
+        task = read_task(meta)
+    except KeyError as error:
+        fail(f"{path} is no graph of export.py: its metadata have no {error}")
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        fail(f"the metadata of {path} are damaged ({reason(error)}); export it again")
+    if task["batch"] != (batch if isinstance(batch, int) else 0):
+        fail(f"the graph takes {batch} photos, not what its metadata say; export it again")
+    return task
+
+
 def open_graph(path, adapter_path):
     """The session of a graph, its task, and run options with the adapter, if there is one."""
     for each in filter(None, (path, adapter_path)):
@@ -175,12 +198,7 @@ def open_graph(path, adapter_path):
         fail(f"{path} has no class names; give the task's --adapter")
     if meta.get("output") == "embedding":
         fail(f"{path} gives embeddings, not labels")
-    try:
-        task = read_task(meta)
-    except KeyError as error:
-        fail(f"{path} is no graph of export.py: its metadata have no {error}")
-    except (TypeError, ValueError) as error:
-        fail(f"the metadata of {path} are damaged ({reason(error)}); export it again")
+    task = task_of(path, meta, session.get_inputs()[0].shape[0])
     return session, task, options, adapter
 
 
@@ -225,7 +243,12 @@ def main():
     parser.add_argument("photos", nargs="+", metavar="photo", help="a photo, or a folder of photos")
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
     arguments = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # names that a terminal can't show
+    if "" in sys.argv:
+        fail("an argument is empty; give it a value")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - kept open
+        getattr(sys, name).reconfigure(errors="replace")  # names that a terminal can't show
     warnings.simplefilter("ignore")  # Pillow's, of photos that it can read all the same
 
     # The options don't keep the adapter alive, so it stays in a variable.
@@ -246,6 +269,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # of "| head": nobody reads on
+    except OSError as error:  # of "| head": nobody reads on; or the disk is full
+        if not isinstance(error, BrokenPipeError):
+            print(plain(f"error: {reason(error)}"), file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
