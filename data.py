@@ -29,6 +29,7 @@ import re
 import shutil
 import sys
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -1412,7 +1413,7 @@ def request_rest(url: str, part: Path, token: str) -> tuple[int, str]:
     if have:
         request.add_header("Range", f"bytes={have}-")
     redirects = _Redirects()
-    with urllib.request.build_opener(redirects).open(request, timeout=30) as answer:
+    with open_in_time(request, redirects) as answer:
         headers = {key.lower(): value for key, value in answer.headers.items()} | redirects.stated
         asked = f"bytes {have}-"
         if answer.status == 206 and not headers.get("content-range", asked).startswith(asked):
@@ -1448,6 +1449,34 @@ def request_rest(url: str, part: Path, token: str) -> tuple[int, str]:
                     arrived = 0
                 progress(what, have >> 20, size >> 20, started, first)
     return size, etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+
+
+def open_in_time(
+    request: urllib.request.Request, redirects: _Redirects
+) -> http.client.HTTPResponse:
+    """Send a request and read the head of its answer, redirects and all, in twice PATIENCE: a
+    timeout of the connection's is for each byte.
+
+    Raises:
+        TimeoutError: it didn't come in time.
+    """
+    found = []
+
+    def work() -> None:
+        opener = urllib.request.build_opener(redirects)
+        try:
+            found.append(opener.open(request, timeout=30))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(2 * PATIENCE)
+    if not found:
+        raise TimeoutError(f"no answer in {2 * PATIENCE:.0f} seconds")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def to_integer(text: str | None) -> int:

@@ -281,6 +281,38 @@ def test_drip(server, tmp_path, monkeypatch):
         finished.set()
 
 
+def test_a_head_that_drips(server, tmp_path, monkeypatch):
+    """An answer whose head comes a byte at a time is given up."""
+    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    finished = threading.Event()
+
+    def drip(handler):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+        while not finished.wait(0.02):
+            handler.wfile.write(b"x")
+            handler.wfile.flush()
+
+    server.answers["/w"] = drip
+    try:
+        with pytest.raises(ValueError, match="no answer in 0 seconds; run again to go on"):
+            data.download(f"{server.url}/w", tmp_path / "w", tries=2)
+    finally:
+        finished.set()
+
+
+def test_secrets_that_a_server_repeats(server, tmp_path):
+    """A server that answers with the token doesn't get it printed."""
+
+    def repeat(handler):
+        handler.send_response(403, f"no {handler.headers['Authorization']}")
+        handler.end_headers()
+
+    server.answers["/f"] = repeat
+    with pytest.raises(ValueError, match="403 no Bearer …; set HF_TOKEN") as caught:
+        data.download(f"{server.url}/f", tmp_path / "f", token="hf_xyzzy")
+    assert "xyzzy" not in str(caught.value)
+
+
 def test_full_disk(server, tmp_path):
     """A full disk ends a download with a line that says so, and not after five more tries."""
     server.files["/f"] = BODY
