@@ -171,6 +171,19 @@ print(data.file_hash(path, "sha256"))
     assert len(server.seen) == 3  # one of them, cut twice
 
 
+def test_without_locks(server, tmp_path, monkeypatch):
+    """Where the system has no flock (Windows) a file is fetched and written all the same."""
+    monkeypatch.setattr(data, "fcntl", None)
+    server.files["/f"] = BODY
+    server.cut = [100_000]
+    data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
+    data.write_file(tmp_path / "f", "new")
+    with data.empty_folder(tmp_path / "part") as part:
+        data.write_file(part / "x", "content")
+    assert (tmp_path / "f").read_text() == "new"
+    assert files_below(tmp_path) == [tmp_path / "f"]
+
+
 # ------------------------------------------------------------------------- what isn't the file
 
 
