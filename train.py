@@ -84,23 +84,9 @@ NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "made")
 PATHS = ("dataset", "weights", "text_weights", "vocab")  # options that may name files
 AUTO = {"epochs": 0, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
 # What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
-EVAL_MAY_CHANGE = (
-    "dataset",
-    "center",
-    "backbone",
-    "license",
-    "fingerprint",
-    "seed",
-    "limit",
-    "shots",
-)
-EVAL_MAY_CHANGE += ("lr", "head_lr", "init")
-RESUME_MAY_CHANGE = (
-    "data_dir",
-    "offline",
-    "device",
-    "auto",
-)  # options that may differ when a run is resumed
+EVAL_MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit")
+EVAL_MAY_CHANGE += ("shots", "lr", "head_lr", "init")
+RESUME_MAY_CHANGE = ("data_dir", "offline", "device", "auto")  # of options, when one is resumed
 CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
