@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import threading
 from pathlib import Path
 
@@ -231,6 +232,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def full_disk(size):
+    """For subprocess's preexec_fn: files longer than so many bytes fail, as on a full disk. (In a
+    process of its own, since a limit holds for the file that pytest prints to, too.)"""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def serve():

@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import pickle
 import random
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, runner, serve, write_tiny
+from conftest import ROOT, full_disk, runner, serve, write_tiny
 from safetensors.torch import save as to_safetensors
 
 import data
@@ -329,14 +329,18 @@ def test_secrets_that_a_server_repeats(server, tmp_path):
 def test_full_disk(server, tmp_path):
     """A full disk ends a download with a line that says so, and not after five more tries."""
     server.files["/f"] = BODY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    try:
-        with pytest.raises(
-            ValueError, match=r"can't write .*part \(File too large\); make room; or"
-        ):
-            data.download(f"{server.url}/f", tmp_path / "f")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data
+data.download({server.url + "/f"!r}, pathlib.Path({str(tmp_path / "f")!r}))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=full_disk(100_000), check=False
+    )
+    message = r"ValueError: can't write .*part \(File too large\); make room; or fetch"
+    assert re.search(message, done.stderr)
     assert len(server.seen) == 1
 
 

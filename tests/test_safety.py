@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import fuzz_readers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, runner
+from conftest import ROOT, full_disk, runner
 from safetensors.torch import save_file
 
 import adaptertune
@@ -224,36 +223,35 @@ def test_a_failed_start_leaves_no_folder(run, tiny_weights, place):
 # ------------------------------------------------------------------------------------- full disks
 
 
-@pytest.fixture
-def full_disk():
-    """A function that makes files longer than so many bytes fail, as a full disk does."""
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-    yield limit
-    limit(resource.RLIM_INFINITY)
-
-
-def test_full_disk_is_one_line(run, tiny_weights, place, full_disk):
+def test_full_disk_is_one_line(run, tiny_weights, place):
     """A full disk ends a run with one line. Nothing is lost: it goes on from the last epoch."""
-    full_disk(10_000)  # config.json, metrics.csv and split.json go in, state.pt doesn't
     arguments = ["--weights", tiny_weights, *QUICK, "--name", "a"]
-    error = run(*arguments, status=1)
+    # config.json, metrics.csv and split.json go in, state.pt doesn't.
+    process = program(*arguments, preexec_fn=full_disk(10_000))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
     assert re.fullmatch(r"error: can't write runs/a/\S+ \(File too large\); mend .* again\n", error)
+    assert (place / "runs/a/split.json").exists()
     assert not list((place / "runs/a").glob("*.part"))
-    full_disk(resource.RLIM_INFINITY)
     run(*arguments, "--resume")
     assert (place / "runs/a/adapters.safetensors").exists()
 
 
-def test_full_disk_keeps_the_old_file(tmp_path, full_disk):
+def test_full_disk_keeps_the_old_file(tmp_path):
     """What couldn't be written leaves the earlier file as it was, and nothing beside it."""
     path = tmp_path / "state.pt"
     data.write_file(path, "old")
-    full_disk(1000)
-    with pytest.raises(ValueError, match=r"can't write .*state.pt \(File too large\)"):
-        data.write_file(path, bytes(2000))
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data
+data.write_file(pathlib.Path({str(path)!r}), bytes(2000))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=full_disk(1000), check=False
+    )
+    assert re.search(r"ValueError: can't write .*state.pt \(File too large\)", done.stderr)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
