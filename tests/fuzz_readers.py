@@ -500,6 +500,7 @@ def fuzz(name: str, folder: Path, count: int, seed: int = 0) -> list[str]:
             status = 70
             try:
                 os.close(end)
+                signal.alarm(60)
                 answer = reader.read(folder)  # the honest file
                 assert not isinstance(answer, int) or answer == 0
                 for i in range(number, count):
