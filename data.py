@@ -1016,10 +1016,7 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
         # Lock what is there now, and see whether it is still there: who had it before may have
         # moved or removed it.
         try:
-            if folder:
-                path.mkdir(parents=True, exist_ok=True)
-            else:
-                path.touch()
+            make(path, folder)
             if fcntl is None:
                 break
             handle = os.open(path, os.O_RDONLY)
@@ -1038,6 +1035,19 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
     finally:
         if handle >= 0:
             os.close(handle)
+
+
+def make(path: Path, folder: bool) -> None:
+    """Make a file or a folder, unless it is there."""
+    if not folder:
+        path.touch()
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        if path.is_file():
+            raise
+        # Another process removed the folder before mkdir could see that it is one.
 
 
 def take_lock(handle: int, path: Path, wait: bool) -> None:
