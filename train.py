@@ -683,12 +683,6 @@ def join_processes() -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
 
 
-def leave_processes() -> None:
-    """What `join_processes` began ends before the process does, or its threads abort it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def rank_and_world() -> tuple[int, int]:
     """This process's number, and how many there are."""
     if dist.is_initialized():
@@ -2932,13 +2926,11 @@ def main(arguments: list[str] | None = None) -> int:
             program = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
         print(f"\nstopped; to go on: {program} {shlex.join(command)}", file=sys.stderr)
         return 130
-    finally:
-        leave_processes()
 
 
 if __name__ == "__main__":
     status = main()
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun: its threads may abort a process while it ends
+    if dist.is_initialized():  # whose threads may abort a process that ends in the usual way
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

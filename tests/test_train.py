@@ -1267,7 +1267,6 @@ def test_cached_features_want_one_process(run, tiny_weights, monkeypatch):
     """Features are computed once, so torchrun would only repeat them."""
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train, "any_process", bool)
-    monkeypatch.setattr(train, "leave_processes", lambda: None)
     error = run(*quick(tiny_weights, "--method", "head", "--cached"), status=1)
     assert "head trains on cached features: one process, not torchrun" in error
 
