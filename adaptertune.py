@@ -713,7 +713,7 @@ def read(path: str | Path, required: Sequence[str] = ()) -> tuple[dict[str, Tens
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
-            check_types(meta, META, required)
+            check_types(meta, META)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors has an error type of its own
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
@@ -722,6 +722,9 @@ def read(path: str | Path, required: Sequence[str] = ()) -> tuple[dict[str, Tens
             f"{path} is no adapter file of train.py "
             f"(version {meta.get('version')}, expected {VERSION})"
         )
+    missing = [key for key in required if key not in meta]
+    if missing:
+        raise ValueError(f"{path} is damaged: its metadata lack {', '.join(missing)}")
     return tensors, meta
 
 
@@ -752,8 +755,8 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         ValueError: the file isn't ours, was trained on another backbone (fingerprints differ), or
             its tensors aren't the model's.
     """
-    tensors, meta = read(path)
-    trained_on = meta.get("fingerprint", "")
+    tensors, meta = read(path, ("fingerprint",))
+    trained_on = meta["fingerprint"]
     present = fingerprint(model)
     if trained_on and trained_on != present:  # empty if all was trained from random weights
         raise ValueError(

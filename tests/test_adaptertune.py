@@ -1,5 +1,7 @@
 """The adapters: what they compute, where they stand, what is trained, what a file holds."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -561,3 +563,11 @@ def test_fingerprint(tiny_weights):
         assert adaptertune.fingerprint(model) == first
         model.blocks[1].norm2.bias[3] += 1e-6
         assert adaptertune.fingerprint(model) != first
+
+
+def test_a_file_without_fingerprint(tmp_path):
+    """Adapters that don't say which backbone they belong to aren't loaded onto any."""
+    path = tmp_path / "a.safetensors"
+    save_file({"head.weight": torch.zeros(1)}, path, {"adaptertune": json.dumps({"version": 1})})
+    with pytest.raises(ValueError, match="its metadata lack fingerprint"):
+        adaptertune.load(path, torch.nn.Linear(1, 1))
