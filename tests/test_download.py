@@ -273,41 +273,28 @@ def test_more_than_stated(server, tmp_path):
     assert files_below(tmp_path) == []
 
 
-def test_drip(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("beginning", "message"),
+    [
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n", "too slow, .* bytes in 0 seconds"),
+        (b"HTTP/1.0 200 OK\r\nX: ", "no answer in 0 seconds"),
+    ],
+    ids=["body", "head"],
+)
+def test_drip(server, tmp_path, monkeypatch, beginning, message):
     """A transfer of a few bytes a second is given up, though each of them comes in time."""
     monkeypatch.setattr(data, "PATIENCE", 0.2)
     finished = threading.Event()
 
     def drip(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000")
-        handler.end_headers()
+        handler.wfile.write(beginning)
         while not finished.wait(0.02):
             handler.wfile.write(b"x")
             handler.wfile.flush()
 
     server.answers["/w"] = drip
     try:
-        with pytest.raises(ValueError, match="too slow, .* bytes in 0 seconds; run again to go on"):
-            data.download(f"{server.url}/w", tmp_path / "w", tries=2)
-    finally:
-        finished.set()
-
-
-def test_a_head_that_drips(server, tmp_path, monkeypatch):
-    """An answer whose head comes a byte at a time is given up."""
-    monkeypatch.setattr(data, "PATIENCE", 0.2)
-    finished = threading.Event()
-
-    def drip(handler):
-        handler.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
-        while not finished.wait(0.02):
-            handler.wfile.write(b"x")
-            handler.wfile.flush()
-
-    server.answers["/w"] = drip
-    try:
-        with pytest.raises(ValueError, match="no answer in 0 seconds; run again to go on"):
+        with pytest.raises(ValueError, match=f"{message}; run again to go on"):
             data.download(f"{server.url}/w", tmp_path / "w", tries=2)
     finally:
         finished.set()
