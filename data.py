@@ -1,9 +1,9 @@
 """Images in, batches out: data sets, their splits, augmentation on the device, and downloads.
 
-A data set is three sets of images in memory, each one uint8 tensor [n, 3, H, W]. Everything that
-happens to a batch (crop, flip, resize, normalise) runs on the training device. Its randomness comes
-from (seed, epoch, step) only: the same command makes the same crops, and a resumed run makes those
-that it would have made.
+A data set is three sets of images, which are rows of one table uint8 [N, 3, H, W]: in memory, or of
+photos in a file, decoded once (`Photos`). Everything that happens to a batch (crop, flip, resize,
+normalise) runs on the training device. Its randomness comes from (seed, epoch, step) only: the same
+command makes the same crops, and a resumed run makes those that it would have made.
 
 Crop, flip and antialiased resize are linear and separable: two small matrices per image,
 
@@ -23,19 +23,22 @@ import http.client
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -69,22 +72,57 @@ PARTS |= {"dev": "val", "test": "test", "testing": "test"}
 
 @dataclass
 class Images:
-    """n images with their labels."""
+    """n images with their labels: rows of a table, which several sets may share."""
 
-    pixels: Tensor  # uint8 [n, 3, H, W]; or features [n, D] in their place
+    table: "Tensor | Photos"  # uint8 [N, 3, H, W]; or features [N, D] in their place
     labels: Tensor  # int64 [n]
     names: list[str] = field(default_factory=list)  # files in its folder, or numbers
+    rows: Tensor | None = None  # int64 [n], where each image is in the table; in order if left out
+
+    def __post_init__(self):
+        if self.rows is None:
+            self.rows = torch.arange(len(self.labels), device=self.labels.device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> "Images":
-        """The same images with their bytes and labels on a device."""
-        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
-
     def __getitem__(self, index: Tensor) -> "Images":
         names = [self.names[i] for i in index.tolist()] if self.names else []
-        return Images(self.pixels[index], self.labels[index], names)
+        return Images(self.table, self.labels[index], names, self.rows[index])
+
+    def take(self, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Pixels and labels of a few images, on a device."""
+        return self.table[self.rows[index]].to(device), self.labels[index].to(device)
+
+    @property
+    def pixels(self) -> Tensor:
+        """All of them, in memory: uint8 [n, 3, H, W]."""
+        return self.table[self.rows]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, 3, H, W), or (n, D) of features."""
+        return len(self), *self.table.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all of them take in memory."""
+        return math.prod(self.shape) * self.table.dtype.itemsize
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images, alone in a table on a device, filled in parts: photos needn't fit into
+        this machine's memory."""
+        table = torch.empty(self.shape, dtype=self.table.dtype, device=device)
+        for place in range(0, len(self), 1024):
+            part = slice(place, place + 1024)
+            table[part] = self.table[self.rows[part]].to(device)
+        return Images(table, self.labels.to(device), self.names)
+
+    def checksum(self) -> str:
+        """SHA-256 of the pixels; in the place of photos' pixels stand checksums of their files."""
+        if isinstance(self.table, Photos):
+            return self.table.checksum(self.rows)
+        return hashlib.sha256(self.pixels.cpu().numpy()).hexdigest()
 
 
 @dataclass
@@ -120,13 +158,14 @@ def read(
         offline: never download.
 
     Raises:
-        ValueError: unknown name, missing or empty folder, corrupt file, photos without Pillow; says
-            what to do.
+        ValueError: unknown name, missing or empty folder, corrupt file, a package that isn't
+            installed; says what to do.
     """
     check_name(name)
+    side = round(image_size * 8 / 7)
     if name in DATASETS:
-        return DATASETS[name](Path(data_dir), offline)
-    return read_folder(Path(name), side=round(image_size * 8 / 7))
+        return DATASETS[name](name, Path(data_dir), offline, side)
+    return read_folder(Path(name), side)
 
 
 def check_name(name: str) -> None:
@@ -141,7 +180,7 @@ def check_name(name: str) -> None:
 def is_there(name: str, data_dir: str) -> bool:
     """Whether reading a data set needs nothing to be written to `data_dir`."""
     reader = DATASETS.get(name)
-    return not isinstance(reader, partial) or (Path(data_dir) / reader.keywords["folder"]).is_dir()
+    return not isinstance(reader, partial) or (Path(data_dir) / reader.keywords["place"]).exists()
 
 
 # ---------------------------------------------------------------------------------------- splits
@@ -239,8 +278,7 @@ def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Da
                 moved.missing.append(name)
         found = []
         for source, chosen in zip(sources, rows, strict=True):
-            if chosen or not found:
-                found.append(source[torch.tensor(chosen, dtype=torch.long)])
+            found.append(source[torch.tensor(chosen, dtype=torch.long)])
         parts[part] = join(found)
     moved.new = len(places) - known
     sizes = (len(parts["train"]), len(parts["val"]))
@@ -248,13 +286,10 @@ def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Da
 
 
 def join(parts: list[Images]) -> Images:
-    """Several sets as one, without the empty ones."""
-    filled = [images for images in parts if len(images)] or parts[:1]
-    if len(filled) == 1:
-        return filled[0]
-    pixels = torch.cat([images.pixels for images in filled])
-    labels = torch.cat([images.labels for images in filled])
-    return Images(pixels, labels, [name for images in filled for name in images.names])
+    """Several sets of one table as one set."""
+    names = [name for images in parts for name in images.names]
+    labels = torch.cat([images.labels for images in parts])
+    return Images(parts[0].table, labels, names, torch.cat([images.rows for images in parts]))
 
 
 def all_as_test(data: Dataset) -> Dataset:
@@ -366,7 +401,7 @@ def seed_from(key: str) -> int:
 # ----------------------------------------------------------------------------- reading data sets
 
 
-def read_digits(data_dir: Path, offline: bool) -> Dataset:
+def read_digits(name: str, data_dir: Path, offline: bool, side: int) -> Dataset:
     """1,797 handwritten digits, 8 x 8, grey: UCI's optdigits test set as scikit-learn has it."""
     with np.load(ASSETS / "digits.npz", allow_pickle=False) as file:
         grey = torch.from_numpy(file["images"])  # counts of 0..16 ink dots
@@ -375,15 +410,16 @@ def read_digits(data_dir: Path, offline: bool) -> Dataset:
     pixels = pixels[:, None].expand(-1, 3, -1, -1).contiguous()
     classes = [str(digit) for digit in range(10)]
     images = Images(pixels, labels, [str(i) for i in range(len(labels))])
-    return Dataset("digits", classes, images, None, None, flip=False, min_scale=0.85)
+    return Dataset(name, classes, images, None, None, flip=False, min_scale=0.85)
 
 
 def read_cifar(
+    name: str,
     data_dir: Path,
     offline: bool,
+    side: int,
     *,
-    name: str,
-    folder: str,
+    place: str,
     archive: str,
     md5: str,
     train: list[str],
@@ -394,29 +430,37 @@ def read_cifar(
     """CIFAR's python version (Krizhevsky 2009): the extracted folder, the archive, or the network.
 
     Args:
-        folder, archive, md5: as published.
+        place: the folder.
+        archive, md5: as published.
         train, test, meta: names of the pickles.
         key: what stands before "labels" and "label_names" in their keys.
     """
-    root = data_dir / folder
-    if not root.is_dir():
-        extract_cifar(root, data_dir / archive, md5, offline)
-
+    root = data_dir / place
+    fetch_archive(root, CIFAR + archive, md5, offline)
     names = unpickle(root / meta).get(f"{key}label_names".encode())
     if not isinstance(names, list) or not all(isinstance(each, bytes) for each in names):
         raise ValueError(f"{root / meta} has no names of classes; delete its folder")
     classes = [each.decode(errors="replace") for each in names]
 
-    def images(part: str, files: list[str]) -> Images:
-        parts = [read_batch(root / file, f"{key}labels", len(classes)) for file in files]
-        found = join(parts)
-        return replace(found, names=[f"{part}/{i}" for i in range(len(found))])
+    batches = [read_batch(root / file, f"{key}labels", len(classes)) for file in [*train, test]]
+    pixels = torch.cat([pixels for pixels, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    tested = len(batches[-1][1])
+    return Dataset(name, classes, *train_and_test(pixels, labels, len(labels) - tested))
 
-    return Dataset(name, classes, images("train", train), None, images("test", [test]))
+
+def train_and_test(table: Tensor, labels: Tensor, trained: int) -> tuple[Images, None, Images]:
+    """A table's first `trained` images, nothing for validation, and the others, with numbers as
+    their names."""
+    names = [f"train/{i}" for i in range(trained)]
+    names += [f"test/{i}" for i in range(len(labels) - trained)]
+    everything = Images(table, labels, names)
+    places = torch.arange(len(labels))
+    return everything[places[:trained]], None, everything[places[trained:]]
 
 
-def read_batch(path: Path, key: str, classes: int) -> Images:
-    """A CIFAR pickle's images, with the labels that it has under `key`.
+def read_batch(path: Path, key: str, classes: int) -> tuple[Tensor, Tensor]:
+    """A CIFAR pickle's images uint8 [n, 3, 32, 32], and the labels that it has under `key`.
 
     Raises:
         ValueError: as `unpickle`; or they aren't images with labels.
@@ -431,33 +475,70 @@ def read_batch(path: Path, key: str, classes: int) -> Images:
             f"{path} holds no images with labels; delete its folder to extract the archive again"
         )
     pixels = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
-    return Images(pixels, torch.tensor(labels, dtype=torch.long))
+    return pixels, torch.tensor(labels, dtype=torch.long)
 
 
-def extract_cifar(root: Path, archive: Path, md5: str, offline: bool) -> None:
-    """Make the folder `root` from the archive, which is downloaded if it isn't there."""
-    if archive.exists():
-        if file_hash(archive, "md5") != md5:
+def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
+    """Make the folder `root`, if it isn't there, from the archive beside it, which is downloaded if
+    that isn't there either. The archive holds one folder of that name.
+
+    Raises:
+        ValueError: it isn't the published one, or can't be fetched.
+    """
+    archive = root.with_name(url.rpartition("/")[2])
+    if root.is_dir():
+        return
+    if not archive.exists():
+        if offline:
             raise ValueError(
-                f"{archive} is not the published archive (md5 differs); delete it to fetch it again"
+                f"no {root} and --offline given; put the published archive {archive.name} "
+                f"into {archive.parent}"
             )
-    elif offline:
+        download(url, archive, checksum=("md5", md5))
+    elif file_hash(archive, "md5") != md5:
         raise ValueError(
-            f"no {root} and --offline given; put the published archive {archive.name} "
-            f"into {archive.parent}"
+            f"{archive} is not the published archive (md5 differs); delete it to fetch it again"
         )
-    else:
-        download(CIFAR + archive.name, archive, checksum=("md5", md5))
     with empty_folder(root.with_name(f"{root.name}.part")) as part:
         if root.is_dir():  # another process has done it meanwhile
             return
-        # All of it are files in one folder. Their names alone are taken, so none goes elsewhere;
-        # extractall has a filter for that, which Python 3.11.2 (Debian 12) lacks.
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile():
-                    write_file(part / Path(member.name).name, tar.extractfile(member).read())
-        os.replace(part, root)
+        extract(archive, part)
+        os.replace(part / root.name, root)
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """Write the files of a .tar, .tar.gz or .zip into a folder, and nowhere else. (The filter that
+    tarfile's extractall has for that is missing in Python 3.11.2, Debian 12's.)"""
+    started = time.perf_counter()
+    total = archive.stat().st_size
+    done = 0
+    for name, content in archived_files(archive):
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts:
+            raise ValueError(f"{archive} holds {name!r}, outside of its folder; delete it")
+        path = folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            shutil.copyfileobj(content, file)
+            done += file.tell()
+        progress(f"extracting {archive.name}, MB", min(done, total - 1) >> 20, total >> 20, started)
+    wipe_progress()
+    if os.name == "posix":
+        os.sync()  # once, instead of a flush of each of a hundred thousand files
+
+
+def archived_files(archive: Path) -> Iterator[tuple[str, BinaryIO]]:
+    """Name and content of each file in an archive, without links and folders."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as opened:
+            for member in opened.infolist():
+                if not member.is_dir():
+                    yield member.filename, opened.open(member)
+        return
+    with tarfile.open(archive) as opened:
+        for member in opened:
+            if member.isfile():
+                yield member.name, opened.extractfile(member)
 
 
 class _Dtype:
@@ -539,8 +620,68 @@ def unpickle(path: Path) -> dict:
         ) from error
 
 
-def read_folder(root: Path, *, side: int) -> Dataset:
+def read_torchvision(
+    name: str,
+    data_dir: Path,
+    offline: bool,
+    side: int,
+    *,
+    kind: str,
+    place: str,
+    train: tuple[str, ...] = ("train",),
+) -> Dataset:
+    """A data set as torchvision reads and downloads it.
+
+    Args:
+        kind: the class in torchvision.datasets.
+        place: its folder, or a file of it, in data_dir.
+        train: the splits that are trained on, of which validation is split off too.
+    """
+    try:
+        from torchvision import datasets
+
+        sources = []
+        for split in (*train, "test"):
+            sources.append(getattr(datasets, kind)(data_dir, split=split, download=not offline))
+    except ImportError as error:
+        raise ValueError(
+            f"{name} needs more packages ({error}): pip install torchvision scipy"
+        ) from error
+    except Exception as error:  # of files that may hold anything, and of the network
+        hint = f"delete {data_dir / place} to fetch it again"
+        if offline:
+            hint = f"without --offline it is downloaded to {data_dir}"
+        raise ValueError(f"torchvision can't read {name} ({error}); {hint}") from error
+
+    trained = sum(len(source) for source in sources[:-1])
+    if name == "svhn":
+        pixels = torch.cat([torch.from_numpy(source.data) for source in sources])
+        labels = torch.cat([torch.from_numpy(source.labels) for source in sources])
+        parts = train_and_test(pixels, labels, trained)
+        classes = [str(digit) for digit in range(10)]
+        # A mirror image is no digit, and a small crop may show the digit beside it.
+        return Dataset(name, classes, *parts, flip=False, min_scale=0.85)
+    photos = []
+    for source in sources:
+        files = source._images if name == "pets" else source._image_files
+        photos += zip(map(Path, files), source._labels, strict=True)
+    parts = {"train": photos[:trained], "test": photos[trained:]}
+    return from_photos(name, sources[0].classes, parts, side, data_dir / place)
+
+
+def read_archive(
+    name: str, data_dir: Path, offline: bool, side: int, *, place: str, url: str, md5: str
+) -> Dataset:
+    """A data set that was published as an archive of photos in folders."""
+    root = data_dir / place
+    fetch_archive(root, url, md5, offline)
+    return replace(read_folder(root, side), name=name)
+
+
+def read_folder(root: Path, side: int) -> Dataset:
     """Photos in class folders, each decoded once to a centre square of `side` pixels."""
+    if (root / "val" / "val_annotations.txt").is_file():
+        return read_tiny_imagenet(root, side)
     parts = find_parts(root)
     skipped = []
     for folder in find_folders(root):
@@ -555,10 +696,7 @@ def read_folder(root: Path, *, side: int) -> Dataset:
         raise ValueError(
             f"{parts['train']} has {len(classes)} class folders; at least 2 are needed{hint}"
         )
-    count = sum(len(files) for by_class in photos.values() for files in by_class.values())
-    check_memory(count, side)
-    images = {}
-    sums = {}
+    labelled = {}
     for part, by_class in photos.items():
         odd = sorted(set(by_class) ^ set(classes))
         if odd:
@@ -566,32 +704,86 @@ def read_folder(root: Path, *, side: int) -> Dataset:
                 f"{parts[part]} and {parts['train']} don't have the same classes: "
                 f"{', '.join(odd[:3])}"
             )
-        paths = []
-        labels = []
-        for label, name in enumerate(classes):
-            paths += by_class[name]
-            labels += [label] * len(by_class[name])
-        images[part], found = decode(paths, labels, side, root)
-        sums |= found
-    name = root.resolve().name
+        labelled[part] = with_labels(by_class, classes)
+    named = name_classes(root / "README.txt", classes)
+    return from_photos(root.resolve().name, named, labelled, side, root, skipped=skipped)
+
+
+def with_labels(by_class: dict[str, list[Path]], classes: list[str]) -> list[tuple[Path, int]]:
+    """The photos of all classes, each with its class's number."""
+    found = []
+    for label, name in enumerate(classes):
+        found += [(path, label) for path in by_class[name]]
+    return found
+
+
+def read_tiny_imagenet(root: Path, side: int) -> Dataset:
+    """Tiny ImageNet as it is unpacked: train/WNID/images/, and val/images/ with their classes in
+    val_annotations.txt, which is its test set (test/ has no labels). Photos keep their 64 pixels.
+
+    Raises:
+        ValueError: the annotations don't belong to the folders.
+    """
+    by_class = list_photos(root / "train", [])
+    classes = list(by_class)
+    listed = root / "val" / "val_annotations.txt"
+    test = []
+    for line in listed.read_text(encoding="utf-8").splitlines():
+        file, wnid, *_ = [*line.split("\t"), ""]
+        path = root / "val" / "images" / file
+        if wnid not in by_class or not path.is_file():
+            raise ValueError(
+                f"{listed} lists {file} of {wnid}, but there is no such photo or no folder "
+                f"train/{wnid}; unpack the archive again"
+            )
+        test.append((path, classes.index(wnid)))
+    first = open_photo(test[0][0], side)
+    parts = {"train": with_labels(by_class, classes), "test": test}
+    named = name_classes(root / "words.txt", classes)
+    side = min(side, *first.size)
+    return replace(from_photos(root.resolve().name, named, parts, side, root), center=1.0)
+
+
+def name_classes(listed: Path, classes: list[str]) -> list[str]:
+    """ImageNet's names for classes that are its numbers (n01443537 is "goldfish"), from a file with
+    a line for each; unless that has all of them, and as many names, the numbers."""
+    if not listed.is_file() or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return classes
+    names = {}
+    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = re.match(r"(n\d{8})\W+(\w[^,]*)", line)
+        if match:
+            names[match[1]] = match[2].strip()
+    found = [names.get(name, "") for name in classes]
+    return found if len(set(found) - {""}) == len(classes) else classes
+
+
+def from_photos(
+    name: str,
+    classes: list[str],
+    parts: dict[str, list[tuple[Path, int]]],
+    side: int,
+    root: Path,
+    skipped: Sequence[str] = (),
+) -> Dataset:
+    """A data set of photos.
+
+    Args:
+        parts: photos with their labels of train, and perhaps of val and test.
+        root: the folder that all of them are in.
+    """
+    photos = [photo for part in parts.values() for photo in part]
+    everything, sums = decode(
+        [path for path, _ in photos], [label for _, label in photos], side, root
+    )
+    places = torch.arange(len(photos)).split([len(part) for part in parts.values()])
+    images = {}
+    for part, place in zip(parts, places, strict=True):
+        images[part] = everything[place]
+    where = {"skipped": list(skipped), "folder": root, "sums": sums}
     val = images.get("val")
     test = images.get("test")
-    where = {"skipped": skipped, "folder": root, "sums": sums}
     return Dataset(name, classes, images["train"], val, test, center=7 / 8, **where)
-
-
-def check_memory(count: int, side: int) -> None:
-    """Raise a ValueError if `count` photos of `side` pixels can't be held in this machine."""
-    needed = count * 3 * side**2
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows has no sysconf
-        return
-    if needed > 0.9 * memory:
-        raise ValueError(
-            f"{count:,} photos of {side} x {side} pixels take {needed / 1e9:,.0f} GB, this machine "
-            f"has {memory / 1e9:,.0f}; give a smaller --image-size or a folder with fewer photos"
-        )
 
 
 def find_folders(folder: Path) -> list[Path]:
@@ -656,52 +848,212 @@ def is_photo(file: Path) -> bool:
 
 
 def decode(
-    paths: list[Path], labels: list[int], side: int, root: Path
+    paths: list[Path], labels: list[int], side: int, root: Path, *, keep: bool = True
 ) -> tuple[Images, dict[str, str]]:
-    """Decode photos on all cores to centre squares of `side` pixels; also give the checksum of
-    each file by its name."""
+    """Photos as centre squares of `side` pixels, and the checksum of each one's file by its name.
 
-    def read(path: Path) -> tuple[Tensor | ValueError, str]:
+    They are decoded once: a file of the cache has those of a folder and size. Where photos come or
+    go, the others keep their pixels, and what a killed process has decoded stays.
+
+    Args:
+        root: the folder that all of them are in.
+        keep: in the cache; else in a file that goes with this process.
+
+    Raises:
+        ValueError: no Pillow; photos that can't be read, of which some are named; no room.
+    """
+    try:
+        import PIL
+    except ImportError as error:
+        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
+    files = []
+    for path in paths:
+        stat = path.stat()
+        files.append([path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns])
+    header = [f"Pillow {PIL.__version__}, decoder {DECODER}", side, files]
+    whole = as_utf8(str(root.resolve()))
+    with photo_folder(keep) as folder:
+        place = folder / f"{as_utf8(root.resolve().name)[:50]}-{side}-{seed_from(whole):08x}"
+        photos = open_photos(place)
+        if not photos or photos.header != header or not photos.sums.all():
+            lock = place.with_name(place.name + ".lock")
+            with locked(lock):
+                photos = open_photos(place)  # another process may have made it meanwhile
+                if not photos or photos.header != header:
+                    begin_photos(place, header, photos)
+                fill_photos(place, paths)
+                lock.unlink()
+            photos = Photos(place)
+            if keep:
+                size = f"{place.stat().st_size / 1e6:,.0f} MB"
+                print(f"photos   {len(paths):,} decoded to {place} ({size}), for later runs too")
+    names = [name for name, _, _ in files]
+    sums = {name: f"{crc:08x}" for name, crc in zip(names, photos.sums, strict=True)}
+    return Images(photos, torch.tensor(labels), names), sums
+
+
+DECODER = 1  # another number for another outcome of `read_photo`: then all is decoded anew
+PHOTOS_AT_A_TIME = 256  # in memory while they are decoded; fewer of more than 256 MiB
+
+
+class Photos:
+    """Decoded photos in a file of the cache: a table uint8 [N, 3, side, side] on the disk.
+
+    The file has, one after the other: the length of the next in 8 bytes; JSON of what the pixels
+    follow from (Pillow's version, the side, each photo's name, size and time in nanoseconds); the
+    CRC-32 of each photo's file, or 0 while it isn't decoded; the table.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, path: Path):
+        self.file = path.open("rb")
+        self.start = 8 + int.from_bytes(self.file.read(8), "little")  # of the checksums
+        size = path.stat().st_size
         try:
-            return read_photo(path, side), file_crc(path)
-        except ValueError as error:
-            if isinstance(error.__cause__, ImportError):  # no Pillow: all of them
-                raise
-            return error, ""
+            self.header = json.loads(self.file.read(min(self.start, size) - 8))
+            made_by, side, files = self.header
+            count = len(files)
+            self.shape = (count, 3, side, side)
+            self.sums = np.frombuffer(self.file.read(4 * count), "<u4")
+            if size != self.place(count):
+                raise ValueError(f"{size:,} bytes")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it") from error
 
-    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    names = [path.relative_to(root).as_posix() for path in paths]
-    sums = {}
+    def place(self, i: int) -> int:
+        """Where in the file photo i begins."""
+        return self.start + 4 * self.shape[0] + i * math.prod(self.shape[1:])
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        # Mapped anew for each batch: all that was read counts as this process's memory for as long
+        # as it is mapped.
+        table = np.memmap(self.file, np.uint8, "r", self.place(0), self.shape)
+        return torch.from_numpy(table[rows.numpy()])
+
+    def checksum(self, rows: Tensor) -> str:
+        """SHA-256 of what the pixels of some photos follow from."""
+        key = hashlib.sha256(repr((self.header[0], self.shape[1:])).encode())
+        key.update(self.sums[rows.numpy()])
+        return key.hexdigest()
+
+
+def open_photos(path: Path) -> Photos | None:
+    """A file of the cache; None if it isn't there, or is damaged."""
+    try:
+        return Photos(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def photo_folder(keep: bool) -> Iterator[Path]:
+    """The cache's folder of decoded photos; or, if they aren't to be kept or can't be, one that is
+    removed when the block has opened what it needs."""
+    if keep:
+        try:
+            folder = cache_folder() / "photos"
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except (OSError, ValueError) as error:
+            print(f"note     decoded photos aren't kept ({error}): set ADAPTERTUNE_CACHE")
+        else:
+            yield folder
+            return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def begin_photos(path: Path, header: list, old: Photos | None) -> None:
+    """Make a file of the cache in which no photo is decoded but for those that `old` has."""
+    made_by, side, files = header
+    known = {}
+    if old and old.header[:2] == header[:2]:
+        for row, (file, crc) in enumerate(zip(old.header[2], old.sums, strict=True)):
+            if crc:
+                known[tuple(file)] = row
+    rows = [known.get(tuple(file)) for file in files]
+    sums = [0 if row is None else old.sums[row] for row in rows]
+    listed = json.dumps(header).encode()
+    with replacing(path) as file:
+        file.write(len(listed).to_bytes(8, "little") + listed)
+        file.write(np.array(sums, "<u4").tobytes())
+        for row in rows:
+            if row is None:
+                file.seek(3 * side**2, os.SEEK_CUR)
+            else:
+                file.write(old[torch.tensor([row])].numpy().tobytes())
+        file.truncate()
+
+
+def fill_photos(path: Path, paths: list[Path]) -> None:
+    """Decode the photos that a file of the cache lacks, on all cores.
+
+    Raises:
+        ValueError: the disk is too full; photos that can't be read, after all others were.
+    """
+    photos = Photos(path)
+    side = photos.shape[-1]
+    sums = photos.sums.copy()
+    missing = np.flatnonzero(sums == 0).tolist()
+    needed = len(missing) * 3 * side**2
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ValueError(
+            f"{len(missing):,} photos of {side} x {side} pixels take {needed / 1e9:,.1f} GB, "
+            f"{path.parent} has {free / 1e9:,.1f} GB free; make room, set ADAPTERTUNE_CACHE to a "
+            "folder on another disk, or give a smaller --image-size"
+        )
+
+    def read(i: int) -> tuple[Tensor, int] | ValueError:
+        """A photo's pixels and its file's CRC-32; or why there are none."""
+        try:
+            return read_photo(paths[i], side), max(1, int(file_crc(paths[i]), 16))
+        except ValueError as error:
+            return error
+
     bad = []
+    at_a_time = max(os.cpu_count(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))
     started = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, (image, checksum) in enumerate(pool.map(read, paths)):
-            if isinstance(image, ValueError):
-                bad.append(image)
-                continue
-            pixels[i] = image
-            sums[names[i]] = checksum
-            progress(f"decoding {root.name}", i + 1, len(paths), started)
+    with path.open("r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(missing), at_a_time):
+            part = missing[first : first + at_a_time]
+            for i, found in zip(part, pool.map(read, part), strict=True):
+                if isinstance(found, ValueError):
+                    bad.append(found)
+                    continue
+                image, sums[i] = found
+                file.seek(photos.place(i))
+                file.write(image.numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # the pixels are there before their checksums say so
+            file.seek(photos.start)
+            file.write(sums.tobytes())
+            progress("decoding, photo", first + len(part), len(missing), started)
     if bad:
         text = str(bad[0])
         if len(bad) > 1:
             names = [str(error).partition(" as an image")[0] for error in bad[1:6]]
             text += f"; and {len(bad) - 1} more: {', '.join(names)}"
         raise ValueError(text) from bad[0]
-    return Images(pixels, torch.tensor(labels), names), sums
 
 
 def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
     photos = []
     others = []
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if hidden or file.is_dir():
-            continue
-        kind = photos if is_photo(file) else others
-        kind.append(file)
-    return photos, others
+    for place, inside, names in os.walk(folder):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for name in names:
+            file = Path(place, name)
+            if not name.startswith("."):
+                kind = photos if is_photo(file) else others
+                kind.append(file)
+    return sorted(photos), sorted(others)
 
 
 def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
@@ -803,13 +1155,15 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
 
 
 # A sentence for each class, by how a data set's name begins: CLIP-Adapter's and CoOp's
-# (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits that of CLIP's prompts for MNIST.
+# (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits and SVHN those of
+# CLIP's own prompts.
 TEMPLATES = {
     "pets": "a photo of a {}, a type of pet.",
     "flowers": "a photo of a {}, a type of flower.",
     "aircraft": "a photo of a {}, a type of aircraft.",
     "food": "a photo of {}, a type of food.",
     "digits": 'a photo of the number: "{}".',
+    "svhn": 'a photo of the number: "{}".',
 }
 
 
@@ -832,12 +1186,12 @@ def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
     return [template.replace("{}", each.replace("_", " ")) for each in classes]
 
 
+# Readers by name. `place` is a folder, or a file, that is in data_dir when the set is there.
 DATASETS = {
     "digits": read_digits,
     "cifar10": partial(
         read_cifar,
-        name="cifar10",
-        folder="cifar-10-batches-py",
+        place="cifar-10-batches-py",
         archive="cifar-10-python.tar.gz",
         md5="c58f30108f718f92721af3b95e74349a",
         train=[f"data_batch_{i}" for i in range(1, 6)],
@@ -847,14 +1201,36 @@ DATASETS = {
     ),
     "cifar100": partial(
         read_cifar,
-        name="cifar100",
-        folder="cifar-100-python",
+        place="cifar-100-python",
         archive="cifar-100-python.tar.gz",
         md5="eb9058c3a382ffc7106e4002c42a8d85",
         train=["train"],
         test="test",
         meta="meta",
         key="fine_",
+    ),
+    "svhn": partial(read_torchvision, kind="SVHN", place="train_32x32.mat"),
+    "pets": partial(
+        read_torchvision, kind="OxfordIIITPet", place="oxford-iiit-pet", train=("trainval",)
+    ),
+    "food101": partial(read_torchvision, kind="Food101", place="food-101"),
+    "flowers102": partial(
+        read_torchvision, kind="Flowers102", place="flowers-102", train=("train", "val")
+    ),
+    "aircraft": partial(
+        read_torchvision, kind="FGVCAircraft", place="fgvc-aircraft-2013b", train=("trainval",)
+    ),
+    "tinyimagenet": partial(
+        read_archive,
+        place="tiny-imagenet-200",
+        url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        md5="90528d7ca1a48142e341f4ef8d21d0de",
+    ),
+    "imagenet_r": partial(
+        read_archive,
+        place="imagenet-r",
+        url="https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+        md5="a61312130a589d0ca1a8fca1f2bd3337",
     ),
 }
 
@@ -965,13 +1341,12 @@ class Batches:
         by (seed, epoch, step). To go on after an interruption it begins at step `first`."""
         images = data.train
         order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}"))
-        order = order.to(images.pixels.device)  # once an epoch: each copy makes a GPU wait
+        order = order.to(images.labels.device)  # once an epoch: each copy makes a GPU wait
         own = slice(self.rank, None, self.world)
         for step, index in enumerate(order.split(self.batch)):
             if step < first:
                 continue
-            pixels = images.pixels[index[own]].to(self.device)
-            labels = images.labels[index[own]].to(self.device)
+            pixels, labels = images.take(index[own], self.device)
             if pixels.ndim == 2:  # features [B, D] in the place of images
                 yield pixels, labels
                 continue
@@ -984,14 +1359,14 @@ class Batches:
 
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the central part of each."""
-        own = slice(self.rank, None, self.world)
-        parts = zip(images.pixels.split(self.batch), images.labels.split(self.batch), strict=True)
-        for pixels, labels in parts:
-            pixels = pixels[own].to(self.device)
+        for first in range(0, max(1, len(images)), self.batch):  # without images one empty batch
+            end = min(first + self.batch, len(images))
+            own = slice(first + self.rank, end, self.world)
+            pixels, labels = images.take(own, self.device)
             if pixels.ndim > 2:
                 boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, self.device)
                 pixels = self.finish(pixels, boxes)
-            yield pixels, labels[own].to(self.device)
+            yield pixels, labels
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -1282,7 +1657,7 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     by_hand = f"fetch {without_password(url)} by other means and put it at {path}"
-    if path.suffix not in (".gz", ".txt"):
+    if path.suffix == ".safetensors":
         by_hand += " or give it by --weights"
     remove_link(part)
     with locked(part):

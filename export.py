@@ -777,7 +777,7 @@ def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
     classes = run.meta["classes"]
     labels = [label_of(path.relative_to(folder), classes) for path in paths]
     side = round(run.batches.size / run.meta["center"])
-    images, _ = data.decode(paths, labels, side, folder)
+    images, _ = data.decode(paths, labels, side, folder, keep=False)
     center = run.meta["center"]
     name = f"photos of {folder}"
     return data.Dataset(name, classes, images, None, images, center=center, folder=folder)

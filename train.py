@@ -801,7 +801,7 @@ def place_images(dataset: data.Dataset, device: torch.device) -> data.Dataset:
     """Keep the images on a GPU if they take less than half of what is free there."""
     parts = {part: getattr(dataset, part) for part in ("train", "val", "test")}
     torch.cuda.empty_cache()  # of an earlier run
-    size = sum(images.pixels.nbytes for images in parts.values())
+    size = sum(images.nbytes for images in parts.values())
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return dataset
     return replace(dataset, **{part: images.to(device) for part, images in parts.items()})
@@ -1309,7 +1309,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     # All that features depend on: the fingerprint is of the weights only.
     network = (run.meta["fingerprint"], run.model.config, run.batches.norm)
     key = hashlib.sha256(repr((network, run.dataset.center)).encode())
-    key.update(images.pixels.numpy())
+    key.update(images.checksum().encode())
     path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
     if not path.exists():
         features = []
@@ -1327,7 +1327,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     features = tensors.get("features")
     if features is None or features.shape != (len(images), run.model.config.width):
         raise ValueError(f"{path} is damaged; delete it, and it is computed again")
-    return replace(images, pixels=features)
+    return data.Images(features, images.labels, images.names)
 
 
 @torch.no_grad()
@@ -2180,7 +2180,7 @@ def describe_data(images: data.Dataset, limit: int) -> None:
     if len(images.val) and missing:
         few = f"{len(missing)} of the classes"
         print(f"note     no validation image of {few}, such as {images.classes[missing[0]]}")
-    if not images.folder and Path(images.name).is_dir():
+    if images.name in data.DATASETS and Path(images.name).is_dir():
         print(f"note     that is the built-in set; the folder of this name is ./{images.name}")
     if images.skipped:
         skipped = counted(len(images.skipped), "file")
@@ -2533,7 +2533,7 @@ def draw_mistakes(run: Run, path: Path) -> None:
     for place, i in enumerate(wrong):
         left = 1.1 * (place % 5)
         bottom = -1.4 * (place // 5)
-        pixels = images.pixels[i].cpu().permute(1, 2, 0).numpy()
+        pixels = images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy()
         axes.imshow(pixels, extent=(left, left + 1, bottom, bottom + 1))
         name = images.names[i] if images.names else str(i)
         lines = [shorten(classes[found.labels[i]])]

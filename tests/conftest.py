@@ -29,6 +29,13 @@ ROOT = Path(__file__).parent.parent
 REAL = os.environ.get("ADAPTERTUNE_REAL")  # a folder of the published files that test_real.py names
 TINY = {"width": 32, "depth": 2, "heads": 2, "patch": 4, "image_size": 16, "hidden": 64}
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache folder of the tests' own, for commands that they start too."""
+    os.environ["ADAPTERTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 # -------------------------------------------------------------------------------------- networks
 
 

@@ -13,7 +13,12 @@ MAY_IMPORT = {
     "train": {"adaptertune", "data", "vit"},
     "export": {"adaptertune", "data", "vit", "train"},
 }
-OPTIONAL = {"PIL", "matplotlib", "sklearn"}  # packages that requirements.txt leaves out
+OPTIONAL = {
+    "PIL",
+    "matplotlib",
+    "sklearn",
+    "torchvision",
+}  # packages that requirements.txt leaves out
 
 
 def packages_of(statement):

@@ -1,0 +1,565 @@
+"""The published data sets that aren't embedded, from small archives in exactly their layout.
+
+Those that torchvision reads are downloaded by torchvision itself, from a server on loopback; their
+checksums are those of the small files, and its own otherwise.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import runner
+
+import data
+import train
+
+Image = pytest.importorskip("PIL.Image")
+
+GREY = {"RGB": (200, 100, 50), "L": 120, "P": 3, "CMYK": (0, 50, 100, 20)}
+
+
+def photo(mode="RGB", size=(40, 30), kind="JPEG"):
+    """The bytes of a photo of one colour."""
+    file = io.BytesIO()
+    Image.new(mode, size, GREY[mode]).save(file, kind)
+    return file.getvalue()
+
+
+def tar(files, mode="w"):
+    """The bytes of an archive of these {name: bytes}."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode=mode) as archive:
+        for name, body in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            archive.addfile(member, io.BytesIO(body))
+    return content.getvalue()
+
+
+def zipped(files):
+    """The bytes of a zip archive of these {name: bytes}."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, body in files.items():
+            archive.writestr(name, body)
+    return content.getvalue()
+
+
+def matlab(**arrays):
+    """The bytes of a MATLAB 5 file."""
+    scipy_io = pytest.importorskip("scipy.io")
+    file = io.BytesIO()
+    scipy_io.savemat(file, arrays, do_compression=True)
+    return file.getvalue()
+
+
+def md5(body):
+    return hashlib.md5(body).hexdigest()
+
+
+def lines(*texts):
+    return "".join(f"{text}\n" for text in texts).encode()
+
+
+def names_by_class(dataset, part):
+    """The photos' names of each class."""
+    images = getattr(dataset, part)
+    found = {name: [] for name in dataset.classes}
+    for name, label in zip(images.names, images.labels.tolist(), strict=True):
+        found[dataset.classes[label]].append(name)
+    return found
+
+
+# -------------------------------------------------------------------------- read by torchvision
+
+
+@pytest.fixture
+def torchvision():
+    pytest.importorskip("scipy")
+    return pytest.importorskip("torchvision.datasets")
+
+
+@pytest.fixture
+def pets(server, torchvision, monkeypatch):
+    """Pets: three classes, of which one is lower case in its files; a stray .mat among the photos;
+    a palette image that is called .jpg."""
+    photos = {"images/Abyssinian_1.mat": b"no photo"}
+    listed = {"trainval": [], "test": []}
+    for label, name in enumerate(("Abyssinian", "american_bulldog", "Siamese"), start=1):
+        for i in range(6):
+            part = "trainval" if i < 4 else "test"
+            odd = name == "Siamese" and i == 0
+            body = photo("P", kind="GIF") if odd else photo()
+            photos[f"images/{name}_{i + 1}.jpg"] = body
+            listed[part].append(f"{name}_{i + 1} {label} 1 1")
+    lists = {
+        "annotations/trainval.txt": lines(*listed["trainval"]),
+        "annotations/test.txt": lines(*listed["test"]),
+        "annotations/list.txt": lines("#Image CLASS-ID SPECIES BREED ID"),
+    }
+    archives = {"images.tar.gz": tar(photos, "w:gz"), "annotations.tar.gz": tar(lists, "w:gz")}
+    resources = []
+    for name, body in archives.items():
+        server.files[f"/{name}"] = body
+        resources.append((f"{server.url}/{name}", md5(body)))
+    monkeypatch.setattr(torchvision.OxfordIIITPet, "_RESOURCES", tuple(resources))
+
+
+def test_pets(pets, tmp_path):
+    """Classes are numbered as the lists do it; any photo is converted, whatever its kind."""
+    found = data.read("pets", str(tmp_path), image_size=16)
+    assert found.name == "pets"
+    assert found.classes == ["Abyssinian", "American Bulldog", "Siamese"]
+    assert found.train.shape == (12, 3, 18, 18)
+    assert found.val is None
+    assert found.test.shape == (6, 3, 18, 18)
+    bulldogs = [f"images/american_bulldog_{i}.jpg" for i in (5, 6)]
+    assert names_by_class(found, "test")["American Bulldog"] == bulldogs
+    palette = names_by_class(found, "train")["Siamese"].index("images/Siamese_1.jpg")
+    assert palette == 0
+    assert data.sentences("pets", found.classes)[2] == "a photo of a Siamese, a type of pet."
+
+
+def test_a_downloaded_set_is_read_offline(pets, server, tmp_path):
+    """The second time nothing is asked for."""
+    data.read("pets", str(tmp_path), image_size=16)
+    del server.seen[:]
+    found = data.read("pets", str(tmp_path), image_size=16, offline=True)
+    assert len(found.train) == 12
+    assert not server.seen
+    assert data.is_there("pets", str(tmp_path))
+    assert not data.is_there("pets", str(tmp_path / "elsewhere"))
+
+
+def test_the_protocol(pets, tmp_path):
+    """Validation is a tenth of the pool, by seed; the published test set stays whole."""
+    found = data.split(data.read("pets", str(tmp_path), image_size=16), seed=0)
+    assert [len(part) for part in (found.train, found.val, found.test)] == [11, 1, 6]
+
+
+def test_food101(server, torchvision, monkeypatch, tmp_path):
+    """Classes are in alphabetical order, whatever the order of the list; labels are theirs."""
+    classes = ["waffles", "apple_pie"]
+    files = {"food-101/meta/classes.txt": lines(*classes)}
+    for part, numbers in {"train": (5, 6, 7), "test": (8,)}.items():
+        listed = {name: [f"{name}/{n}" for n in numbers] for name in classes}
+        files[f"food-101/meta/{part}.json"] = json.dumps(listed).encode()
+        for each in (*listed["waffles"], *listed["apple_pie"]):
+            files[f"food-101/images/{each}.jpg"] = photo("CMYK" if part == "test" else "RGB")
+    body = tar(files, "w:gz")
+    server.files["/food-101.tar.gz"] = body
+    monkeypatch.setattr(torchvision.Food101, "_URL", f"{server.url}/food-101.tar.gz")
+    monkeypatch.setattr(torchvision.Food101, "_MD5", md5(body))
+    found = data.read("food101", str(tmp_path), image_size=16)
+    assert found.classes == ["apple_pie", "waffles"]
+    assert len(found.train) == 6
+    assert names_by_class(found, "test") == {
+        "apple_pie": ["images/apple_pie/8.jpg"],
+        "waffles": ["images/waffles/8.jpg"],
+    }
+
+
+def test_flowers102(server, torchvision, monkeypatch, tmp_path):
+    """Labels begin at 1 in the file; the published train and validation sets are the pool."""
+    photos = {f"jpg/image_{i:05d}.jpg": photo() for i in range(1, 10)}
+    labels = np.array([[1, 1, 1, 2, 2, 2, 102, 102, 102]], np.uint8)
+    split = {
+        "trnid": np.array([[1, 4, 7]], np.uint16),
+        "valid": np.array([[8, 2]], np.uint16),
+        "tstid": np.array([[9, 3, 5, 6]], np.uint16),
+    }
+    bodies = {
+        "image": ("102flowers.tgz", tar(photos, "w:gz")),
+        "label": ("imagelabels.mat", matlab(labels=labels)),
+        "setid": ("setid.mat", matlab(**split)),
+    }
+    server.files |= {f"/{name}": body for name, body in bodies.values()}
+    known = {key: (name, md5(body)) for key, (name, body) in bodies.items()}
+    monkeypatch.setattr(torchvision.Flowers102, "_file_dict", known)
+    monkeypatch.setattr(torchvision.Flowers102, "_download_url_prefix", f"{server.url}/")
+    found = data.read("flowers102", str(tmp_path), image_size=16)
+    assert len(found.classes) == 102
+    assert found.classes[0] == "pink primrose"
+    assert found.classes[101] == "blackberry lily"
+    assert found.train.names == [f"jpg/image_{i:05d}.jpg" for i in (1, 4, 7, 8, 2)]
+    assert found.train.labels.tolist() == [0, 1, 101, 101, 0]
+    assert found.test.names == [f"jpg/image_{i:05d}.jpg" for i in (9, 3, 5, 6)]
+    assert found.test.labels.tolist() == [101, 0, 1, 1]
+
+
+AIRCRAFT = ["707-320", "F/A-18", "Boeing 717 x"]
+
+
+@pytest.fixture
+def aircraft(server, torchvision, monkeypatch):
+    """Aircraft: variants whose names hold a slash or a space; 18 photos to train on, 6 to test."""
+    inside = "fgvc-aircraft-2013b/data"
+    files = {f"{inside}/variants.txt": lines(*AIRCRAFT)}
+    listed = {"trainval": [], "test": []}
+    for i in range(24):
+        name = f"{34309 + i:07d}"
+        files[f"{inside}/images/{name}.jpg"] = photo()
+        listed["trainval" if i < 18 else "test"].append(f"{name} {AIRCRAFT[i % 3]}")
+    for part, texts in listed.items():
+        files[f"{inside}/images_variant_{part}.txt"] = lines(*texts)
+    server.files["/fgvc-aircraft-2013b.tar.gz"] = tar(files, "w:gz")
+    url = f"{server.url}/fgvc-aircraft-2013b.tar.gz"
+    monkeypatch.setattr(torchvision.FGVCAircraft, "_URL", url)
+
+
+def test_aircraft(aircraft, tmp_path):
+    """Labels are the lines of variants.txt; a name may hold a slash or a space."""
+    found = data.read("aircraft", str(tmp_path), image_size=16)
+    assert found.classes == AIRCRAFT
+    assert [len(found.train), len(found.test)] == [18, 6]
+    slash = names_by_class(found, "test")["F/A-18"]
+    assert slash == ["data/images/0034328.jpg", "data/images/0034331.jpg"]
+
+
+def test_a_run_with_a_slash_in_a_class_name(aircraft, tiny_weights, tmp_path, monkeypatch, capsys):
+    """Training, evaluation and prediction work with such names."""
+    monkeypatch.chdir(tmp_path)
+    run = runner(train.main, capsys)
+    options = ("--dataset", "aircraft", "--weights", tiny_weights, "--method", "head")
+    out = run(*options, "--epochs", 1, "--device", "cpu")
+    assert "aircraft: 16 train / 2 val / 6 test, 3 classes" in out
+    out = run("--eval", "runs/aircraft-head-s0", "--device", "cpu")
+    assert "test " in out
+    shown = run(
+        "--predict", "runs/aircraft-head-s0", "data/fgvc-aircraft-2013b/data/images/0034309.jpg"
+    )
+    assert any(name in shown for name in AIRCRAFT)
+
+
+def test_svhn(server, torchvision, monkeypatch, tmp_path):
+    """The label 10 is the digit 0; pixels come out upright; nothing is mirrored."""
+    draw = np.random.default_rng(0)
+    split_list = {}
+    bodies = {}
+    for part, count in {"train": 12, "test": 5}.items():
+        pixels = draw.integers(0, 256, (32, 32, 3, count), np.uint8)
+        labels = (np.arange(count) % 10 + 1).astype(np.uint8)[:, None]
+        bodies[part] = (pixels, labels)
+        name = f"{part}_32x32.mat"
+        body = matlab(X=pixels, y=labels)
+        server.files[f"/{name}"] = body
+        split_list[part] = [f"{server.url}/{name}", name, md5(body)]
+    monkeypatch.setattr(torchvision.SVHN, "split_list", split_list)
+    found = data.read("svhn", str(tmp_path))
+    assert found.classes == [str(digit) for digit in range(10)]
+    assert found.train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
+    assert found.test.labels.tolist() == [1, 2, 3, 4, 5]
+    pixels, _ = bodies["test"]
+    assert torch.equal(found.test.pixels[3], torch.from_numpy(pixels[..., 3]).permute(2, 0, 1))
+    assert not found.flip
+
+
+def test_without_torchvision(monkeypatch, tmp_path):
+    """A set that torchvision reads says what to install."""
+    monkeypatch.setitem(data.sys.modules, "torchvision", None)
+    with pytest.raises(
+        ValueError, match="pets needs more packages .*: pip install torchvision scipy"
+    ):
+        data.read("pets", str(tmp_path))
+
+
+def test_offline_without_the_files(torchvision, tmp_path):
+    """--offline downloads nothing, and says what would."""
+    with pytest.raises(
+        ValueError, match="can't read food101 .*without --offline it is downloaded to"
+    ):
+        data.read("food101", str(tmp_path), offline=True)
+
+
+def test_a_wrong_archive_of_torchvision(pets, server, tmp_path):
+    """An archive with another checksum is torchvision's to refuse; the line says what to do."""
+    server.files["/images.tar.gz"] = tar({"images/a.jpg": photo()}, "w:gz")
+    with pytest.raises(
+        ValueError, match="torchvision can't read pets .*; delete .*oxford-iiit-pet"
+    ):
+        data.read("pets", str(tmp_path))
+
+
+# ------------------------------------------------------------------- archives of photos in folders
+
+WNIDS = ["n02124075", "n01443537", "n03814639"]  # not sorted, as in wnids.txt
+WORDS = {"n01443537": "goldfish, Carassius auratus", "n02124075": "Egyptian cat"}
+WORDS |= {"n03814639": "neck brace", "n00001740": "entity"}
+
+
+def tiny_imagenet():
+    """The files of Tiny ImageNet in its published layout: three classes, one grey photo."""
+    root = "tiny-imagenet-200"
+    files = {
+        f"{root}/wnids.txt": lines(*WNIDS),
+        f"{root}/words.txt": lines(*(f"{wnid}\t{words}" for wnid, words in WORDS.items())),
+        f"{root}/test/images/test_0.JPEG": photo(size=(64, 64)),
+    }
+    for wnid in WNIDS:
+        files[f"{root}/train/{wnid}/{wnid}_boxes.txt"] = lines(f"{wnid}_0.JPEG\t0\t10\t63\t58")
+        for i in range(4):
+            mode = "L" if i == 3 else "RGB"
+            files[f"{root}/train/{wnid}/images/{wnid}_{i}.JPEG"] = photo(mode, size=(64, 64))
+    annotations = []
+    for i, wnid in enumerate([*WNIDS, WNIDS[0]]):
+        files[f"{root}/val/images/val_{i}.JPEG"] = photo(size=(64, 64))
+        annotations.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62")
+    files[f"{root}/val/val_annotations.txt"] = lines(*annotations)
+    return files
+
+
+def publish(monkeypatch, server, name, body):
+    """Let the server have a data set's archive."""
+    reader = data.DATASETS[name]
+    file = reader.keywords["url"].rpartition("/")[2]
+    server.files[f"/{file}"] = body
+    changed = data.partial(reader, url=f"{server.url}/{file}", md5=md5(body))
+    monkeypatch.setitem(data.DATASETS, name, changed)
+
+
+def check_tiny_imagenet(found):
+    assert found.classes == ["goldfish", "Egyptian cat", "neck brace"]  # by sorted wnids
+    assert found.train.shape == (12, 3, 64, 64)
+    assert found.val is None
+    assert names_by_class(found, "test") == {
+        "goldfish": ["val/images/val_1.JPEG"],
+        "Egyptian cat": ["val/images/val_0.JPEG", "val/images/val_3.JPEG"],
+        "neck brace": ["val/images/val_2.JPEG"],
+    }
+    assert not found.skipped
+    assert found.center == 1
+
+
+def test_tiny_imagenet(server, monkeypatch, tmp_path):
+    """Its validation set is the test set; photos keep their 64 pixels; it is unpacked once."""
+    publish(monkeypatch, server, "tinyimagenet", zipped(tiny_imagenet()))
+    found = data.read("tinyimagenet", str(tmp_path))
+    assert found.name == "tinyimagenet"
+    check_tiny_imagenet(found)
+    (tmp_path / "tiny-imagenet-200.zip").unlink()
+    check_tiny_imagenet(data.read("tinyimagenet", str(tmp_path), offline=True))
+
+
+def test_tiny_imagenet_as_a_folder(tmp_path):
+    """It is recognised by its annotations where it was unpacked by hand."""
+    with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
+        archive.extractall(tmp_path)
+    check_tiny_imagenet(data.read(str(tmp_path / "tiny-imagenet-200")))
+
+
+def test_tiny_imagenet_of_small_photos_only(tmp_path):
+    """For a small network they are reduced as any photo is."""
+    with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
+        archive.extractall(tmp_path)
+    found = data.read(str(tmp_path / "tiny-imagenet-200"), image_size=28)
+    assert found.test.shape == (4, 3, 32, 32)
+
+
+def test_tiny_imagenet_that_is_not_whole(tmp_path):
+    """A photo that is listed and isn't there is named."""
+    with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
+        archive.extractall(tmp_path)
+    root = tmp_path / "tiny-imagenet-200"
+    (root / "val/images/val_2.JPEG").unlink()
+    with pytest.raises(
+        ValueError, match="lists val_2.JPEG of n03814639, but there is no such photo"
+    ):
+        data.read(str(root))
+
+
+def imagenet_r(readme=True):
+    """The files of ImageNet-R in its published layout."""
+    files = {}
+    for wnid in sorted(WNIDS):
+        for i in range(5):
+            files[f"imagenet-r/{wnid}/art_{i}.jpg"] = photo()
+    if readme:
+        listed = [f"{wnid} {WORDS[wnid]}" for wnid in WNIDS]
+        files["imagenet-r/README.txt"] = lines("ImageNet-R", "", *listed)
+    return files
+
+
+@pytest.mark.parametrize("readme", [True, False])
+def test_imagenet_r(server, monkeypatch, tmp_path, readme):
+    """A fifth is for testing; classes have the names of README.txt, or its numbers without it."""
+    publish(monkeypatch, server, "imagenet_r", tar(imagenet_r(readme)))
+    found = data.read("imagenet_r", str(tmp_path), image_size=16)
+    assert found.name == "imagenet_r"
+    names = ["goldfish", "Egyptian cat", "neck brace"]
+    assert found.classes == (names if readme else sorted(WNIDS))
+    assert found.test is None
+    split = data.split(found, seed=1)
+    assert [len(part) for part in (split.train, split.val, split.test)] == [11, 1, 3]
+
+
+def test_an_archive_is_unpacked_whole_or_not_at_all(server, monkeypatch, tmp_path):
+    """Where unpacking fails there is no folder that would be taken for the data set."""
+    files = imagenet_r()
+    files["imagenet-r/../../outside.txt"] = b"x"
+    publish(monkeypatch, server, "imagenet_r", tar(files))
+    with pytest.raises(ValueError, match="outside of its folder"):
+        data.read("imagenet_r", str(tmp_path))
+    assert not (tmp_path / "imagenet-r").exists()
+    assert not list(tmp_path.rglob("outside.txt"))
+    assert not list(tmp_path.parent.glob("outside.txt"))
+
+
+def test_an_archive_that_was_put_there(monkeypatch, server, tmp_path):
+    """It is used if it is the published one, and refused if it isn't."""
+    body = tar(imagenet_r())
+    publish(monkeypatch, server, "imagenet_r", body)
+    (tmp_path / "imagenet-r.tar").write_bytes(body)
+    assert len(data.read("imagenet_r", str(tmp_path), image_size=16, offline=True).train) == 15
+    assert not server.seen
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "imagenet-r.tar").write_bytes(body[:-512])
+    with pytest.raises(ValueError, match="is not the published archive"):
+        data.read("imagenet_r", str(other))
+
+
+# ------------------------------------------------------------------------ decoded photos, kept
+
+
+def cached_file():
+    """The only file of decoded photos."""
+    (found,) = (data.cache_folder() / "photos").iterdir()
+    return found
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """Decoded photos, as they are decoded; the cache is the test's own."""
+    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
+    seen = []
+    plain = data.read_photo
+
+    def count(path, side):
+        seen.append(path.name)
+        return plain(path, side)
+
+    monkeypatch.setattr(data, "read_photo", count)
+    return seen
+
+
+def test_photos_are_decoded_once(photos, counted, capsys):
+    """The second time the pixels come from the cache, and they are the same."""
+    first = data.read(str(photos), image_size=16)
+    assert len(counted) == 60
+    assert f"photos   60 decoded to {cached_file()}" in capsys.readouterr().out
+    again = data.read(str(photos), image_size=16)
+    assert len(counted) == 60
+    assert not capsys.readouterr().out
+    assert torch.equal(first.train.pixels, again.train.pixels)
+    assert first.sums == again.sums
+    name = first.train.names[25]
+    assert torch.equal(again.train.pixels[25], data.read_photo(photos / name, 18))
+    assert again.sums[name] == data.file_crc(photos / name)
+
+
+def test_another_size_is_decoded_anew(photos, counted):
+    data.read(str(photos), image_size=16)
+    data.read(str(photos), image_size=32)
+    assert len(counted) == 120
+
+
+def test_a_changed_photo_is_decoded_anew(photos, counted):
+    """Only it, and a new one; what is gone leaves the cache."""
+    data.read(str(photos), image_size=16)
+    del counted[:]
+    Image.new("RGB", (50, 50), "red").save(photos / "leaf/03.png")
+    Image.new("RGB", (50, 50), "blue").save(photos / "leaf/99.png")
+    (photos / "sky/00.png").unlink()
+    found = data.read(str(photos), image_size=16)
+    assert sorted(counted) == ["03.png", "99.png"]
+    assert len(found.train) == 60
+    red = found.train.names.index("leaf/03.png")
+    assert found.train.pixels[red, :, 9, 9].tolist() == [255, 0, 0]
+    last = found.train.names.index("sky/19.png")
+    assert torch.equal(found.train.pixels[last], data.read_photo(photos / "sky/19.png", 18))
+
+
+def test_another_pillow_decodes_anew(photos, counted, monkeypatch):
+    import PIL
+
+    data.read(str(photos), image_size=16)
+    monkeypatch.setattr(PIL, "__version__", "0.1")
+    data.read(str(photos), image_size=16)
+    assert len(counted) == 120
+
+
+def test_decoding_goes_on_where_it_was_stopped(photos, counted, monkeypatch):
+    """What was decoded before a stop isn't decoded again."""
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 1)
+    plain = data.progress
+
+    def stop(what, done, total, *rest):
+        if done > 10:
+            raise KeyboardInterrupt
+        plain(what, done, total, *rest)
+
+    monkeypatch.setattr(data, "PHOTOS_AT_A_TIME", 8)
+    monkeypatch.setattr(data, "progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.read(str(photos), image_size=16)
+    assert len(counted) == 16
+    monkeypatch.setattr(data, "progress", plain)
+    found = data.read(str(photos), image_size=16)
+    assert len(counted) == 60
+    pixels = [data.read_photo(photos / name, 18) for name in found.train.names]
+    assert torch.equal(found.train.pixels, torch.stack(pixels))
+
+
+def test_a_damaged_photo_costs_no_other(photos, counted):
+    """When it is mended it alone is decoded."""
+    whole = (photos / "leaf/07.png").read_bytes()
+    (photos / "leaf/07.png").write_bytes(whole[:50])
+    with pytest.raises(ValueError, match=r"can't read .*07.png as an image"):
+        data.read(str(photos), image_size=16)
+    del counted[:]
+    with pytest.raises(ValueError, match=r"can't read .*07.png as an image"):
+        data.read(str(photos), image_size=16)
+    (photos / "leaf/07.png").write_bytes(whole)
+    assert len(data.read(str(photos), image_size=16).train) == 60
+    assert counted == ["07.png", "07.png"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 20, None])
+def test_a_damaged_cache_is_made_again(photos, counted, damage):
+    """Cut short, or of something else."""
+    first = data.read(str(photos), image_size=16).train.pixels
+    file = cached_file()
+    file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
+    again = data.read(str(photos), image_size=16)
+    assert len(counted) == 120
+    assert torch.equal(first, again.train.pixels)
+
+
+def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path, capsys):
+    """They are decoded for this process alone, and a line says so."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "file"))
+    found = data.read(str(photos), image_size=16)
+    assert "note     decoded photos aren't kept" in capsys.readouterr().out
+    assert found.train.pixels.float().std() > 10
+
+
+def test_memory_is_that_of_a_batch(photos, counted):
+    """A split shares its photos' file; no image is in memory before it is asked for."""
+    found = data.split(data.read(str(photos), image_size=16))
+    tables = {id(part.table) for part in (found.train, found.val, found.test)}
+    assert len(tables) == 1
+    assert isinstance(found.train.table, data.Photos)
+    pixels, labels = found.train.take(torch.tensor([3, 1]), torch.device("cpu"))
+    assert pixels.shape == (2, 3, 18, 18)
+    assert labels.tolist() == found.train.labels[[3, 1]].tolist()
+    moved = found.train.to(torch.device("cpu"))
+    assert isinstance(moved.table, torch.Tensor)
+    assert torch.equal(moved.pixels, found.train.pixels)
+    assert moved.shape == found.train.shape
+    assert moved.nbytes == len(found.train) * 3 * 18 * 18
