@@ -2127,7 +2127,7 @@ def describe(run: Run) -> None:
         text += ": " + ", ".join(f"{name} {counts[name]:,}" for name in parts)
     print(text)
 
-    describe_data(run.dataset, run.options.limit)
+    describe_data(run.dataset, run.options)
     options = run.options
     if is_uneven(run.dataset):
         describe_classes(run)
@@ -2166,13 +2166,13 @@ def describe_backbone(backbone: vit.Backbone, meta: dict, frozen: int) -> None:
         )
 
 
-def describe_data(images: data.Dataset, limit: int) -> None:
+def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
     """How many images there are, of what, and what was left out."""
     train = of_all(len(images.train), images.whole[0])
     val = of_all(len(images.val), images.whole[1])
     text = f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, "
     text += f"{len(images.classes)} classes"
-    if limit:
+    if options.limit:
         text += " (--limit: a quick look, not the data set's result)"
     print(text)
     sizes = torch.bincount(images.val.labels, minlength=len(images.classes))
@@ -2180,8 +2180,8 @@ def describe_data(images: data.Dataset, limit: int) -> None:
     if len(images.val) and missing:
         few = f"{len(missing)} of the classes"
         print(f"note     no validation image of {few}, such as {images.classes[missing[0]]}")
-    if images.name in data.DATASETS and Path(images.name).is_dir():
-        print(f"note     that is the built-in set; the folder of this name is ./{images.name}")
+    if options.dataset in data.DATASETS and Path(options.dataset).is_dir():
+        print(f"note     that is the built-in set; the folder of this name is ./{options.dataset}")
     if images.skipped:
         skipped = counted(len(images.skipped), "file")
         print(

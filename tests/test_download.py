@@ -107,11 +107,15 @@ def test_wrong_checksum_is_refused_and_removed(server, tmp_path):
     assert files_below(tmp_path) == []
 
 
-def test_404(server, tmp_path):
+@pytest.mark.parametrize(
+    "name, hint",
+    [("f.zip", "f.zip$"), ("model.safetensors", "safetensors or give it by --weights$")],
+)
+def test_404(server, tmp_path, name, hint):
     """A file that isn't there is asked for once; the error says how to supply it."""
-    message = r"/f answered 404 Not Found; or fetch .* by other means and put it at .*f or give"
+    message = r"/f answered 404 Not Found; or fetch .* by other means and put it at .*" + hint
     with pytest.raises(ValueError, match=message):
-        data.download(f"{server.url}/f", tmp_path / "f")
+        data.download(f"{server.url}/f", tmp_path / name)
     assert len(server.seen) == 1
 
 
