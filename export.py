@@ -290,14 +290,10 @@ def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str, t
 
 
 def write_rotary(g: Graph, rope: vit.Rotary, x: str, H: int, D: int, tokens: int) -> str:
-    """Queries or keys [B, N, D] turned by vit.Rotary: x · cos + (x with the halves of each head
-    exchanged) · sin, where the first half of sin has changed its sign. (RotaryEmbedding is an
-    operator from opset 23 on, and takes no identity for the prompts.)"""
+    """Queries or keys [B, N, D] turned as vit.Rotary does it. (ONNX's own RotaryEmbedding needs
+    opset 23.)"""
     half = D // H // 2
-    prompts = tokens - len(rope.cos)
-    cos = nn.functional.pad(rope.cos, (0, 0, 0, prompts), value=1.0)[:, None]  # [N, 1, d]
-    sin = nn.functional.pad(rope.sin, (0, 0, 0, prompts))[:, None]
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    cos, sin = rope.tables(tokens)  # [N, d]
     zero = g.constant("axis0", [0])
     middle = g.constant("rope.half", [half])
     end = g.constant("rope.end", [2 * half])
@@ -305,10 +301,12 @@ def write_rotary(g: Graph, rope: vit.Rotary, x: str, H: int, D: int, tokens: int
     y = g("Reshape", x, g.constant("heads", [0, -1, H, D // H]), name=f"{x}.points")
     first = g("Slice", y, zero, middle, axis, name=f"{x}.first")
     second = g("Slice", y, middle, end, axis, name=f"{x}.second")
-    across = g("Concat", second, first, name=f"{x}.across", axis=3)
-    y = g("Mul", y, g.constant(f"rope.cos.{tokens}", cos), name=f"{x}.cos")
-    across = g("Mul", across, g.constant(f"rope.sin.{tokens}", sin), name=f"{x}.sin")
-    y = g("Add", y, across, name=f"{x}.turned")  # [B, N, H, d]
+    exchanged = g("Concat", second, first, name=f"{x}.exchanged", axis=3)
+    cos = g.constant(f"rope.cos.{tokens}", cos[:, None])  # [N, 1, d]
+    sin = g.constant(f"rope.sin.{tokens}", sin[:, None])
+    y = g("Mul", y, cos, name=f"{x}.cos")
+    exchanged = g("Mul", exchanged, sin, name=f"{x}.sin")
+    y = g("Add", y, exchanged, name=f"{x}.turned")  # [B, N, H, d]
     return g("Reshape", y, g.constant("tokens.shape", [0, -1, D]), name=f"{x}.rope")
 
 

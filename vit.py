@@ -110,23 +110,24 @@ class Rotary(nn.Module):
     """Rotary positions in two dimensions for queries or keys [B, H, N, d] (RoFormer,
     https://arxiv.org/abs/2104.09864, equation 34; DINOv3, https://arxiv.org/abs/2508.10104).
 
-    Channels i and i + d/2 are the coordinates of a point, which is turned about the origin. So the
-    product of a query and a key depends on how far their patches are apart. A quarter of the
-    channels is turned by the patch's row y, another one by its column x, both from -1 to 1 over
-    the image, whatever its size:
+    Channels i and i + d/2 are the coordinates of a point, which is turned about the origin: d/4
+    points by the patch's row y, the others by its column x. Both go from -1 to 1 over the image,
+    whatever its size:
 
         angle = 2π · y / ROPE_BASE^(4j/d)      j = 0 .. d/4 - 1
 
-    Tokens that are no patches (class token, registers, prompts) aren't turned: their angle is 0.
-    The tables aren't in the state dict. Meta's files have ROPE_BASE^(4j/d) rounded to bf16; as in
-    timm and transformers it is fp32 here.
+    So of two patches' positions, the product of a query and a key has only the difference. Tokens
+    that are no patches (class token, registers, prompts behind them) keep their angle, 0.
+
+    The tables aren't in the state dict. They are fp32, as in timm and transformers; Meta's code
+    rounds ROPE_BASE^(4j/d) to bf16.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         g = config.grid
         quarter = config.width // config.heads // 4
-        with torch.device("cpu"):  # where a network is built on "meta", too: no file has them
+        with torch.device("cpu"):  # even where `load` builds on "meta": no file fills them
             periods = ROPE_BASE ** (torch.arange(quarter) / quarter)  # [d/4]
             centers = (torch.arange(g) + 0.5) / g * 2 - 1  # of the patches in a row, [g]
         angles = 2 * math.pi * centers[:, None] / periods  # [g, d/4]
@@ -134,17 +135,22 @@ class Rotary(nn.Module):
         columns = angles[None].expand(g, g, quarter)
         angles = torch.cat([rows, columns], dim=2).flatten(0, 1)  # [g², d/2]
         angles = F.pad(angles, (0, 0, 1 + config.registers, 0))  # [N, d/2]
-        angles = torch.cat([angles, angles], dim=1)  # [N, d]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos = torch.cat([angles.cos(), angles.cos()], dim=1)  # [N, d]
+        sin = torch.cat([-angles.sin(), angles.sin()], dim=1)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        prompts = x.shape[2] - len(self.cos)
+    def tables(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [tokens, d], for the N own tokens and prompts behind them."""
+        prompts = tokens - len(self.cos)
         cos = F.pad(self.cos, (0, 0, 0, prompts), value=1.0)
         sin = F.pad(self.sin, (0, 0, 0, prompts))
-        first, second = x.chunk(2, dim=-1)
-        across = torch.cat([-second, first], dim=-1)  # the points turned by 90°
-        return (x * cos + across * sin).to(x.dtype)
+        return cos, sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        cos, sin = self.tables(x.shape[2])
+        exchanged = x.roll(x.shape[3] // 2, dims=3)  # channel i + d/2 in the place of i
+        return (x * cos + exchanged * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -621,7 +627,7 @@ RENAMES = (
     (r"^(embeddings\.)?class_embedding$", "cls_token"),  # OpenAI class_embedding
     (r"^embeddings\.cls_token$", "cls_token"),  # HF ViT embeddings.cls_token
     (r"^(embeddings\.)?register_tokens$", "reg_token"),  # DINOv2 register_tokens
-    (r"^storage_tokens$", "reg_token"),  # DINOv3
+    (r"^storage_tokens$", "reg_token"),  # DINOv3 storage_tokens
     (r"^embeddings\.distillation_token$", "reg_token"),  # HF DeiT
     (r"^dist_token$", "reg_token"),  # DeiT, timm
     (r"^positional_embedding$", "pos_embed"),  # OpenAI
@@ -631,17 +637,16 @@ RENAMES = (
     # patches
     (r"^conv1\.", "patch_embed.proj."),  # OpenAI conv1.weight
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),  # HF ViT
-    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),  # HF DINOv3 ….weight
+    # HF DINOv3 embeddings.patch_embeddings.weight
+    (r"^embeddings\.patch_embeddings\.(weight|bias)$", r"patch_embed.proj.\1"),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),  # HF CLIP
     # norms outside the blocks
     (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF spells it so
     (r"^(ln_post|ln_final)\.", "norm."),  # OpenAI ln_post.weight
     (r"^(post_layernorm|final_layer_norm|layernorm)\.", "norm."),  # HF layernorm.weight
     # inside the blocks
-    (
-        r"^(model\.)?layer\.(\d+)\.attention\.([qv])_proj\.bias$",
-        r"blocks.\2.attn.\3_bias",
-    ),  # HF DINOv3, without k's: layer.0.attention.q_proj.bias
+    # HF DINOv3 layer.0.attention.q_proj.bias; there is none of k
+    (r"^(model\.)?layer\.(\d+)\.attention\.([qv])_proj\.bias$", r"blocks.\2.attn.\3_bias"),
     (r"^(model\.)?layer\.", "blocks."),  # HF DINOv3 layer.0.…
     (r"^(encoder\.layers?|layers)\.", "blocks."),  # HF encoder.layer.0.…
     (r"^transformer\.resblocks\.", "blocks."),  # OpenAI transformer.resblocks.0.…
@@ -663,8 +668,8 @@ RENAMES = (
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # HF ….attention.output.dense.weight
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
-    (r"\.mlp\.up_proj\.", ".mlp.fc1."),  # HF DINOv3
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),  # HF DINOv3
+    (r"\.mlp\.up_proj\.", ".mlp.fc1."),  # HF DINOv3 ….mlp.up_proj.weight
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),  # HF DINOv3 ….mlp.down_proj.weight
     # heads; "head.weight.T" is transposed
     (r"^(\.\./(.*\.)?)?classifier\.", "head."),  # HF ViT classifier.weight
     (r"^(\.\./(.*\.)?)?text_projection\.", "head."),  # HF CLIP's text tower
@@ -1076,8 +1081,8 @@ def is_dinov3(found: dict[str, Tensor]) -> bool:
     bias = found.get("blocks.0.attn.qkv.bias")
     if bias is None:
         return True
-    _, k_bias, _ = bias.chunk(3)
-    return not k_bias.any()
+    D = len(bias) // 3
+    return not bias[D : 2 * D].any()
 
 
 def has_bias(found: dict[str, Tensor]) -> bool:
