@@ -206,12 +206,15 @@ def test_dinov3_is_whole(layout, tmp_path, monkeypatch):
 
 
 def test_a_network_without_its_positions_is_no_dinov3(tmp_path):
-    """Others that have lost theirs are refused: one without registers, a DINOv2 with them."""
-    for changes in ({}, {"registers": 4}, {"registers": 4, "layer_scale": True}):
+    """Others that have lost theirs are refused: one without registers or LayerScale, and a DINOv2,
+    whose keys have a bias."""
+    reg = {"registers": 4, "layer_scale": True}
+    for changes in ({"qkv_bias": False}, {"registers": 4, "qkv_bias": False}, reg):
         path = write_tiny(tmp_path / "w.safetensors", seed=0, **changes)
         tensors = load_file(path)
         del tensors["pos_embed"]
-        tensors["blocks.0.attn.qkv.bias"] += 0.1
+        if changes is reg:
+            tensors["blocks.0.attn.qkv.bias"] += 0.1
         save_file(tensors, path)
         with pytest.raises(ValueError, match="not a whole ViT: missing pos_embed"):
             vit.load(path, heads=2)
