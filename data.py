@@ -1716,7 +1716,8 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
             if error.code == 416:  # the part is as long as the file, or longer: once more
                 os.truncate(part, 0)
             elif error.code in (401, 403):
-                hint = "set HF_TOKEN for a private file"
+                hint = "set HF_TOKEN for a private file, and accept the licence of a gated one on "
+                hint += "its page"
                 raise ValueError(f"{shown} answered {reason}; {hint}") from error
             elif error.code < 500:
                 raise ValueError(f"{shown} answered {reason}") from error

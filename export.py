@@ -14,6 +14,7 @@ for rounding:
 
     query            W_q' = W_q / √d, b_q' = b_q / √d
     key              without bias: it shifts all scores of a query alike, which softmax ignores
+                     (but where rotary positions turn it, differently for each token)
     value, proj      b' = b + W · b_v: the rows of softmax sum to 1;  W' = γW, b' = γb (LayerScale)
     fc2, adapter     b' = γb + su, U' = sU; v' = v - V·su if the adapter reads "block" or "mlp"
     last block       the class token alone after attention, if the head reads nothing else
@@ -234,32 +235,44 @@ def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
     x = g("Transpose", x, name="patch_embed", perm=[0, 2, 1])  # [B, g², D]
     pads = g.constant("tokens.pads", [0, 1 + config.registers, 0, 0, 0, 0])
     x = g("Pad", x, pads, name="tokens.pad", mode="constant")  # [B, N, D]; pnnx wants the mode
-    tokens = [model.cls_token + model.pos_embed[:, :1]]
+    positions = model.pos_embed
+    if positions is None:  # rotary ones come in attention
+        positions = torch.zeros(1, 1 + config.grid**2, config.width)
+    tokens = [model.cls_token + positions[:, :1]]
     if model.reg_token is not None:
         tokens.append(model.reg_token)
-    tokens.append(model.pos_embed[:, 1:] + bias)
+    tokens.append(positions[:, 1:] + bias)
     x = g("Add", x, g.constant("tokens.positions", torch.cat(tokens, dim=1)), name="tokens")
     if config.norm_pre:
         x = g.layer_norm("norm_pre", x, model.norm_pre)
     return x
 
 
-def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str) -> str:
-    """Multi-head attention of `query` (x, or its first token) over x [B, N, D]."""
+def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str, tokens: int) -> str:
+    """Multi-head attention of `query` (x, or its first token) over x [B, N, D]; `tokens` is N."""
     proj = block.attn.proj
     H = block.attn.heads
     D = proj.out_features
     scale = (D // H) ** -0.5
     q_weight, k_weight, v_weight = block.attn.qkv.weight.split(D)
+    rope = block.attn.rope
+    rotary = isinstance(rope, vit.Rotary)
     q_bias = None
+    k_bias = None
     bias = proj.bias
     if block.attn.qkv.bias is not None:
-        q_bias, _, v_bias = block.attn.qkv.bias.split(D)
+        q_bias, k_bias, v_bias = block.attn.qkv.bias.split(D)
         q_bias = q_bias * scale
         bias = bias + proj.weight @ v_bias
+    if not rotary:
+        k_bias = None
     q = g.linear(f"{name}.qkv.q", query, q_weight * scale, q_bias)
-    k = g.linear(f"{name}.qkv.k", x, k_weight)
+    k = g.linear(f"{name}.qkv.k", x, k_weight, k_bias)
     v = g.linear(f"{name}.qkv.v", x, v_weight)
+    if rotary:
+        if query == x:  # else it is the class token alone, which isn't turned
+            q = write_rotary(g, rope, q, H, D, tokens)
+        k = write_rotary(g, rope, k, H, D, tokens)
     if g.opset >= 23:
         heads = {"q_num_heads": H, "kv_num_heads": H, "scale": 1.0}
         y = g("Attention", q, k, v, name=f"{name}.heads", **heads)
@@ -276,6 +289,27 @@ def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str) -
     return g.linear(f"{name}.proj", y, proj.weight * gamma[:, None], bias * gamma)
 
 
+def write_rotary(g: Graph, rope: vit.Rotary, x: str, H: int, D: int, tokens: int) -> str:
+    """Queries or keys [B, N, D] turned as vit.Rotary does it. (ONNX's own RotaryEmbedding needs
+    opset 23.)"""
+    half = D // H // 2
+    cos, sin = rope.tables(tokens)  # [N, d]
+    zero = g.constant("axis0", [0])
+    middle = g.constant("rope.half", [half])
+    end = g.constant("rope.end", [2 * half])
+    axis = g.constant("rope.axis", [3])
+    y = g("Reshape", x, g.constant("heads", [0, -1, H, D // H]), name=f"{x}.points")
+    first = g("Slice", y, zero, middle, axis, name=f"{x}.first")
+    second = g("Slice", y, middle, end, axis, name=f"{x}.second")
+    exchanged = g("Concat", second, first, name=f"{x}.exchanged", axis=3)
+    cos = g.constant(f"rope.cos.{tokens}", cos[:, None])  # [N, 1, d]
+    sin = g.constant(f"rope.sin.{tokens}", sin[:, None])
+    y = g("Mul", y, cos, name=f"{x}.cos")
+    exchanged = g("Mul", exchanged, sin, name=f"{x}.sin")
+    y = g("Add", y, exchanged, name=f"{x}.turned")  # [B, N, H, d]
+    return g("Reshape", y, g.constant("tokens.shape", [0, -1, D]), name=f"{x}.rope")
+
+
 def split_heads(g: Graph, x: str, H: int, D: int, perm: list[int]) -> str:
     """[B, N, D] to [B, N, H, d], and its dimensions in the order `perm`."""
     y = g("Reshape", x, g.constant("heads", [0, -1, H, D // H]), name=f"{x}.split")
@@ -287,14 +321,17 @@ def layer_scale(module: nn.Module, width: int) -> Tensor:
     return module.gamma if isinstance(module, vit.LayerScale) else torch.ones(width)
 
 
-def write_block(g: Graph, name: str, block: vit.Block, x: str, class_only: bool) -> str:
-    """One block with its adapter; with `class_only` it returns only the class token, [B, 1, D]."""
+def write_block(
+    g: Graph, name: str, block: vit.Block, x: str, tokens: int, class_only: bool
+) -> str:
+    """One block with its adapter, for [B, tokens, D]; with `class_only` it returns only the class
+    token, [B, 1, D]."""
     z = g.layer_norm(f"{name}.norm1", x, block.norm1)
     query = z
     if class_only:
         query = g.first_tokens(f"{name}.norm1.class", z, 1)
         x = g.first_tokens(f"{name}.class", x, 1)
-    y = write_attention(g, f"{name}.attn", block, query, z)
+    y = write_attention(g, f"{name}.attn", block, query, z, tokens)
     x = g("Add", x, y, name=f"{name}.attn.add")
     z = g.layer_norm(f"{name}.norm2", x, block.norm2)
 
@@ -391,7 +428,7 @@ def write_vit(g: Graph, model: vit.ViT, meta: dict) -> None:
             x = write_prompts(g, f"blocks.{i}.prompts", block.prompts, x, N, first=not prompts)
             prompts = len(block.prompts)
         class_only = config.pool == "token" and i == config.depth - 1
-        x = write_block(g, f"blocks.{i}", block, x, class_only)
+        x = write_block(g, f"blocks.{i}", block, x, N + prompts, class_only)
     x = write_pooling(g, model, x, prompts)
     if meta["output"] != "embedding":
         x = write_head(g, model.head, x)

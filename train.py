@@ -2276,6 +2276,8 @@ def front_matter(run: Run, library: str, tags: list[str]) -> str:
     license = run.meta["license"]
     front = {"library_name": library, "pipeline_tag": "image-classification"}
     front["license"] = "unknown" if license == "not stated" else license.lower()
+    if license == "DINOv3 License":  # which the hub knows by this name alone
+        front |= {"license": "other", "license_name": "dinov3-license"}
     if run.backbone.repo and not run.options.weights:
         front["base_model"] = run.backbone.repo
     if run.meta["dataset"].startswith("cifar"):

@@ -9,6 +9,9 @@ https://arxiv.org/abs/2010.11929, equations 1 to 4):
     h   <- h + MLP(LayerNorm(h))              every token by itself
     logits = W · LayerNorm(h_L)[class]        or of the mean of the patch tokens
 
+DINOv3 has no positions in h_0: its attention turns queries and keys by where their patches are
+(Rotary).
+
 Shapes: B images, S pixels along a side, g = S / patch, N = 1 + R + g² tokens, D width, H heads,
 d = D / H, L blocks; T token ids of a text, K texts, E CLIP's embedding width.
 
@@ -43,6 +46,8 @@ from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------- the network
 
+ROPE_BASE = 100  # DINOv3's, of the periods of rotary positions
+
 
 @dataclass(frozen=True)
 class Config:
@@ -66,6 +71,7 @@ class Config:
     pool: str = "token"  # the head reads norm(h)[class], or "mean": norm(mean of patch tokens)
     eps: float = 1e-6  # of the LayerNorms
     causal: bool = False  # each token looks at itself and earlier ones only: CLIP's text tower
+    rope: bool = False  # rotary positions, and no learnt ones: DINOv3
 
     def __post_init__(self):
         for name in ("width", "depth", "heads", "patch", "image_size"):
@@ -81,6 +87,11 @@ class Config:
             raise ValueError(
                 f"image size {self.image_size} is not a multiple of the patch size {self.patch}"
             )
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(
+                f"heads of {self.width // self.heads} channels can't have rotary positions, which "
+                "take a multiple of 4; give the number of heads by --heads"
+            )
 
     @property
     def grid(self) -> int:
@@ -95,6 +106,53 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class Rotary(nn.Module):
+    """Rotary positions in two dimensions for queries or keys [B, H, N, d] (RoFormer,
+    https://arxiv.org/abs/2104.09864, equation 34; DINOv3, https://arxiv.org/abs/2508.10104).
+
+    Channels i and i + d/2 are the coordinates of a point, which is turned about the origin: d/4
+    points by the patch's row y, the others by its column x. Both go from -1 to 1 over the image,
+    whatever its size:
+
+        angle = 2π · y / ROPE_BASE^(4j/d)      j = 0 .. d/4 - 1
+
+    So of two patches' positions, the product of a query and a key has only the difference. Tokens
+    that are no patches (class token, registers, prompts behind them) keep their angle, 0.
+
+    The tables aren't in the state dict. They are fp32, as in timm and transformers; Meta's code
+    rounds ROPE_BASE^(4j/d) to bf16.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        g = config.grid
+        quarter = config.width // config.heads // 4
+        with torch.device("cpu"):  # even where `load` builds on "meta": no file fills them
+            periods = ROPE_BASE ** (torch.arange(quarter) / quarter)  # [d/4]
+            centers = (torch.arange(g) + 0.5) / g * 2 - 1  # of the patches in a row, [g]
+        angles = 2 * math.pi * centers[:, None] / periods  # [g, d/4]
+        rows = angles[:, None].expand(g, g, quarter)
+        columns = angles[None].expand(g, g, quarter)
+        angles = torch.cat([rows, columns], dim=2).flatten(0, 1)  # [g², d/2]
+        angles = F.pad(angles, (0, 0, 1 + config.registers, 0))  # [N, d/2]
+        cos = torch.cat([angles.cos(), angles.cos()], dim=1)  # [N, d]
+        sin = torch.cat([-angles.sin(), angles.sin()], dim=1)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def tables(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [tokens, d], for the N own tokens and prompts behind them."""
+        prompts = tokens - len(self.cos)
+        cos = F.pad(self.cos, (0, 0, 0, prompts), value=1.0)
+        sin = F.pad(self.sin, (0, 0, 0, prompts))
+        return cos, sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        cos, sin = self.tables(x.shape[2])
+        exchanged = x.roll(x.shape[3] // 2, dims=3)  # channel i + d/2 in the place of i
+        return (x * cos + exchanged * sin).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for query, key and value.
 
@@ -105,6 +163,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.causal = config.causal
+        self.rope = Rotary(config) if config.rope else nn.Identity()
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -112,6 +171,8 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+        q = self.rope(q)
+        k = self.rope(k)
         x = attend(q[:, :, :queries], k, v, causal=self.causal)  # [B, H, N or queries, d]
         x = x.transpose(1, 2).flatten(2)
         return self.proj(x)
@@ -217,7 +278,9 @@ class ViT(nn.Module):
         self.reg_token = None
         if config.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, config.registers, D))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, D))
+        self.pos_embed = None
+        if not config.rope:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, D))
         self.norm_pre = nn.LayerNorm(D, eps=config.eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.eps)
@@ -237,11 +300,15 @@ class ViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images to the tokens [B, N, D] that enter the first block. Registers have no position."""
         B = images.shape[0]  # not len(), which torch.export would take for a constant
-        class_token = self.cls_token + self.pos_embed[:, :1]
+        class_token = self.cls_token
+        patches = self.patch_embed(images)
+        if self.pos_embed is not None:
+            class_token = class_token + self.pos_embed[:, :1]
+            patches = patches + self.pos_embed[:, 1:]
         tokens = [class_token.expand(B, -1, -1)]
         if self.reg_token is not None:
             tokens.append(self.reg_token.expand(B, -1, -1))
-        tokens.append(self.patch_embed(images) + self.pos_embed[:, 1:])
+        tokens.append(patches)
         return self.norm_pre(torch.cat(tokens, dim=1))
 
     def features(self, images: Tensor) -> Tensor:
@@ -432,13 +499,14 @@ def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
 
 _DINOV2 = {"layer_scale": True}
 _REG = _DINOV2 | {"registers": 4}
+_DINOV3 = _REG | {"rope": True, "qkv_bias": False, "eps": 1e-5}
 _LAION = {"norm_pre": True, "patch_bias": False, "eps": 1e-5}
 _CLIP = _LAION | {"quick_gelu": True}
 _MICRO = {"depth": 6, "heads": 4, "hidden": 256, "pool": "mean"}
 
 # Repository, normalisation and licence as in timm's registry (default_cfgs, timm 1.0); CLIP's as in
 # OpenAI's clip.py and, for LAION's, open_clip's registry. DINOv2 was published for 518 px; most use
-# it at 224 (--image-size 518 for the original).
+# it at 224 (--image-size 518 for the original). DINOv3 has 224 px in transformers, 256 in timm.
 BACKBONES = {
     "vit_ti16": Backbone("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", _vit(192, 16), HALF),
     "vit_s16": Backbone("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", _vit(384, 16), HALF),
@@ -456,6 +524,12 @@ BACKBONES = {
     "dinov2_b14_reg": Backbone("timm/vit_base_patch14_reg4_dinov2.lvd142m", _vit(768, 14, **_REG)),
     "dinov2_l14_reg": Backbone(
         "timm/vit_large_patch14_reg4_dinov2.lvd142m", _vit(1024, 14, **_REG)
+    ),
+    "dinov3_s16": Backbone(
+        "timm/vit_small_patch16_dinov3.lvd1689m", _vit(384, 16, **_DINOV3), license="DINOv3 License"
+    ),
+    "dinov3_b16": Backbone(
+        "timm/vit_base_patch16_dinov3.lvd1689m", _vit(768, 16, **_DINOV3), license="DINOv3 License"
     ),
     "mae_b16": Backbone("timm/vit_base_patch16_224.mae", _vit(768, 16), license="CC-BY-NC-4.0"),
     "clip_b32": Backbone("openai/clip-vit-base-patch32", _vit(768, 32, **_CLIP), CLIP, "MIT"),
@@ -512,6 +586,9 @@ LAYOUTS = {  # the first one that fits is taken
     "Hugging Face Dinov2": Layout(
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, (r"embeddings\.mask_token$",)
     ),
+    "Hugging Face DINOv3": Layout(
+        r"\bembeddings\.patch_embeddings\.weight$", 1e-5, (r"embeddings\.mask_token$",)
+    ),
     "Hugging Face ViT, DeiT": Layout(
         r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
         1e-12,
@@ -520,11 +597,12 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(decoder\.|(cls|distillation)_classifier\.)",  # MAE, DeiT's second head
         ),
     ),
-    "timm, DeiT, DINO, DINOv2, MAE": Layout(
+    "timm, DeiT, DINO, DINOv2, DINOv3, MAE": Layout(
         r"\bpatch_embed\.proj\.weight$",
         1e-6,
         (
             r"mask_token$|decoder_|head_dist\.",
+            r"rope_embed\.periods$",  # DINOv3's, which Rotary computes
             r"(\.\./)?head\.(mlp|last_layer)",  # DINO's projection head
             r"\.\./(.*\.)?(text|logit_)",  # open_clip around a timm tower
         ),
@@ -549,6 +627,7 @@ RENAMES = (
     (r"^(embeddings\.)?class_embedding$", "cls_token"),  # OpenAI class_embedding
     (r"^embeddings\.cls_token$", "cls_token"),  # HF ViT embeddings.cls_token
     (r"^(embeddings\.)?register_tokens$", "reg_token"),  # DINOv2 register_tokens
+    (r"^storage_tokens$", "reg_token"),  # DINOv3 storage_tokens
     (r"^embeddings\.distillation_token$", "reg_token"),  # HF DeiT
     (r"^dist_token$", "reg_token"),  # DeiT, timm
     (r"^positional_embedding$", "pos_embed"),  # OpenAI
@@ -558,12 +637,17 @@ RENAMES = (
     # patches
     (r"^conv1\.", "patch_embed.proj."),  # OpenAI conv1.weight
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),  # HF ViT
+    # HF DINOv3 embeddings.patch_embeddings.weight
+    (r"^embeddings\.patch_embeddings\.(weight|bias)$", r"patch_embed.proj.\1"),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),  # HF CLIP
     # norms outside the blocks
     (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF spells it so
     (r"^(ln_post|ln_final)\.", "norm."),  # OpenAI ln_post.weight
     (r"^(post_layernorm|final_layer_norm|layernorm)\.", "norm."),  # HF layernorm.weight
     # inside the blocks
+    # HF DINOv3 layer.0.attention.q_proj.bias; there is none of k
+    (r"^(model\.)?layer\.(\d+)\.attention\.([qv])_proj\.bias$", r"blocks.\2.attn.\3_bias"),
+    (r"^(model\.)?layer\.", "blocks."),  # HF DINOv3 layer.0.…
     (r"^(encoder\.layers?|layers)\.", "blocks."),  # HF encoder.layer.0.…
     (r"^transformer\.resblocks\.", "blocks."),  # OpenAI transformer.resblocks.0.…
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks: blocks.CHUNK.BLOCK.…
@@ -584,6 +668,8 @@ RENAMES = (
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # HF ….attention.output.dense.weight
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
+    (r"\.mlp\.up_proj\.", ".mlp.fc1."),  # HF DINOv3 ….mlp.up_proj.weight
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),  # HF DINOv3 ….mlp.down_proj.weight
     # heads; "head.weight.T" is transposed
     (r"^(\.\./(.*\.)?)?classifier\.", "head."),  # HF ViT classifier.weight
     (r"^(\.\./(.*\.)?)?text_projection\.", "head."),  # HF CLIP's text tower
@@ -940,11 +1026,15 @@ def stack_qkv(found: dict[str, Tensor]) -> None:
         if k in found and v in found:
             parts = [found.pop(q), found.pop(k), found.pop(v)]
             found[q.replace(".q.", ".qkv.")] = torch.cat(parts)
-    for q in [name for name in found if name.endswith(".attn.q_bias")]:  # BEiT's, without k's
+    for q in [name for name in found if name.endswith(".attn.q_bias")]:  # BEiT, DINOv3: none of k
         v = q.replace("q_bias", "v_bias")
         if v in found:
             parts = [found.pop(q), torch.zeros_like(found[v]), found.pop(v)]
             found[q.replace("q_bias", "qkv.bias")] = torch.cat(parts)
+    for mask in [name for name in found if name.endswith(".attn.qkv.bias_mask")]:  # Meta's DINOv3
+        bias = mask.removesuffix("_mask")
+        if bias in found:
+            found[bias] = found[bias] * found.pop(mask)
 
 
 def arrange_positions(found: dict[str, Tensor]) -> None:
@@ -982,18 +1072,41 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 
 
+def is_dinov3(found: dict[str, Tensor]) -> bool:
+    """No positions, though there are registers, LayerScale and a norm over all tokens; and the
+    keys have no bias, which tells it from a DINOv2 that has lost its positions."""
+    parts = ("reg_token", "blocks.0.ls1.gamma", "norm.weight")
+    if "pos_embed" in found or not all(key in found for key in parts):
+        return False
+    bias = found.get("blocks.0.attn.qkv.bias")
+    if bias is None:
+        return True
+    D = len(bias) // 3
+    return not bias[D : 2 * D].any()
+
+
+def has_bias(found: dict[str, Tensor]) -> bool:
+    """Is any bias of query, key and value other than 0? DINOv3's all came out of training as
+    zeros (timm's model cards); Meta's and transformers' files have them, timm's don't."""
+    return any(value.any() for key, value in found.items() if key.endswith(".attn.qkv.bias"))
+
+
 def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Config:
     """The architecture of a translated state dict.
 
-    What shapes can't tell is assumed: the usual heads of that width unless `heads` is given, and
-    OpenAI's QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text.
+    What shapes can't tell is assumed: the usual heads of that width unless `heads` is given,
+    OpenAI's QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text, and 224
+    px for a DINOv3, whose tensors are the same for all image sizes.
 
     Raises:
         ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
     text = "token_embed.weight" in found
     needed = ["head.weight"] if text else ["cls_token", "patch_embed.proj.weight"]
-    needed += ["pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight"]
+    rope = is_dinov3(found)
+    if not rope:
+        needed.append("pos_embed")
+    needed += ["blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight"]
     missing = [key for key in needed if key not in found]
     if missing:
         kind = "text tower" if text else "ViT"
@@ -1002,18 +1115,20 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
             f"not a whole {kind}: missing {', '.join(missing)}; "
             f"beside blocks it has {', '.join(rest) or 'nothing'}"
         )
-    tokens, width = found["pos_embed"].shape[-2:]
+    if text:
+        patch = 1
+        grid, width = found["pos_embed"].shape[-2:]
+    else:
+        width = len(found["patch_embed.proj.weight"])
+        patch = found["patch_embed.proj.weight"].shape[-1]
+        grid = 224 // patch
+        if not rope:
+            grid = math.isqrt(found["pos_embed"].shape[1] - 1)
     if not heads and width not in HEADS and width % 64:
         raise ValueError(
             f"width {width} is no multiple of the usual head width 64; "
             "give the number of heads by --heads"
         )
-    if text:
-        patch = 1
-        grid = tokens
-    else:
-        patch = found["patch_embed.proj.weight"].shape[-1]
-        grid = math.isqrt(tokens - 1)
     hidden = len(found["blocks.0.mlp.fc1.weight"])
     blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
     depth = len(blocks)
@@ -1021,6 +1136,9 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     if odd:
         raise ValueError(f"it has {depth} blocks, which aren't numbered from 0 on: {some(odd)}")
     norm_pre = "norm_pre.weight" in found
+    qkv_bias = "blocks.0.attn.qkv.bias" in found
+    if rope:
+        qkv_bias = has_bias(found)
     return Config(
         width=width,
         depth=depth,
@@ -1032,11 +1150,13 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         layer_scale="blocks.0.ls1.gamma" in found,
         norm_pre=norm_pre,
         quick_gelu=norm_pre or text,
-        qkv_bias="blocks.0.attn.qkv.bias" in found,
+        qkv_bias=qkv_bias,
         patch_bias="patch_embed.proj.bias" in found,
         pool="mean" if "fc_norm.weight" in found else "token",
-        eps=1e-5 if norm_pre else eps,  # a CLIP in timm's layout, which says 1e-6, has CLIP's too
+        # CLIP and DINOv3 in timm's layout, which says 1e-6, have their own all the same.
+        eps=1e-5 if norm_pre or rope else eps,
         causal=text,
+        rope=rope,
     )
 
 
@@ -1107,6 +1227,9 @@ def read_description(content: dict, width: int) -> dict:
     act = tower.get("hidden_act", "gelu")
     if act not in ("gelu", "quick_gelu"):
         raise ValueError(f"it states the activation {act!r}, not gelu or quick_gelu")
+    base = tower.get("rope_theta", ROPE_BASE)
+    if base != ROPE_BASE:
+        raise ValueError(f"it states the base {base!r} of rotary positions, not {ROPE_BASE}")
 
     stated = {"eps": tower.get("layer_norm_eps")}
     stated["heads"] = tower.get("num_attention_heads", timm.get("num_heads"))
@@ -1167,7 +1290,7 @@ def choose_backbone(
         license = str(meta.get("license", "not stated"))
         backbone = Backbone("", Config(**meta["config"]), tuple(norm), license)
     else:
-        width = found["pos_embed"].shape[-1] if "pos_embed" in found else 0
+        width = found["cls_token"].shape[-1] if "cls_token" in found else 0
         known = read_beside(path, width) | given
         heads_from = heads_from or known.get("heads_from", "")
         config = infer_config(found, eps=known.get("eps", eps), heads=known.get("heads", 0))
@@ -1221,6 +1344,8 @@ def load(
             found = {key: value for key, value in found.items() if not key.startswith("head.")}
         if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
             found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
+        if config.rope and not config.qkv_bias and not has_bias(found):
+            found = {key: value for key, value in found.items() if not key.endswith(".qkv.bias")}
         if "pos_embed" in found:
             found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
         # No memory and no random numbers: what the file doesn't fill can't be used by mistake.

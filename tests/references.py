@@ -25,10 +25,10 @@ CLASSES = 5
 OPEN_CLIP_TEXT = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
 
 
-def images(count=3):
+def images(count=3, size=SIZE):
     """Random images that are the same everywhere and fit into fp16."""
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(count, 3, SIZE, SIZE, generator=generator).half().float()
+    return torch.randn(count, 3, size, size, generator=generator).half().float()
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def randomise(model):
 def is_factor(name):
     """Does the tensor lie about 1? LayerNorm's weights and LayerScale's gammas do."""
     norms = r"(norm\w*|ln_\w+|layernorm\w*|layrnorm|layernorm_\w+)\.weight$"
-    return bool(re.search(f"{norms}|gamma$|lambda1$", name))
+    return bool(re.search(f"{norms}|gamma(_[12])?$|lambda1$", name))
 
 
 # ------------------------------------------------------------------------------------------ timm
@@ -137,6 +137,64 @@ def facebook_dinov2_reg():
     return published, model, options
 
 
+def timm_dinov3(qkv_bias=False):
+    """DINOv3 as timm publishes it, without a bias for queries, keys and values."""
+    import timm
+
+    norm = partial(torch.nn.LayerNorm, eps=1e-5)
+    model = timm.models.eva.Eva(
+        img_size=SIZE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=2,
+        num_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        num_classes=0,
+        global_pool="token",
+        qkv_bias=qkv_bias,
+        init_values=1e-5,
+        norm_layer=norm,
+        use_fc_norm=False,
+        num_reg_tokens=4,
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        rope_temperature=100,
+        rope_rotate_half=True,
+        dynamic_img_size=True,
+    )
+    model = randomise(model)
+    return model.state_dict(), model, {"heads": HEADS, "image_size": SIZE}
+
+
+def timm_dinov3_qkvb():
+    """DINOv3 of timm with a bias for queries and values."""
+    return timm_dinov3(qkv_bias=True)
+
+
+def facebook_dinov3():
+    """DINOv3's own files, which timm reads by its filter: the bias of the keys is masked."""
+    import timm
+
+    state, model, options = timm_dinov3(qkv_bias=True)
+    published = {"mask_token": torch.zeros(1, WIDTH)}
+    published["rope_embed.periods"] = 100 ** torch.linspace(0, 0.75, 4).bfloat16()
+    renames = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    for key, value in state.items():
+        for old, new in renames.items():
+            key = key.replace(old, new)
+        published[key] = value
+    ones = torch.ones(WIDTH)
+    for i in range(2):
+        block = f"blocks.{i}.attn"
+        q_bias = published.pop(f"{block}.q_bias")
+        v_bias = published.pop(f"{block}.v_bias")
+        published[f"{block}.qkv.bias"] = torch.cat([q_bias, ones, v_bias])
+        published[f"{block}.qkv.bias_mask"] = torch.cat([ones, 0 * ones, ones])
+    model.load_state_dict(timm.models.eva.checkpoint_filter_fn(dict(published), model))
+    return published, model, options
+
+
 # ---------------------------------------------------------------------------------- transformers
 
 
@@ -211,6 +269,18 @@ def hf_dinov2_reg():
         return model(pixel_values=images).last_hidden_state[:, 0]
 
     return state, reference, {"heads": HEADS, "head": False}
+
+
+def hf_dinov3():
+    """DINOv3 without a head; its keys have no bias."""
+    state, model = hugging_face(
+        "DINOv3ViTConfig", "DINOv3ViTModel", intermediate_size=HIDDEN, num_register_tokens=4
+    )
+
+    def reference(images):
+        return model(pixel_values=images).last_hidden_state[:, 0]
+
+    return state, reference, {"heads": HEADS, "image_size": SIZE}
 
 
 def hf_clip_vision():
@@ -333,10 +403,14 @@ BUILDERS = (
     timm_dinov2_reg,
     timm_deit_distilled,
     facebook_dinov2_reg,
+    timm_dinov3,
+    timm_dinov3_qkvb,
+    facebook_dinov3,
     hf_vit,
     hf_deit,
     hf_dinov2,
     hf_dinov2_reg,
+    hf_dinov3,
     hf_clip_vision,
     hf_clip_vision_features,
     hf_clip_both,

@@ -141,8 +141,13 @@ def spread(model, images):
 @pytest.mark.parametrize("reads", adaptertune.READS)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layer_scale": True, "registers": 2}, {"qkv_bias": False, "pool": "mean"}],
-    ids=["plain", "registers", "no bias"],
+    [
+        {},
+        {"layer_scale": True, "registers": 2},
+        {"qkv_bias": False, "pool": "mean"},
+        {"rope": True, "registers": 2},
+    ],
+    ids=["plain", "registers", "no bias", "rotary"],
 )
 @torch.no_grad()
 def test_equalise_is_exact(tmp_path, changes, reads):

@@ -121,10 +121,10 @@ def test_404(server, tmp_path, name, hint):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_private_file_needs_a_token(server, tmp_path, status):
-    """The error for a private file names HF_TOKEN."""
+    """The error for a private or gated file names HF_TOKEN."""
     server.errors = [status]
     with pytest.raises(
-        ValueError, match=f"answered {status} .*; set HF_TOKEN for a private file; or"
+        ValueError, match=f"answered {status} .*; set HF_TOKEN for a private file, .* page; or"
     ):
         data.download(f"{server.url}/f", tmp_path / "f")
 

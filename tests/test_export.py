@@ -25,6 +25,8 @@ NETWORKS = {
     "mean pool": {"pool": "mean"},
     "mean pool, registers": {"pool": "mean", "registers": 2},
     "no biases": {"qkv_bias": False, "patch_bias": False},
+    "rotary": {"rope": True, "registers": 4, "layer_scale": True},
+    "rotary, mean pool": {"rope": True, "qkv_bias": False, "pool": "mean"},
     "one block": {"depth": 1},
 }
 MERGEABLE = {"rank": 8, "reads": "ln", "act": "mlp", "scale": 0.5}
@@ -130,8 +132,8 @@ def test_parity(changes, opset, kind):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layer_scale": True, "pool": "mean", "quick_gelu": True}],
-    ids=["plain", "other"],
+    [{}, {"layer_scale": True, "pool": "mean", "quick_gelu": True}, NETWORKS["rotary"]],
+    ids=["plain", "other", "rotary"],
 )
 @pytest.mark.parametrize("adapters", ADAPTERS.values(), ids=ADAPTERS)
 def test_parity_of_every_adapter(adapters, changes):
@@ -279,15 +281,16 @@ RUNS = {
     "full": "--method full",
     "former": "--method adaptformer --rank 4",
     "merged": "--method adaptformer --rank 6 --adapter-input ln --adapter-act gelu",
+    "rotary": "--weights rotary.safetensors --rank 4",
 }
 
 
-def write_backbone(path, *, seed):
+def write_backbone(path, *, seed, **changes):
     """Write a random ViT whose outputs differ from image to image: matrices from N(0, 1/inputs).
 
     Those of the tiny one in conftest.py, from N(0, 0.02²), don't, and any graph would agree.
     """
-    write_tiny(path, seed=seed)
+    write_tiny(path, seed=seed, **changes)
     tensors, meta = vit.read_tensors(path)
     for name, tensor in tensors.items():
         if name.startswith(("blocks", "patch_embed")) and tensor.ndim > 1:
@@ -301,6 +304,7 @@ def runs(tmp_path_factory):
     """A folder below which runs/NAME are short runs on digits, made by train.py."""
     folder = tmp_path_factory.mktemp("work")
     weights = write_backbone(folder / "tiny.safetensors", seed=0)
+    write_backbone(folder / "rotary.safetensors", seed=0, rope=True, registers=4)
     common = ["--weights", str(weights), "--epochs", "4", "--limit", "300", "--lr", "1e-2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -527,7 +531,7 @@ def test_resizing_is_checked_on_original_photos(run, runs, photos, tmp_path, mon
     ],
     ids=lambda options: " ".join(map(str, options)),
 )
-@pytest.mark.parametrize("name", ["b", "head", "full", "former", "merged"])
+@pytest.mark.parametrize("name", ["b", "head", "full", "former", "merged", "rotary"])
 def test_every_method_and_option(run, tmp_path, name, options):
     """Every method in every form of input and output passes the check against torch."""
     out = run(f"runs/{name}", "-o", tmp_path / "m.onnx", "--images", 30, *options)
@@ -537,12 +541,13 @@ def test_every_method_and_option(run, tmp_path, name, options):
     assert ("2 adapters merged into the MLPs" in out) == (name == "merged")
 
 
+@pytest.mark.parametrize("name", ["a", "rotary"])
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_precision(run, tmp_path, precision):
+def test_precision(run, tmp_path, precision, name):
     """fp16 and int8 are smaller than fp32, and it is printed how far they agree with it."""
-    run("runs/a", "-o", tmp_path / "fp32.onnx")
+    run(f"runs/{name}", "-o", tmp_path / "fp32.onnx")
     path = tmp_path / "m.onnx"
-    out = run("runs/a", "-o", path, "--precision", precision, "--force")
+    out = run(f"runs/{name}", "-o", path, "--precision", precision, "--force")
     check = (
         rf"^check    {precision} against fp32, 359 test images: max \|diff\| [\d.e-]+, "
         r"top-1 agreement [\d.]+ %, accuracy [\d.]+ %, before [\d.]+ %, "
@@ -728,6 +733,12 @@ def test_one_session_serves_several_tasks(run, tmp_path):
     assert np.abs(export.in_onnxruntime(session)(images) - features).max() < 1e-4
 
 
+def test_rotary_positions_and_swappable_adapters(run, tmp_path):
+    """A backbone with rotary positions takes adapters, and passes both checks."""
+    out = run("runs/rotary", "--swappable", "-o", tmp_path)
+    assert out.count("top-1 agreement 100 % ok") == 2
+
+
 def test_adapters_are_small(run, tmp_path):
     """An adapter's file holds little more than its own tensors, and no other file is left."""
     for name in ("a", "b", "head"):
@@ -804,9 +815,10 @@ def test_without_the_runs_photos(run, runs, photos, tmp_path):
     run("runs/gone", "-o", folder, "--precision", "int8", "--force", "--check", tmp_path)
 
 
-def test_hub(run, runs, tmp_path):
+@pytest.mark.parametrize("trained", ["a", "rotary"])
+def test_hub(run, tmp_path, trained):
     """The files that transformers.js and optimum-onnx look for, and what they look for in them."""
-    out = run("runs/a", "--hub", tmp_path, "--force")
+    out = run(f"runs/{trained}", "--hub", tmp_path, "--force")
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
     assert files == [
         "README.md",
@@ -831,7 +843,7 @@ def test_hub(run, runs, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert card.startswith('---\nlibrary_name: "transformers.js"\n')
     assert re.search(r"Accuracy on its test images: [\d.]+ % of 359\.", card)
-    run("runs/a", "--hub", tmp_path, "--force")  # a second time
+    run(f"runs/{trained}", "--hub", tmp_path, "--force")  # a second time
 
 
 def test_hub_beside_another_readme(run, tmp_path):
@@ -860,6 +872,8 @@ def test_a_card_names_what_the_hub_has():
         assert f"\n{line}\n" in card
     assert "91.00 % of 10,000" in card
     assert "int8" not in card
+    run.meta["license"] = "DINOv3 License"  # which isn't in the hub's list
+    assert '\nlicense: "other"\nlicense_name: "dinov3-license"\n' in export.model_card(run, False)
     options.weights = "mine.safetensors"  # not the published ones
     assert "base_model" not in export.model_card(run, int8=False)
 

@@ -73,12 +73,30 @@ def test_live(name, tmp_path):
     assert difference(tmp_path / "w.safetensors", expected, images, **options) < LIMIT
 
 
+@pytest.mark.parametrize("name", [name for name in references.FAMILIES if "dinov3" in name])
+@pytest.mark.parametrize("size", [16, 28, 64])
+def test_rotary_positions_in_any_size(name, size, tmp_path):
+    """The libraries turn queries and keys for the image at hand; nothing of it is in the file."""
+    prefix, _, _ = name.partition("_")
+    pytest.importorskip(LIBRARIES[prefix])
+    state, reference, options = references.FAMILIES[name]()
+    save_file(state, tmp_path / "w.safetensors")
+    images = references.images(size=size)
+    with torch.no_grad():
+        expected = reference(images)
+    limit = 1e-5 * expected.abs().max()
+    options["image_size"] = size
+    assert difference(tmp_path / "w.safetensors", expected, images, **options) < limit
+
+
 # ------------------------------------------------------------------------ the table of backbones
 
 
 def shapes_but_positions(model):
-    """Names and shapes of all tensors; positions depend on the image size."""
-    return {key: value.shape for key, value in model.state_dict().items() if key != "pos_embed"}
+    """Names, in ours, and shapes of all tensors; positions depend on the image size."""
+    with torch.device("meta"):  # as the model's
+        tensors = vit.to_timm(model.state_dict()).tensors
+    return {key: value.shape for key, value in tensors.items() if key != "pos_embed"}
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -96,6 +114,7 @@ def test_table_shapes(name):
     assert theirs.blocks[0].attn.num_heads == row.config.heads
     assert theirs.norm.eps == row.config.eps
     assert shapes_but_positions(ours) == shapes_but_positions(theirs)
+    assert row.config.rope == (theirs.pos_embed is None)
 
 
 @pytest.mark.parametrize("name", [name for name in TIMM if "_l" not in name])
@@ -103,7 +122,8 @@ def test_table_against_timm(name, tmp_path):
     """Features at full size."""
     timm = pytest.importorskip("timm")
     architecture = vit.BACKBONES[name].repo.removeprefix("timm/")
-    model = references.randomise(timm.create_model(architecture, num_classes=0, img_size=224))
+    options = {"num_classes": 0, "img_size": 224, "global_pool": "token"}
+    model = references.randomise(timm.create_model(architecture, **options))
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     image = large_image()
     with torch.no_grad():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, runner, write_cifar10, write_tiny
+from conftest import ROOT, TINY, runner, write_cifar10, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -252,6 +252,25 @@ def test_diverging_training_says_so(run, tiny_weights, tmp_path):
 def test_bf16_trains(run, tiny_weights):
     """--amp bf16 trains in bf16, and the terminal says so."""
     assert "· bf16 · seed 0" in run(*quick(tiny_weights, "--amp", "bf16", "--epochs", 1))
+
+
+def test_every_method_trains_with_rotary_positions(run, tmp_path):
+    """Adapters and prompts, a whole network in bf16, and what that leaves as a backbone, in another
+    image size."""
+    shape = {"rope": True, "registers": 4, "layer_scale": True, "qkv_bias": False}
+    weights = write_tiny(tmp_path / "w.safetensors", seed=0, **shape)
+    few = ["--epochs", 1, "--limit", 64]
+    methods = {"adaptertune": ["--rank", 2], "adaptformer": ["--rank", 4], "vpt": []}
+    for method, more in methods.items():
+        options = ["--method", method, *more, "--image-size", 24, "--name", method]
+        run(*quick(weights, *few, *options))
+        assert stated_test(run("--eval", f"runs/{method}"))
+    run(*quick(weights, *few, "--method", "full", "--amp", "bf16", "--name", "full"))
+    whole = tmp_path / "runs/full/adapters.safetensors"
+    config = vit.load(whole)[1].config
+    assert config == vit.Config(**TINY | shape)
+    out = run(*quick(whole, *few, "--image-size", 20, "--name", "next"))
+    assert "backbone full 20px, " in out
 
 
 def test_bf16_is_for_training_alone(tiny_weights):

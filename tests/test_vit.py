@@ -10,17 +10,19 @@ import pickle
 import shutil
 import warnings
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny
+from conftest import TINY, write_tiny
 from safetensors.torch import load_file, save_file
 
 import adaptertune
 import vit
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+DINOV3 = {"rope": True, "registers": 4, "layer_scale": True, "qkv_bias": False, "eps": 1e-5}
 
 
 @pytest.fixture
@@ -49,10 +51,11 @@ def test_the_file_states_its_own_shape(tiny_weights):
 # ------------------------------------------------------------------------------------ fast paths
 
 
+@pytest.mark.parametrize("changes", [{}, DINOV3], ids=["plain", "dinov3"])
 @pytest.mark.parametrize("reads", ["block", "raw", "ln", "mlp"])
-def test_the_last_block_for_the_class_token_alone(tiny_weights, reads):
+def test_the_last_block_for_the_class_token_alone(tmp_path, reads, changes):
     """What the head reads, and its gradient, are those of a last block that runs for all tokens."""
-    model, _ = vit.load(tiny_weights)
+    model, _ = vit.load(write_tiny(tmp_path / "w.safetensors", seed=0, **changes))
     adaptertune.add_adapters(model, rank=2, reads=reads, init="small")
     x = model.embed(IMAGES)
     for block in model.blocks:
@@ -82,6 +85,154 @@ def test_attention_in_bf16(queries):
     for exact, rounded in zip(results[torch.float32], results[torch.bfloat16], strict=True):
         assert exact.shape == rounded.shape
         assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
+# ------------------------------------------------------------------------------ rotary positions
+
+
+def random_dinov3(**changes):
+    """A DINOv3 of 2 blocks for images of 16 px, with nothing near zero."""
+    torch.manual_seed(0)
+    model = vit.ViT(vit.Config(**TINY | DINOV3 | changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.5)
+    return model.eval().requires_grad_(False)
+
+
+def metas_layout(model):
+    """The tensors of a random_dinov3 as Meta publishes them: with biases and masks that are 0."""
+    tensors = {}
+    for key, value in model.state_dict().items():
+        tensors[key.replace("reg_token", "storage_tokens")] = value
+        if key.endswith("qkv.weight"):
+            bias = key.replace("weight", "bias")
+            tensors[bias] = torch.zeros(len(value))
+            tensors[f"{bias}_mask"] = torch.zeros(len(value))
+    tensors["mask_token"] = torch.zeros(1, 32)
+    tensors["rope_embed.periods"] = torch.ones(4).bfloat16()
+    return tensors
+
+
+def test_rotary_positions():
+    """Patches of the same content: what a query and a key give depends on how far they are apart,
+    in rows and in columns. Other tokens stay as they are, those behind the patches too."""
+    rope = vit.Rotary(vit.Config(**TINY | DINOV3))
+    assert not rope.state_dict()
+    tokens = 1 + 4 + 16 + 3
+    x = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(0)).expand(
+        1, 2, tokens, 16
+    )
+    turned = rope(x)
+    patches = turned[:, :, 5:21]
+    assert torch.equal(turned[:, :, :5], x[:, :, :5])
+    assert torch.equal(turned[:, :, 21:], x[:, :, 21:])
+    assert torch.allclose(patches.norm(dim=3), x[:, :, 5:21].norm(dim=3))
+    scores = (patches @ patches.transpose(2, 3)).view(2, 4, 4, 4, 4)  # rows, columns; twice
+    assert torch.allclose(scores[:, 0, 1, 2, 3], scores[:, 1, 0, 3, 2], atol=1e-5)
+    assert not torch.allclose(scores[:, 0, 1, 2, 3], scores[:, 0, 1, 3, 2], atol=1e-2)
+    assert rope(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_rotary_positions_leave_prompts_alone():
+    """Prompts behind the patches give what they give as registers, which aren't turned either."""
+    model = random_dinov3()
+    adaptertune.add_prompts(model, prompts=5, deep=False)
+    more = random_dinov3(registers=9)
+    tensors = {key: value for key, value in model.state_dict().items() if "prompts" not in key}
+    prompts = model.blocks[0].prompts[None]
+    more.load_state_dict(tensors | {"reg_token": torch.cat([model.reg_token, prompts], dim=1)})
+    expected = more(IMAGES)
+    assert torch.allclose(model(IMAGES), expected, atol=1e-5)
+    assert expected.abs().max() > 0.1
+
+
+def test_rotary_positions_can_be_traced():
+    """torch.export follows them, with prompts and any batch."""
+    model = random_dinov3()
+    adaptertune.add_prompts(model, prompts=5, deep=True)
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes=shapes).module()
+    images = torch.cat([IMAGES, -IMAGES])
+    assert torch.allclose(program(images), model(images), atol=1e-5)
+
+
+def test_dinov3_states_its_shape(tmp_path, monkeypatch):
+    """A file is recognised, by its name's row too, and biases of zeros aren't part of it; it has
+    the same fingerprint as one without. One that we write states all of it."""
+    model = random_dinov3()
+    backbone = vit.BACKBONES["dinov3_s16"]
+    monkeypatch.setitem(vit.BACKBONES, "dinov3_s16", replace(backbone, config=model.config))
+    layouts = {"timm": model.state_dict(), "meta": metas_layout(model)}
+    for layout, tensors in layouts.items():
+        path = tmp_path / f"{layout}.safetensors"
+        save_file(tensors, path)
+        for options in ({"name": "dinov3_s16"}, {"heads": 2, "image_size": 16}):
+            loaded, backbone = vit.load(path, **options)
+            assert backbone.config == model.config
+            assert adaptertune.fingerprint(loaded) == adaptertune.fingerprint(model)
+            assert torch.equal(loaded(IMAGES), model(IMAGES))
+    _, backbone = vit.load(path, heads=2)
+    assert backbone.config.image_size == 224
+    assert backbone.norm == vit.IMAGENET
+    saved = write_tiny(tmp_path / "ours.safetensors", seed=0, **DINOV3 | {"qkv_bias": True})
+    assert vit.load(saved)[1].config == replace(model.config, qkv_bias=True)
+
+
+@pytest.mark.parametrize("layout", ["timm", "meta"])
+def test_dinov3_is_whole(layout, tmp_path, monkeypatch):
+    """A tensor that is missing, and one too many, is named."""
+    model = random_dinov3()
+    backbone = vit.BACKBONES["dinov3_s16"]
+    monkeypatch.setitem(vit.BACKBONES, "dinov3_s16", replace(backbone, config=model.config))
+    whole = model.state_dict() if layout == "timm" else metas_layout(model)
+    path = tmp_path / "w.safetensors"
+    for key in model.state_dict():
+        tensors = dict(whole)
+        del tensors[key.replace("reg_token", "storage_tokens") if layout == "meta" else key]
+        save_file(tensors, path)
+        if key == "patch_embed.proj.weight":
+            message = "not a ViT in a known layout"
+        else:
+            message = f"1 missing: {key}$"
+        with pytest.raises(ValueError, match=message):
+            vit.load(path, name="dinov3_s16")
+    save_file(whole | {"pos_embed": torch.zeros(1, 17, 32)}, path)
+    with pytest.raises(ValueError, match="1 left over: pos_embed$"):
+        vit.load(path, name="dinov3_s16")
+    bias = {"blocks.0.attn.qkv.bias": torch.ones(96), "blocks.0.attn.qkv.bias_mask": torch.ones(96)}
+    save_file(whole | bias, path)
+    with pytest.raises(ValueError, match="left over: blocks.0.attn.qkv.bias"):
+        vit.load(path, name="dinov3_s16")
+
+
+def test_a_network_without_its_positions_is_no_dinov3(tmp_path):
+    """Others that have lost theirs are refused: one without registers or LayerScale, and a DINOv2,
+    whose keys have a bias."""
+    reg = {"registers": 4, "layer_scale": True}
+    for changes in ({"qkv_bias": False}, {"registers": 4, "qkv_bias": False}, reg):
+        path = write_tiny(tmp_path / "w.safetensors", seed=0, **changes)
+        tensors = load_file(path)
+        del tensors["pos_embed"]
+        if changes is reg:
+            tensors["blocks.0.attn.qkv.bias"] += 0.1
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match="not a whole ViT: missing pos_embed"):
+            vit.load(path, heads=2)
+
+
+def test_rotary_positions_that_can_not_be(tmp_path):
+    """Heads whose channels don't come in fours; another base than DINOv3's, stated beside."""
+    path = tmp_path / "w.safetensors"
+    save_file(random_dinov3().state_dict(), path)
+    with pytest.raises(ValueError, match="heads of 2 channels can't have rotary positions"):
+        vit.load(path, heads=16)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 32, "rope_theta": 10.0}))
+    with pytest.raises(
+        ValueError, match="config.json, .* states the base 10.0 of rotary positions"
+    ):
+        vit.load(path, heads=2)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 32, "rope_theta": 100.0}))
+    vit.load(path, heads=2)
 
 
 # --------------------------------------------------------------------------------------- wrappers
