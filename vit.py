@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -399,6 +400,8 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+# What each family's files expect, where nothing states it. Google's ViTs read pixels from -1 to 1.
+NORMS = {"ImageNet": IMAGENET, "CLIP": CLIP, "Google": HALF}
 
 
 @dataclass(frozen=True)
@@ -492,6 +495,7 @@ class Layout:
     eps: float  # of the LayerNorms, which no file states
     # Keys known not to belong to the backbone. Others without the prefix are named in a note.
     ignored: tuple[str, ...]
+    norm: str = "ImageNet"  # a key of NORMS
 
 
 LAYOUTS = {  # the first one that fits is taken
@@ -529,6 +533,8 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(text|logit_)",  # open_clip around a timm tower
         ),
     ),
+    "torchvision": Layout(r"\bconv_proj\.weight$", 1e-6, ()),
+    "Google's .npz": Layout(r"\bembedding/kernel$", 1e-6, (), "Google"),
 }
 TEXT_LAYOUTS = {
     "OpenAI, open_clip, Hugging Face CLIP": Layout(
@@ -545,26 +551,46 @@ TEXT_LAYOUTS = {
 # Rules that map keys to timm's names: (regular expression, replacement), each with an example of
 # what it matches. They are applied in this order to the keys of every family, prefixes stripped.
 RENAMES = (
+    # Google's .npz, https://github.com/google-research/vision_transformer. The numbers of modules
+    # differ in big_vision (https://github.com/google-research/big_vision, models/vit.py).
+    (r"/kernel$", "/weight.T"),  # embedding/kernel
+    (r"/scale$", "/weight"),  # Transformer/encoder_norm/scale
+    (r"^cls$", "cls_token"),
+    (r"^(Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
+    (r"^embedding/", "patch_embed.proj."),
+    (r"^Transformer/encoder_norm/", "norm."),
+    (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."),
+    (r"\.LayerNorm_0/", ".norm1."),  # Transformer/encoderblock_0/LayerNorm_0/scale
+    (r"\.LayerNorm_[12]/", ".norm2."),  # 2; 1 in big_vision
+    (r"\.MultiHeadDotProductAttention_[01]/out/", ".attn.proj."),  # 1; 0 in big_vision
+    (r"\.MultiHeadDotProductAttention_[01]/([qkv])(uery|ey|alue)/", r".attn.\1."),
+    (r"\.MlpBlock_[03]/Dense_0/", ".mlp.fc1."),  # 3; 0 in big_vision
+    (r"\.MlpBlock_[03]/Dense_1/", ".mlp.fc2."),
+    (r"^pre_logits/", "head.pre_logits."),  # a layer of the head
+    (r"^head/", "head."),
     # tokens and positions
     (r"^(embeddings\.)?class_embedding$", "cls_token"),  # OpenAI class_embedding
+    (r"^class_token$", "cls_token"),  # torchvision
     (r"^embeddings\.cls_token$", "cls_token"),  # HF ViT embeddings.cls_token
     (r"^(embeddings\.)?register_tokens$", "reg_token"),  # DINOv2 register_tokens
     (r"^embeddings\.distillation_token$", "reg_token"),  # HF DeiT
     (r"^dist_token$", "reg_token"),  # DeiT, timm
     (r"^positional_embedding$", "pos_embed"),  # OpenAI
+    (r"^encoder\.pos_embedding$", "pos_embed"),  # torchvision
     (r"^embeddings\.position_embeddings$", "pos_embed"),  # HF ViT
     (r"^embeddings\.position_embedding\.weight$", "pos_embed"),  # HF CLIP
     (r"^(embeddings\.)?token_embedding\.", "token_embed."),  # OpenAI token_embedding.weight
     # patches
-    (r"^conv1\.", "patch_embed.proj."),  # OpenAI conv1.weight
+    (r"^(conv1|conv_proj)\.", "patch_embed.proj."),  # OpenAI conv1.weight, torchvision
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),  # HF ViT
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),  # HF CLIP
     # norms outside the blocks
     (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF spells it so
-    (r"^(ln_post|ln_final)\.", "norm."),  # OpenAI ln_post.weight
+    (r"^(ln_post|ln_final|encoder\.ln)\.", "norm."),  # OpenAI ln_post.weight, torchvision
     (r"^(post_layernorm|final_layer_norm|layernorm)\.", "norm."),  # HF layernorm.weight
     # inside the blocks
     (r"^(encoder\.layers?|layers)\.", "blocks."),  # HF encoder.layer.0.…
+    (r"^blocks\.encoder_layer_", "blocks."),  # torchvision encoder.layers.encoder_layer_0.…
     (r"^transformer\.resblocks\.", "blocks."),  # OpenAI transformer.resblocks.0.…
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks: blocks.CHUNK.BLOCK.…
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # HF Dinov2 ….layer_scale1.lambda1
@@ -573,18 +599,24 @@ RENAMES = (
     (r"\.layer_norm([12])\.", r".norm\1."),  # HF CLIP ….layer_norm1.weight
     (r"\.layernorm_before\.", ".norm1."),  # HF ViT
     (r"\.layernorm_after\.", ".norm2."),  # HF ViT
-    (r"\.attn\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
+    (r"\.(attn|self_attention)\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
     (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),  # HF CLIP ….self_attn.q_proj.weight
     (r"\.attention\.([qkv])_proj\.", r".attn.\1."),  # HF ViT of transformers 5
     (
         r"\.attention\.attention\.([qkv])(uery|ey|alue)\.",
         r".attn.\1.",
     ),  # HF ….attention.query.weight
-    (r"\.(self_attn|attn)\.out_proj\.", ".attn.proj."),  # OpenAI ….attn.out_proj.weight
+    (
+        r"\.(self_attn|attn|self_attention)\.out_proj\.",
+        ".attn.proj.",
+    ),  # OpenAI ….attn.out_proj.weight
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # HF ….attention.output.dense.weight
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),  # torchvision ….mlp.0.weight; linear_1 until 2022
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),  # torchvision
     # heads; "head.weight.T" is transposed
+    (r"^heads\.(head\.)?", "head."),  # torchvision heads.head.weight
     (r"^(\.\./(.*\.)?)?classifier\.", "head."),  # HF ViT classifier.weight
     (r"^(\.\./(.*\.)?)?text_projection\.", "head."),  # HF CLIP's text tower
     (r"^\.\./(.*\.)?(visual_projection|visual\.head\.proj)\.", "head."),  # HF CLIP, open_clip
@@ -632,6 +664,7 @@ FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: `git lfs pull` fetches it",
     b"\x89HDF": "an HDF5 file, as Keras writes",
     b"GGUF": "a GGUF file",
+    b"\x93NUMPY": "a single array of numpy",
 }
 
 
@@ -639,8 +672,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """All tensors of a file, and the JSON that adaptertune.save leaves in its header (or {}).
 
     A `.safetensors` file; or the `.safetensors.index.json` of one in several parts; else one for
-    torch.load or a TorchScript archive. torch.load is called with weights_only=True: a pickle that
-    would run code is refused.
+    torch.load, a TorchScript archive or an `.npz` of numpy. torch.load is called with
+    weights_only=True: a pickle that would run code is refused.
     Of several networks in a file the averaged one (EMA, teacher) is taken, and "note" says so.
 
     Raises:
@@ -664,7 +697,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         content, meta = read_content(path, beginning)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
+        refused = re.search(r"(?:GLOBAL|array) (\S+)", str(error))
         what = f"more than tensors ({refused[1]})" if refused else "no tensors of PyTorch"
         raise ValueError(
             f"{path} holds {what}: refused, since a pickle can run code; "
@@ -685,6 +718,8 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, dict(meta)
     check_archive(path)
+    if any(name.endswith(".npy") for name in archive_names(path)):
+        return read_npz(path), {}
     if is_torchscript(path):
         return flatten(read_torchscript(path)), {}
     harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
@@ -707,10 +742,7 @@ def foreign_kind(path: Path, beginning: bytes) -> str:
             return kind
     if path.suffix == ".onnx":
         return "an ONNX graph"
-    names = archive_names(path)
-    if any(name.endswith(".npy") for name in names):
-        return "an .npz of numpy, as JAX's checkpoints are"
-    if any(name.endswith("archive_format") for name in names):
+    if any(name.endswith("archive_format") for name in archive_names(path)):
         return "a program of torch.export (.pt2)"
     return ""
 
@@ -781,6 +813,25 @@ def read_parts(index: Path) -> dict[str, Tensor]:
             tensors |= load_file(part)
         except Exception as error:  # missing or damaged, for which it has kinds of its own
             raise ValueError(f"{part}, which {index.name} lists, is missing or damaged") from error
+    return tensors
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """All arrays of an .npz of numpy, as JAX's checkpoints are; big_vision's bfloat16 among them,
+    which numpy reads as two bytes without a meaning (V2)."""
+    tensors = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            try:
+                array = arrays[name]
+            except ValueError as error:
+                if "allow_pickle" in str(error):
+                    raise pickle.UnpicklingError(f"array {name}") from error
+                raise
+            if array.dtype == "V2":
+                tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            else:
+                tensors[name] = torch.from_numpy(array)
     return tensors
 
 
@@ -890,6 +941,8 @@ class Translated:
     eps: float
     names: dict[str, str]  # the file's own, by timm's
     note: str = ""  # which of the file's tensors were left out, apart from known ones
+    norm: str = "ImageNet"  # a key of NORMS
+    heads: int = 0  # as the kernels [D, H, d] of an .npz state it; 0 for other files
 
 
 def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) -> Translated:
@@ -899,32 +952,67 @@ def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) ->
         ValueError: no layout fits.
     """
     layout, prefix = find_layout(tensors, layouts)
-    ignored = re.compile("|".join(layout.ignored))
     found = {}
     names = {}
     others = []
-    for key, value in tensors.items():
+    heads = 0
+    for key, value in unstack_blocks(tensors):
         name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
-        if ignored.match(name):
+        if any(re.match(pattern, name) for pattern in layout.ignored):
             continue
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
+        name = rename(name)
         if name.startswith("../"):  # other heads, losses, metrics, another network
             others.append(key)
             continue
+        if "relative_position" in name:
+            raise ValueError(f"{key}: a ViT with relative positions (BEiT) can't be used")
         if not value.is_floating_point():
             raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
         value = value.float()
+        if name.endswith(".attn.q.weight.T") and value.ndim == 3:
+            heads = value.shape[1]
         if name.endswith(".T"):
             name = name.removesuffix(".T")
-            value = value.T.contiguous()
+            value = transpose(value, name).contiguous()
+        if name in found:
+            raise ValueError(f"{names[name]} and {key} are both its {name}")
         found[name] = value
         names[name] = key
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
     note = f"left out: {some(others)}" if others else ""
-    return Translated(found, layout.eps, names, note)
+    return Translated(found, layout.eps, names, note, layout.norm, heads)
+
+
+def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors; those that hold one for each block [L, …], as big_vision's under lax.scan do, in
+    L parts."""
+    for key, value in tensors.items():
+        if "/encoderblock/" not in key:
+            yield key, value
+            continue
+        if len(value) > 1000:
+            raise ValueError(f"{key} is of {len(value):,} blocks")
+        for i, of_block in enumerate(value):
+            yield key.replace("/encoderblock/", f"/encoderblock_{i}/"), of_block
+
+
+def rename(name: str) -> str:
+    """A key without its prefix by timm's name; itself, if no rule fits."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def transpose(kernel: Tensor, name: str) -> Tensor:
+    """A weight [in, out], or one of JAX that has patches [p, p, 3, D] or heads, in torch's order:
+    the outputs first."""
+    if kernel.ndim == 4:
+        return kernel.permute(3, 2, 0, 1)  # [D, 3, p, p]
+    if kernel.ndim == 3 and ".attn.proj." in name:
+        return kernel.flatten(0, 1).T  # from [H, d, D]
+    return kernel.flatten(1).T  # of a query, key or value from [D, H, d]
 
 
 def some(keys: list[str]) -> str:
@@ -933,13 +1021,15 @@ def some(keys: list[str]) -> str:
 
 
 def stack_qkv(found: dict[str, Tensor]) -> None:
-    """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases."""
+    """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases, which
+    are [D], or [H, d] in an .npz."""
     for q in [name for name in found if ".attn.q." in name]:
         k = q.replace(".q.", ".k.")
         v = q.replace(".q.", ".v.")
         if k in found and v in found:
             parts = [found.pop(q), found.pop(k), found.pop(v)]
-            found[q.replace(".q.", ".qkv.")] = torch.cat(parts)
+            joined = torch.cat(parts)
+            found[q.replace(".q.", ".qkv.")] = joined.flatten() if q.endswith("bias") else joined
     for q in [name for name in found if name.endswith(".attn.q_bias")]:  # BEiT's, without k's
         v = q.replace("q_bias", "v_bias")
         if v in found:
@@ -998,8 +1088,11 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     if missing:
         kind = "text tower" if text else "ViT"
         rest = [key for key in found if not key.startswith("blocks.")][:12]
+        why = ""
+        if "cls_token" in missing and "patch_embed.proj.weight" in found:
+            why = " (one whose head pools all patches, as SigLIP's, can't be used)"
         raise ValueError(
-            f"not a whole {kind}: missing {', '.join(missing)}; "
+            f"not a whole {kind}: missing {', '.join(missing)}{why}; "
             f"beside blocks it has {', '.join(rest) or 'nothing'}"
         )
     tokens, width = found["pos_embed"].shape[-2:]
@@ -1151,11 +1244,12 @@ def read_norm(content: dict) -> dict:
 
 
 def choose_backbone(
-    name: str, path: Path, found: dict[str, Tensor], meta: dict, eps: float, given: dict
+    name: str, path: Path, translated: Translated, meta: dict, given: dict
 ) -> Backbone:
     """The named backbone, else the one that the file describes, else what stands beside the file,
     else what its shapes suggest; what is `given` by hand (see `read_beside`) overrides it."""
     guessed = []
+    found = translated.tensors
     heads_from = "given" if "heads" in given else ""
     if name:
         backbone = BACKBONES[name]
@@ -1169,16 +1263,19 @@ def choose_backbone(
     else:
         width = found["pos_embed"].shape[-1] if "pos_embed" in found else 0
         known = read_beside(path, width) | given
+        if translated.heads:
+            known = {"heads": translated.heads, "heads_from": "its kernels' shape"} | known
         heads_from = heads_from or known.get("heads_from", "")
-        config = infer_config(found, eps=known.get("eps", eps), heads=known.get("heads", 0))
+        eps = known.get("eps", translated.eps)
+        config = infer_config(found, eps=eps, heads=known.get("heads", 0))
         if "heads" not in known:
             guessed.append(f"heads {config.heads}")
         if config.norm_pre and "quick_gelu" not in known:
             guessed.append("QuickGELU")
-        norm = CLIP if config.norm_pre else IMAGENET
+        whose = "CLIP" if config.norm_pre else translated.norm
+        norm = NORMS[whose]
         unknown = [name for name in ("mean", "std") if name not in known]
         if unknown:
-            whose = "CLIP" if config.norm_pre else "ImageNet"
             guessed.append(f"{whose}'s {' and '.join(unknown)}")
         if "note" in known:
             meta = meta | {"note": "; ".join(filter(None, (meta.get("note"), known["note"])))}
@@ -1214,9 +1311,11 @@ def load(
         translated = to_timm(tensors)
         found = translated.tensors
         meta["note"] = "; ".join(filter(None, (meta.get("note"), translated.note)))
-        backbone = choose_backbone(name, Path(path), found, meta, translated.eps, given)
+        backbone = choose_backbone(name, Path(path), translated, meta, given)
         backbone = backbone.at(image_size)
         config = backbone.config
+        if translated.heads not in (0, config.heads):
+            raise ValueError(f"its kernels have {translated.heads} heads, not {config.heads}")
         if not head:
             found = {key: value for key, value in found.items() if not key.startswith("head.")}
         if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here

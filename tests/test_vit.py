@@ -13,6 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import references
 import torch
 from conftest import write_tiny
 from safetensors.torch import load_file, save_file
@@ -202,6 +203,34 @@ def test_biases_and_scales_of_other_names(tensors, tmp_path):
     assert torch.equal(model.blocks[1].ls2.gamma, 2 * gamma)
 
 
+def test_older_names_of_torchvision(tmp_path):
+    """linear_1 and linear_2, as it wrote them until 2022; a head of several layers is a head."""
+    pytest.importorskip("torchvision")
+    state, model, options = references.torchvision_vit()
+    older = {}
+    for name, value in state.items():
+        name = name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")
+        older[name.replace("heads.head.", "heads.1.")] = value
+    older["heads.0.weight"] = torch.zeros(32, 32)
+    save_file(older, tmp_path / "w.safetensors")
+    model.heads = torch.nn.Identity()
+    with torch.no_grad():
+        expected = model(IMAGES)
+    assert torch.allclose(outputs(tmp_path / "w.safetensors", heads=2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_relative_positions(shared, tmp_path):
+    """BEiT's biases by relative position, in each block or shared, are refused by name."""
+    beit = pytest.importorskip("timm").models.beit.Beit
+    options = {"use_shared_rel_pos_bias": shared, "use_rel_pos_bias": not shared}
+    model = beit(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, **options)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    message = "relative_position_bias_table: a ViT with relative positions .* can't be used"
+    with pytest.raises(ValueError, match=message):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+
+
 @pytest.mark.parametrize(
     ("better", "other"),
     [("state_dict_ema", "state_dict"), ("teacher", "student"), ("model.ema", "model.online")],
@@ -351,14 +380,14 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
 
 def test_kinds_of_files_that_are_not_read(tmp_path):
     """They are called what they are, and not damaged."""
-    np.savez(tmp_path / "jax.npz", embedding=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "program.pt2")
     (tmp_path / "graph.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
     (tmp_path / "keras.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     (tmp_path / "llama.gguf").write_bytes(b"GGUF\x03")
     kinds = {
-        "jax.npz": "an .npz of numpy",
+        "array.npy": "a single array of numpy",
         "program.pt2": "a program of torch.export",
         "graph.onnx": "an ONNX graph",
         "keras.h5": "an HDF5 file",
@@ -470,6 +499,114 @@ def test_mean_pooling_reads_fc_norm(tmp_path):
     _, backbone = vit.load(tmp_path / "fc.safetensors", heads=2)
     assert backbone.config.pool == "mean"
     assert torch.equal(outputs(tmp_path / "fc.safetensors", heads=2), outputs(path))
+
+
+# ----------------------------------------------------------------------------------- Google's .npz
+
+
+@pytest.fixture
+def arrays(tensors):
+    """The tiny backbone as Google's .npz has it, beside a classifier of five classes."""
+    tensors["head.weight"] = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+    tensors["head.bias"] = torch.zeros(5)
+    published = references.as_google(tensors, attention=1, mlp=3, norm2=2)
+    published["Transformer/posembed_input/pos_embedding"] = tensors["pos_embed"]
+    return {name: value.numpy() for name, value in published.items()}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_google_npz(arrays, save, tiny_weights, tmp_path):
+    """The same network; the kernels state their heads; 0.5 is guessed, and its name tells whose."""
+    save(tmp_path / "w.npz", **arrays)
+    model, backbone = vit.load(tmp_path / "w.npz")
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    assert backbone.config.heads == 2
+    assert backbone.heads_from == "its kernels' shape"
+    assert backbone.norm == vit.HALF
+    assert backbone.guessed == ("Google's mean and std",)
+    assert vit.load(tmp_path / "w.npz", head=True)[0].head.out_features == 5
+
+
+@pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
+def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
+    """Training states and image towers; what else is there is named."""
+    arrays = {f"{prefix}{name}": value for name, value in arrays.items()}
+    np.savez(tmp_path / "w.npz", **arrays, step=np.array(7))
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    assert vit.load(tmp_path / "w.npz")[1].note == "left out: step"
+
+
+def test_bfloat16_in_an_npz(arrays, tmp_path):
+    """numpy has no bfloat16, and reads void of two bytes."""
+    kept = {}
+    for name, value in arrays.items():
+        halved = torch.tensor(value).bfloat16()
+        arrays[name] = halved.float().numpy()
+        kept[name] = halved.view(torch.int16).numpy().view("V2")
+    np.savez(tmp_path / "float.npz", **arrays)
+    np.savez(tmp_path / "void.npz", **kept)
+    assert np.load(tmp_path / "void.npz")["cls"].dtype == "V2"
+    assert torch.equal(outputs(tmp_path / "void.npz"), outputs(tmp_path / "float.npz"))
+
+
+def test_heads_that_its_kernels_deny(arrays, tmp_path):
+    """Given by hand, by a file beside it or by a name, another number is an error."""
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(ValueError, match="w.npz: its kernels have 2 heads, not 4"):
+        vit.load(tmp_path / "w.npz", heads=4)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 1}))
+    with pytest.raises(ValueError, match="its kernels have 2 heads, not 1"):
+        vit.load(tmp_path / "w.npz")
+
+
+def test_layers_of_an_npz_that_vit_has_not(arrays, tmp_path):
+    """A layer in the head is part of the head; a MAP head and a mean over patches are refused."""
+    layer = {"pre_logits/kernel": np.zeros((32, 32), "f4"), "pre_logits/bias": np.zeros(32, "f4")}
+    np.savez(tmp_path / "w.npz", **arrays, **layer)
+    vit.load(tmp_path / "w.npz")
+    with pytest.raises(ValueError, match="2 left over: pre_logits/kernel, pre_logits/bias"):
+        vit.load(tmp_path / "w.npz", head=True)
+
+    both = {"Transformer/encoderblock_0/LayerNorm_1/scale": np.ones(32, "f4")}
+    np.savez(tmp_path / "w.npz", **arrays, **both)
+    message = "block_0/LayerNorm_2/scale and .*block_0/LayerNorm_1/scale are both"
+    with pytest.raises(ValueError, match=message):
+        vit.load(tmp_path / "w.npz")
+
+    del arrays["cls"]
+    np.savez(tmp_path / "w.npz", **arrays, **{"MAPHead_0/probe": np.zeros((1, 1, 32), "f4")})
+    message = r"missing cls_token \(one whose head pools all patches, as SigLIP's, can't be used\)"
+    with pytest.raises(ValueError, match=message):
+        vit.load(tmp_path / "w.npz")
+
+
+def test_npz_files_that_are_refused(arrays, tmp_path):
+    """Cut, damaged, compressed zeros without end, objects of Python, texts: one line each."""
+    path = tmp_path / "w.npz"
+    np.savez(path, **arrays)
+    content = path.read_bytes()
+    for kept in (0.01, 0.5, 0.99):
+        path.write_bytes(content[: int(kept * len(content))])
+        with pytest.raises(ValueError, match="w.npz (is damaged or cut short|holds no tensors)"):
+            vit.load(path)
+    place = len(content) // 2
+    path.write_bytes(content[:place] + bytes(64) + content[place + 64 :])
+    with pytest.raises(ValueError, match="w.npz is damaged or cut short.*CRC"):
+        vit.load(path)
+    np.savez_compressed(path, **arrays, bomb=np.zeros(2**26, "f4"))
+    with pytest.raises(ValueError, match="it is compressed, and unpacks to 268,"):
+        vit.load(path)
+    np.savez(path, **arrays, evil=np.array([Evil()], dtype=object))
+    with pytest.raises(
+        ValueError, match=r"holds more than tensors \(evil\): refused, since a pickle"
+    ):
+        vit.load(path)
+    np.savez(path, **arrays, name=np.array(["text"]))
+    with pytest.raises(ValueError, match="w.npz is damaged or cut short .*can't convert"):
+        vit.load(path)
+    np.savez(path, **{"params/Transformer/encoderblock/x": np.zeros((2000, 0), "f4")} | arrays)
+    with pytest.raises(ValueError, match="encoderblock/x is of 2,000 blocks"):
+        vit.load(path)
 
 
 # ------------------------------------------------------------------------ files that are refused
