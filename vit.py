@@ -16,8 +16,12 @@ Module names are timm's (https://github.com/huggingface/pytorch-image-models), b
 published files use them; other layouts are translated by LAYOUTS and RENAMES. Loading is strict:
 every tensor must be found with its right shape and none may be left over. So a network is either
 the pretrained one or an error.
+
+    python vit.py           list the backbones
+    python vit.py FILE …    say what files of weights hold
 """
 
+import argparse
 import gzip
 import html
 import io
@@ -26,11 +30,13 @@ import math
 import os
 import pickle
 import re
+import shlex
+import sys
 import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -400,8 +406,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-# What each family's files expect, where nothing states it. Google's ViTs read pixels from -1 to 1.
-NORMS = {"ImageNet": IMAGENET, "CLIP": CLIP, "Google": HALF}
+NORMS = {"ImageNet": IMAGENET, "CLIP": CLIP, "CIFAR-100": CIFAR100, "Inception": HALF}
 
 
 @dataclass(frozen=True)
@@ -419,6 +424,7 @@ class Backbone:
     guessed: tuple[str, ...] = ()  # what nothing states, such as "ImageNet's mean and std"
     note: str = ""  # which of several networks in its file this is, and what was left out
     heads_from: str = ""  # what decided their number, if it wasn't the name or a guess
+    norm_from: str = ""  # the same of the normalisation
 
     def at(self, image_size: int) -> "Backbone":
         """A copy configured for another image size in pixels; 0 keeps its own."""
@@ -495,7 +501,7 @@ class Layout:
     eps: float  # of the LayerNorms, which no file states
     # Keys known not to belong to the backbone. Others without the prefix are named in a note.
     ignored: tuple[str, ...]
-    norm: str = "ImageNet"  # a key of NORMS
+    norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
 
 
 LAYOUTS = {  # the first one that fits is taken
@@ -534,7 +540,7 @@ LAYOUTS = {  # the first one that fits is taken
         ),
     ),
     "torchvision": Layout(r"\bconv_proj\.weight$", 1e-6, ()),
-    "Google's .npz": Layout(r"\bembedding/kernel$", 1e-6, (), "Google"),
+    "Google's .npz": Layout(r"\bembedding/kernel$", 1e-6, (), "Inception"),
 }
 TEXT_LAYOUTS = {
     "OpenAI, open_clip, Hugging Face CLIP": Layout(
@@ -914,33 +920,42 @@ def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
 
 
-def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[Layout, str]:
-    """The layout that the keys belong to, and their prefix.
+def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[str, str]:
+    """The name of the layout that the keys belong to, and their prefix.
 
     Raises:
         ValueError: no layout fits.
     """
     if any(re.search(r"lora_(A|down)", key) for key in tensors):
         raise ValueError("these are LoRA adapters, not a ViT; merge them into their network first")
-    for layout in layouts.values():
+    for name, layout in layouts.items():
         for key in tensors:
             match = re.search(layout.tell, key)
             if match:
-                return layout, key[: match.start()]
+                return name, key[: match.start()]
+    if has_text_tower(tensors):
+        raise ValueError("CLIP's text tower alone; give a file that has the image tower")
     beginning = ", ".join(list(tensors)[:3]) or "nothing"
     raise ValueError(
         f"not a ViT in a known layout ({'; '.join(layouts)}): its tensors begin with {beginning}"
     )
 
 
+def has_text_tower(keys: Iterable[str]) -> bool:
+    """Is CLIP's text tower among these tensors?"""
+    return any(key.endswith("token_embedding.weight") for key in keys)
+
+
 @dataclass
 class Translated:
     """A published state dict in timm's names and this file's shapes."""
 
+    layout: str  # its name
     tensors: dict[str, Tensor]
     eps: float
     names: dict[str, str]  # the file's own, by timm's
-    note: str = ""  # which of the file's tensors were left out, apart from known ones
+    ignored: list[str]  # the file's tensors that are known and not the backbone's
+    note: str = ""  # which others were left out
     norm: str = "ImageNet"  # a key of NORMS
     heads: int = 0  # as the kernels [D, H, d] of an .npz state it; 0 for other files
 
@@ -951,14 +966,17 @@ def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) ->
     Raises:
         ValueError: no layout fits.
     """
-    layout, prefix = find_layout(tensors, layouts)
+    layout_name, prefix = find_layout(tensors, layouts)
+    layout = layouts[layout_name]
     found = {}
     names = {}
+    ignored = []
     others = []
     heads = 0
     for key, value in unstack_blocks(tensors):
         name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
         if any(re.match(pattern, name) for pattern in layout.ignored):
+            ignored.append(key)
             continue
         name = rename(name)
         if name.startswith("../"):  # other heads, losses, metrics, another network
@@ -982,7 +1000,9 @@ def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) ->
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
     note = f"left out: {some(others)}" if others else ""
-    return Translated(found, layout.eps, names, note, layout.norm, heads)
+    return Translated(
+        layout_name, found, layout.eps, names, ignored, note, norm=layout.norm, heads=heads
+    )
 
 
 def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -1153,7 +1173,7 @@ BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 def read_beside(path: Path, width: int) -> dict:
     """What the files beside weights state: heads, eps, quick_gelu, mean, std; whatever is there;
-    and "heads_from", which file it was.
+    and "heads_from" and "norm_from", which file it was.
 
     Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
     open_clip_config.json. A file that states another width is another network's: "note" says that
@@ -1174,6 +1194,8 @@ def read_beside(path: Path, width: int) -> dict:
             found = read_description(content, width)
             if "heads" in found:
                 found["heads_from"] = name
+            if "mean" in found or "std" in found:
+                found["norm_from"] = name
             stated |= found
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(
@@ -1251,6 +1273,7 @@ def choose_backbone(
     guessed = []
     found = translated.tensors
     heads_from = "given" if "heads" in given else ""
+    norm_from = "given" if "mean" in given or "std" in given else ""
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
@@ -1266,6 +1289,7 @@ def choose_backbone(
         if translated.heads:
             known = {"heads": translated.heads, "heads_from": "its kernels' shape"} | known
         heads_from = heads_from or known.get("heads_from", "")
+        norm_from = norm_from or known.get("norm_from", "")
         eps = known.get("eps", translated.eps)
         config = infer_config(found, eps=eps, heads=known.get("heads", 0))
         if "heads" not in known:
@@ -1287,7 +1311,8 @@ def choose_backbone(
     norm = (tuple(given.get("mean", mean)), tuple(given.get("std", std)))
     config = replace(backbone.config, **changes)
     note = meta.get("note", "")
-    return replace(backbone, config=config, norm=norm, note=note, heads_from=heads_from)
+    backbone = replace(backbone, config=config, norm=norm, note=note)
+    return replace(backbone, heads_from=heads_from, norm_from=norm_from)
 
 
 def load(
@@ -1306,8 +1331,21 @@ def load(
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
+    model, backbone, _ = load_with_source(path, name, image_size, head, given)
+    return model, backbone
+
+
+def load_with_source(
+    path: str | Path, name: str, image_size: int, head: bool, given: dict
+) -> tuple[ViT, Backbone, Translated]:
+    """What `load` gives, and what in the file it was made of."""
     tensors, meta = read_tensors(path)
     try:
+        if "method" in meta and "config" not in meta:
+            raise ValueError(
+                f"what --method {meta['method']} trained, not a backbone; give its folder to "
+                "train.py --eval or export.py, or start from it by --init"
+            )
         translated = to_timm(tensors)
         found = translated.tensors
         meta["note"] = "; ".join(filter(None, (meta.get("note"), translated.note)))
@@ -1334,7 +1372,7 @@ def load(
     except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
-    return model.eval(), backbone
+    return model.eval(), backbone, translated
 
 
 def load_text(
@@ -1350,7 +1388,7 @@ def load_text(
             tensors, each of them named.
     """
     tensors, _ = read_tensors(path)
-    if not any(key.endswith("token_embedding.weight") for key in tensors):
+    if not has_text_tower(tensors):
         raise ValueError(
             f"{path} has no text tower of CLIP; give a file with both towers, "
             "or use --classifier prototypes"
@@ -1401,3 +1439,150 @@ def check_tensors(
             texts.append(f"{len(keys)} {fault}: {', '.join(keys[:3])}{more}")
     if texts:
         raise ValueError("; ".join(texts))
+
+
+# ------------------------------------------------------------------------------- the command line
+
+ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:13} {}"  # of the table of backbones
+
+# Options of train.py that state what else is guessed, by a word in the guess.
+STATED_BY = {"heads": "--heads", "QuickGELU": "--mlp-act", "mean": "--mean", "std": "--std"}
+
+
+def printable(text: str) -> str:
+    """A text without control characters: names of files and tensors may hold any."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All of a network's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def list_backbones() -> list[str]:
+    """BACKBONES as the lines of a table; parameters without a head."""
+    header = "name parameters blocks width heads patch pixels normalisation licence repository"
+    lines = [ROW.format(*header.split())]
+    for name, backbone in BACKBONES.items():
+        config = backbone.config
+        with torch.device("meta"):
+            parameters = count_parameters(ViT(config))
+        shape = (config.depth, config.width, config.heads, config.patch, config.image_size)
+        [norm] = [norm for norm, values in NORMS.items() if values == backbone.norm]
+        repo = backbone.repo or "assets/vit_micro.safetensors"
+        lines.append(ROW.format(name, f"{parameters:,}", *shape, norm, backbone.license, repo))
+    return lines
+
+
+def describe_network(config: Config) -> str:
+    """The architecture in words, without its heads."""
+    parts = [f"{config.depth} blocks of width {config.width}"]
+    if config.hidden:
+        parts.append(f"MLPs of width {config.hidden}")
+    parts.append(f"patch {config.patch}, {config.image_size} px")
+    if config.registers:
+        parts.append(f"{config.registers} registers or distillation tokens")
+    if config.layer_scale:
+        parts.append("LayerScale")
+    if config.norm_pre:
+        parts.append("LayerNorm before the blocks")
+    parts.append("QuickGELU" if config.quick_gelu else "GELU")
+    read = "the class token" if config.pool == "token" else "the mean of the patches"
+    parts.append(f"the head reads {read}")
+    return ", ".join(parts)
+
+
+def same_shape(config: Config) -> list[str]:
+    """The names of the backbones that a network may be by its shape."""
+    fields = ("width", "depth", "patch", "hidden", "registers", "layer_scale", "norm_pre", "pool")
+    shape = [getattr(config, field) for field in fields]
+    names = []
+    for name, backbone in BACKBONES.items():
+        if [getattr(backbone.config, field) for field in fields] == shape:
+            names.append(name)
+    return names
+
+
+def describe_file(path: str) -> list[str]:
+    """What a file of weights holds, as lines; what is needed to use it last.
+
+    Raises:
+        ValueError: `load` can't load it.
+    """
+    model, backbone, source = load_with_source(path, "", 0, False, {})
+    config = backbone.config
+    guessed = " ".join(backbone.guessed)
+    heads_from = "guessed" if "heads" in guessed else backbone.heads_from or "stated in the file"
+    norm_from = backbone.norm_from or "stated in the file"
+    if "mean" in guessed or "std" in guessed:
+        norm_from = "guessed"
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in backbone.norm)
+    lines = [
+        f"file     {path}",
+        f"layout   {source.layout}",
+        f"network  {describe_network(config)}",
+        f"heads    {config.heads} ({heads_from})",
+        f"weights  {count_parameters(model):,} parameters",
+        f"pixels   mean {mean}, std {std} ({norm_from})",
+    ]
+    if "head.weight" in source.tensors:
+        outputs = len(source.tensors["head.weight"])
+        lines[4] += f", and a head of {outputs:,} outputs"
+    if has_text_tower(source.ignored):
+        lines.append("text     CLIP's other tower: --method zero-shot or clip-adapter can use it")
+    elif source.ignored:
+        lines.append(f"unused   {some(source.ignored)}")
+    if backbone.note:
+        lines.append(f"note     {backbone.note}")
+    lines += describe_guesses(backbone)
+    lines.append(f"next     python train.py --weights {shlex.quote(path)}")
+    return lines
+
+
+def describe_guesses(backbone: Backbone) -> list[str]:
+    """A line for each guess, with the option of train.py that states it, and the names that do."""
+    lines = []
+    for guess in backbone.guessed:
+        options = [option for word, option in STATED_BY.items() if word in guess]
+        why = "stated neither in the file nor beside it; if it is wrong"
+        lines.append(f"guessed  {guess}: {why}: {', '.join(options)}")
+    alike = same_shape(backbone.config)
+    if lines and alike:
+        names = ", ".join(alike)
+        lines.append(f"shape    that of {names}; --backbone NAME states what is guessed")
+    return lines
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors (status 2)."""
+
+    def error(self, message: str):
+        self.exit(2, printable(f"error: {message}; python vit.py --help shows how") + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status, 1 if a file can't be loaded."""
+    text = "List the backbones; or say what files of weights hold, and whether they can be loaded."
+    parser = Parser(prog="vit.py", description=text)
+    where = "a .safetensors, .pth, .npz, … file; without it the backbones are listed"
+    parser.add_argument("files", nargs="*", metavar="FILE", help=where)
+    files = parser.parse_args(arguments).files
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal can't show
+    if not files:
+        print("\n".join(list_backbones()))
+    status = 0
+    for number, path in enumerate(files):
+        if number:
+            print()
+        try:
+            for line in describe_file(path):
+                print(printable(line), flush=True)
+        except (ValueError, OSError, MemoryError) as error:
+            print(printable(f"error: {error or 'not enough memory'}"), file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
