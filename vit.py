@@ -37,7 +37,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -1474,33 +1474,21 @@ def list_backbones() -> list[str]:
     return lines
 
 
-def describe_network(config: Config) -> str:
-    """The architecture in words, without its heads."""
-    parts = [f"{config.depth} blocks of width {config.width}"]
-    if config.hidden:
-        parts.append(f"MLPs of width {config.hidden}")
-    parts.append(f"patch {config.patch}, {config.image_size} px")
-    if config.registers:
-        parts.append(f"{config.registers} registers or distillation tokens")
-    if config.layer_scale:
-        parts.append("LayerScale")
-    if config.norm_pre:
-        parts.append("LayerNorm before the blocks")
-    parts.append("QuickGELU" if config.quick_gelu else "GELU")
-    read = "the class token" if config.pool == "token" else "the mean of the patches"
-    parts.append(f"the head reads {read}")
+def describe_config(config: Config) -> str:
+    """The architecture, by the names of Config's fields."""
+    parts = []
+    for field, value in asdict(config).items():
+        name = field.replace("_", " ")
+        if value:
+            parts.append(name if value is True else f"{name} {value}")
+    if not config.quick_gelu:
+        parts.append("gelu")
     return ", ".join(parts)
 
 
-def same_shape(config: Config) -> list[str]:
-    """The names of the backbones that a network may be by its shape."""
-    fields = ("width", "depth", "patch", "hidden", "registers", "layer_scale", "norm_pre", "pool")
-    shape = [getattr(config, field) for field in fields]
-    names = []
-    for name, backbone in BACKBONES.items():
-        if [getattr(backbone.config, field) for field in fields] == shape:
-            names.append(name)
-    return names
+def untold(config: Config) -> Config:
+    """A configuration without what shapes of tensors don't tell, or what may be another."""
+    return replace(config, heads=1, image_size=config.patch, quick_gelu=False, eps=0)
 
 
 def describe_file(path: str) -> list[str]:
@@ -1510,18 +1498,15 @@ def describe_file(path: str) -> list[str]:
         ValueError: `load` can't load it.
     """
     model, backbone, source = load_with_source(path, "", 0, False, {})
-    config = backbone.config
-    guessed = " ".join(backbone.guessed)
-    heads_from = "guessed" if "heads" in guessed else backbone.heads_from or "stated in the file"
-    norm_from = backbone.norm_from or "stated in the file"
-    if "mean" in guessed or "std" in guessed:
-        norm_from = "guessed"
+    otherwise = "guessed" if backbone.guessed else "stated in the file"
+    heads_from = backbone.heads_from or otherwise
+    norm_from = backbone.norm_from or otherwise
     mean, std = (" ".join(f"{value:.3g}" for value in values) for values in backbone.norm)
     lines = [
         f"file     {path}",
         f"layout   {source.layout}",
-        f"network  {describe_network(config)}",
-        f"heads    {config.heads} ({heads_from})",
+        f"network  {describe_config(backbone.config)}",
+        f"heads    {backbone.config.heads} ({heads_from})",
         f"weights  {count_parameters(model):,} parameters",
         f"pixels   mean {mean}, std {std} ({norm_from})",
     ]
@@ -1546,7 +1531,8 @@ def describe_guesses(backbone: Backbone) -> list[str]:
         options = [option for word, option in STATED_BY.items() if word in guess]
         why = "stated neither in the file nor beside it; if it is wrong"
         lines.append(f"guessed  {guess}: {why}: {', '.join(options)}")
-    alike = same_shape(backbone.config)
+    shape = untold(backbone.config)
+    alike = [name for name, each in BACKBONES.items() if untold(each.config) == shape]
     if lines and alike:
         names = ", ".join(alike)
         lines.append(f"shape    that of {names}; --backbone NAME states what is guessed")

@@ -925,12 +925,17 @@ def test_description_of_each_layout(family, run, tmp_path):
     assert described["layout"] == [LAYOUTS[layout]]
     assert described["heads"] == ["2 (config.json)"]
     [network] = described["network"]
-    assert network.startswith("2 blocks of width 32, ")
-    assert ("registers or" in network) == (backbone.config.registers > 0)
-    assert ("LayerScale" in network) == backbone.config.layer_scale
-    assert ("LayerNorm before" in network) == backbone.config.norm_pre
-    assert ("QuickGELU" in network) == backbone.config.quick_gelu
-    assert ("mean of the patches" in network) == (backbone.config.pool == "mean")
+    config = backbone.config
+    begin = "width 32, depth 2, heads 2, patch 4, image size 16"
+    if config.hidden:
+        begin += ", hidden 64"
+    assert network.startswith(begin)
+    assert (f"registers {config.registers}" in network) == (config.registers > 0)
+    assert ("layer scale" in network) == config.layer_scale
+    assert ("norm pre" in network) == config.norm_pre
+    assert ("quick gelu" in network) == config.quick_gelu
+    assert network.endswith(", gelu") == (not config.quick_gelu)
+    assert f"pool {config.pool}" in network
     [weights] = described["weights"]
     count = sum(parameter.numel() for parameter in model.parameters())
     assert weights.startswith(f"{count:,} parameters")
@@ -970,7 +975,7 @@ def test_description_of_guesses(run, tmp_path):
     described = lines_of(run(ROOT / "assets" / "vit_micro.safetensors"))
     assert described["heads"] == ["4 (stated in the file)"]
     assert described["pixels"][0].endswith("(stated in the file)")
-    assert "MLPs of width 256" in described["network"][0]
+    assert "hidden 256" in described["network"][0]
     assert not {"guessed", "shape", "note", "text", "unused"} & set(described)
 
 
