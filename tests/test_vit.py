@@ -1,4 +1,4 @@
-"""Loading: wrappers, strictness, inference of the shape, positions.
+"""Loading: wrappers, strictness, inference of the shape, positions; `python vit.py`.
 
 Parity with other libraries is in test_parity.py.
 """
@@ -964,13 +964,19 @@ def test_description_of_guesses(run, tmp_path):
     assert described["weights"] == ["5,524,416 parameters, and a head of 10 outputs"]
     assert described["next"] == [f"python train.py --weights '{path}'"]
 
-    stated = {"num_heads": 3, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    stated["model_args"] = {"num_heads": 3}
+    stated = {"num_attention_heads": 6, "layer_norm_eps": 1e-12, "image_mean": [0.4] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    described = lines_of(run(path))
+    assert described["heads"] == ["6 (config.json)"]
+    assert described["guessed"] == [f"ImageNet's std: {why}: --std"]
+    assert described["shape"][0].startswith("that of vit_ti16, deit_ti16;")
+
+    stated["image_std"] = [0.5] * 3
     (tmp_path / "config.json").write_text(json.dumps(stated))
     described = lines_of(run(path))
     assert "guessed" not in described
     assert "shape" not in described
-    assert described["pixels"] == ["mean 0.5 0.5 0.5, std 0.5 0.5 0.5 (config.json)"]
+    assert described["pixels"] == ["mean 0.4 0.4 0.4, std 0.5 0.5 0.5 (config.json)"]
 
     described = lines_of(run(ROOT / "assets" / "vit_micro.safetensors"))
     assert described["heads"] == ["4 (stated in the file)"]
