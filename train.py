@@ -287,7 +287,7 @@ def add_options(parser: Parser) -> None:
     parser.section("backbone")
     named = f"{backbones} (vit_s16; vit_micro for digits)"
     add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
-    add("--weights", "FILE", str, "a .safetensors or .pth file, instead of the download", "")
+    add("--weights", "FILE", str, "a .safetensors, .pth or .npz file, instead of the download", "")
     beside = "as the files beside --weights state, else"
     add(
         "--heads",

@@ -19,8 +19,12 @@ Module names are timm's (https://github.com/huggingface/pytorch-image-models), b
 published files use them; other layouts are translated by LAYOUTS and RENAMES. Loading is strict:
 every tensor must be found with its right shape and none may be left over. So a network is either
 the pretrained one or an error.
+
+    python vit.py           list the backbones
+    python vit.py FILE …    say what files of weights hold
 """
 
+import argparse
 import gzip
 import html
 import io
@@ -29,15 +33,18 @@ import math
 import os
 import pickle
 import re
+import shlex
+import sys
 import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -466,6 +473,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+NORMS = {"ImageNet": IMAGENET, "CLIP": CLIP, "CIFAR-100": CIFAR100, "Inception": HALF}
 
 
 @dataclass(frozen=True)
@@ -483,6 +491,7 @@ class Backbone:
     guessed: tuple[str, ...] = ()  # what nothing states, such as "ImageNet's mean and std"
     note: str = ""  # which of several networks in its file this is, and what was left out
     heads_from: str = ""  # what decided their number, if it wasn't the name or a guess
+    norm_from: str = ""  # the same of the normalisation
 
     def at(self, image_size: int) -> "Backbone":
         """A copy configured for another image size in pixels; 0 keeps its own."""
@@ -566,6 +575,7 @@ class Layout:
     eps: float  # of the LayerNorms, which no file states
     # Keys known not to belong to the backbone. Others without the prefix are named in a note.
     ignored: tuple[str, ...]
+    norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
 
 
 LAYOUTS = {  # the first one that fits is taken
@@ -607,6 +617,8 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(text|logit_)",  # open_clip around a timm tower
         ),
     ),
+    "torchvision": Layout(r"\bconv_proj\.weight$", 1e-6, ()),
+    "Google's .npz": Layout(r"\bembedding/kernel$", 1e-6, (), "Inception"),
 }
 TEXT_LAYOUTS = {
     "OpenAI, open_clip, Hugging Face CLIP": Layout(
@@ -623,32 +635,52 @@ TEXT_LAYOUTS = {
 # Rules that map keys to timm's names: (regular expression, replacement), each with an example of
 # what it matches. They are applied in this order to the keys of every family, prefixes stripped.
 RENAMES = (
+    # Google's .npz, https://github.com/google-research/vision_transformer. The numbers of modules
+    # differ in big_vision (https://github.com/google-research/big_vision, models/vit.py).
+    (r"/kernel$", "/weight.T"),  # embedding/kernel
+    (r"/scale$", "/weight"),  # Transformer/encoder_norm/scale
+    (r"^cls$", "cls_token"),
+    (r"^(Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
+    (r"^embedding/", "patch_embed.proj."),
+    (r"^Transformer/encoder_norm/", "norm."),
+    (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."),
+    (r"\.LayerNorm_0/", ".norm1."),  # Transformer/encoderblock_0/LayerNorm_0/scale
+    (r"\.LayerNorm_[12]/", ".norm2."),  # 2; 1 in big_vision
+    (r"\.MultiHeadDotProductAttention_[01]/out/", ".attn.proj."),  # 1; 0 in big_vision
+    (r"\.MultiHeadDotProductAttention_[01]/([qkv])(uery|ey|alue)/", r".attn.\1."),
+    (r"\.MlpBlock_[03]/Dense_0/", ".mlp.fc1."),  # 3; 0 in big_vision
+    (r"\.MlpBlock_[03]/Dense_1/", ".mlp.fc2."),
+    (r"^pre_logits/", "head.pre_logits."),  # a layer of the head
+    (r"^head/", "head."),
     # tokens and positions
     (r"^(embeddings\.)?class_embedding$", "cls_token"),  # OpenAI class_embedding
+    (r"^class_token$", "cls_token"),  # torchvision
     (r"^embeddings\.cls_token$", "cls_token"),  # HF ViT embeddings.cls_token
     (r"^(embeddings\.)?register_tokens$", "reg_token"),  # DINOv2 register_tokens
     (r"^storage_tokens$", "reg_token"),  # DINOv3 storage_tokens
     (r"^embeddings\.distillation_token$", "reg_token"),  # HF DeiT
     (r"^dist_token$", "reg_token"),  # DeiT, timm
     (r"^positional_embedding$", "pos_embed"),  # OpenAI
+    (r"^encoder\.pos_embedding$", "pos_embed"),  # torchvision
     (r"^embeddings\.position_embeddings$", "pos_embed"),  # HF ViT
     (r"^embeddings\.position_embedding\.weight$", "pos_embed"),  # HF CLIP
     (r"^(embeddings\.)?token_embedding\.", "token_embed."),  # OpenAI token_embedding.weight
     # patches
-    (r"^conv1\.", "patch_embed.proj."),  # OpenAI conv1.weight
+    (r"^(conv1|conv_proj)\.", "patch_embed.proj."),  # OpenAI conv1.weight, torchvision
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),  # HF ViT
     # HF DINOv3 embeddings.patch_embeddings.weight
     (r"^embeddings\.patch_embeddings\.(weight|bias)$", r"patch_embed.proj.\1"),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),  # HF CLIP
     # norms outside the blocks
     (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF spells it so
-    (r"^(ln_post|ln_final)\.", "norm."),  # OpenAI ln_post.weight
+    (r"^(ln_post|ln_final|encoder\.ln)\.", "norm."),  # OpenAI ln_post.weight, torchvision
     (r"^(post_layernorm|final_layer_norm|layernorm)\.", "norm."),  # HF layernorm.weight
     # inside the blocks
     # HF DINOv3 layer.0.attention.q_proj.bias; there is none of k
     (r"^(model\.)?layer\.(\d+)\.attention\.([qv])_proj\.bias$", r"blocks.\2.attn.\3_bias"),
     (r"^(model\.)?layer\.", "blocks."),  # HF DINOv3 layer.0.…
     (r"^(encoder\.layers?|layers)\.", "blocks."),  # HF encoder.layer.0.…
+    (r"^blocks\.encoder_layer_", "blocks."),  # torchvision encoder.layers.encoder_layer_0.…
     (r"^transformer\.resblocks\.", "blocks."),  # OpenAI transformer.resblocks.0.…
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks: blocks.CHUNK.BLOCK.…
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # HF Dinov2 ….layer_scale1.lambda1
@@ -657,20 +689,26 @@ RENAMES = (
     (r"\.layer_norm([12])\.", r".norm\1."),  # HF CLIP ….layer_norm1.weight
     (r"\.layernorm_before\.", ".norm1."),  # HF ViT
     (r"\.layernorm_after\.", ".norm2."),  # HF ViT
-    (r"\.attn\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
+    (r"\.(attn|self_attention)\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
     (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),  # HF CLIP ….self_attn.q_proj.weight
     (r"\.attention\.([qkv])_proj\.", r".attn.\1."),  # HF ViT of transformers 5
     (
         r"\.attention\.attention\.([qkv])(uery|ey|alue)\.",
         r".attn.\1.",
     ),  # HF ….attention.query.weight
-    (r"\.(self_attn|attn)\.out_proj\.", ".attn.proj."),  # OpenAI ….attn.out_proj.weight
+    (
+        r"\.(self_attn|attn|self_attention)\.out_proj\.",
+        ".attn.proj.",
+    ),  # OpenAI ….attn.out_proj.weight
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # HF ….attention.output.dense.weight
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
     (r"\.mlp\.up_proj\.", ".mlp.fc1."),  # HF DINOv3 ….mlp.up_proj.weight
     (r"\.mlp\.down_proj\.", ".mlp.fc2."),  # HF DINOv3 ….mlp.down_proj.weight
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),  # torchvision ….mlp.0.weight; linear_1 until 2022
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),  # torchvision
     # heads; "head.weight.T" is transposed
+    (r"^heads\.(head\.)?", "head."),  # torchvision heads.head.weight
     (r"^(\.\./(.*\.)?)?classifier\.", "head."),  # HF ViT classifier.weight
     (r"^(\.\./(.*\.)?)?text_projection\.", "head."),  # HF CLIP's text tower
     (r"^\.\./(.*\.)?(visual_projection|visual\.head\.proj)\.", "head."),  # HF CLIP, open_clip
@@ -718,6 +756,7 @@ FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: `git lfs pull` fetches it",
     b"\x89HDF": "an HDF5 file, as Keras writes",
     b"GGUF": "a GGUF file",
+    b"\x93NUMPY": "a single array of numpy",
 }
 
 
@@ -725,8 +764,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """All tensors of a file, and the JSON that adaptertune.save leaves in its header (or {}).
 
     A `.safetensors` file; or the `.safetensors.index.json` of one in several parts; else one for
-    torch.load or a TorchScript archive. torch.load is called with weights_only=True: a pickle that
-    would run code is refused.
+    torch.load, a TorchScript archive or an `.npz` of numpy. torch.load is called with
+    weights_only=True: a pickle that would run code is refused.
     Of several networks in a file the averaged one (EMA, teacher) is taken, and "note" says so.
 
     Raises:
@@ -750,7 +789,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         content, meta = read_content(path, beginning)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
+        refused = re.search(r"(?:GLOBAL|array) (\S+)", str(error))
         what = f"more than tensors ({refused[1]})" if refused else "no tensors of PyTorch"
         raise ValueError(
             f"{path} holds {what}: refused, since a pickle can run code; "
@@ -771,6 +810,8 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, dict(meta)
     check_archive(path)
+    if any(name.endswith(".npy") for name in archive_names(path)):
+        return read_npz(path), {}
     if is_torchscript(path):
         return flatten(read_torchscript(path)), {}
     harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
@@ -793,10 +834,7 @@ def foreign_kind(path: Path, beginning: bytes) -> str:
             return kind
     if path.suffix == ".onnx":
         return "an ONNX graph"
-    names = archive_names(path)
-    if any(name.endswith(".npy") for name in names):
-        return "an .npz of numpy, as JAX's checkpoints are"
-    if any(name.endswith("archive_format") for name in names):
+    if any(name.endswith("archive_format") for name in archive_names(path)):
         return "a program of torch.export (.pt2)"
     return ""
 
@@ -867,6 +905,25 @@ def read_parts(index: Path) -> dict[str, Tensor]:
             tensors |= load_file(part)
         except Exception as error:  # missing or damaged, for which it has kinds of its own
             raise ValueError(f"{part}, which {index.name} lists, is missing or damaged") from error
+    return tensors
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """All arrays of an .npz of numpy, as JAX's checkpoints are; big_vision's bfloat16 among them,
+    which numpy reads as two bytes without a meaning (V2)."""
+    tensors = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            try:
+                array = arrays[name]
+            except ValueError as error:
+                if "allow_pickle" in str(error):
+                    raise pickle.UnpicklingError(f"array {name}") from error
+                raise
+            if array.dtype == "V2":
+                tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            else:
+                tensors[name] = torch.from_numpy(array)
     return tensors
 
 
@@ -949,33 +1006,44 @@ def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
 
 
-def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[Layout, str]:
-    """The layout that the keys belong to, and their prefix.
+def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[str, str]:
+    """The name of the layout that the keys belong to, and their prefix.
 
     Raises:
         ValueError: no layout fits.
     """
     if any(re.search(r"lora_(A|down)", key) for key in tensors):
         raise ValueError("these are LoRA adapters, not a ViT; merge them into their network first")
-    for layout in layouts.values():
+    for name, layout in layouts.items():
         for key in tensors:
             match = re.search(layout.tell, key)
             if match:
-                return layout, key[: match.start()]
+                return name, key[: match.start()]
+    if has_text_tower(tensors):
+        raise ValueError("CLIP's text tower alone; give a file that has the image tower")
     beginning = ", ".join(list(tensors)[:3]) or "nothing"
     raise ValueError(
         f"not a ViT in a known layout ({'; '.join(layouts)}): its tensors begin with {beginning}"
     )
 
 
+def has_text_tower(keys: Iterable[str]) -> bool:
+    """Is CLIP's text tower among these tensors?"""
+    return any(key.endswith("token_embedding.weight") for key in keys)
+
+
 @dataclass
 class Translated:
     """A published state dict in timm's names and this file's shapes."""
 
+    layout: str  # its name
     tensors: dict[str, Tensor]
     eps: float
     names: dict[str, str]  # the file's own, by timm's
-    note: str = ""  # which of the file's tensors were left out, apart from known ones
+    ignored: list[str]  # the file's tensors that are known and not the backbone's
+    note: str = ""  # which others were left out
+    norm: str = "ImageNet"  # a key of NORMS
+    heads: int = 0  # as the kernels [D, H, d] of an .npz state it; 0 for other files
 
 
 def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) -> Translated:
@@ -984,33 +1052,73 @@ def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) ->
     Raises:
         ValueError: no layout fits.
     """
-    layout, prefix = find_layout(tensors, layouts)
-    ignored = re.compile("|".join(layout.ignored))
+    layout_name, prefix = find_layout(tensors, layouts)
+    layout = layouts[layout_name]
     found = {}
     names = {}
+    ignored = []
     others = []
-    for key, value in tensors.items():
+    heads = 0
+    for key, value in unstack_blocks(tensors):
         name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
-        if ignored.match(name):
+        if any(re.match(pattern, name) for pattern in layout.ignored):
+            ignored.append(key)
             continue
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
+        name = rename(name)
         if name.startswith("../"):  # other heads, losses, metrics, another network
             others.append(key)
             continue
+        if "relative_position" in name:
+            raise ValueError(f"{key}: a ViT with relative positions (BEiT) can't be used")
         if not value.is_floating_point():
             raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
         value = value.float()
+        if name.endswith(".attn.q.weight.T") and value.ndim == 3:
+            heads = value.shape[1]
         if name.endswith(".T"):
             name = name.removesuffix(".T")
-            value = value.T.contiguous()
+            value = transpose(value, name).contiguous()
+        if name in found:
+            raise ValueError(f"{names[name]} and {key} are both its {name}")
         found[name] = value
         names[name] = key
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
     note = f"left out: {some(others)}" if others else ""
-    return Translated(found, layout.eps, names, note)
+    return Translated(
+        layout_name, found, layout.eps, names, ignored, note, norm=layout.norm, heads=heads
+    )
+
+
+def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors; those that hold one for each block [L, …], as big_vision's under lax.scan do, in
+    L parts."""
+    for key, value in tensors.items():
+        if "/encoderblock/" not in key:
+            yield key, value
+            continue
+        if len(value) > 1000:
+            raise ValueError(f"{key} is of {len(value):,} blocks")
+        for i, of_block in enumerate(value):
+            yield key.replace("/encoderblock/", f"/encoderblock_{i}/"), of_block
+
+
+def rename(name: str) -> str:
+    """A key without its prefix by timm's name; itself, if no rule fits."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def transpose(kernel: Tensor, name: str) -> Tensor:
+    """A weight [in, out], or one of JAX that has patches [p, p, 3, D] or heads, in torch's order:
+    the outputs first."""
+    if kernel.ndim == 4:
+        return kernel.permute(3, 2, 0, 1)  # [D, 3, p, p]
+    if kernel.ndim == 3 and ".attn.proj." in name:
+        return kernel.flatten(0, 1).T  # from [H, d, D]
+    return kernel.flatten(1).T  # of a query, key or value from [D, H, d]
 
 
 def some(keys: list[str]) -> str:
@@ -1019,13 +1127,15 @@ def some(keys: list[str]) -> str:
 
 
 def stack_qkv(found: dict[str, Tensor]) -> None:
-    """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases."""
+    """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases, which
+    are [D], or [H, d] in an .npz."""
     for q in [name for name in found if ".attn.q." in name]:
         k = q.replace(".q.", ".k.")
         v = q.replace(".q.", ".v.")
         if k in found and v in found:
             parts = [found.pop(q), found.pop(k), found.pop(v)]
-            found[q.replace(".q.", ".qkv.")] = torch.cat(parts)
+            joined = torch.cat(parts)
+            found[q.replace(".q.", ".qkv.")] = joined.flatten() if q.endswith("bias") else joined
     for q in [name for name in found if name.endswith(".attn.q_bias")]:  # BEiT, DINOv3: none of k
         v = q.replace("q_bias", "v_bias")
         if v in found:
@@ -1111,8 +1221,11 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     if missing:
         kind = "text tower" if text else "ViT"
         rest = [key for key in found if not key.startswith("blocks.")][:12]
+        why = ""
+        if "cls_token" in missing and "patch_embed.proj.weight" in found:
+            why = " (one whose head pools all patches, as SigLIP's, can't be used)"
         raise ValueError(
-            f"not a whole {kind}: missing {', '.join(missing)}; "
+            f"not a whole {kind}: missing {', '.join(missing)}{why}; "
             f"beside blocks it has {', '.join(rest) or 'nothing'}"
         )
     if text:
@@ -1180,7 +1293,7 @@ BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 def read_beside(path: Path, width: int) -> dict:
     """What the files beside weights state: heads, eps, quick_gelu, mean, std; whatever is there;
-    and "heads_from", which file it was.
+    and "heads_from" and "norm_from", which file it was.
 
     Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
     open_clip_config.json. A file that states another width is another network's: "note" says that
@@ -1201,6 +1314,8 @@ def read_beside(path: Path, width: int) -> dict:
             found = read_description(content, width)
             if "heads" in found:
                 found["heads_from"] = name
+            if "mean" in found or "std" in found:
+                found["norm_from"] = name
             stated |= found
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(
@@ -1274,12 +1389,14 @@ def read_norm(content: dict) -> dict:
 
 
 def choose_backbone(
-    name: str, path: Path, found: dict[str, Tensor], meta: dict, eps: float, given: dict
+    name: str, path: Path, translated: Translated, meta: dict, given: dict
 ) -> Backbone:
     """The named backbone, else the one that the file describes, else what stands beside the file,
     else what its shapes suggest; what is `given` by hand (see `read_beside`) overrides it."""
     guessed = []
+    found = translated.tensors
     heads_from = "given" if "heads" in given else ""
+    norm_from = "given" if "mean" in given or "std" in given else ""
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
@@ -1292,16 +1409,20 @@ def choose_backbone(
     else:
         width = found["cls_token"].shape[-1] if "cls_token" in found else 0
         known = read_beside(path, width) | given
+        if translated.heads:
+            known = {"heads": translated.heads, "heads_from": "its kernels' shape"} | known
         heads_from = heads_from or known.get("heads_from", "")
-        config = infer_config(found, eps=known.get("eps", eps), heads=known.get("heads", 0))
+        norm_from = norm_from or known.get("norm_from", "")
+        eps = known.get("eps", translated.eps)
+        config = infer_config(found, eps=eps, heads=known.get("heads", 0))
         if "heads" not in known:
             guessed.append(f"heads {config.heads}")
         if config.norm_pre and "quick_gelu" not in known:
             guessed.append("QuickGELU")
-        norm = CLIP if config.norm_pre else IMAGENET
+        whose = "CLIP" if config.norm_pre else translated.norm
+        norm = NORMS[whose]
         unknown = [name for name in ("mean", "std") if name not in known]
         if unknown:
-            whose = "CLIP" if config.norm_pre else "ImageNet"
             guessed.append(f"{whose}'s {' and '.join(unknown)}")
         if "note" in known:
             meta = meta | {"note": "; ".join(filter(None, (meta.get("note"), known["note"])))}
@@ -1313,7 +1434,8 @@ def choose_backbone(
     norm = (tuple(given.get("mean", mean)), tuple(given.get("std", std)))
     config = replace(backbone.config, **changes)
     note = meta.get("note", "")
-    return replace(backbone, config=config, norm=norm, note=note, heads_from=heads_from)
+    backbone = replace(backbone, config=config, norm=norm, note=note)
+    return replace(backbone, heads_from=heads_from, norm_from=norm_from)
 
 
 def load(
@@ -1332,14 +1454,29 @@ def load(
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
+    model, backbone, _ = load_with_source(path, name, image_size, head, given)
+    return model, backbone
+
+
+def load_with_source(
+    path: str | Path, name: str, image_size: int, head: bool, given: dict
+) -> tuple[ViT, Backbone, Translated]:
+    """What `load` gives, and what in the file it was made of."""
     tensors, meta = read_tensors(path)
     try:
+        if "method" in meta and "config" not in meta:
+            raise ValueError(
+                f"what --method {meta['method']} trained, not a backbone; give its folder to "
+                "train.py --eval or export.py, or start from it by --init"
+            )
         translated = to_timm(tensors)
         found = translated.tensors
         meta["note"] = "; ".join(filter(None, (meta.get("note"), translated.note)))
-        backbone = choose_backbone(name, Path(path), found, meta, translated.eps, given)
+        backbone = choose_backbone(name, Path(path), translated, meta, given)
         backbone = backbone.at(image_size)
         config = backbone.config
+        if translated.heads not in (0, config.heads):
+            raise ValueError(f"its kernels have {translated.heads} heads, not {config.heads}")
         if not head:
             found = {key: value for key, value in found.items() if not key.startswith("head.")}
         if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
@@ -1360,7 +1497,7 @@ def load(
     except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
-    return model.eval(), backbone
+    return model.eval(), backbone, translated
 
 
 def load_text(
@@ -1376,7 +1513,7 @@ def load_text(
             tensors, each of them named.
     """
     tensors, _ = read_tensors(path)
-    if not any(key.endswith("token_embedding.weight") for key in tensors):
+    if not has_text_tower(tensors):
         raise ValueError(
             f"{path} has no text tower of CLIP; give a file with both towers, "
             "or use --classifier prototypes"
@@ -1427,3 +1564,136 @@ def check_tensors(
             texts.append(f"{len(keys)} {fault}: {', '.join(keys[:3])}{more}")
     if texts:
         raise ValueError("; ".join(texts))
+
+
+# ------------------------------------------------------------------------------- the command line
+
+ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:13} {}"  # of the table of backbones
+
+# Options of train.py that state what else is guessed, by a word in the guess.
+STATED_BY = {"heads": "--heads", "QuickGELU": "--mlp-act", "mean": "--mean", "std": "--std"}
+
+
+def printable(text: str) -> str:
+    """A text without control characters: names of files and tensors may hold any."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All of a network's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def list_backbones() -> list[str]:
+    """BACKBONES as the lines of a table; parameters without a head."""
+    header = "name parameters blocks width heads patch pixels normalisation licence repository"
+    lines = [ROW.format(*header.split())]
+    for name, backbone in BACKBONES.items():
+        config = backbone.config
+        with torch.device("meta"):
+            parameters = count_parameters(ViT(config))
+        shape = (config.depth, config.width, config.heads, config.patch, config.image_size)
+        [norm] = [norm for norm, values in NORMS.items() if values == backbone.norm]
+        repo = backbone.repo or "assets/vit_micro.safetensors"
+        lines.append(ROW.format(name, f"{parameters:,}", *shape, norm, backbone.license, repo))
+    return lines
+
+
+def describe_config(config: Config) -> str:
+    """The architecture, by the names of Config's fields."""
+    parts = []
+    for field, value in asdict(config).items():
+        name = field.replace("_", " ")
+        if value:
+            parts.append(name if value is True else f"{name} {value}")
+    if not config.quick_gelu:
+        parts.append("gelu")
+    return ", ".join(parts)
+
+
+def untold(config: Config) -> Config:
+    """A configuration without what shapes of tensors don't tell, or what may be another."""
+    return replace(config, heads=1, image_size=config.patch, quick_gelu=False, eps=0)
+
+
+def describe_file(path: str) -> list[str]:
+    """What a file of weights holds, as lines; what is needed to use it last.
+
+    Raises:
+        ValueError: `load` can't load it.
+    """
+    model, backbone, source = load_with_source(path, "", 0, False, {})
+    otherwise = "guessed" if backbone.guessed else "stated in the file"
+    heads_from = backbone.heads_from or otherwise
+    norm_from = backbone.norm_from or otherwise
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in backbone.norm)
+    lines = [
+        f"file     {path}",
+        f"layout   {source.layout}",
+        f"network  {describe_config(backbone.config)}",
+        f"heads    {backbone.config.heads} ({heads_from})",
+        f"weights  {count_parameters(model):,} parameters",
+        f"pixels   mean {mean}, std {std} ({norm_from})",
+    ]
+    if "head.weight" in source.tensors:
+        outputs = len(source.tensors["head.weight"])
+        lines[4] += f", and a head of {outputs:,} outputs"
+    if has_text_tower(source.ignored):
+        lines.append("text     CLIP's other tower: --method zero-shot or clip-adapter can use it")
+    elif source.ignored:
+        lines.append(f"unused   {some(source.ignored)}")
+    if backbone.note:
+        lines.append(f"note     {backbone.note}")
+    lines += describe_guesses(backbone)
+    lines.append(f"next     python train.py --weights {shlex.quote(path)}")
+    return lines
+
+
+def describe_guesses(backbone: Backbone) -> list[str]:
+    """A line for each guess, with the option of train.py that states it, and the names that do."""
+    lines = []
+    for guess in backbone.guessed:
+        options = [option for word, option in STATED_BY.items() if word in guess]
+        why = "stated neither in the file nor beside it; if it is wrong"
+        lines.append(f"guessed  {guess}: {why}: {', '.join(options)}")
+    shape = untold(backbone.config)
+    alike = [name for name, each in BACKBONES.items() if untold(each.config) == shape]
+    if lines and alike:
+        names = ", ".join(alike)
+        lines.append(f"shape    that of {names}; --backbone NAME states what is guessed")
+    return lines
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors (status 2)."""
+
+    def error(self, message: str):
+        self.exit(2, printable(f"error: {message}; python vit.py --help shows how") + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status, 1 if a file can't be loaded."""
+    text = "List the backbones; or say what files of weights hold, and whether they can be loaded."
+    parser = Parser(prog="vit.py", description=text)
+    where = "a .safetensors, .pth, .npz, … file; without it the backbones are listed"
+    parser.add_argument("files", nargs="*", metavar="FILE", help=where)
+    files = parser.parse_args(arguments).files
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal can't show
+    if not files:
+        print("\n".join(list_backbones()))
+    status = 0
+    for number, path in enumerate(files):
+        if number:
+            print()
+        try:
+            for line in describe_file(path):
+                print(printable(line), flush=True)
+        except (ValueError, OSError, MemoryError) as error:
+            print(printable(f"error: {error or 'not enough memory'}"), file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

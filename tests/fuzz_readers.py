@@ -31,6 +31,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "assets" / "device"))
 
 import numpy as np
+import references
 import torch
 from conftest import write_tiny, write_tiny_clip
 
@@ -180,6 +182,34 @@ def of_pth(content: bytes, rng: random.Random) -> bytes:
     torch.save(
         vary(objects, rng, odd_object), written, _use_new_zipfile_serialization=rng.random() < 0.8
     )
+    return written.getvalue()
+
+
+def of_npz(content: bytes, rng: random.Random) -> bytes:
+    """The arrays in an .npz and their headers, as well as bytes."""
+    if rng.random() < 0.3:
+        return damage(content, rng)
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(written, "w") as copied:
+        names = archive.namelist()
+        chosen = rng.sample(names, rng.choice((1, 1, 3)))
+        for name in names:
+            array = archive.read(name)
+            if name in chosen and rng.random() < 0.5:
+                array = damage(array[:128], rng) + array[128:]  # its header
+            elif name in chosen:
+                array = odd_array(rng)
+            copied.writestr(name, array, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
+    return written.getvalue()
+
+
+def odd_array(rng: random.Random) -> bytes:
+    """What np.save writes of an array of another kind or shape."""
+    kinds = ("f4", "f8", "f2", "i4", "u1", "S3", "U2", "O", "V2", "V0", "c8", "M8[s]", ">f4", "?")
+    shapes = ((), (0,), (32,), (3, 0), (2000, 0), (1, 1, 32), (4, 4, 3, 32), (1,) * 30)
+    array = np.zeros(rng.choice(shapes), dtype=rng.choice(kinds))
+    written = io.BytesIO()
+    np.save(written, array)
     return written.getvalue()
 
 
@@ -337,6 +367,7 @@ READERS = {
     ),
     "download": Reader("tiny.safetensors", of_safetensors, check_download),
     "pth": Reader("tiny.pth", of_pth, lambda at: vit.load(at / "tiny.pth", heads=2)),
+    "npz": Reader("tiny.npz", of_npz, lambda at: vit.load(at / "tiny.npz")),
     "torchscript": Reader("vit.pt", damage, lambda at: vit.load(at / "vit.pt", heads=2)),
     "init": Reader(
         "init.safetensors",
@@ -368,6 +399,14 @@ def make_files(folder: Path) -> None:
     write_tiny(folder / "tiny.safetensors", seed=0)
     tensors, _ = vit.read_tensors(folder / "tiny.safetensors")
     torch.save({"model": tensors, "epoch": 3, "args": {"lr": 0.1}}, folder / "tiny.pth")
+    google = references.as_google(
+        {**tensors, "head.weight": torch.zeros(5, 32), "head.bias": torch.zeros(5)},
+        attention=1,
+        mlp=3,
+        norm2=2,
+    )
+    google["pos_embedding"] = tensors["pos_embed"]
+    np.savez(folder / "tiny.npz", **{name: value.numpy() for name, value in google.items()})
     for name, epochs in (("a", "1"), ("b", "1")):
         assert train.main([*OPTIONS[:-1], epochs, "--name", name]) == 0
     shutil.copy(folder / "runs/a/adapters.safetensors", folder / "init.safetensors")

@@ -3,11 +3,12 @@
 Each file has a tiny random network of a family, as its library stores it, with an input and the
 library's own output for it. Run by hand when a family is added:
 
-    pip install timm transformers open_clip_torch
-    python tests/make_golden.py
+    pip install timm transformers open_clip_torch torchvision
+    python tests/make_golden.py FAMILY      # without it, all
 """
 
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def write(name, made_with):
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     torch.set_num_threads(1)  # so that the files come out the same each time
-    packages = ("torch", "timm", "transformers", "open_clip_torch")
+    packages = ("torch", "timm", "transformers", "open_clip_torch", "torchvision")
     versions = {package: version(package) for package in packages}
-    for family in references.FAMILIES:
+    for family in sys.argv[1:] or references.FAMILIES:
         write(family, versions)

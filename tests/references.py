@@ -7,10 +7,12 @@ Each builder in FAMILIES returns
 make_golden.py keeps them as files; test_parity.py builds them anew.
 """
 
+import copy
 import re
 import tempfile
 from functools import partial
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -51,7 +53,7 @@ def randomise(model):
 
 def is_factor(name):
     """Does the tensor lie about 1? LayerNorm's weights and LayerScale's gammas do."""
-    norms = r"(norm\w*|ln_\w+|layernorm\w*|layrnorm|layernorm_\w+)\.weight$"
+    norms = r"(norm\w*|ln|ln_\w+|layernorm\w*|layrnorm|layernorm_\w+)\.weight$"
     return bool(re.search(f"{norms}|gamma(_[12])?$|lambda1$", name))
 
 
@@ -195,6 +197,125 @@ def facebook_dinov3():
     return published, model, options
 
 
+def timm_beit():
+    """BEiT's blocks with absolute positions: biases of queries and values alone, gammas."""
+    import timm
+
+    model = timm.models.beit.Beit(
+        img_size=SIZE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=2,
+        num_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        num_classes=CLASSES,
+        use_abs_pos_emb=True,
+        init_values=0.1,
+    )
+    model = randomise(model)
+    return model.state_dict(), model, {"heads": HEADS, "head": True}
+
+
+# ---------------------------------------------------------------------------------------- Google
+
+
+def google_vit():
+    """Google's ViT, by the names and shapes of its .npz, which timm reads into another network."""
+    state, model, options = timm_vit()
+    published = as_google(state, attention=1, mlp=3, norm2=2)
+    published["Transformer/posembed_input/pos_embedding"] = state["pos_embed"]
+    return published, read_by_timm(published, model), {"head": True}
+
+
+def google_big_vision():
+    """big_vision's: other numbers of modules, all blocks in one array, no position of the class
+    token."""
+    state, model, options = timm_vit(no_embed_class=True)
+    published = {}
+    blocks = {}
+    for name, value in as_google(state, attention=0, mlp=0, norm2=1).items():
+        _, number, rest = re.fullmatch(r"(.*encoderblock_(\d)/)?(.*)", name).groups()
+        if number is None:
+            published[f"params/{rest}"] = value
+        else:
+            blocks.setdefault(rest, []).append(value)
+    for name, values in blocks.items():
+        published[f"params/Transformer/encoderblock/{name}"] = torch.stack(values)
+    published["params/pos_embedding"] = state["pos_embed"]
+    return published, read_by_timm(published, model), {"head": True}
+
+
+def as_google(state, *, attention, mlp, norm2):
+    """The tensors of timm's ViT but its positions, as flax names and orders them.
+
+    Args:
+        attention, mlp, norm2: numbers of these modules in a block.
+    """
+    published = {
+        "cls": state["cls_token"],
+        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    for i in range(2):
+        block = f"Transformer/encoderblock_{i}"
+        for ours, theirs in (("norm1", "LayerNorm_0"), ("norm2", f"LayerNorm_{norm2}")):
+            published[f"{block}/{theirs}/scale"] = state[f"blocks.{i}.{ours}.weight"]
+            published[f"{block}/{theirs}/bias"] = state[f"blocks.{i}.{ours}.bias"]
+        for ours, theirs in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            weight = state[f"blocks.{i}.mlp.{ours}.weight"]
+            published[f"{block}/MlpBlock_{mlp}/{theirs}/kernel"] = weight.T
+            published[f"{block}/MlpBlock_{mlp}/{theirs}/bias"] = state[
+                f"blocks.{i}.mlp.{ours}.bias"
+            ]
+        name = f"{block}/MultiHeadDotProductAttention_{attention}"
+        weights = state[f"blocks.{i}.attn.qkv.weight"].chunk(3)
+        biases = state[f"blocks.{i}.attn.qkv.bias"].chunk(3)
+        for each, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            published[f"{name}/{each}/kernel"] = weight.T.reshape(WIDTH, HEADS, -1)
+            published[f"{name}/{each}/bias"] = bias.reshape(HEADS, -1)
+        weight = state[f"blocks.{i}.attn.proj.weight"]
+        published[f"{name}/out/kernel"] = weight.T.reshape(HEADS, -1, WIDTH)
+        published[f"{name}/out/bias"] = state[f"blocks.{i}.attn.proj.bias"]
+    return published
+
+
+def read_by_timm(published, model):
+    """A copy of the network that timm's own reader of .npz has filled with these tensors."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = {name: value.numpy() for name, value in published.items()}
+        np.savez(f"{folder}/w.npz", **arrays)
+        copied.load_pretrained(f"{folder}/w.npz")
+    return copied
+
+
+# ----------------------------------------------------------------------------------- torchvision
+
+
+def torchvision_vit():
+    """torchvision's ViT with its classifier."""
+    import torchvision
+
+    model = torchvision.models.VisionTransformer(
+        image_size=SIZE,
+        patch_size=PATCH,
+        num_layers=2,
+        num_heads=HEADS,
+        hidden_dim=WIDTH,
+        mlp_dim=HIDDEN,
+        num_classes=CLASSES,
+    )
+    model = randomise(model)
+    return model.state_dict(), model, {"heads": HEADS, "head": True}
+
+
 # ---------------------------------------------------------------------------------- transformers
 
 
@@ -244,6 +365,17 @@ def hf_deit():
         return model(pixel_values=images).logits
 
     return state, reference, {"heads": HEADS, "head": True}
+
+
+def hf_deit_distilled():
+    """DeiT with both classifiers; the reference reads the class token's alone."""
+    name = "DeiTForImageClassificationWithTeacher"
+    state, model = hugging_face("DeiTConfig", name, intermediate_size=HIDDEN)
+
+    def reference(images):
+        return model.deit(pixel_values=images).last_hidden_state[:, 0]
+
+    return state, reference, {"heads": HEADS}
 
 
 def hf_dinov2():
@@ -402,12 +534,17 @@ BUILDERS = (
     timm_clip,
     timm_dinov2_reg,
     timm_deit_distilled,
+    timm_beit,
+    google_vit,
+    google_big_vision,
+    torchvision_vit,
     facebook_dinov2_reg,
     timm_dinov3,
     timm_dinov3_qkvb,
     facebook_dinov3,
     hf_vit,
     hf_deit,
+    hf_deit_distilled,
     hf_dinov2,
     hf_dinov2_reg,
     hf_dinov3,

@@ -18,7 +18,14 @@ import vit
 
 LIMIT = 1e-4
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
-LIBRARIES = {"timm": "timm", "facebook": "timm", "hf": "transformers", "open": "open_clip"}
+LIBRARIES = {
+    "timm": "timm",
+    "facebook": "timm",
+    "google": "timm",
+    "torchvision": "torchvision",
+    "hf": "transformers",
+    "open": "open_clip",
+}
 TIMM = [name for name, backbone in vit.BACKBONES.items() if backbone.repo.startswith("timm/")]
 
 

@@ -1,4 +1,4 @@
-"""Loading: wrappers, strictness, inference of the shape, positions.
+"""Loading: wrappers, strictness, inference of the shape, positions; `python vit.py`.
 
 Parity with other libraries is in test_parity.py.
 """
@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
@@ -14,8 +15,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import references
 import torch
-from conftest import TINY, write_tiny
+from conftest import ROOT, TINY, runner, write_tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adaptertune
@@ -353,6 +356,34 @@ def test_biases_and_scales_of_other_names(tensors, tmp_path):
     assert torch.equal(model.blocks[1].ls2.gamma, 2 * gamma)
 
 
+def test_older_names_of_torchvision(tmp_path):
+    """linear_1 and linear_2, as it wrote them until 2022; a head of several layers is a head."""
+    pytest.importorskip("torchvision")
+    state, model, options = references.torchvision_vit()
+    older = {}
+    for name, value in state.items():
+        name = name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")
+        older[name.replace("heads.head.", "heads.1.")] = value
+    older["heads.0.weight"] = torch.zeros(32, 32)
+    save_file(older, tmp_path / "w.safetensors")
+    model.heads = torch.nn.Identity()
+    with torch.no_grad():
+        expected = model(IMAGES)
+    assert torch.allclose(outputs(tmp_path / "w.safetensors", heads=2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_relative_positions(shared, tmp_path):
+    """BEiT's biases by relative position, in each block or shared, are refused by name."""
+    beit = pytest.importorskip("timm").models.beit.Beit
+    options = {"use_shared_rel_pos_bias": shared, "use_rel_pos_bias": not shared}
+    model = beit(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, **options)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    message = "relative_position_bias_table: a ViT with relative positions .* can't be used"
+    with pytest.raises(ValueError, match=message):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+
+
 @pytest.mark.parametrize(
     ("better", "other"),
     [("state_dict_ema", "state_dict"), ("teacher", "student"), ("model.ema", "model.online")],
@@ -502,14 +533,14 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
 
 def test_kinds_of_files_that_are_not_read(tmp_path):
     """They are called what they are, and not damaged."""
-    np.savez(tmp_path / "jax.npz", embedding=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "program.pt2")
     (tmp_path / "graph.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
     (tmp_path / "keras.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     (tmp_path / "llama.gguf").write_bytes(b"GGUF\x03")
     kinds = {
-        "jax.npz": "an .npz of numpy",
+        "array.npy": "a single array of numpy",
         "program.pt2": "a program of torch.export",
         "graph.onnx": "an ONNX graph",
         "keras.h5": "an HDF5 file",
@@ -621,6 +652,114 @@ def test_mean_pooling_reads_fc_norm(tmp_path):
     _, backbone = vit.load(tmp_path / "fc.safetensors", heads=2)
     assert backbone.config.pool == "mean"
     assert torch.equal(outputs(tmp_path / "fc.safetensors", heads=2), outputs(path))
+
+
+# ----------------------------------------------------------------------------------- Google's .npz
+
+
+@pytest.fixture
+def arrays(tensors):
+    """The tiny backbone as Google's .npz has it, beside a classifier of five classes."""
+    tensors["head.weight"] = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+    tensors["head.bias"] = torch.zeros(5)
+    published = references.as_google(tensors, attention=1, mlp=3, norm2=2)
+    published["Transformer/posembed_input/pos_embedding"] = tensors["pos_embed"]
+    return {name: value.numpy() for name, value in published.items()}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_google_npz(arrays, save, tiny_weights, tmp_path):
+    """The same network; the kernels state their heads; 0.5 is guessed, and its name tells whose."""
+    save(tmp_path / "w.npz", **arrays)
+    model, backbone = vit.load(tmp_path / "w.npz")
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    assert backbone.config.heads == 2
+    assert backbone.heads_from == "its kernels' shape"
+    assert backbone.norm == vit.HALF
+    assert backbone.guessed == ("Inception's mean and std",)
+    assert vit.load(tmp_path / "w.npz", head=True)[0].head.out_features == 5
+
+
+@pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
+def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
+    """Training states and image towers; what else is there is named."""
+    arrays = {f"{prefix}{name}": value for name, value in arrays.items()}
+    np.savez(tmp_path / "w.npz", **arrays, step=np.array(7))
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    assert vit.load(tmp_path / "w.npz")[1].note == "left out: step"
+
+
+def test_bfloat16_in_an_npz(arrays, tmp_path):
+    """numpy has no bfloat16, and reads void of two bytes."""
+    kept = {}
+    for name, value in arrays.items():
+        halved = torch.tensor(value).bfloat16()
+        arrays[name] = halved.float().numpy()
+        kept[name] = halved.view(torch.int16).numpy().view("V2")
+    np.savez(tmp_path / "float.npz", **arrays)
+    np.savez(tmp_path / "void.npz", **kept)
+    assert np.load(tmp_path / "void.npz")["cls"].dtype == "V2"
+    assert torch.equal(outputs(tmp_path / "void.npz"), outputs(tmp_path / "float.npz"))
+
+
+def test_heads_that_its_kernels_deny(arrays, tmp_path):
+    """Given by hand, by a file beside it or by a name, another number is an error."""
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(ValueError, match="w.npz: its kernels have 2 heads, not 4"):
+        vit.load(tmp_path / "w.npz", heads=4)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 1}))
+    with pytest.raises(ValueError, match="its kernels have 2 heads, not 1"):
+        vit.load(tmp_path / "w.npz")
+
+
+def test_layers_of_an_npz_that_vit_has_not(arrays, tmp_path):
+    """A layer in the head is part of the head; a MAP head and a mean over patches are refused."""
+    layer = {"pre_logits/kernel": np.zeros((32, 32), "f4"), "pre_logits/bias": np.zeros(32, "f4")}
+    np.savez(tmp_path / "w.npz", **arrays, **layer)
+    vit.load(tmp_path / "w.npz")
+    with pytest.raises(ValueError, match="2 left over: pre_logits/kernel, pre_logits/bias"):
+        vit.load(tmp_path / "w.npz", head=True)
+
+    both = {"Transformer/encoderblock_0/LayerNorm_1/scale": np.ones(32, "f4")}
+    np.savez(tmp_path / "w.npz", **arrays, **both)
+    message = "block_0/LayerNorm_2/scale and .*block_0/LayerNorm_1/scale are both"
+    with pytest.raises(ValueError, match=message):
+        vit.load(tmp_path / "w.npz")
+
+    del arrays["cls"]
+    np.savez(tmp_path / "w.npz", **arrays, **{"MAPHead_0/probe": np.zeros((1, 1, 32), "f4")})
+    message = r"missing cls_token \(one whose head pools all patches, as SigLIP's, can't be used\)"
+    with pytest.raises(ValueError, match=message):
+        vit.load(tmp_path / "w.npz")
+
+
+def test_npz_files_that_are_refused(arrays, tmp_path):
+    """Cut, damaged, compressed zeros without end, objects of Python, texts: one line each."""
+    path = tmp_path / "w.npz"
+    np.savez(path, **arrays)
+    content = path.read_bytes()
+    for kept in (0.01, 0.5, 0.99):
+        path.write_bytes(content[: int(kept * len(content))])
+        with pytest.raises(ValueError, match="w.npz (is damaged or cut short|holds no tensors)"):
+            vit.load(path)
+    place = len(content) // 2
+    path.write_bytes(content[:place] + bytes(64) + content[place + 64 :])
+    with pytest.raises(ValueError, match="w.npz is damaged or cut short.*CRC"):
+        vit.load(path)
+    np.savez_compressed(path, **arrays, bomb=np.zeros(2**26, "f4"))
+    with pytest.raises(ValueError, match="it is compressed, and unpacks to 268,"):
+        vit.load(path)
+    np.savez(path, **arrays, evil=np.array([Evil()], dtype=object))
+    with pytest.raises(
+        ValueError, match=r"holds more than tensors \(evil\): refused, since a pickle"
+    ):
+        vit.load(path)
+    np.savez(path, **arrays, name=np.array(["text"]))
+    with pytest.raises(ValueError, match="w.npz is damaged or cut short .*can't convert"):
+        vit.load(path)
+    np.savez(path, **{"params/Transformer/encoderblock/x": np.zeros((2000, 0), "f4")} | arrays)
+    with pytest.raises(ValueError, match="encoderblock/x is of 2,000 blocks"):
+        vit.load(path)
 
 
 # ------------------------------------------------------------------------ files that are refused
@@ -869,3 +1008,224 @@ def test_image_size_that_cant_be(tiny_weights, size):
     message = f"image size {size} is not a multiple of the patch size 4"
     with pytest.raises(ValueError, match=message):
         vit.load(tiny_weights, image_size=size)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+LAYOUTS = {
+    "timm": "timm, DeiT, DINO, DINOv2, MAE",
+    "facebook": "timm, DeiT, DINO, DINOv2, MAE",
+    "google": "Google's .npz",
+    "torchvision": "torchvision",
+    "hf_vit": "Hugging Face ViT, DeiT",
+    "hf_deit": "Hugging Face ViT, DeiT",
+    "hf_dinov2": "Hugging Face Dinov2",
+    "hf_clip": "Hugging Face CLIP",
+    "open_clip_openai": "OpenAI CLIP, open_clip",
+    "open_clip_timm": "timm, DeiT, DINO, DINOv2, MAE",
+}
+
+
+@pytest.fixture
+def run(capsys):
+    """`python vit.py` with these arguments: what it prints, see conftest.runner."""
+    return runner(vit.main, capsys)
+
+
+def lines_of(text):
+    """The lines of a description by their first word."""
+    lines = {}
+    for line in text.splitlines():
+        lines.setdefault(line[:9].strip(), []).append(line[9:])
+    return lines
+
+
+def test_list_of_backbones(run):
+    """Every backbone in a row, in aligned columns; published numbers of parameters."""
+    header, *rows = run().splitlines()
+    assert [row.split()[0] for row in rows] == list(vit.BACKBONES)
+    for title in ("normalisation", "licence", "repository"):
+        place = header.index(title)
+        assert {row[place - 1] for row in rows} == {" "}
+        assert " " not in {row[place] for row in rows}
+    for title in ("parameters", "blocks", "width", "heads", "patch", "pixels"):
+        end = header.index(title) + len(title)
+        assert all(row[end - 1].isdigit() and row[end] == " " for row in rows)
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    assert table["deit_ti16"][:6] == ["5,524,416", "12", "192", "3", "16", "224"]
+    assert table["vit_b16"][0] == "85,798,656"  # timm's count of these two, without a head
+    assert table["clip_l14"][6:] == ["CLIP", "MIT", "openai/clip-vit-large-patch14"]
+    assert table["vit_s16"][6] == "Inception"
+    assert table["vit_micro"][6:] == ["CIFAR-100", "MIT", "assets/vit_micro.safetensors"]
+
+
+@pytest.mark.parametrize("family", references.FAMILIES)
+def test_description_of_each_layout(family, run, tmp_path):
+    """The layout, the shape, the parameters and the head that `load` finds."""
+    with safe_open(ROOT / "tests" / "golden" / f"{family}.safetensors", "pt") as file:
+        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        options = json.loads(file.metadata()["golden"])["options"]
+    del golden["golden.input"], golden["golden.output"]
+    path = tmp_path / "w.safetensors"
+    save_file(golden, path)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    model, backbone = vit.load(path)
+    described = lines_of(run(path))
+    layout = max((begin for begin in LAYOUTS if family.startswith(begin)), key=len)
+    assert described["file"] == [str(path)]
+    assert described["layout"] == [LAYOUTS[layout]]
+    assert described["heads"] == ["2 (config.json)"]
+    [network] = described["network"]
+    config = backbone.config
+    begin = "width 32, depth 2, heads 2, patch 4, image size 16"
+    if config.hidden:
+        begin += ", hidden 64"
+    assert network.startswith(begin)
+    assert (f"registers {config.registers}" in network) == (config.registers > 0)
+    assert ("layer scale" in network) == config.layer_scale
+    assert ("norm pre" in network) == config.norm_pre
+    assert ("quick gelu" in network) == config.quick_gelu
+    assert network.endswith(", gelu") == (not config.quick_gelu)
+    assert f"pool {config.pool}" in network
+    [weights] = described["weights"]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert weights.startswith(f"{count:,} parameters")
+    assert weights.endswith(", and a head of 5 outputs") == options.get("head", False)
+    assert ("text" in described) == (
+        family in ("hf_clip_both", "open_clip_openai", "open_clip_timm")
+    )
+    assert described["pixels"][0].endswith("(guessed)")
+    assert described["next"] == [f"python train.py --weights {path}"]
+
+
+def test_description_of_guesses(run, tmp_path):
+    """What is guessed and which option states it; the names of that shape; none if it is stated."""
+    config = vit.BACKBONES["deit_ti16"].config
+    path = tmp_path / "a file.safetensors"
+    save_file(vit.ViT(config, classes=10).state_dict(), path)
+    described = lines_of(run(path))
+    why = "stated neither in the file nor beside it; if it is wrong"
+    expected = [f"heads 3: {why}: --heads", f"ImageNet's mean and std: {why}: --mean, --std"]
+    assert described["guessed"] == expected
+    assert described["shape"] == [
+        "that of vit_ti16, deit_ti16; --backbone NAME states what is guessed"
+    ]
+    assert described["heads"] == ["3 (guessed)"]
+    assert described["pixels"] == ["mean 0.485 0.456 0.406, std 0.229 0.224 0.225 (guessed)"]
+    assert described["weights"] == ["5,524,416 parameters, and a head of 10 outputs"]
+    assert described["next"] == [f"python train.py --weights '{path}'"]
+
+    stated = {"num_attention_heads": 6, "layer_norm_eps": 1e-12, "image_mean": [0.4] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    described = lines_of(run(path))
+    assert described["heads"] == ["6 (config.json)"]
+    assert described["guessed"] == [f"ImageNet's std: {why}: --std"]
+    assert described["shape"][0].startswith("that of vit_ti16, deit_ti16;")
+
+    stated["image_std"] = [0.5] * 3
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    described = lines_of(run(path))
+    assert "guessed" not in described
+    assert "shape" not in described
+    assert described["pixels"] == ["mean 0.4 0.4 0.4, std 0.5 0.5 0.5 (config.json)"]
+
+    described = lines_of(run(ROOT / "assets" / "vit_micro.safetensors"))
+    assert described["heads"] == ["4 (stated in the file)"]
+    assert described["pixels"][0].endswith("(stated in the file)")
+    assert "hidden 256" in described["network"][0]
+    assert not {"guessed", "shape", "note", "text", "unused"} & set(described)
+
+
+def test_description_of_what_is_left_out(clip, tensors, arrays, run, tmp_path):
+    """Both towers of a CLIP, a guessed activation; an EMA beside others; a pretraining's decoder;
+    the kernels that state heads."""
+    described = lines_of(run(clip))
+    assert described["text"] == [
+        "CLIP's other tower: --method zero-shot or clip-adapter can use it"
+    ]
+    assert described["guessed"][1].startswith("QuickGELU: ")
+    assert described["guessed"][1].endswith(": --mlp-act")
+    assert described["weights"][0].endswith("a head of 24 outputs")
+
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    both = {"state_dict": tensors, "state_dict_ema": tensors}
+    torch.save(both, tmp_path / "both.pth")
+    note = "state_dict_ema of both.pth; it also holds state_dict"
+    assert lines_of(run(tmp_path / "both.pth"))["note"] == [note]
+    torch.save(with_decoder(tensors), tmp_path / "mae.pth")
+    described = lines_of(run(tmp_path / "mae.pth"))
+    assert described["unused"] == ["mask_token, decoder_pos_embed, decoder_blocks.0.norm1.weight"]
+
+    (tmp_path / "config.json").unlink()
+    np.savez(tmp_path / "w.npz", **arrays)
+    described = lines_of(run(tmp_path / "w.npz"))
+    assert described["heads"] == ["2 (its kernels' shape)"]
+    assert described["pixels"] == ["mean 0.5 0.5 0.5, std 0.5 0.5 0.5 (guessed)"]
+    assert len(described["guessed"]) == 1
+
+
+def write_refused(folder, tensors, clip):
+    """Files that can't be loaded, and how the error names each."""
+    model = vit.ViT(vit.Config(**TINY))
+    adaptertune.add_adapters(model, rank=2)
+    adaptertune.freeze(model)
+    adaptertune.save(folder / "adapters.safetensors", model, {"method": "adaptertune"})
+    both = load_file(clip)
+    text = {name: value for name, value in both.items() if not name.startswith("visual.")}
+    save_file(text, folder / "text.safetensors")
+    lora = {"base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.zeros(2, 32)}
+    save_file(lora, folder / "lora.safetensors")
+    (folder / "graph.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    (folder / "keras.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    torch.save({"model": Evil()}, folder / "code.pth")
+    (folder / "cut.safetensors").write_bytes(clip.read_bytes()[:1000])
+    (folder / "folder").mkdir()
+    save_file({"layer1.0.weight": torch.zeros(2)}, folder / "resnet.safetensors")
+    narrow = tensors | {"blocks.0.\x1b[31mred": torch.zeros(1)}
+    save_file(narrow, folder / "narrow.safetensors")
+    wide = {"num_attention_heads": 2, "hidden_size": 32}
+    (folder / "named").mkdir()
+    (folder / "named" / "config.json").write_text(json.dumps(wide))
+    del narrow["norm.weight"]
+    save_file(narrow, folder / "named" / "odd.safetensors")
+    return {
+        "adapters.safetensors": "what --method adaptertune trained, not a backbone; give its",
+        "text.safetensors": "CLIP's text tower alone; give a file that has the image tower",
+        "lora.safetensors": "LoRA adapters.*merge",
+        "graph.onnx": "is an ONNX graph; give a .safetensors",
+        "keras.h5": "is an HDF5 file",
+        "code.pth": r"holds more than tensors \(eval\): refused",
+        "cut.safetensors": "damaged or cut short",
+        "folder": "is a folder; give the .safetensors or .pth file in it",
+        "nowhere.pth": "no weights at .*nowhere.pth",
+        "resnet.safetensors": "not a ViT in a known layout",
+        "narrow.safetensors": "width 32 .* give the number of heads by --heads",
+        "named/odd.safetensors": "1 missing: norm.weight; 1 left over: blocks.0.\ufffd\\[31mred",
+    }
+
+
+def test_files_that_are_not_described(tensors, clip, run, tmp_path):
+    """One line, which says what they are, and status 1."""
+    for name, message in write_refused(tmp_path, tensors, clip).items():
+        error = run(tmp_path / name, status=1)
+        assert re.search(message, error), (name, error)
+        assert name in error
+
+
+def test_several_files(tiny_weights, capsys, tmp_path):
+    """Each is described; one that can't be makes the status 1; names can't command a terminal."""
+    named = tmp_path / "tiny\x1b[2J.safetensors"
+    shutil.copy(tiny_weights, named)
+    status = vit.main([str(named), str(tmp_path / "nowhere\n"), str(tiny_weights)])
+    out, error = capsys.readouterr()
+    assert status == 1
+    assert len(error.splitlines()) == 1
+    assert out.count("\nnetwork ") == 2
+    assert f"file     {tmp_path}/tiny\ufffd[2J.safetensors" in out
+    assert out.replace("\n", "").isprintable()
+
+
+def test_usage(run):
+    """--help helps; an unknown option is one line and status 2."""
+    assert "FILE" in run("--help")
+    assert "unrecognized arguments: --heads" in run("--heads", "3", status=2)
