@@ -1041,9 +1041,9 @@ class Translated:
     eps: float
     names: dict[str, str]  # the file's own, by timm's
     ignored: list[str]  # the file's tensors that are known and not the backbone's
-    note: str = ""  # which others were left out
-    norm: str = "ImageNet"  # a key of NORMS
-    heads: int = 0  # as the kernels [D, H, d] of an .npz state it; 0 for other files
+    heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
+    note: str  # which others were left out
+    norm: str  # a key of NORMS
 
 
 def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) -> Translated:
@@ -1058,7 +1058,7 @@ def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) ->
     names = {}
     ignored = []
     others = []
-    heads = 0
+    heads = set()
     for key, value in unstack_blocks(tensors):
         name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
         if any(re.match(pattern, name) for pattern in layout.ignored):
@@ -1074,7 +1074,7 @@ def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) ->
             raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
         value = value.float()
         if name.endswith(".attn.q.weight.T") and value.ndim == 3:
-            heads = value.shape[1]
+            heads.add(value.shape[1])
         if name.endswith(".T"):
             name = name.removesuffix(".T")
             value = transpose(value, name).contiguous()
@@ -1086,9 +1086,7 @@ def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) ->
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
     note = f"left out: {some(others)}" if others else ""
-    return Translated(
-        layout_name, found, layout.eps, names, ignored, note, norm=layout.norm, heads=heads
-    )
+    return Translated(layout_name, found, layout.eps, names, ignored, heads, note, layout.norm)
 
 
 def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -1410,7 +1408,7 @@ def choose_backbone(
         width = found["cls_token"].shape[-1] if "cls_token" in found else 0
         known = read_beside(path, width) | given
         if translated.heads:
-            known = {"heads": translated.heads, "heads_from": "its kernels' shape"} | known
+            known = {"heads": max(translated.heads), "heads_from": "its kernels' shape"} | known
         heads_from = heads_from or known.get("heads_from", "")
         norm_from = norm_from or known.get("norm_from", "")
         eps = known.get("eps", translated.eps)
@@ -1475,8 +1473,8 @@ def load_with_source(
         backbone = choose_backbone(name, Path(path), translated, meta, given)
         backbone = backbone.at(image_size)
         config = backbone.config
-        if translated.heads not in (0, config.heads):
-            raise ValueError(f"its kernels have {translated.heads} heads, not {config.heads}")
+        for other in translated.heads - {config.heads}:
+            raise ValueError(f"its kernels have {other} heads, not {config.heads}")
         if not head:
             found = {key: value for key, value in found.items() if not key.startswith("head.")}
         if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here

@@ -711,6 +711,15 @@ def test_heads_that_its_kernels_deny(arrays, tmp_path):
     with pytest.raises(ValueError, match="its kernels have 2 heads, not 1"):
         vit.load(tmp_path / "w.npz")
 
+    (tmp_path / "config.json").unlink()
+    for each in ("query", "key", "value"):
+        name = f"Transformer/encoderblock_0/MultiHeadDotProductAttention_1/{each}"
+        arrays[f"{name}/kernel"] = arrays[f"{name}/kernel"].reshape(32, 4, 8)
+        arrays[f"{name}/bias"] = arrays[f"{name}/bias"].reshape(4, 8)
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(ValueError, match="its kernels have 2 heads, not 4"):
+        vit.load(tmp_path / "w.npz")
+
 
 def test_layers_of_an_npz_that_vit_has_not(arrays, tmp_path):
     """A layer in the head is part of the head; a MAP head and a mean over patches are refused."""
