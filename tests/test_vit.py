@@ -1022,16 +1022,17 @@ def test_image_size_that_cant_be(tiny_weights, size):
 # ------------------------------------------------------------------------------- the command line
 
 LAYOUTS = {
-    "timm": "timm, DeiT, DINO, DINOv2, MAE",
-    "facebook": "timm, DeiT, DINO, DINOv2, MAE",
+    "timm": "timm, DeiT, DINO, DINOv2, DINOv3, MAE",
+    "facebook": "timm, DeiT, DINO, DINOv2, DINOv3, MAE",
     "google": "Google's .npz",
     "torchvision": "torchvision",
     "hf_vit": "Hugging Face ViT, DeiT",
     "hf_deit": "Hugging Face ViT, DeiT",
     "hf_dinov2": "Hugging Face Dinov2",
+    "hf_dinov3": "Hugging Face DINOv3",
     "hf_clip": "Hugging Face CLIP",
     "open_clip_openai": "OpenAI CLIP, open_clip",
-    "open_clip_timm": "timm, DeiT, DINO, DINOv2, MAE",
+    "open_clip_timm": "timm, DeiT, DINO, DINOv2, DINOv3, MAE",
 }
 
 
@@ -1086,7 +1087,8 @@ def test_description_of_each_layout(family, run, tmp_path):
     assert described["heads"] == ["2 (config.json)"]
     [network] = described["network"]
     config = backbone.config
-    begin = "width 32, depth 2, heads 2, patch 4, image size 16"
+    side = 224 if config.rope else 16  # which DINOv3's tensors don't tell
+    begin = f"width 32, depth 2, heads 2, patch 4, image size {side}"
     if config.hidden:
         begin += ", hidden 64"
     assert network.startswith(begin)
