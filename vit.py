@@ -1566,7 +1566,7 @@ def check_tensors(
 
 # ------------------------------------------------------------------------------- the command line
 
-ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:13} {}"  # of the table of backbones
+ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the table of backbones
 
 # Options of train.py that state what else is guessed, by a word in the guess.
 STATED_BY = {"heads": "--heads", "QuickGELU": "--mlp-act", "mean": "--mean", "std": "--std"}
