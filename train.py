@@ -81,8 +81,8 @@ HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
 GRID = ("method", "rank", "every", "blocks", "init")
 # Options that config.json leaves out, since they say what is done with a run; "made" isn't one.
 NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "made")
-PATHS = ("dataset", "weights", "text_weights", "vocab")  # options that may name files
-AUTO = {"epochs": 0, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
+PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
+AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
 # What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
 EVAL_MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit")
 EVAL_MAY_CHANGE += ("shots", "lr", "head_lr", "init")
@@ -288,6 +288,8 @@ def add_options(parser: Parser) -> None:
     named = f"{backbones} (vit_s16; vit_micro for digits)"
     add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
     add("--weights", "FILE", str, "a .safetensors, .pth or .npz file, instead of the download", "")
+    lora = "a LoRA that peft made for this backbone, its folder or file: merged before all else"
+    add("--init-lora", "PATH", str, lora, "")
     beside = "as the files beside --weights state, else"
     add(
         "--heads",
@@ -318,9 +320,10 @@ def add_training_options(parser: Parser) -> None:
     add(
         "--epochs",
         "N",
-        integer(1),
-        "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100)",
-        0,
+        integer(0),
+        "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 to "
+        "evaluate what --init-lora brings, best by --method head",
+        None,
     )
     parser.switch("--cached", "head: train on features computed once, without augmentation")
     add("--batch", "N", integer(1), "images in a step (128; 32 for fewer than 5,000 images)", 0)
@@ -492,12 +495,12 @@ def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
     images = len(dataset.train)
     options.batch = options.batch or (32 if images < 5000 else 128)
     options.min_scale = options.min_scale or dataset.min_scale
-    if options.method == "zero-shot":
-        options.epochs = 0
-    elif options.cached:
-        options.epochs = options.epochs or 100  # features are cheap
+    if options.epochs is not None:
+        return
+    if options.cached:
+        options.epochs = 100  # features are cheap
     else:
-        options.epochs = options.epochs or min(30, max(10, math.ceil(15_000 / images)))
+        options.epochs = min(30, max(10, math.ceil(15_000 / images)))
 
 
 def check(options: argparse.Namespace, parser: Parser) -> None:
@@ -505,8 +508,11 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
     adapters = options.method in adaptertune.ADAPTER_METHODS
     known = options.init in adaptertune.INITS
     # A finished run (--eval) has its adapters in its own file.
+    if adapters and vit.is_lora(options.init):
+        parser.error(f"--init {options.init}: {vit.IS_LORA}")
     if adapters and not options.eval and not known and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
+    check_lora(options, parser)
     if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
         parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
     if options.name and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name):
@@ -517,6 +523,21 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error("--limit and --shots both choose the training images; give one")
     if options.method == "scratch" and options.weights:
         parser.error("--scratch starts from random weights; leave out --weights")
+
+
+def check_lora(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse --init-lora without a network, and --epochs 0 where something untrained would be
+    evaluated."""
+    if options.method == "scratch" and options.init_lora:
+        parser.error("--scratch starts from random weights; leave out --init-lora")
+    if options.epochs != 0 or options.method == "zero-shot" or options.eval:
+        return
+    if not options.init_lora:
+        parser.error("--epochs 0 trains nothing; it is for --init-lora, to evaluate that as it is")
+    if options.method in ("vpt", "clip-adapter") or (options.init or "zero") != "zero":
+        parser.error(
+            "--epochs 0 evaluates a LoRA as it is; choose --method head, or adapters of --init zero"
+        )
 
 
 # ------------------------------------------------------------------------------------ setting up
@@ -559,6 +580,7 @@ class Run:
     meta: dict  # goes into adapters.safetensors
     backbone: vit.Backbone
     state: State = field(default_factory=State)
+    head: str = ""  # where its weights come from, if they aren't new
     features_time: float = 0.0  # seconds for features that were computed once
     originals: data.Dataset | None = None  # the images, where `dataset` has their features
     predictions: dict[str, "Predictions"] = field(default_factory=dict)  # of val and test
@@ -865,7 +887,9 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
         path,
         name=name,
         image_size=options.image_size,
-        head=options.method in adaptertune.CLIP_METHODS,  # CLIP's projection comes as the head
+        # CLIP's projection comes as the head; beside a LoRA its classifier does.
+        head=options.method in adaptertune.CLIP_METHODS or bool(options.init_lora),
+        lora=options.init_lora,
         **given,
     )
 
@@ -903,6 +927,8 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
             same backbone, or its adapters would do something else here.
     """
     tensors, saved = vit.read_tensors(path)
+    if any("lora_" in name for name in tensors):
+        raise ValueError(f"--init {path}: {vit.IS_LORA}")
     present = {name: used[name] for name in ("reads", "act", "scale", "placement")}
     present["heads"] = model.config.heads
     present["mlp_act"] = "quick_gelu" if model.config.quick_gelu else "gelu"
@@ -912,6 +938,28 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
         adaptertune.start_from(model, tensors)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"--init {path}: {vit.first_line(error)}") from error
+
+
+def start_head(model: vit.ViT, given: nn.Module, epochs: int) -> str:
+    """Initialise a new head from the classifier of a LoRA or of its weights, if that is of as many
+    classes. Returns what was done, for the terminal.
+
+    Args:
+        given: that classifier; another module if there is none. (CLIP's projection has no bias.)
+
+    Raises:
+        ValueError: it can't be used, and with 0 epochs no other would be trained.
+    """
+    K = model.head.out_features
+    if isinstance(given, nn.Linear) and given.bias is not None and given.out_features == K:
+        model.head.load_state_dict(given.state_dict())
+        return f"the one that came along; its {K} rows are taken for the classes in their order"
+    fault = "neither the LoRA nor the weights have a classifier"
+    if isinstance(given, nn.Linear):
+        fault = f"the one that came along is of {given.out_features} classes, not {K}"
+    if not epochs:
+        raise ValueError(f"--epochs 0 needs a head: {fault}; leave it out to train a new one")
+    return f"a new one: {fault}"
 
 
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
@@ -1038,11 +1086,17 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
         "lr": options.lr,
         "head_lr": options.head_lr,
     }
+    given = model.head
     meta |= adapt_backbone(model, options, len(dataset.classes))
+    head = ""
+    if options.init_lora and options.method not in adaptertune.CLIP_METHODS:
+        head = start_head(model, given, options.epochs)
     batches = data.Batches(size, backbone.norm, options.batch, device, rank, world)
     model.to(device)
     bf16 = options.amp == "bf16"
-    return Run(options, seed, folder, dataset, model, batches, device, bf16, meta, backbone)
+    return Run(
+        options, seed, folder, dataset, model, batches, device, bf16, meta, backbone, head=head
+    )
 
 
 def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.Backbone) -> dict:
@@ -1145,7 +1199,7 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
         value = kept[key]
         auto = key in saved.get("auto", []) and value == AUTO[key]
         new = key not in saved and not value  # an option that came later, and is off
-        more = key == "epochs" and options.resume and value > saved.get(key, value)
+        more = key == "epochs" and options.resume and (value or 0) > saved.get(key, 0)
         if more and not is_unfinished(folder):  # a finished run goes on
             continue
         if key in RESUME_MAY_CHANGE or auto or new:
@@ -1226,6 +1280,8 @@ def read_config(folder: Path) -> dict:
     Raises:
         ValueError: as read_json.
     """
+    if vit.is_lora(folder):
+        raise ValueError(f"{folder}: {vit.IS_LORA}")
     path = folder / "config.json"
     table = {
         "method": adaptertune.choice(tuple(adaptertune.METHODS)),
@@ -1591,16 +1647,16 @@ def fit(run: Run) -> None:
         raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
     try:
         if run.options.method in adaptertune.CLIP_METHODS:
-            zero_shot = validate_zero_shot(run)
-            if run.options.method == "zero-shot":  # no epoch will follow
-                state.chosen_val = zero_shot
+            validate_zero_shot(run)
         if run.options.epochs:
             print_header(state.rows, run.options.epochs)
         train_epochs(run, optimizer)
         run.model.load_state_dict(state.chosen, strict=False)
+        predict_all(run)
+        if not run.options.epochs and "val" in run.predictions:  # no epoch has been validated
+            state.chosen_val = run.predictions["val"].accuracy
         run.meta["epoch"] = state.chosen_epoch
         run.meta["val_accuracy"] = None if math.isnan(state.chosen_val) else state.chosen_val
-        predict_all(run)
         run.meta["test_accuracy"] = run.predictions["test"].accuracy
         if is_uneven(run.dataset):
             classes = len(run.dataset.classes)
@@ -1622,9 +1678,10 @@ def extend(run: Run) -> None:
     state.epoch = epochs + 1
     state.first_epoch = state.epoch
     state.train_time = result["seconds"]
-    state.best_val = max(float(row[COLUMNS.index("val%")]) for row in state.rows)
     state.chosen_epoch = meta["epoch"]
     state.chosen_val = math.nan if meta["val_accuracy"] is None else meta["val_accuracy"]
+    vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
+    state.best_val = max(vals, default=state.chosen_val)  # of 0 epochs: of what it began with
     trained = adaptertune.trained(run.model)
     state.chosen = {name: each.detach().clone() for name, each in trained.items()}
     added = run.options.epochs - epochs
@@ -1850,14 +1907,15 @@ def check_weights(options: argparse.Namespace, result: dict, path: Path) -> None
     Args:
         result, path: the run's result.json, and its adapters, for the message.
     """
-    if not options.weights:
+    if not options.weights and not options.init_lora:
         return
     model, _ = load_backbone(options)
     present = adaptertune.fingerprint(model)
     if present != result["fingerprint"]:
+        given = " with ".join(filter(None, (options.weights, options.init_lora)))
         raise ValueError(
-            f"{path} was trained on another backbone ({result['fingerprint']}) than "
-            f"{options.weights} is ({present}); give that one, or another --name"
+            f"{path} was trained on another backbone ({result['fingerprint']}) than {given} is "
+            f"({present}); give that one, or another --name"
         )
 
 
@@ -1885,7 +1943,7 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
         return {}
     result = read_result(folder)
     check_weights(options, result, path)
-    if options.resume and options.epochs > result["epochs"]:
+    if options.resume and (options.epochs or 0) > result["epochs"]:
         return {}
     print(
         f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
@@ -2048,7 +2106,9 @@ class Classifier:
         return labels, probabilities
 
 
-def load_run(folder: str | Path, weights: str | Path = "") -> Classifier:
+def load_run(
+    folder: str | Path, weights: str | Path = "", init_lora: str | Path = ""
+) -> Classifier:
     """A finished run for use in one's own code, on the CPU and without its data set:
 
         model = train.load_run("runs/NAME")
@@ -2056,6 +2116,7 @@ def load_run(folder: str | Path, weights: str | Path = "") -> Classifier:
 
     Args:
         weights: where the backbone's file is now, if it isn't where it was.
+        init_lora: the same for its LoRA.
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
@@ -2065,6 +2126,8 @@ def load_run(folder: str | Path, weights: str | Path = "") -> Classifier:
     arguments = ["--eval", str(folder), "--device", "cpu"]
     if weights:
         arguments += ["--weights", str(weights)]
+    if init_lora:
+        arguments += ["--init-lora", str(init_lora)]
     options, *_ = parse(arguments)
     return open_classifier(options)
 
@@ -2126,6 +2189,8 @@ def describe(run: Run) -> None:
     if parts:
         text += ": " + ", ".join(f"{name} {counts[name]:,}" for name in parts)
     print(text)
+    if run.head:
+        print(f"head     {run.head}")
 
     describe_data(run.dataset, run.options)
     options = run.options
@@ -2158,6 +2223,8 @@ def describe_backbone(backbone: vit.Backbone, meta: dict, frozen: int) -> None:
     print(f"pixels   mean {mean}, std {std}")
     if backbone.note:
         print(f"weights  {backbone.note}")
+    if backbone.lora:
+        print(f"lora     {backbone.lora}")
     if backbone.guessed:
         guessed = ", ".join(backbone.guessed)
         print(
@@ -2309,6 +2376,8 @@ def model_card(run: Run) -> str:
     held = f"adapters and head, and needs the weights of {meta['backbone']}"
     if run.options.weights:
         held += " (`--weights FILE` says where they are)"
+    if run.options.init_lora:
+        held += f" with the LoRA {Path(run.options.init_lora).name} (`--init-lora PATH`)"
     if meta["method"] in adaptertune.WHOLE_METHODS:
         held = "the whole network"
     folder = run.folder.as_posix()

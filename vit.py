@@ -492,6 +492,7 @@ class Backbone:
     note: str = ""  # which of several networks in its file this is, and what was left out
     heads_from: str = ""  # what decided their number, if it wasn't the name or a guess
     norm_from: str = ""  # the same of the normalisation
+    lora: str = ""  # what was merged into it (`merge_lora`)
 
     def at(self, image_size: int) -> "Backbone":
         """A copy configured for another image size in pixels; 0 keeps its own."""
@@ -772,6 +773,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         ValueError: the file is missing, truncated, of another format, or holds more than tensors.
     """
     path = Path(path)
+    if path.is_dir() and is_lora(path):
+        raise ValueError(f"{path}: {IS_LORA}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .safetensors or .pth file in it")
     if not path.is_file():
@@ -1012,8 +1015,8 @@ def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple
     Raises:
         ValueError: no layout fits.
     """
-    if any(re.search(r"lora_(A|down)", key) for key in tensors):
-        raise ValueError("these are LoRA adapters, not a ViT; merge them into their network first")
+    if any("lora_" in key for key in tensors):
+        raise ValueError(IS_LORA)
     for name, layout in layouts.items():
         for key in tensors:
             match = re.search(layout.tell, key)
@@ -1044,10 +1047,13 @@ class Translated:
     heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
     note: str  # which others were left out
     norm: str  # a key of NORMS
+    lora: str  # what was merged (`merge_lora`)
 
 
-def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) -> Translated:
-    """Translate a published state dict.
+def to_timm(
+    tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS, lora: str | Path = ""
+) -> Translated:
+    """Translate a published state dict, and merge a LoRA of it, if one is given.
 
     Raises:
         ValueError: no layout fits.
@@ -1082,11 +1088,14 @@ def to_timm(tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS) ->
             raise ValueError(f"{names[name]} and {key} are both its {name}")
         found[name] = value
         names[name] = key
+    told = merge_lora(found, Path(lora)) if lora else ""
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
     note = f"left out: {some(others)}" if others else ""
-    return Translated(layout_name, found, layout.eps, names, ignored, heads, note, layout.norm)
+    return Translated(
+        layout_name, found, layout.eps, names, ignored, heads, note, layout.norm, told
+    )
 
 
 def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -1437,7 +1446,13 @@ def choose_backbone(
 
 
 def load(
-    path: str | Path, *, name: str = "", image_size: int = 0, head: bool = False, **given
+    path: str | Path,
+    *,
+    name: str = "",
+    image_size: int = 0,
+    head: bool = False,
+    lora: str | Path = "",
+    **given,
 ) -> tuple[ViT, Backbone]:
     """A pretrained ViT from a file, in eval mode, and what it expects of its input.
 
@@ -1448,16 +1463,17 @@ def load(
         image_size: pixels along a side, if not the backbone's own; positions are resized to it.
         given: heads, quick_gelu, mean or std, where they are known better.
         head: keep the file's own classifier (or CLIP's projection) instead of giving features.
+        lora: a LoRA that peft made of this network, to be merged (see `merge_lora`).
 
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
-    model, backbone, _ = load_with_source(path, name, image_size, head, given)
+    model, backbone, _ = load_with_source(path, name, image_size, head, lora, given)
     return model, backbone
 
 
 def load_with_source(
-    path: str | Path, name: str, image_size: int, head: bool, given: dict
+    path: str | Path, name: str, image_size: int, head: bool, lora: str | Path, given: dict
 ) -> tuple[ViT, Backbone, Translated]:
     """What `load` gives, and what in the file it was made of."""
     tensors, meta = read_tensors(path)
@@ -1467,11 +1483,11 @@ def load_with_source(
                 f"what --method {meta['method']} trained, not a backbone; give its folder to "
                 "train.py --eval or export.py, or start from it by --init"
             )
-        translated = to_timm(tensors)
+        translated = to_timm(tensors, lora=lora)
         found = translated.tensors
         meta["note"] = "; ".join(filter(None, (meta.get("note"), translated.note)))
         backbone = choose_backbone(name, Path(path), translated, meta, given)
-        backbone = backbone.at(image_size)
+        backbone = replace(backbone.at(image_size), lora=translated.lora)
         config = backbone.config
         for other in translated.heads - {config.heads}:
             raise ValueError(f"its kernels have {other} heads, not {config.heads}")
@@ -1564,6 +1580,251 @@ def check_tensors(
         raise ValueError("; ".join(texts))
 
 
+# ------------------------------------------------------------------------------- a LoRA of peft
+
+IS_LORA = "these are LoRA adapters, not a network: give that by --weights or --backbone and, if "
+IS_LORA += "peft made them, these by --init-lora; else merge them with the program that made them"
+LORA_CONFIG = "adapter_config.json"
+LORA_FILE = "adapter_model.safetensors"
+# A factor's key, perhaps with the adapter's name behind it:
+# base_model.model.vit.encoder.layer.0.attention.attention.query.lora_A.weight
+LORA_KEY = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.(?:\w+\.)?weight)?")
+# The settings of a LoraConfig (peft 0.21) that a merge depends on. The ranks are their factors'.
+LORA_SETTINGS = {
+    "peft_type": "",
+    "lora_alpha": 8,
+    "alpha_pattern": {},  # other alphas, by the ends of modules' names
+    "use_rslora": False,  # https://arxiv.org/abs/2312.03732
+    "use_dora": False,  # https://arxiv.org/abs/2402.09353
+    "init_lora_weights": True,
+}
+# Those that say how it was trained and on what. `fan_in_fan_out` is of how the other network stores
+# its matrices; in ViTs they are [out, in].
+LORA_IGNORED = ("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying")
+LORA_IGNORED += ("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "r")
+LORA_IGNORED += ("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core")
+LORA_IGNORED += ("modules_to_save", "peft_version", "qalora_group_size", "rank_pattern")
+LORA_IGNORED += ("revision", "target_modules", "task_type")
+# Initialisations that leave the base weights as they are; PiSSA, OLoRA, CorDA, LoftQ change them.
+LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether a path is a LoRA's folder, or a file is named as one of its two."""
+    path = Path(path)
+    return path.name in (LORA_CONFIG, LORA_FILE) or (path / LORA_CONFIG).is_file()
+
+
+def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and LORA_SETTINGS of a LoRA.
+
+    Raises:
+        ValueError: a file is missing or damaged; it isn't a LoRA, or of a kind that isn't merged
+            here.
+    """
+    if path.is_dir() or path.name == LORA_CONFIG:
+        path = path.with_name(LORA_FILE) if path.is_file() else path / LORA_FILE
+    stated = path.with_name(LORA_CONFIG)
+    try:
+        content = json.loads(stated.read_text(encoding="utf-8-sig"))
+        given = {name: value for name, value in content.items() if value is not None}
+        settings = LORA_SETTINGS | given
+        strange = strange_settings(settings)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{stated} is missing or damaged ({first_line(error)}); give the folder that peft's "
+            "save_pretrained wrote"
+        ) from error
+    if strange:
+        raise ValueError(
+            f"{stated} states {strange[-1][:100]}; merge it with peft's merge_and_unload() and "
+            "give the result by --weights"
+        )
+    if not path.is_file():
+        raise ValueError(f"no LoRA at {path}; give the folder that peft's save_pretrained wrote")
+    tensors, _ = read_tensors(path)
+    return tensors, settings
+
+
+def strange_settings(settings: dict) -> list[str]:
+    """What a LoraConfig states that isn't merged here, as name and value; the method last.
+
+    Raises:
+        ValueError: a value that can't be.
+    """
+    patterns = settings["alpha_pattern"]
+    for alpha in (settings["lora_alpha"], *patterns.values()):
+        if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
+            raise ValueError(f"alpha {alpha!r}")
+    for name in ("use_rslora", "use_dora"):
+        if type(settings[name]) is not bool:
+            raise ValueError(f"{name} {settings[name]!r}")
+    strange = []
+    for name, value in settings.items():
+        if value and name not in (*LORA_SETTINGS, *LORA_IGNORED):
+            strange.append(f"{name} {value!r}")
+    # A regular expression can take years; a name is one, too.
+    strange += [f"alpha_pattern {each!r}" for each in patterns if not re.fullmatch(r"[\w.]+", each)]
+    if settings["init_lora_weights"] not in LORA_INITS:
+        strange.append(f"init_lora_weights {settings['init_lora_weights']!r}")
+    if settings["peft_type"] != "LORA":
+        strange.append(f"the method {settings['peft_type']!r}, not LORA")
+    return strange
+
+
+def find_place(name: str, found: dict[str, Tensor]) -> tuple[str, str]:
+    """A LoRA's name for a tensor in ours, and what precedes that: "blocks.0.attn.q.weight" and
+    "vit." for "vit.encoder.layer.0.attention.attention.query.weight"."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        ours = rename(".".join(parts[start:]))
+        if ours in found or ours.startswith("head."):
+            return ours, ".".join(parts[:start])
+    raise ValueError(f"{name} isn't a tensor of these weights: give those that it was made for")
+
+
+def merge_lora(found: dict[str, Tensor], path: Path) -> str:
+    """Merge a LoRA that peft (https://github.com/huggingface/peft) made of a network into that
+    network's tensors, which have our names, but query, key and value apart where they were.
+
+    W' = W + s·B·A with A [r, in], B [out, r], s = alpha / r, or alpha / √r with use_rslora. Tensors
+    beside the factors (biases, modules_to_save) replace the network's.
+
+    Args:
+        path: the folder that save_pretrained wrote, or adapter_model.safetensors in it.
+
+    Returns:
+        What was done, for the terminal.
+
+    Raises:
+        ValueError: as `read_lora`; a tensor has no place, another shape or values that aren't
+            finite.
+    """
+    tensors, settings = read_lora(path)
+    try:
+        factors, whole = sort_lora(tensors)
+        merged = {}
+        prefixes = set()
+        left_out = []
+        for module, parts in factors.items():
+            place, prefix = find_place(f"{module}.weight", found)
+            if place in merged or place not in found:
+                raise ValueError(f"{module} is there twice, or the weights have none")
+            alpha = alpha_of(module, settings)
+            merged[place] = merge_factors(found[place], parts, alpha, settings)
+            prefixes.add(prefix)
+        for name, value in whole.items():
+            place, prefix = find_place(name, found)
+            if not place.startswith("head."):
+                prefixes.add(prefix)
+            elif not reads_features(value, found):
+                left_out.append(name)
+                continue
+            if place in merged:
+                raise ValueError(f"{name} is there twice")
+            merged[place] = value  # whose shape is checked with all others
+        if len(prefixes) > 1 or re.search(r"text|decoder", "".join(prefixes)):
+            raise ValueError(f"it is for more than the image tower ({', '.join(sorted(prefixes))})")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    found |= merged
+    text = describe_lora(factors, merged, settings)
+    return text + (f"; left out: {some(left_out)}" if left_out else "")
+
+
+def sort_lora(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A LoRA's factors, {"A", "B"} and perhaps "magnitude_vector", by the modules' names there; and
+    the tensors that replace the network's, by theirs."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    whole = {}
+    for key, value in tensors.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"{key} has values that aren't finite numbers")
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
+        match = LORA_KEY.fullmatch(name)
+        if match:
+            parts = factors.setdefault(match[1], {})
+            if match[2] in parts:
+                raise ValueError(f"it has two adapters for {match[1]}; give a file with one")
+            parts[match[2]] = value.float()
+        elif ".original_module." not in name:
+            whole[name] = value.float()
+    if not factors:
+        raise ValueError("it holds no LoRA: no lora_A and lora_B")
+    return factors, whole
+
+
+def alpha_of(module: str, settings: dict) -> float:
+    """The alpha of a module: that of the first pattern that its name ends with, else the general
+    one."""
+    for pattern, alpha in settings["alpha_pattern"].items():
+        if f".{module}".endswith(f".{pattern}"):
+            return alpha
+    return settings["lora_alpha"]
+
+
+def merge_factors(weight: Tensor, parts: dict[str, Tensor], alpha: float, settings: dict) -> Tensor:
+    """A weight [out, in] with its LoRA in it. A convolution's are [out, in, k, k], A [r, in, k, k],
+    B [out, r, 1, 1].
+
+    DoRA's magnitudes m [out] are the lengths of the merged rows: m · W' / |W'|
+    (https://arxiv.org/abs/2402.09353, equation 5).
+
+    Raises:
+        ValueError: the parts aren't of these shapes.
+    """
+    names = {"A", "B", "magnitude_vector"} if settings["use_dora"] else {"A", "B"}
+    if weight.ndim < 2 or parts.keys() != names:
+        raise ValueError(f"it has {', '.join(parts)} for a weight of {tuple(weight.shape)}")
+    matrix = weight.flatten(1)  # [out, in·k·k]
+    down = parts["A"].flatten(1)  # [r, in·k·k]
+    up = parts["B"].flatten(1)  # [out, r]
+    rank = len(down)
+    if up.shape != (len(matrix), rank) or parts["A"].shape[1:] != weight.shape[1:] or not rank:
+        shapes = f"{tuple(parts['A'].shape)} and {tuple(parts['B'].shape)}"
+        raise ValueError(f"factors of {shapes} are for no weight of {tuple(weight.shape)}")
+    scale = alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
+    merged = matrix + scale * (up @ down)
+    if settings["use_dora"]:
+        lengths = parts["magnitude_vector"].flatten()  # [out]
+        if lengths.shape != merged.shape[:1]:
+            raise ValueError(
+                f"{len(lengths)} magnitudes are for no weight of {tuple(weight.shape)}"
+            )
+        merged = merged * (lengths / merged.norm(dim=1))[:, None]
+    return merged.view_as(weight)
+
+
+def reads_features(value: Tensor, found: dict[str, Tensor]) -> bool:
+    """Whether a classifier's tensor is of one that reads what ViT.features gives. Transformers'
+    Dinov2 reads the class token beside the mean of the patch tokens, its CLIP that mean without the
+    last norm."""
+    if "norm_pre.weight" in found or "cls_token" not in found:
+        return False
+    return value.ndim == 1 or value.shape[1] == found["cls_token"].shape[-1]
+
+
+def describe_lora(
+    factors: dict[str, dict[str, Tensor]], merged: dict[str, Tensor], settings: dict
+) -> str:
+    """A line on a merged LoRA: its factors, by module there, and the tensors as they are now."""
+    ranks = sorted({len(parts["A"]) for parts in factors.values()})
+    modules = sorted({module.rpartition(".")[2] for module in factors})
+    kind = "DoRA, " if settings["use_dora"] else ""
+    text = f"{kind}rank {', '.join(map(str, ranks))} on {', '.join(modules)} "
+    text += f"({len(factors)} matrices), alpha {settings['lora_alpha']:g}, merged"
+    others = len(merged) - len(factors)
+    if others:
+        text += f"; {others} tensors beside them replace the network's"
+    base = settings.get("base_model_name_or_path")
+    if isinstance(base, str) and base:
+        text += f"; made for {base[:200]}"
+    return text + "; it states no normalisation: the backbone's is used"
+
+
 # ------------------------------------------------------------------------------- the command line
 
 ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the table of backbones
@@ -1620,7 +1881,7 @@ def describe_file(path: str) -> list[str]:
     Raises:
         ValueError: `load` can't load it.
     """
-    model, backbone, source = load_with_source(path, "", 0, False, {})
+    model, backbone, source = load_with_source(path, "", 0, False, "", {})
     otherwise = "guessed" if backbone.guessed else "stated in the file"
     heads_from = backbone.heads_from or otherwise
     norm_from = backbone.norm_from or otherwise
