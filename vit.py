@@ -1015,6 +1015,10 @@ def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple
     Raises:
         ValueError: no layout fits.
     """
+    if any(".base_layer." in key for key in tensors):
+        raise ValueError(
+            "its LoRA adapters aren't merged into it: peft's merge_and_unload() does it"
+        )
     if any("lora_" in key for key in tensors):
         raise ValueError(IS_LORA)
     for name, layout in layouts.items():

@@ -586,7 +586,7 @@ def test_lora_that_was_not_merged(tensors, tmp_path):
         tensors[f"{base}lora_A.default.weight"] = torch.zeros(2, 32)
         tensors[f"{base}lora_B.default.weight"] = torch.zeros(96, 2)
     save_file(tensors, tmp_path / "peft.safetensors")
-    with pytest.raises(ValueError, match="LoRA adapters.*; merge them into their network first"):
+    with pytest.raises(ValueError, match="its LoRA adapters aren't merged .*: peft's merge_and"):
         vit.load(tmp_path / "peft.safetensors", heads=2)
 
 
