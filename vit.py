@@ -87,6 +87,8 @@ class Config:
             raise ValueError(
                 f"image size {self.image_size} is not a multiple of the patch size {self.patch}"
             )
+        if self.rope and self.grid > 256:  # no file bounds what their tables take
+            raise ValueError(f"image size {self.image_size} is over 256 patches of {self.patch}")
         if self.rope and self.width // self.heads % 4:
             raise ValueError(
                 f"heads of {self.width // self.heads} channels can't have rotary positions, which "
@@ -127,9 +129,8 @@ class Rotary(nn.Module):
         super().__init__()
         g = config.grid
         quarter = config.width // config.heads // 4
-        with torch.device("cpu"):  # even where `load` builds on "meta": no file fills them
-            periods = ROPE_BASE ** (torch.arange(quarter) / quarter)  # [d/4]
-            centers = (torch.arange(g) + 0.5) / g * 2 - 1  # of the patches in a row, [g]
+        periods = ROPE_BASE ** (torch.arange(quarter) / quarter)  # [d/4]
+        centers = (torch.arange(g) + 0.5) / g * 2 - 1  # of the patches in a row, [g]
         angles = 2 * math.pi * centers[:, None] / periods  # [g, d/4]
         rows = angles[:, None].expand(g, g, quarter)
         columns = angles[None].expand(g, g, quarter)
@@ -163,7 +164,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.causal = config.causal
-        self.rope = Rotary(config) if config.rope else nn.Identity()
+        self.rope = nn.Identity()  # or a Rotary, which all blocks share
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -285,6 +286,14 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.eps)
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
+        if config.rope:
+            self.build_rotary()
+
+    def build_rotary(self) -> None:
+        """The tables of DINOv3's positions, which no file holds."""
+        rope = Rotary(self.config)
+        for block in self.blocks:
+            block.attn.rope = rope
 
     def init_weights(self) -> None:
         """Random weights to train from (timm's: truncated normal of 0.02, biases 0)."""
@@ -1360,6 +1369,8 @@ def load(
     except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
+    if config.rope:
+        model.build_rotary()
     return model.eval(), backbone
 
 
