@@ -118,8 +118,9 @@ class Rotary(nn.Module):
 
         angle = 2π · y / ROPE_BASE^(4j/d)      j = 0 .. d/4 - 1
 
-    So of two patches' positions, the product of a query and a key has only the difference. Tokens
-    that are no patches (class token, registers, prompts behind them) keep their angle, 0.
+    So the product of a query and a key depends on two patches' positions by their difference
+    alone. Tokens that are no patches (class token, registers; prompts, which stand behind the
+    patches) have the angle 0.
 
     The tables aren't in the state dict. They are fp32, as in timm and transformers; Meta's code
     rounds ROPE_BASE^(4j/d) to bf16.
