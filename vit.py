@@ -94,6 +94,8 @@ class Config:
             raise ValueError(
                 f"image size {self.image_size} is not a multiple of the patch size {self.patch}"
             )
+        if self.rope and self.grid > 256:  # no file bounds what their tables take
+            raise ValueError(f"image size {self.image_size} is over 256 patches of {self.patch}")
         if self.rope and self.width // self.heads % 4:
             raise ValueError(
                 f"heads of {self.width // self.heads} channels can't have rotary positions, which "
@@ -123,8 +125,9 @@ class Rotary(nn.Module):
 
         angle = 2π · y / ROPE_BASE^(4j/d)      j = 0 .. d/4 - 1
 
-    So of two patches' positions, the product of a query and a key has only the difference. Tokens
-    that are no patches (class token, registers, prompts behind them) keep their angle, 0.
+    So the product of a query and a key depends on two patches' positions by their difference
+    alone. Tokens that are no patches (class token, registers; prompts, which stand behind the
+    patches) have the angle 0.
 
     The tables aren't in the state dict. They are fp32, as in timm and transformers; Meta's code
     rounds ROPE_BASE^(4j/d) to bf16.
@@ -134,9 +137,8 @@ class Rotary(nn.Module):
         super().__init__()
         g = config.grid
         quarter = config.width // config.heads // 4
-        with torch.device("cpu"):  # even where `load` builds on "meta": no file fills them
-            periods = ROPE_BASE ** (torch.arange(quarter) / quarter)  # [d/4]
-            centers = (torch.arange(g) + 0.5) / g * 2 - 1  # of the patches in a row, [g]
+        periods = ROPE_BASE ** (torch.arange(quarter) / quarter)  # [d/4]
+        centers = (torch.arange(g) + 0.5) / g * 2 - 1  # of the patches in a row, [g]
         angles = 2 * math.pi * centers[:, None] / periods  # [g, d/4]
         rows = angles[:, None].expand(g, g, quarter)
         columns = angles[None].expand(g, g, quarter)
@@ -170,7 +172,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.causal = config.causal
-        self.rope = Rotary(config) if config.rope else nn.Identity()
+        self.rope = nn.Identity()  # or a Rotary, which all blocks share
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -292,6 +294,14 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.eps)
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
+        if config.rope:
+            self.build_rotary()
+
+    def build_rotary(self) -> None:
+        """The tables of DINOv3's positions, which no file holds."""
+        rope = Rotary(self.config)
+        for block in self.blocks:
+            block.attn.rope = rope
 
     def init_weights(self) -> None:
         """Random weights to train from (timm's: truncated normal of 0.02, biases 0)."""
@@ -1495,14 +1505,7 @@ def load_with_source(
         config = backbone.config
         for other in translated.heads - {config.heads}:
             raise ValueError(f"its kernels have {other} heads, not {config.heads}")
-        if not head:
-            found = {key: value for key, value in found.items() if not key.startswith("head.")}
-        if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
-            found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
-        if config.rope and not config.qkv_bias and not has_bias(found):
-            found = {key: value for key, value in found.items() if not key.endswith(".qkv.bias")}
-        if "pos_embed" in found:
-            found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
+        found = take_tensors(found, config, head)
         # No memory and no random numbers: what the file doesn't fill can't be used by mistake.
         with torch.device("meta"):
             model = ViT(config)
@@ -1515,7 +1518,23 @@ def load_with_source(
     except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
+    if config.rope:
+        model.build_rotary()
     return model.eval(), backbone, translated
+
+
+def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
+    """What a network of this configuration takes of a translated state dict; with `head` its
+    classifier too."""
+    if not head:
+        found = {key: value for key, value in found.items() if not key.startswith("head.")}
+    if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
+        found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
+    if config.rope and not config.qkv_bias and not has_bias(found):
+        found = {key: value for key, value in found.items() if not key.endswith(".qkv.bias")}
+    if "pos_embed" in found:
+        found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
+    return found
 
 
 def load_text(

@@ -365,6 +365,9 @@ READERS = {
     "weights": Reader(
         "tiny.safetensors", of_safetensors, lambda at: vit.load(at / "tiny.safetensors")
     ),
+    "rotary": Reader(
+        "rotary.safetensors", of_safetensors, lambda at: vit.load(at / "rotary.safetensors")
+    ),
     "download": Reader("tiny.safetensors", of_safetensors, check_download),
     "pth": Reader("tiny.pth", of_pth, lambda at: vit.load(at / "tiny.pth", heads=2)),
     "npz": Reader("tiny.npz", of_npz, lambda at: vit.load(at / "tiny.npz")),
@@ -397,6 +400,7 @@ for suffix in PHOTOS:
 def make_files(folder: Path) -> None:
     """The honest files, in the working folder."""
     write_tiny(folder / "tiny.safetensors", seed=0)
+    write_tiny(folder / "rotary.safetensors", seed=0, rope=True, registers=4)
     tensors, _ = vit.read_tensors(folder / "tiny.safetensors")
     torch.save({"model": tensors, "epoch": 3, "args": {"lr": 0.1}}, folder / "tiny.pth")
     google = references.as_google(

@@ -224,11 +224,14 @@ def test_a_network_without_its_positions_is_no_dinov3(tmp_path):
 
 
 def test_rotary_positions_that_can_not_be(tmp_path):
-    """Heads whose channels don't come in fours; another base than DINOv3's, stated beside."""
+    """Heads whose channels don't come in fours; more patches than any image has, in a description
+    or asked for; another base than DINOv3's, stated beside."""
     path = tmp_path / "w.safetensors"
     save_file(random_dinov3().state_dict(), path)
     with pytest.raises(ValueError, match="heads of 2 channels can't have rotary positions"):
         vit.load(path, heads=16)
+    with pytest.raises(ValueError, match="image size 1028 is over 256 patches of 4"):
+        vit.load(path, heads=2, image_size=1028)
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 32, "rope_theta": 10.0}))
     with pytest.raises(
         ValueError, match="config.json, .* states the base 10.0 of rotary positions"
