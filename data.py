@@ -42,6 +42,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -728,7 +729,7 @@ def read_tiny_imagenet(root: Path, side: int) -> Dataset:
     classes = list(by_class)
     listed = root / "val" / "val_annotations.txt"
     test = []
-    for line in listed.read_text(encoding="utf-8").splitlines():
+    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
         file, wnid, *_ = [*line.split("\t"), ""]
         path = root / "val" / "images" / file
         if wnid not in by_class or not path.is_file():
@@ -737,6 +738,8 @@ def read_tiny_imagenet(root: Path, side: int) -> Dataset:
                 f"train/{wnid}; unpack the archive again"
             )
         test.append((path, classes.index(wnid)))
+    if not test:
+        raise ValueError(f"{listed} lists no photos; unpack the archive again")
     first = open_photo(test[0][0], side)
     parts = {"train": with_labels(by_class, classes), "test": test}
     named = name_classes(root / "words.txt", classes)
@@ -869,7 +872,8 @@ def decode(
     files = []
     for path in paths:
         stat = path.stat()
-        files.append([path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns])
+        name = "/".join(path.parts[len(root.parts) :])
+        files.append([name, stat.st_size, stat.st_mtime_ns])
     header = [f"Pillow {PIL.__version__}, decoder {DECODER}", side, files]
     whole = as_utf8(str(root.resolve()))
     with photo_folder(keep) as folder:
@@ -1053,7 +1057,8 @@ def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
             if not name.startswith("."):
                 kind = photos if is_photo(file) else others
                 kind.append(file)
-    return sorted(photos), sorted(others)
+    # As paths compare themselves, but in half the time.
+    return sorted(photos, key=attrgetter("parts")), sorted(others)
 
 
 def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:

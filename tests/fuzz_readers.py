@@ -339,6 +339,14 @@ def of_graph(content: bytes, rng: random.Random) -> bytes:
     return proto.SerializeToString()
 
 
+def load_lora(folder: Path) -> None:
+    vit.load(folder / "tiny.safetensors", lora=folder / "lora")
+
+
+def read_tiny_imagenet(folder: Path) -> None:
+    data.read(str(folder / "imagenet"), image_size=16)
+
+
 def check_download(folder: Path) -> None:
     data.check_content(folder / "tiny.safetensors", "model.safetensors")
 
@@ -387,6 +395,10 @@ READERS = {
         "clip/merges.txt", of_text, lambda at: vit.Tokenizer(at / "clip/merges.txt")
     ),
     "graph": Reader("model.onnx", of_graph, label_photo),
+    "lora": Reader("lora/adapter_config.json", of_json, load_lora),
+    "factors": Reader("lora/adapter_model.safetensors", of_safetensors, load_lora),
+    "annotations": Reader("imagenet/val/val_annotations.txt", of_text, read_tiny_imagenet),
+    "names": Reader("imagenet/words.txt", of_text, read_tiny_imagenet),
 }
 PHOTOS = ("jpg", "png", "gif", "bmp", "tiff", "webp", "ppm", "tga", "ico")
 for suffix in PHOTOS:
@@ -453,6 +465,16 @@ def make_files(folder: Path) -> None:
     # Without the metadata that state its shape.
     data.write_file(folder / "hub/model.safetensors", train.to_safetensors(tensors))
 
+    (folder / "lora").mkdir()
+    factors = {
+        "base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.ones(2, 32),
+        "base_model.model.blocks.0.attn.qkv.lora_B.weight": torch.ones(96, 2),
+        "base_model.model.head.weight": torch.ones(3, 32),
+    }
+    data.write_file(folder / "lora/adapter_model.safetensors", train.to_safetensors(factors))
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"qkv": 3}}
+    (folder / "lora/adapter_config.json").write_text(json.dumps(settings))
+
     (folder / "clip").mkdir()
     made = write_tiny_clip(folder / "clip")
     if made.name != "clip.safetensors":
@@ -470,6 +492,16 @@ def make_files(folder: Path) -> None:
         return  # without photos
     image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     image.save(folder / "honest.png")
+    wnids = ("n01443537", "n02124075")
+    (folder / "imagenet/val/images").mkdir(parents=True)
+    for i, wnid in enumerate(wnids):
+        (folder / "imagenet/train" / wnid / "images").mkdir(parents=True)
+        image.save(folder / "imagenet/train" / wnid / "images/0.JPEG")
+        image.save(folder / f"imagenet/val/images/val_{i}.JPEG")
+    listed = [f"val_{i}.JPEG\t{wnid}\t0\t0\t9\t9\n" for i, wnid in enumerate(wnids)]
+    (folder / "imagenet/val/val_annotations.txt").write_text("".join(listed))
+    words = [f"{wnid}\ta {wnid}, b\n" for wnid in wnids]
+    (folder / "imagenet/words.txt").write_text("".join(words))
     for suffix in PHOTOS:
         image.save(folder / f"photo.{suffix}")
 
@@ -591,6 +623,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp()) / "work"
     folder.mkdir()
     os.chdir(folder)
+    os.environ["ADAPTERTUNE_CACHE"] = str(folder.parent / "cache")
     with contextlib.redirect_stdout(io.StringIO()):
         make_files(folder)
     each = -(-options.count // len(options.only))

@@ -31,11 +31,13 @@ TIMM = [name for name, backbone in vit.BACKBONES.items() if backbone.repo.starts
 
 @torch.inference_mode()
 def difference(path, expected, images, **options):
-    """Largest |ours - expected|."""
+    """Largest |ours - expected|, which `pytest -sv` shows."""
     model, _ = vit.load(path, **options)
     found = model(images)
     assert found.shape == expected.shape
-    return (found - expected).abs().max().item()
+    largest = (found - expected).abs().max().item()
+    print(f"{largest:.1e} of {expected.abs().max():.1f}", end=" ")
+    return largest
 
 
 def large_image():
