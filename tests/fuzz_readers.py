@@ -623,7 +623,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp()) / "work"
     folder.mkdir()
     os.chdir(folder)
-    os.environ["ADAPTERTUNE_CACHE"] = str(folder.parent / "cache")
+    cache = tempfile.mkdtemp()
+    os.environ["ADAPTERTUNE_CACHE"] = cache
     with contextlib.redirect_stdout(io.StringIO()):
         make_files(folder)
     each = -(-options.count // len(options.only))
@@ -637,6 +638,7 @@ def main() -> None:
             print(text, flush=True)
         wrong += found
     shutil.rmtree(folder.parent)
+    shutil.rmtree(cache)
     print(f"all           {each * len(options.only):>6} inputs{len(wrong):>5} wrong")
     sys.exit(bool(wrong))
 

@@ -370,6 +370,9 @@ def test_tiny_imagenet_that_is_not_whole(tmp_path):
         ValueError, match="lists val_2.JPEG of n03814639, but there is no such photo"
     ):
         data.read(str(root))
+    (root / "val/val_annotations.txt").write_text("")
+    with pytest.raises(ValueError, match="val_annotations.txt lists no photos"):
+        data.read(str(root))
 
 
 def imagenet_r(readme=True):
