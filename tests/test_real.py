@@ -261,3 +261,56 @@ def test_few_shots_on_clip(commands):
     assert result["val_accuracy"] == result["zero_shot_val_accuracy"]
     for name in ("zero-shot", "clip-adapter"):
         assert "24 test images" in run_export(f"runs/f-{name}", "--images", 24)
+
+
+# --------------------------------------------------------------------------------- a LoRA of peft
+
+
+def test_lora_on_photos(commands, tmp_path):
+    """A LoRA that peft fits to three flowers for five steps gives peft's logits and accuracy, and
+    the exported graph the same logits."""
+    peft = pytest.importorskip("peft")
+    timm = pytest.importorskip("timm")
+    run, exporter = commands
+    torch.manual_seed(0)
+    network = timm.create_model("deit_tiny_patch16_224", num_classes=3)
+    tensors, _ = vit.read_tensors(DEIT)
+    backbone = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    network.load_state_dict(backbone, strict=False)
+    settings = {"r": 16, "lora_alpha": 32, "target_modules": ["qkv"], "modules_to_save": ["head"]}
+    tuned = peft.get_peft_model(network, peft.LoraConfig(**settings))
+    few = tmp_path / "few"
+    for folder in sorted(FLOWERS.glob("*/*"))[:12:4] + sorted(FLOWERS.glob("*/*"))[12::4]:
+        (few / folder.parent.name).mkdir(parents=True, exist_ok=True)
+        (few / folder.parent.name / folder.name).symlink_to(folder)
+    dataset = data.split(data.read(str(few), image_size=224))
+    batches = data.Batches(224, vit.IMAGENET, 32, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=2e-3)
+    for _, (x, labels) in zip(range(5), batches.train(dataset, 0, 1), strict=False):
+        loss = torch.nn.functional.cross_entropy(tuned(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tuned.eval().save_pretrained(tmp_path / "lora")
+
+    expected = []
+    with torch.inference_mode():
+        for x, _ in batches.eval(dataset.test, dataset.center):
+            expected.append(tuned(x))
+    expected = torch.cat(expected)
+    right = (expected.argmax(dim=1) == dataset.test.labels).double().mean().item()
+    assert 0.5 < right < 1
+    lora = ("--init-lora", tmp_path / "lora", "--epochs", 0, "--method", "head", "--name", "lora")
+    out = run("--dataset", few, "--weights", DEIT, *lora)
+    assert f"test     {100 * right:.2f} %" in out
+    exporter("runs/lora", "--images", 8)
+    session = onnxruntime.InferenceSession("runs/lora/model.onnx")
+    first = next(batches.eval(dataset.test, dataset.center))[0]
+    ours = train.load_run("runs/lora").network
+    with torch.inference_mode():
+        in_torch = (ours(first) - expected[:32]).abs().max().item()
+    found = torch.from_numpy(session.run(None, {"image": first.numpy()})[0])
+    in_graph = (found - expected[:32]).abs().max().item()
+    spread = expected.std().item()
+    print(f"peft {100 * right:.2f} %; logits of std {spread:.1f}: {in_torch:.1e}, {in_graph:.1e}")
+    assert max(in_torch, in_graph) < 1e-4
