@@ -666,8 +666,11 @@ def read_torchvision(
     for source in sources:
         files = source._images if name == "pets" else source._image_files
         photos += zip(map(Path, files), source._labels, strict=True)
+    classes = sources[0].classes
+    if not all(0 <= label < len(classes) for _, label in photos):
+        raise ValueError(f"{name} has labels of no class; delete {data_dir / place}")
     parts = {"train": photos[:trained], "test": photos[trained:]}
-    return from_photos(name, sources[0].classes, parts, side, data_dir / place)
+    return from_photos(name, classes, parts, side, data_dir / place)
 
 
 def read_archive(
