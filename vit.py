@@ -1412,51 +1412,55 @@ def read_norm(content: dict) -> dict:
 def choose_backbone(
     name: str, path: Path, translated: Translated, meta: dict, given: dict
 ) -> Backbone:
-    """The named backbone, else the one that the file describes, else what stands beside the file,
-    else what its shapes suggest; what is `given` by hand (see `read_beside`) overrides it."""
-    guessed = []
-    found = translated.tensors
-    heads_from = "given" if "heads" in given else ""
-    norm_from = "given" if "mean" in given or "std" in given else ""
+    """The named backbone, else the one that the file describes, else what its shapes suggest; what
+    stands beside a file that has neither overrides that, and what is `given` by hand everything
+    (both as `read_beside` has it)."""
+    known = dict(given)
+    if "heads" in given:
+        known["heads_from"] = "given"
+    if "mean" in given or "std" in given:
+        known["norm_from"] = "given"
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
-        norm = []
-        for name in ("mean", "std"):
-            values = read_norm({f"image_{name}": meta[name]})
-            norm.append(values[name])
+        stated = read_norm({"image_mean": meta["mean"], "image_std": meta["std"]})
         license = str(meta.get("license", "not stated"))
-        backbone = Backbone("", Config(**meta["config"]), tuple(norm), license)
+        norm = (stated["mean"], stated["std"])
+        backbone = Backbone("", Config(**meta["config"]), norm, license)
     else:
+        found = translated.tensors
         width = found["cls_token"].shape[-1] if "cls_token" in found else 0
-        known = read_beside(path, width) | given
+        known = read_beside(path, width) | known
         if translated.heads:
             known = {"heads": max(translated.heads), "heads_from": "its kernels' shape"} | known
-        heads_from = heads_from or known.get("heads_from", "")
-        norm_from = norm_from or known.get("norm_from", "")
-        eps = known.get("eps", translated.eps)
-        config = infer_config(found, eps=eps, heads=known.get("heads", 0))
-        if "heads" not in known:
-            guessed.append(f"heads {config.heads}")
-        if config.norm_pre and "quick_gelu" not in known:
-            guessed.append("QuickGELU")
-        whose = "CLIP" if config.norm_pre else translated.norm
-        norm = NORMS[whose]
-        unknown = [name for name in ("mean", "std") if name not in known]
-        if unknown:
-            guessed.append(f"{whose}'s {' and '.join(unknown)}")
-        if "note" in known:
-            meta = meta | {"note": "; ".join(filter(None, (meta.get("note"), known["note"])))}
-        norm = (known.get("mean", norm[0]), known.get("std", norm[1]))
-        config = replace(config, quick_gelu=known.get("quick_gelu", config.quick_gelu))
-        backbone = Backbone("", config, norm, "not stated", tuple(guessed))
-    changes = {key: given[key] for key in ("heads", "quick_gelu") if key in given}
+        backbone = guess_backbone(translated, known)
+    changes = {key: known[key] for key in ("heads", "quick_gelu") if key in known}
     mean, std = backbone.norm
-    norm = (tuple(given.get("mean", mean)), tuple(given.get("std", std)))
-    config = replace(backbone.config, **changes)
-    note = meta.get("note", "")
-    backbone = replace(backbone, config=config, norm=norm, note=note)
-    return replace(backbone, heads_from=heads_from, norm_from=norm_from)
+    notes = (meta.get("note"), translated.note, known.get("note"))
+    return replace(
+        backbone,
+        config=replace(backbone.config, **changes),
+        norm=(tuple(known.get("mean", mean)), tuple(known.get("std", std))),
+        note="; ".join(filter(None, notes)),
+        heads_from=known.get("heads_from", ""),
+        norm_from=known.get("norm_from", ""),
+    )
+
+
+def guess_backbone(translated: Translated, known: dict) -> Backbone:
+    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
+    eps = known.get("eps", translated.eps)
+    config = infer_config(translated.tensors, eps=eps, heads=known.get("heads", 0))
+    whose = "CLIP" if config.norm_pre else translated.norm
+    guessed = []
+    if "heads" not in known:
+        guessed.append(f"heads {config.heads}")
+    if config.norm_pre and "quick_gelu" not in known:
+        guessed.append("QuickGELU")
+    unknown = [name for name in ("mean", "std") if name not in known]
+    if unknown:
+        guessed.append(f"{whose}'s {' and '.join(unknown)}")
+    return Backbone("", config, NORMS[whose], "not stated", tuple(guessed))
 
 
 def load(
@@ -1498,14 +1502,12 @@ def load_with_source(
                 "train.py --eval or export.py, or start from it by --init"
             )
         translated = to_timm(tensors, lora=lora)
-        found = translated.tensors
-        meta["note"] = "; ".join(filter(None, (meta.get("note"), translated.note)))
         backbone = choose_backbone(name, Path(path), translated, meta, given)
         backbone = replace(backbone.at(image_size), lora=translated.lora)
         config = backbone.config
         for other in translated.heads - {config.heads}:
             raise ValueError(f"its kernels have {other} heads, not {config.heads}")
-        found = take_tensors(found, config, head)
+        found = take_tensors(translated.tensors, config, head)
         # No memory and no random numbers: what the file doesn't fill can't be used by mistake.
         with torch.device("meta"):
             model = ViT(config)
