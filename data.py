@@ -858,8 +858,8 @@ def decode(
 ) -> tuple[Images, dict[str, str]]:
     """Photos as centre squares of `side` pixels, and the checksum of each one's file by its name.
 
-    They are decoded once: a file of the cache has those of a folder and size. Where photos come or
-    go, the others keep their pixels, and what a killed process has decoded stays.
+    They are decoded once: a folder of the cache has those of a folder and size. Where photos come
+    or go, the others keep their pixels, and what a killed process has decoded stays.
 
     Args:
         root: the folder that all of them are in.
@@ -868,35 +868,31 @@ def decode(
     Raises:
         ValueError: no Pillow; photos that can't be read, of which some are named; no room.
     """
-    try:
-        import PIL
-    except ImportError as error:
-        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
     files = []
     for path in paths:
         stat = path.stat()
-        name = "/".join(path.parts[len(root.parts) :])
-        files.append([name, stat.st_size, stat.st_mtime_ns])
-    header = [f"Pillow {PIL.__version__}, decoder {DECODER}", side, files]
+        name = "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
+        files.append((name, stat.st_size, stat.st_mtime_ns))
     whole = as_utf8(str(root.resolve()))
-    with photo_folder(keep) as folder:
+    kept = photo_folder() if keep else None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        folder = kept or Path(temporary)
         place = folder / f"{as_utf8(root.resolve().name)[:50]}-{side}-{seed_from(whole):08x}"
-        photos = open_photos(place)
-        if not photos or photos.header != header or not photos.sums.all():
-            lock = place.with_name(place.name + ".lock")
-            with locked(lock):
-                photos = open_photos(place)  # another process may have made it meanwhile
-                if not photos or photos.header != header:
-                    begin_photos(place, header, photos)
-                fill_photos(place, paths)
-                lock.unlink()
-            photos = Photos(place)
-            if keep:
-                size = f"{place.stat().st_size / 1e6:,.0f} MB"
-                print(f"photos   {len(paths):,} decoded to {place} ({size}), for later runs too")
+        with locked(place, folder=True):
+            # Of photos that are gone or were changed no more are kept than there are photos.
+            photos = open_photos(place, side, most=2 * len(files))
+            pairs = zip(files, paths, strict=True)
+            missing = {file: path for file, path in pairs if file not in photos.rows}
+            if missing:
+                fill_photos(place, photos, missing)
+                photos = Photos(place, side)
+        if missing and kept:
+            size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
+            print(f"photos   {len(paths):,} decoded to {place} ({size}), for later runs too")
     names = [name for name, _, _ in files]
-    sums = {name: f"{crc:08x}" for name, crc in zip(names, photos.sums, strict=True)}
-    return Images(photos, torch.tensor(labels), names), sums
+    rows = [photos.rows[file] for file in files]
+    sums = {name: f"{photos.sums[row]:08x}" for name, row in zip(names, rows, strict=True)}
+    return Images(photos, torch.tensor(labels), names, torch.tensor(rows)), sums
 
 
 DECODER = 1  # another number for another outcome of `read_photo`: then all is decoded anew
@@ -904,143 +900,135 @@ PHOTOS_AT_A_TIME = 256  # in memory while they are decoded; fewer of more than 2
 
 
 class Photos:
-    """Decoded photos in a file of the cache: a table uint8 [N, 3, side, side] on the disk.
+    """Decoded photos in a folder of the cache: a table uint8 [N, 3, side, side] on the disk.
 
-    The file has, one after the other: the length of the next in 8 bytes; JSON of what the pixels
-    follow from (Pillow's version, the side, each photo's name, size and time in nanoseconds); the
-    CRC-32 of each photo's file, or 0 while it isn't decoded; the table.
+    The file `pixels` has one after the other. `index` has, after a line on what decoded them, a
+    line of JSON for each: its name, its file's size, time in nanoseconds and CRC-32. Both only
+    grow, so a process that has them open never sees its rows change; a photo that is gone or was
+    changed keeps its row.
 
     Raises:
-        ValueError: the file is damaged.
+        FileNotFoundError, ValueError, TypeError: it isn't there, is damaged, or of another decoder.
     """
 
     dtype = torch.uint8
 
-    def __init__(self, path: Path):
-        self.file = path.open("rb")
-        self.start = 8 + int.from_bytes(self.file.read(8), "little")  # of the checksums
-        size = path.stat().st_size
-        try:
-            self.header = json.loads(self.file.read(min(self.start, size) - 8))
-            made_by, side, files = self.header
-            count = len(files)
-            self.shape = (count, 3, side, side)
-            self.sums = np.frombuffer(self.file.read(4 * count), "<u4")
-            if size != self.place(count):
-                raise ValueError(f"{size:,} bytes")
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it") from error
-
-    def place(self, i: int) -> int:
-        """Where in the file photo i begins."""
-        return self.start + 4 * self.shape[0] + i * math.prod(self.shape[1:])
+    def __init__(self, folder: Path, side: int):
+        self.pixels = (folder / "pixels").open("rb")
+        listed = (folder / "index").read_bytes()
+        self.end = listed.rfind(b"\n") + 1  # behind it, a line that was cut short
+        self.made_by, *lines = listed[: self.end].decode("ascii").splitlines()
+        self.rows: dict[tuple[str, int, int], int] = {}
+        self.sums = np.zeros(len(lines), np.uint32)
+        for row, line in enumerate(lines):
+            name, size, time_ns, crc = json.loads(line)
+            self.rows[name, size, time_ns] = row
+            self.sums[row] = int(crc, 16)
+        self.shape = (len(lines), 3, side, side)
+        enough = (folder / "pixels").stat().st_size >= math.prod(self.shape)
+        if self.made_by != made_by() or not enough:
+            raise ValueError(f"{folder} is damaged, or of another decoder")
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         # Mapped anew for each batch: all that was read counts as this process's memory for as long
         # as it is mapped.
-        table = np.memmap(self.file, np.uint8, "r", self.place(0), self.shape)
+        table = np.memmap(self.pixels, np.uint8, "r", 0, self.shape)
         return torch.from_numpy(table[rows.numpy()])
 
     def checksum(self, rows: Tensor) -> str:
         """SHA-256 of what the pixels of some photos follow from."""
-        key = hashlib.sha256(repr((self.header[0], self.shape[1:])).encode())
+        key = hashlib.sha256(repr((self.made_by, self.shape[1:])).encode())
         key.update(self.sums[rows.numpy()])
         return key.hexdigest()
 
 
-def open_photos(path: Path) -> Photos | None:
-    """A file of the cache; None if it isn't there, or is damaged."""
+def made_by() -> str:
+    """What decodes photos, as their index says it."""
     try:
-        return Photos(path)
-    except (FileNotFoundError, ValueError):
+        import PIL
+    except ImportError as error:
+        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
+    return f"Pillow {PIL.__version__}, decoder {DECODER}"
+
+
+def open_photos(folder: Path, side: int, most: int) -> Photos:
+    """What a folder of the cache has; nothing, if it is new, damaged, of another decoder, or has
+    more than `most` photos. Then its files are made anew: other processes may have the old open."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, OverflowError):
+        photos = Photos(folder, side)
+        if len(photos.sums) <= most:
+            return photos
+    for name, content in {"pixels": "", "index": f"{made_by()}\n"}.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text(content)
+    return Photos(folder, side)
+
+
+def photo_folder() -> Path | None:
+    """The cache's folder of decoded photos; None, and a line that says so, if it can't be used."""
+    try:
+        folder = cache_folder() / "photos"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, ValueError) as error:
+        print(f"note     decoded photos aren't kept ({error}): set ADAPTERTUNE_CACHE")
         return None
 
 
-@contextlib.contextmanager
-def photo_folder(keep: bool) -> Iterator[Path]:
-    """The cache's folder of decoded photos; or, if they aren't to be kept or can't be, one that is
-    removed when the block has opened what it needs."""
-    if keep:
-        try:
-            folder = cache_folder() / "photos"
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except (OSError, ValueError) as error:
-            print(f"note     decoded photos aren't kept ({error}): set ADAPTERTUNE_CACHE")
-        else:
-            yield folder
-            return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int], Path]) -> None:
+    """Decode photos into a folder of the cache, behind those that it has, on all cores.
 
-
-def begin_photos(path: Path, header: list, old: Photos | None) -> None:
-    """Make a file of the cache in which no photo is decoded but for those that `old` has."""
-    made_by, side, files = header
-    known = {}
-    if old and old.header[:2] == header[:2]:
-        for row, (file, crc) in enumerate(zip(old.header[2], old.sums, strict=True)):
-            if crc:
-                known[tuple(file)] = row
-    rows = [known.get(tuple(file)) for file in files]
-    sums = [0 if row is None else old.sums[row] for row in rows]
-    listed = json.dumps(header).encode()
-    with replacing(path) as file:
-        file.write(len(listed).to_bytes(8, "little") + listed)
-        file.write(np.array(sums, "<u4").tobytes())
-        for row in rows:
-            if row is None:
-                file.seek(3 * side**2, os.SEEK_CUR)
-            else:
-                file.write(old[torch.tensor([row])].numpy().tobytes())
-        file.truncate()
-
-
-def fill_photos(path: Path, paths: list[Path]) -> None:
-    """Decode the photos that a file of the cache lacks, on all cores.
+    Args:
+        missing: their paths, by name, size and time.
 
     Raises:
         ValueError: the disk is too full; photos that can't be read, after all others were.
     """
-    photos = Photos(path)
-    side = photos.shape[-1]
-    sums = photos.sums.copy()
-    missing = np.flatnonzero(sums == 0).tolist()
+    rows, _, _, side = photos.shape
     needed = len(missing) * 3 * side**2
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
             f"{len(missing):,} photos of {side} x {side} pixels take {needed / 1e9:,.1f} GB, "
-            f"{path.parent} has {free / 1e9:,.1f} GB free; make room, set ADAPTERTUNE_CACHE to a "
+            f"{folder} has {free / 1e9:,.1f} GB free; make room, set ADAPTERTUNE_CACHE to a "
             "folder on another disk, or give a smaller --image-size"
         )
 
-    def read(i: int) -> tuple[Tensor, int] | ValueError:
+    def read(file: tuple[str, int, int]) -> tuple[Tensor, str] | ValueError:
         """A photo's pixels and its file's CRC-32; or why there are none."""
         try:
-            return read_photo(paths[i], side), max(1, int(file_crc(paths[i]), 16))
+            return read_photo(missing[file], side), file_crc(missing[file])
         except ValueError as error:
             return error
 
     bad = []
+    files = list(missing)
     at_a_time = max(os.cpu_count(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))
     started = time.perf_counter()
-    with path.open("r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(missing), at_a_time):
-            part = missing[first : first + at_a_time]
-            for i, found in zip(part, pool.map(read, part), strict=True):
+    with (
+        (folder / "pixels").open("r+b") as pixels,
+        (folder / "index").open("r+b") as index,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        pixels.seek(rows * 3 * side**2)
+        index.truncate(photos.end)
+        index.seek(photos.end)
+        for first in range(0, len(files), at_a_time):
+            part = files[first : first + at_a_time]
+            lines = ""
+            for file, found in zip(part, pool.map(read, part), strict=True):
                 if isinstance(found, ValueError):
                     bad.append(found)
                     continue
-                image, sums[i] = found
-                file.seek(photos.place(i))
-                file.write(image.numpy().tobytes())
-            file.flush()
-            os.fsync(file.fileno())  # the pixels are there before their checksums say so
-            file.seek(photos.start)
-            file.write(sums.tobytes())
-            progress("decoding, photo", first + len(part), len(missing), started)
+                image, crc = found
+                pixels.write(image.numpy().tobytes())
+                lines += json.dumps([*file, crc]) + "\n"
+            pixels.flush()
+            os.fsync(pixels.fileno())  # the pixels are there before their lines say so
+            index.write(lines.encode())
+            index.flush()
+            progress("decoding, photo", first + len(part), len(files), started)
     if bad:
         text = str(bad[0])
         if len(bad) > 1:

@@ -69,8 +69,8 @@ def read(folder, size, cache):
 
 def cache_file(cache):
     """The file of decoded photos."""
-    (path,) = [path for path in (cache / "photos").iterdir() if path.suffix != ".lock"]
-    return path
+    (folder,) = (cache / "photos").iterdir()
+    return folder / "pixels"
 
 
 def memory_of_training(folder, cache, options, place):

@@ -429,8 +429,8 @@ def test_an_archive_that_was_put_there(monkeypatch, server, tmp_path):
 # ------------------------------------------------------------------------ decoded photos, kept
 
 
-def cached_file():
-    """The only file of decoded photos."""
+def cached_folder():
+    """The only folder of decoded photos."""
     (found,) = (data.cache_folder() / "photos").iterdir()
     return found
 
@@ -454,7 +454,7 @@ def test_photos_are_decoded_once(photos, counted, capsys):
     """The second time the pixels come from the cache, and they are the same."""
     first = data.read(str(photos), image_size=16)
     assert len(counted) == 60
-    assert f"photos   60 decoded to {cached_file()}" in capsys.readouterr().out
+    assert f"photos   60 decoded to {cached_folder()}" in capsys.readouterr().out
     again = data.read(str(photos), image_size=16)
     assert len(counted) == 60
     assert not capsys.readouterr().out
@@ -532,15 +532,28 @@ def test_a_damaged_photo_costs_no_other(photos, counted):
     assert counted == ["07.png", "07.png"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 20, None])
-def test_a_damaged_cache_is_made_again(photos, counted, damage):
-    """Cut short, or of something else."""
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 20, b"\n[]\n", None])
+@pytest.mark.parametrize("name", ["pixels", "index"])
+def test_a_damaged_cache_is_made_again(photos, counted, name, damage):
+    """Cut short, or of something else. Of an index, a line that was cut short costs one photo."""
     first = data.read(str(photos), image_size=16).train.pixels
-    file = cached_file()
+    file = cached_folder() / name
     file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
     again = data.read(str(photos), image_size=16)
-    assert len(counted) == 120
+    assert len(counted) == (61 if name == "index" and damage is None else 120)
     assert torch.equal(first, again.train.pixels)
+
+
+def test_photos_that_went_leave_the_cache(photos, counted):
+    """Once they are the most of it; then the others are decoded anew."""
+    data.read(str(photos), image_size=16)
+    for i in range(11):
+        for folder in photos.iterdir():
+            (folder / f"{i:02}.png").unlink()
+    del counted[:]
+    found = data.read(str(photos), image_size=16)
+    assert len(counted) == len(found.train)
+    assert (cached_folder() / "pixels").stat().st_size == found.train.nbytes
 
 
 def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path, capsys):
@@ -548,7 +561,9 @@ def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path, c
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "file"))
     found = data.read(str(photos), image_size=16)
-    assert "note     decoded photos aren't kept" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "note     decoded photos aren't kept" in out
+    assert "for later runs" not in out
     assert found.train.pixels.float().std() > 10
 
 
