@@ -1647,22 +1647,24 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
         ValueError: a file is missing or damaged; it isn't a LoRA, or of a kind that isn't merged
             here.
     """
-    if path.is_dir() or path.name == LORA_CONFIG:
-        path = path.with_name(LORA_FILE) if path.is_file() else path / LORA_FILE
-    stated = path.with_name(LORA_CONFIG)
+    folder = path if path.is_dir() else path.parent
+    stated = folder / LORA_CONFIG
+    if path in (folder, stated):
+        path = folder / LORA_FILE
     try:
         content = json.loads(stated.read_text(encoding="utf-8-sig"))
         given = {name: value for name, value in content.items() if value is not None}
         settings = LORA_SETTINGS | given
-        strange = strange_settings(settings)
+        check_settings(settings)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{stated} is missing or damaged ({first_line(error)}); give the folder that peft's "
             "save_pretrained wrote"
         ) from error
+    strange = strange_setting(settings)
     if strange:
         raise ValueError(
-            f"{stated} states {strange[-1][:100]}; merge it with peft's merge_and_unload() and "
+            f"{stated} states {strange[:100]}; merge it with peft's merge_and_unload() and "
             "give the result by --weights"
         )
     if not path.is_file():
@@ -1671,30 +1673,29 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, settings
 
 
-def strange_settings(settings: dict) -> list[str]:
-    """What a LoraConfig states that isn't merged here, as name and value; the method last.
-
-    Raises:
-        ValueError: a value that can't be.
-    """
-    patterns = settings["alpha_pattern"]
-    for alpha in (settings["lora_alpha"], *patterns.values()):
+def check_settings(settings: dict) -> None:
+    """Raise a ValueError if a LoraConfig states a value that can't be."""
+    for alpha in (settings["lora_alpha"], *settings["alpha_pattern"].values()):
         if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
             raise ValueError(f"alpha {alpha!r}")
     for name in ("use_rslora", "use_dora"):
         if type(settings[name]) is not bool:
             raise ValueError(f"{name} {settings[name]!r}")
-    strange = []
+
+
+def strange_setting(settings: dict) -> str:
+    """What a LoraConfig states that isn't merged here, as name and value; "" for nothing."""
+    if settings["peft_type"] != "LORA":
+        return f"the method {settings['peft_type']!r}, not LORA"
+    if settings["init_lora_weights"] not in LORA_INITS:
+        return f"init_lora_weights {settings['init_lora_weights']!r}"
+    for pattern in settings["alpha_pattern"]:
+        if not re.fullmatch(r"[\w.]+", pattern):  # more than a name: it can take years to match
+            return f"alpha_pattern {pattern!r}"
     for name, value in settings.items():
         if value and name not in (*LORA_SETTINGS, *LORA_IGNORED):
-            strange.append(f"{name} {value!r}")
-    # A regular expression can take years; a name is one, too.
-    strange += [f"alpha_pattern {each!r}" for each in patterns if not re.fullmatch(r"[\w.]+", each)]
-    if settings["init_lora_weights"] not in LORA_INITS:
-        strange.append(f"init_lora_weights {settings['init_lora_weights']!r}")
-    if settings["peft_type"] != "LORA":
-        strange.append(f"the method {settings['peft_type']!r}, not LORA")
-    return strange
+            return f"{name} {value!r}"
+    return ""
 
 
 def find_place(name: str, found: dict[str, Tensor]) -> tuple[str, str]:
