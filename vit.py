@@ -1727,72 +1727,69 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
             finite.
     """
     tensors, settings = read_lora(path)
+    merged = {}
+    towers = set()
+    left_out = []
     try:
-        factors, whole = sort_lora(tensors)
-        merged = {}
-        prefixes = set()
-        left_out = []
-        for module, parts in factors.items():
-            place, prefix = find_place(f"{module}.weight", found)
-            if place in merged or place not in found:
-                raise ValueError(f"{module} is there twice, or the weights have none")
-            alpha = alpha_of(module, settings)
-            merged[place] = merge_factors(found[place], parts, alpha, settings)
-            prefixes.add(prefix)
-        for name, value in whole.items():
+        changes = sort_lora(tensors)
+        for name, parts in changes.items():
             place, prefix = find_place(name, found)
-            if not place.startswith("head."):
-                prefixes.add(prefix)
-            elif not reads_features(value, found):
-                left_out.append(name)
-                continue
             if place in merged:
                 raise ValueError(f"{name} is there twice")
-            merged[place] = value  # whose shape is checked with all others
-        if len(prefixes) > 1 or re.search(r"text|decoder", "".join(prefixes)):
-            raise ValueError(f"it is for more than the image tower ({', '.join(sorted(prefixes))})")
+            if not place.startswith("head."):
+                towers.add(prefix)
+            elif "whole" in parts and not reads_features(parts["whole"], found):
+                left_out.append(name)
+                continue
+            alpha = alpha_of(name, settings)
+            merged[place] = merge_parts(found.get(place), parts, alpha, settings)
+        if len(towers) > 1 or re.search(r"text|decoder", "".join(towers)):
+            raise ValueError(f"it is for more than the image tower ({', '.join(sorted(towers))})")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     found |= merged
-    text = describe_lora(factors, merged, settings)
+    text = describe_lora(changes, settings, len(merged))
     return text + (f"; left out: {some(left_out)}" if left_out else "")
 
 
-def sort_lora(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """A LoRA's factors, {"A", "B"} and perhaps "magnitude_vector", by the modules' names there; and
-    the tensors that replace the network's, by theirs."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    whole = {}
+def sort_lora(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What a LoRA has for each of the network's tensors, by their names there: the factors "A" and
+    "B", and perhaps "magnitude_vector"; or the "whole" of one that replaces it."""
+    changes: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if not value.is_floating_point() or not value.isfinite().all():
             raise ValueError(f"{key} has values that aren't finite numbers")
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
+        if ".original_module." in name:
+            continue
+        part = "whole"
         match = LORA_KEY.fullmatch(name)
         if match:
-            parts = factors.setdefault(match[1], {})
-            if match[2] in parts:
-                raise ValueError(f"it has two adapters for {match[1]}; give a file with one")
-            parts[match[2]] = value.float()
-        elif ".original_module." not in name:
-            whole[name] = value.float()
-    if not factors:
+            name = f"{match[1]}.weight"
+            part = match[2]
+        value = value.float()
+        known = changes.setdefault(name, {}).setdefault(part, value)
+        if not known.equal(value):  # with bias="all" peft saves a classifier's bias by two names
+            raise ValueError(f"it has two adapters for {name}; give a file with one")
+    if all(parts.keys() == {"whole"} for parts in changes.values()):
         raise ValueError("it holds no LoRA: no lora_A and lora_B")
-    return factors, whole
+    return changes
 
 
-def alpha_of(module: str, settings: dict) -> float:
-    """The alpha of a module: that of the first pattern that its name ends with, else the general
-    one."""
+def alpha_of(name: str, settings: dict) -> float:
+    """The alpha of a weight: that of the first pattern that its module's name ends with, else the
+    general one."""
+    module = name.removesuffix(".weight")
     for pattern, alpha in settings["alpha_pattern"].items():
         if f".{module}".endswith(f".{pattern}"):
             return alpha
     return settings["lora_alpha"]
 
 
-def merge_factors(weight: Tensor, parts: dict[str, Tensor], alpha: float, settings: dict) -> Tensor:
+def merge_parts(
+    weight: Tensor | None, parts: dict[str, Tensor], alpha: float, settings: dict
+) -> Tensor:
     """A weight [out, in] with its LoRA in it. A convolution's are [out, in, k, k], A [r, in, k, k],
     B [out, r, 1, 1].
 
@@ -1802,6 +1799,10 @@ def merge_factors(weight: Tensor, parts: dict[str, Tensor], alpha: float, settin
     Raises:
         ValueError: the parts aren't of these shapes.
     """
+    if parts.keys() == {"whole"}:
+        return parts["whole"]  # whose shape is checked with all others
+    if weight is None:
+        raise ValueError("it has factors for a classifier, which the weights lack")
     names = {"A", "B", "magnitude_vector"} if settings["use_dora"] else {"A", "B"}
     if weight.ndim < 2 or parts.keys() != names:
         raise ValueError(f"it has {', '.join(parts)} for a weight of {tuple(weight.shape)}")
@@ -1833,16 +1834,15 @@ def reads_features(value: Tensor, found: dict[str, Tensor]) -> bool:
     return value.ndim == 1 or value.shape[1] == found["cls_token"].shape[-1]
 
 
-def describe_lora(
-    factors: dict[str, dict[str, Tensor]], merged: dict[str, Tensor], settings: dict
-) -> str:
-    """A line on a merged LoRA: its factors, by module there, and the tensors as they are now."""
+def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict, merged: int) -> str:
+    """A line on a LoRA that was merged into so many tensors."""
+    factors = {name: parts for name, parts in changes.items() if "A" in parts}
     ranks = sorted({len(parts["A"]) for parts in factors.values()})
-    modules = sorted({module.rpartition(".")[2] for module in factors})
+    modules = sorted({name.split(".")[-2] for name in factors})
     kind = "DoRA, " if settings["use_dora"] else ""
     text = f"{kind}rank {', '.join(map(str, ranks))} on {', '.join(modules)} "
     text += f"({len(factors)} matrices), alpha {settings['lora_alpha']:g}, merged"
-    others = len(merged) - len(factors)
+    others = merged - len(factors)
     if others:
         text += f"; {others} tensors beside them replace the network's"
     base = settings.get("base_model_name_or_path")

@@ -148,6 +148,7 @@ HF = {
     "norms": {"r": 4, "modules_to_save": ["layernorm", "layernorm_after", "classifier"]},
     "embeddings": {"r": 4, "modules_to_save": ["vit.embeddings"]},
     "patches too": {"r": 4, "target_modules": r".*(_proj|query|fc1|dense|projection)"},
+    "all linear": {"r": 4, "target_modules": "all-linear"},  # the classifier too
     "Gaussian": {"r": 4, "init_lora_weights": "gaussian"},
     "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
 }
@@ -578,7 +579,7 @@ TENSORS = [
         {f"{BASE}norm.weight": torch.zeros(31)},
         r"of another shape: norm.weight \(31,\), not \(32,\)",
     ),
-    ({f"{BASE}blocks.0.attn.qkv.weight": torch.zeros(96, 32)}, "is there twice"),
+    ({f"{BASE}blocks.0.attn.qkv.weight": torch.zeros(96, 32)}, "it has A, B, whole for a weight"),
     ({A.replace(".weight", ".other.weight"): torch.zeros(4, 32)}, "it has two adapters for"),
     ({f"{BASE}blocks.0.attn.q.weight": torch.zeros(32, 32)}, "isn't a tensor of these"),
     (
