@@ -1486,14 +1486,6 @@ def load(
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
-    model, backbone, _ = load_with_source(path, name, image_size, head, lora, given)
-    return model, backbone
-
-
-def load_with_source(
-    path: str | Path, name: str, image_size: int, head: bool, lora: str | Path, given: dict
-) -> tuple[ViT, Backbone, Translated]:
-    """What `load` gives, and what in the file it was made of."""
     tensors, meta = read_tensors(path)
     try:
         if "method" in meta and "config" not in meta:
@@ -1522,7 +1514,7 @@ def load_with_source(
     model.load_state_dict(found, assign=True)
     if config.rope:
         model.build_rotary()
-    return model.eval(), backbone, translated
+    return model.eval(), backbone
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
@@ -1907,7 +1899,8 @@ def describe_file(path: str) -> list[str]:
     Raises:
         ValueError: `load` can't load it.
     """
-    model, backbone, source = load_with_source(path, "", 0, False, "", {})
+    model, backbone = load(path)
+    source = to_timm(read_tensors(path)[0])  # with what `load` leaves out
     otherwise = "guessed" if backbone.guessed else "stated in the file"
     heads_from = backbone.heads_from or otherwise
     norm_from = backbone.norm_from or otherwise
