@@ -703,14 +703,10 @@ RENAMES = (
     (r"\.(attn|self_attention)\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
     (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),  # HF CLIP ….self_attn.q_proj.weight
     (r"\.attention\.([qkv])_proj\.", r".attn.\1."),  # HF ViT of transformers 5
-    (
-        r"\.attention\.attention\.([qkv])(uery|ey|alue)\.",
-        r".attn.\1.",
-    ),  # HF ….attention.query.weight
-    (
-        r"\.(self_attn|attn|self_attention)\.out_proj\.",
-        ".attn.proj.",
-    ),  # OpenAI ….attn.out_proj.weight
+    # HF ….attention.attention.query.weight
+    (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),
+    # OpenAI ….attn.out_proj.weight; HF CLIP, torchvision
+    (r"\.(self_attn|attn|self_attention)\.out_proj\.", ".attn.proj."),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # HF ….attention.output.dense.weight
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
@@ -823,9 +819,11 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, dict(meta)
     check_archive(path)
-    if any(name.endswith(".npy") for name in archive_names(path)):
+    names = archive_names(path)
+    if any(name.endswith(".npy") for name in names):
         return read_npz(path), {}
-    if is_torchscript(path):
+    # TorchScript, as OpenAI publishes CLIP: it holds code too, and torch.load would run it.
+    if any(name.endswith("/constants.pkl") for name in names):
         return flatten(read_torchscript(path)), {}
     harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
     # Opened here, since torch.load goes by the suffix.
@@ -938,11 +936,6 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             else:
                 tensors[name] = torch.from_numpy(array)
     return tensors
-
-
-def is_torchscript(path: Path) -> bool:
-    """Such an archive holds code too, and torch.load would run it. OpenAI publishes CLIP so."""
-    return any(name.endswith("/constants.pkl") for name in archive_names(path))
 
 
 def read_torchscript(path: Path) -> Module:
