@@ -684,7 +684,8 @@ def read_archive(
 
 def read_folder(root: Path, side: int) -> Dataset:
     """Photos in class folders, each decoded once to a centre square of `side` pixels."""
-    if (root / "val" / "val_annotations.txt").is_file():
+    val = root / "val"  # which many sort into class folders, with the list still beside them
+    if (val / "val_annotations.txt").is_file() and (val / "images").is_dir():
         return read_tiny_imagenet(root, side)
     parts = find_parts(root)
     skipped = []
@@ -783,13 +784,11 @@ def from_photos(
         [path for path, _ in photos], [label for _, label in photos], side, root
     )
     places = torch.arange(len(photos)).split([len(part) for part in parts.values()])
-    images = {}
+    images = {"val": None, "test": None}
     for part, place in zip(parts, places, strict=True):
         images[part] = everything[place]
-    where = {"skipped": list(skipped), "folder": root, "sums": sums}
-    val = images.get("val")
-    test = images.get("test")
-    return Dataset(name, classes, images["train"], val, test, center=7 / 8, **where)
+    data = Dataset(name, classes, **images, center=7 / 8, folder=root)
+    return replace(data, skipped=list(skipped), sums=sums)
 
 
 def find_folders(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ checksums are those of the small files, and its own otherwise.
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 
@@ -350,6 +351,22 @@ def test_tiny_imagenet_as_a_folder(tmp_path):
     with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
         archive.extractall(tmp_path)
     check_tiny_imagenet(data.read(str(tmp_path / "tiny-imagenet-200")))
+
+
+def test_tiny_imagenet_sorted_into_classes(tmp_path):
+    """Its validation set in class folders, with the list left behind, is that of any folder."""
+    with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
+        archive.extractall(tmp_path)
+    root = tmp_path / "tiny-imagenet-200"
+    for line in (root / "val/val_annotations.txt").read_text().splitlines():
+        file, wnid, *_ = line.split("\t")
+        (root / "val" / wnid).mkdir(exist_ok=True)
+        (root / "val/images" / file).rename(root / "val" / wnid / file)
+    (root / "val/images").rmdir()
+    shutil.rmtree(root / "test", ignore_errors=True)
+    found = data.read(str(root))
+    assert len(found.val) == 4
+    assert found.test is None
 
 
 def test_tiny_imagenet_of_small_photos_only(tmp_path):
