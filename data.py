@@ -503,8 +503,11 @@ def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
     with empty_folder(root.with_name(f"{root.name}.part")) as part:
         if root.is_dir():  # another process has done it meanwhile
             return
-        extract(archive, part)
-        os.replace(part / root.name, root)
+        try:
+            extract(archive, part)
+            os.replace(part / root.name, root)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, FileNotFoundError) as e:
+            raise ValueError(f"{archive} is damaged ({e}); delete it to fetch it again") from e
 
 
 def extract(archive: Path, folder: Path) -> None:
@@ -649,10 +652,17 @@ def read_torchvision(
             f"{name} needs more packages ({error}): pip install torchvision scipy"
         ) from error
     except Exception as error:  # of files that may hold anything, and of the network
-        hint = f"delete {data_dir / place} to fetch it again"
-        if offline:
-            hint = f"without --offline it is downloaded to {data_dir}"
-        raise ValueError(f"torchvision can't read {name} ({error}); {hint}") from error
+        by_hand = (
+            f"put it there as torchvision unpacks it ({data_dir / place}), or say where it is "
+        )
+        by_hand += "by --data-dir"
+        if offline and not (data_dir / place).exists():
+            raise ValueError(f"no {name} in {data_dir} and --offline given; {by_hand}") from error
+        if isinstance(error, urllib.error.URLError):
+            raise ValueError(f"could not fetch {name} ({error.reason}); {by_hand}") from error
+        raise ValueError(
+            f"torchvision can't read {name} ({error}); delete {data_dir / place} to fetch it again"
+        ) from error
 
     trained = sum(len(source) for source in sources[:-1])
     if name == "svhn":
@@ -667,8 +677,14 @@ def read_torchvision(
         files = source._images if name == "pets" else source._image_files
         photos += zip(map(Path, files), source._labels, strict=True)
     classes = sources[0].classes
-    if not all(0 <= label < len(classes) for _, label in photos):
-        raise ValueError(f"{name} has labels of no class; delete {data_dir / place}")
+    known = all(source.classes == classes for source in sources)
+    known = known and all(0 <= label < len(classes) for _, label in photos)
+    lost = [path for path, _ in photos if not path.is_file()]
+    if lost or not known:
+        fault = f"{lost[0]} is missing" if lost else "its lists don't have the same classes"
+        raise ValueError(
+            f"{name} isn't whole: {fault}; delete {data_dir / place} to fetch it again"
+        )
     parts = {"train": photos[:trained], "test": photos[trained:]}
     return from_photos(name, classes, parts, side, data_dir / place)
 
@@ -734,20 +750,26 @@ def read_tiny_imagenet(root: Path, side: int) -> Dataset:
     listed = root / "val" / "val_annotations.txt"
     test = []
     for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
-        file, wnid, *_ = [*line.split("\t"), ""]
+        if "\t" not in line:
+            continue
+        file, wnid, *_ = line.split("\t")
         path = root / "val" / "images" / file
-        if wnid not in by_class or not path.is_file():
+        if wnid not in by_class or file != path.name or not path.is_file():
             raise ValueError(
                 f"{listed} lists {file} of {wnid}, but there is no such photo or no folder "
                 f"train/{wnid}; unpack the archive again"
             )
         test.append((path, classes.index(wnid)))
-    if not test:
-        raise ValueError(f"{listed} lists no photos; unpack the archive again")
-    first = open_photo(test[0][0], side)
+    photos, _ = sort_files(root / "val" / "images")
+    if not test or len(test) != len(photos):
+        raise ValueError(
+            f"{listed} lists {len(test):,} photos, beside it are {len(photos):,}; unpack the "
+            "archive again"
+        )
+    if open_photo(test[0][0], side).size == (64, 64):
+        side = min(side, 64)
     parts = {"train": with_labels(by_class, classes), "test": test}
     named = name_classes(root / "words.txt", classes)
-    side = min(side, *first.size)
     return replace(from_photos(root.resolve().name, named, parts, side, root), center=1.0)
 
 
@@ -780,6 +802,9 @@ def from_photos(
         root: the folder that all of them are in.
     """
     photos = [photo for part in parts.values() for photo in part]
+    twice = [path for path, n in Counter(path for path, _ in photos).items() if n > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice in the lists of {name}; correct them")
     everything, sums = decode(
         [path for path, _ in photos], [label for _, label in photos], side, root
     )
@@ -871,7 +896,8 @@ def decode(
     for path in paths:
         stat = path.stat()
         name = "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
-        files.append((name, stat.st_size, stat.st_mtime_ns))
+        # The later time: one is the content's, which comes along with a file that is moved.
+        files.append((name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)))
     whole = as_utf8(str(root.resolve()))
     kept = photo_folder() if keep else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -883,7 +909,13 @@ def decode(
             pairs = zip(files, paths, strict=True)
             missing = {file: path for file, path in pairs if file not in photos.rows}
             if missing:
-                fill_photos(place, photos, missing)
+                try:
+                    fill_photos(place, photos, missing)
+                except OSError as error:
+                    raise ValueError(
+                        f"can't write {place} ({error.strerror}); mend that, or set "
+                        "ADAPTERTUNE_CACHE to another folder; what is decoded is kept"
+                    ) from error
                 photos = Photos(place, side)
         if missing and kept:
             size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
@@ -901,19 +933,20 @@ PHOTOS_AT_A_TIME = 256  # in memory while they are decoded; fewer of more than 2
 class Photos:
     """Decoded photos in a folder of the cache: a table uint8 [N, 3, side, side] on the disk.
 
-    The file `pixels` has one after the other. `index` has, after a line on what decoded them, a
-    line of JSON for each: its name, its file's size, time in nanoseconds and CRC-32. Both only
+    The file `pixels` has them one after the other. `index` has, after a line on what decoded them,
+    a line of JSON for each: its name, its file's size, time in nanoseconds and CRC-32. Both only
     grow, so a process that has them open never sees its rows change; a photo that is gone or was
     changed keeps its row.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: it isn't there, is damaged, or of another decoder.
+        OSError, ValueError, TypeError, RecursionError: it isn't there, is damaged, or of another
+            decoder.
     """
 
     dtype = torch.uint8
 
     def __init__(self, folder: Path, side: int):
-        self.pixels = (folder / "pixels").open("rb")
+        self.pixels = (folder / "pixels").open("rb", buffering=0)
         listed = (folder / "index").read_bytes()
         self.end = listed.rfind(b"\n") + 1  # behind it, a line that was cut short
         self.made_by, *lines = listed[: self.end].decode("ascii").splitlines()
@@ -929,10 +962,14 @@ class Photos:
             raise ValueError(f"{folder} is damaged, or of another decoder")
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        # Mapped anew for each batch: all that was read counts as this process's memory for as long
-        # as it is mapped.
-        table = np.memmap(self.pixels, np.uint8, "r", 0, self.shape)
-        return torch.from_numpy(table[rows.numpy()])
+        # Read and not mapped into memory: what is mapped counts as this process's memory, and a
+        # mapped file that is cut short kills it.
+        found = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
+        for row, image in zip(rows.tolist(), found.numpy(), strict=True):
+            self.pixels.seek(row * image.nbytes)
+            if self.pixels.readinto(image) != image.nbytes:
+                raise ValueError(f"{self.pixels.name} was cut short while in use; run this again")
+        return found
 
     def checksum(self, rows: Tensor) -> str:
         """SHA-256 of what the pixels of some photos follow from."""
@@ -953,7 +990,7 @@ def made_by() -> str:
 def open_photos(folder: Path, side: int, most: int) -> Photos:
     """What a folder of the cache has; nothing, if it is new, damaged, of another decoder, or has
     more than `most` photos. Then its files are made anew: other processes may have the old open."""
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, OverflowError):
+    with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
         photos = Photos(folder, side)
         if len(photos.sums) <= most:
             return photos
@@ -989,8 +1026,8 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"{len(missing):,} photos of {side} x {side} pixels take {needed / 1e9:,.1f} GB, "
-            f"{folder} has {free / 1e9:,.1f} GB free; make room, set ADAPTERTUNE_CACHE to a "
+            f"{len(missing):,} photos of {side} x {side} pixels take {needed / 1e6:,.0f} MB, "
+            f"{folder} has {free / 1e6:,.0f} MB free; make room, set ADAPTERTUNE_CACHE to a "
             "folder on another disk, or give a smaller --image-size"
         )
 
@@ -1000,6 +1037,8 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
             return read_photo(missing[file], side), file_crc(missing[file])
         except ValueError as error:
             return error
+        except OSError as error:  # gone by now
+            return ValueError(f"can't read {missing[file]} as an image ({error.strerror})")
 
     bad = []
     files = list(missing)

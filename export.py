@@ -1373,7 +1373,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
         prog="export.py",
         description="Turn a run of train.py into one ONNX graph, checked against PyTorch.",
         epilog="Options of train.py that say where things are now (--weights, --dataset, "
-        "--data-dir, --offline) may follow. Defaults are in parentheses.",
+        "--init-lora, --data-dir, --offline) may follow. Defaults are in parentheses.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="runs/NAME", help="the run's folder")

@@ -940,7 +940,7 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
         raise ValueError(f"--init {path}: {vit.first_line(error)}") from error
 
 
-def start_head(model: vit.ViT, given: nn.Module, epochs: int) -> str:
+def start_head(model: vit.ViT, given: nn.Module, classes: list[str], epochs: int) -> str:
     """Initialise a new head from the classifier of a LoRA or of its weights, if that is of as many
     classes. Returns what was done, for the terminal.
 
@@ -950,16 +950,17 @@ def start_head(model: vit.ViT, given: nn.Module, epochs: int) -> str:
     Raises:
         ValueError: it can't be used, and with 0 epochs no other would be trained.
     """
-    K = model.head.out_features
+    K = len(classes)
     if isinstance(given, nn.Linear) and given.bias is not None and given.out_features == K:
         model.head.load_state_dict(given.state_dict())
-        return f"the one that came along; its {K} rows are taken for the classes in their order"
+        order = f"row 0 is taken for {classes[0]!r}, row 1 for {classes[1]!r} and so on"
+        return f"the LoRA's or its weights' own, {K} classes: {order}"
     fault = "neither the LoRA nor the weights have a classifier"
     if isinstance(given, nn.Linear):
-        fault = f"the one that came along is of {given.out_features} classes, not {K}"
+        fault = f"the one that came along has {given.out_features} classes, the data set {K}"
     if not epochs:
-        raise ValueError(f"--epochs 0 needs a head: {fault}; leave it out to train a new one")
-    return f"a new one: {fault}"
+        raise ValueError(f"{fault}; leave out --epochs 0 to train a new head")
+    return f"new, since {fault}"
 
 
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
@@ -1090,7 +1091,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     meta |= adapt_backbone(model, options, len(dataset.classes))
     head = ""
     if options.init_lora and options.method not in adaptertune.CLIP_METHODS:
-        head = start_head(model, given, options.epochs)
+        head = start_head(model, given, dataset.classes, options.epochs)
     batches = data.Batches(size, backbone.norm, options.batch, device, rank, world)
     model.to(device)
     bf16 = options.amp == "bf16"
@@ -1163,6 +1164,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
         difference = find_difference(folder, options, seed)
         unfinished = is_unfinished(folder)
         if not difference and unfinished and not options.resume:
+            with data.locked(folder, folder=True, wait=False):  # it may be running
+                pass
             raise ValueError(
                 f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
             )
@@ -2182,13 +2185,7 @@ def describe(run: Run) -> None:
 
     counts = adaptertune.count(run.model)
     describe_backbone(run.backbone, run.meta, counts["frozen"])
-    total = sum(counts.values())
-    trained = total - counts["frozen"]
-    text = f"trained  {trained:,} ({100 * trained / total:.2f} %)"
-    parts = [name for name in ("adapters", "head", "backbone") if counts[name]]
-    if parts:
-        text += ": " + ", ".join(f"{name} {counts[name]:,}" for name in parts)
-    print(text)
+    describe_trained(counts, run.meta["epochs"])
     if run.head:
         print(f"head     {run.head}")
 
@@ -2208,6 +2205,19 @@ def describe(run: Run) -> None:
         if options.label_smoothing:
             text += f", label smoothing {options.label_smoothing:g}"
         print(text)
+
+
+def describe_trained(counts: dict[str, int], epochs: int) -> None:
+    """What is trained and kept; with 0 epochs it is kept alone."""
+    total = sum(counts.values())
+    trained = total - counts["frozen"]
+    text = f"trained  {trained:,} ({100 * trained / total:.2f} %)"
+    if trained and not epochs:
+        text = "trained  nothing; kept are"
+    parts = [name for name in ("adapters", "head", "backbone") if counts[name]]
+    if parts:
+        text += ": " + ", ".join(f"{name} {counts[name]:,}" for name in parts)
+    print(text)
 
 
 def describe_backbone(backbone: vit.Backbone, meta: dict, frozen: int) -> None:
@@ -2362,7 +2372,10 @@ def model_card(run: Run) -> str:
     method = meta["method"]
     if meta.get("rank"):
         method += f", rank {meta['rank']}"
-    what = f"{meta['backbone']} ({method}) trained on {meta['dataset']}"
+    if run.options.init_lora:
+        method += ", with a LoRA merged"
+    done = "trained" if meta["epochs"] else "evaluated"
+    what = f"{meta['backbone']} ({method}) {done} on {meta['dataset']}"
     images = counted(len(run.dataset.train), "image")
     how = (
         f"{images}, {counted(meta['epochs'], 'epoch')}, seed {run.seed}, torch {torch.__version__}"

@@ -34,6 +34,7 @@ import os
 import pickle
 import re
 import shlex
+import signal
 import sys
 import unicodedata
 import warnings
@@ -931,6 +932,9 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 if "allow_pickle" in str(error):
                     raise pickle.UnpicklingError(f"array {name}") from error
                 raise
+            if array.dtype.kind in "SU":  # text, which isn't needed
+                continue
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
             if array.dtype == "V2":
                 tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
             else:
@@ -1490,8 +1494,9 @@ def load(
         backbone = choose_backbone(name, Path(path), translated, meta, given)
         backbone = replace(backbone.at(image_size), lora=translated.lora)
         config = backbone.config
-        for other in translated.heads - {config.heads}:
-            raise ValueError(f"its kernels have {other} heads, not {config.heads}")
+        others = translated.heads - {config.heads}
+        if others:
+            raise ValueError(f"its kernels have {min(others)} heads, not {config.heads}")
         found = take_tensors(translated.tensors, config, head)
         # No memory and no random numbers: what the file doesn't fill can't be used by mistake.
         with torch.device("meta"):
@@ -1632,11 +1637,15 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
         ValueError: a file is missing or damaged; it isn't a LoRA, or of a kind that isn't merged
             here.
     """
+    if not path.exists():
+        raise ValueError(f"no LoRA at {path}; say where it is by --init-lora")
     folder = path if path.is_dir() else path.parent
     stated = folder / LORA_CONFIG
     if path in (folder, stated):
         path = folder / LORA_FILE
     try:
+        if not stated.is_file():  # a pipe or a device, which may have no end
+            raise ValueError("no file")
         content = json.loads(stated.read_text(encoding="utf-8-sig"))
         given = {name: value for name, value in content.items() if value is not None}
         settings = LORA_SETTINGS | given
@@ -1675,7 +1684,7 @@ def strange_setting(settings: dict) -> str:
     if settings["init_lora_weights"] not in LORA_INITS:
         return f"init_lora_weights {settings['init_lora_weights']!r}"
     for pattern in settings["alpha_pattern"]:
-        if not re.fullmatch(r"[\w.]+", pattern):  # more than a name: it can take years to match
+        if not re.fullmatch(r"[\w.]+", pattern):  # with a star in it, it can take years to match
             return f"alpha_pattern {pattern!r}"
     for name, value in settings.items():
         if value and name not in (*LORA_SETTINGS, *LORA_IGNORED):
@@ -1718,6 +1727,9 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
     try:
         changes = sort_lora(tensors)
         for name, parts in changes.items():
+            if re.search(r"(^|\.)(pooler\.|mask_token)", name):  # which features don't depend on
+                left_out.append(name)
+                continue
             place, prefix = find_place(name, found)
             if place in merged:
                 raise ValueError(f"{name} is there twice")
@@ -1728,13 +1740,35 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
                 continue
             alpha = alpha_of(name, settings)
             merged[place] = merge_parts(found.get(place), parts, alpha, settings)
-        if len(towers) > 1 or re.search(r"text|decoder", "".join(towers)):
-            raise ValueError(f"it is for more than the image tower ({', '.join(sorted(towers))})")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        check_tower(towers, changes, settings, clip="norm_pre.weight" in found)
+    except (ValueError, RuntimeError, LookupError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
     found |= merged
     text = describe_lora(changes, settings, len(merged))
     return text + (f"; left out: {some(left_out)}" if left_out else "")
+
+
+def check_tower(towers: set[str], names: Iterable[str], settings: dict, clip: bool) -> None:
+    """Raise a ValueError if a LoRA is of another network than the image tower, or may be.
+
+    Args:
+        towers: what precedes the names that are ours too.
+        names: of all the tensors that it changes.
+        clip: the weights are a CLIP's, whose text tower has tensors of the same names.
+    """
+    if len(towers) > 1 or re.search(r"text|decoder|bert", "".join(towers)):
+        raise ValueError(
+            f"it is for {' and '.join(map(repr, sorted(towers)))}, not the image tower alone; "
+            "merge it with peft's merge_and_unload() and give the result by --weights"
+        )
+    mapping = settings.get("auto_mapping")
+    made_of = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    timm = all(re.match(r"blocks\.|patch_embed\.|norm|head\.", name) for name in names)
+    if clip and not timm and "vis" not in "".join(towers) and "Vision" not in made_of:
+        raise ValueError(
+            "nothing says whether it is of CLIP's image tower or of its text tower; merge it with "
+            "peft's merge_and_unload() and give the result by --weights"
+        )
 
 
 def sort_lora(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -1767,7 +1801,7 @@ def alpha_of(name: str, settings: dict) -> float:
     general one."""
     module = name.removesuffix(".weight")
     for pattern, alpha in settings["alpha_pattern"].items():
-        if f".{module}".endswith(f".{pattern}"):
+        if re.match(rf"(.*\.)?({pattern})$", module):  # as peft's get_pattern_key
             return alpha
     return settings["lora_alpha"]
 
@@ -1916,7 +1950,7 @@ def describe_file(path: str) -> list[str]:
     if backbone.note:
         lines.append(f"note     {backbone.note}")
     lines += describe_guesses(backbone)
-    lines.append(f"next     python train.py --weights {shlex.quote(path)}")
+    lines.append(f"next     python train.py --weights {shlex.quote(path)} --dataset path/to/photos")
     return lines
 
 
@@ -1967,4 +2001,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if os.name == "posix":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of "| head": nobody reads on
     sys.exit(main())

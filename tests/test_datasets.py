@@ -7,14 +7,19 @@ checksums are those of the small files, and its own otherwise.
 import hashlib
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import runner
+from conftest import ROOT, full_disk, runner
 
 import data
 import train
@@ -272,9 +277,36 @@ def test_without_torchvision(monkeypatch, tmp_path):
 def test_offline_without_the_files(torchvision, tmp_path):
     """--offline downloads nothing, and says what would."""
     with pytest.raises(
-        ValueError, match="can't read food101 .*without --offline it is downloaded to"
+        ValueError, match="no food101 in .* and --offline given; put it there as torchvision"
     ):
         data.read("food101", str(tmp_path), offline=True)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (("test.txt", "Siamese_6 99 1 1"), "its lists don't have the same classes"),
+        (("test.txt", "Siamese_6 0 1 1"), "its lists don't have the same classes"),
+        (("trainval.txt", ""), "its lists don't have the same classes"),
+        (("trainval.txt", "Siamese_9 3 1 1"), "images/Siamese_9.jpg is missing"),
+        (("trainval.txt", "Siamese_6 3 1 1"), "Siamese_6.jpg is there twice in the lists of pets"),
+    ],
+)
+def test_a_damaged_list(pets, tmp_path, damage, message):
+    """Labels of no class, a list cut short, a photo that isn't there or is there twice."""
+    data.read("pets", str(tmp_path), image_size=16)
+    name, line = damage
+    path = tmp_path / "oxford-iiit-pet" / "annotations" / name
+    path.write_text(path.read_text() + line + "\n" if line else "")
+    with pytest.raises(ValueError, match=message):
+        data.read("pets", str(tmp_path), image_size=16)
+
+
+def test_without_a_network(torchvision, monkeypatch, tmp_path):
+    """What couldn't be fetched isn't called unreadable."""
+    monkeypatch.setattr(torchvision.Food101, "_URL", "http://127.0.0.1:9/food-101.tar.gz")
+    with pytest.raises(ValueError, match="could not fetch food101 .*; put it there as torchvision"):
+        data.read("food101", str(tmp_path))
 
 
 def test_a_wrong_archive_of_torchvision(pets, server, tmp_path):
@@ -388,7 +420,7 @@ def test_tiny_imagenet_that_is_not_whole(tmp_path):
     ):
         data.read(str(root))
     (root / "val/val_annotations.txt").write_text("")
-    with pytest.raises(ValueError, match="val_annotations.txt lists no photos"):
+    with pytest.raises(ValueError, match="val_annotations.txt lists 0 photos, beside it are 3"):
         data.read(str(root))
 
 
@@ -427,6 +459,14 @@ def test_an_archive_is_unpacked_whole_or_not_at_all(server, monkeypatch, tmp_pat
     assert not (tmp_path / "imagenet-r").exists()
     assert not list(tmp_path.rglob("outside.txt"))
     assert not list(tmp_path.parent.glob("outside.txt"))
+
+
+def test_an_archive_that_is_cut_short(server, monkeypatch, tmp_path):
+    """Published so, for its checksum is right: one line, and nothing is left of it."""
+    publish(monkeypatch, server, "imagenet_r", tar(imagenet_r())[:1500])
+    with pytest.raises(ValueError, match=r"imagenet-r.tar is damaged \(.*; delete it to fetch it"):
+        data.read("imagenet_r", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["imagenet-r.tar"]
 
 
 def test_an_archive_that_was_put_there(monkeypatch, server, tmp_path):
@@ -502,6 +542,87 @@ def test_a_changed_photo_is_decoded_anew(photos, counted):
     assert found.train.pixels[red, :, 9, 9].tolist() == [255, 0, 0]
     last = found.train.names.index("sky/19.png")
     assert torch.equal(found.train.pixels[last], data.read_photo(photos / "sky/19.png", 18))
+
+
+def test_photos_that_change_places(photos, counted):
+    """Two of one size and one time of modification, as an archive may have set it."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (20, 20), colour).save(photos / f"leaf/{name}.bmp")
+        os.utime(photos / f"leaf/{name}.bmp", (1, 1))
+    data.read(str(photos), image_size=16)
+    (photos / "leaf/a.bmp").rename(photos / "leaf/c.bmp")
+    (photos / "leaf/b.bmp").rename(photos / "leaf/a.bmp")
+    (photos / "leaf/c.bmp").rename(photos / "leaf/b.bmp")
+    found = data.read(str(photos), image_size=16).train
+    for name in ("leaf/a.bmp", "leaf/b.bmp"):
+        pixels = found.pixels[found.names.index(name)]
+        assert torch.equal(pixels, data.read_photo(photos / name, 18))
+
+
+READ = """
+import sys
+import torch
+import data
+for _ in range(25):
+    images = data.read(sys.argv[1], image_size=16).train
+    pixels = images.pixels
+    for name, image in zip(images.names, pixels):
+        assert int(image[0, 0, 0]) == int(name[-7:-4]), name
+"""
+
+
+def test_processes_at_once_while_photos_come_and_go(tmp_path, own_cache):
+    """Each process has the pixels of the photos that it lists, whatever the others write."""
+    folder = tmp_path / "grey"
+    for number in range(60):
+        path = folder / ("ab"[number % 2]) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(path)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", READ, folder]
+    readers = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    place = 0
+    while any(reader.poll() is None for reader in readers):
+        old = folder / "ab"[place % 2] / f"{place % 60:03d}.png"
+        new = old.with_name(f"x{old.name}")
+        if old.exists():
+            old.rename(new)
+        else:
+            new.rename(old)
+        place += 1
+        time.sleep(0.02)
+    for reader in readers:
+        _, error = reader.communicate()
+        # A photo may vanish between the listing and its opening; wrong pixels may not.
+        assert b"AssertionError" not in error, error.decode()
+
+
+def test_a_cache_that_is_cut_while_in_use(photos, counted):
+    """An error, where a mapped file would end the process by a signal."""
+    found = data.read(str(photos), image_size=16).train
+    os.truncate(found.table.pixels.name, 5000)
+    with pytest.raises(ValueError, match="pixels was cut short while in use; run this again"):
+        _ = found.pixels
+
+
+def test_a_full_disk_while_photos_are_decoded(photos, tmp_path):
+    """One line says where; what is decoded is kept."""
+    code = "import sys, data; data.PHOTOS_AT_A_TIME = 8; data.read(sys.argv[1], image_size=64)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ADAPTERTUNE_CACHE": str(tmp_path / "c")}
+    command = [sys.executable, "-c", code, photos]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, preexec_fn=full_disk(500_000)
+    )
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"ValueError: can't write .*photos-73-\w+ \(File too large\); mend that", last)
+    (index,) = (tmp_path / "c/photos").glob("*/index")
+    kept = len(index.read_text().splitlines()) - 1
+    assert 0 < kept < 60
 
 
 def test_another_pillow_decodes_anew(photos, counted, monkeypatch):
