@@ -661,7 +661,8 @@ def read_torchvision(
         if isinstance(error, urllib.error.URLError):
             raise ValueError(f"could not fetch {name} ({error.reason}); {by_hand}") from error
         raise ValueError(
-            f"torchvision can't read {name} ({error}); delete {data_dir / place} to fetch it again"
+            f"torchvision can't read {name} ({error}); delete {data_dir / place}, and an archive "
+            "beside it, to fetch it again"
         ) from error
 
     trained = sum(len(source) for source in sources[:-1])
@@ -683,7 +684,8 @@ def read_torchvision(
     if lost or not known:
         fault = f"{lost[0]} is missing" if lost else "its lists don't have the same classes"
         raise ValueError(
-            f"{name} isn't whole: {fault}; delete {data_dir / place} to fetch it again"
+            f"{name} isn't whole: {fault}; delete {data_dir / place}, and an archive beside it, to "
+            "fetch it again"
         )
     parts = {"train": photos[:trained], "test": photos[trained:]}
     return from_photos(name, classes, parts, side, data_dir / place)

@@ -563,7 +563,7 @@ READ = """
 import sys
 import torch
 import data
-for _ in range(25):
+for _ in range(10):
     images = data.read(sys.argv[1], image_size=16).train
     pixels = images.pixels
     for name, image in zip(images.names, pixels):
