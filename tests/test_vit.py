@@ -1124,7 +1124,7 @@ def test_description_of_guesses(run, tmp_path):
     assert described["heads"] == ["3 (guessed)"]
     assert described["pixels"] == ["mean 0.485 0.456 0.406, std 0.229 0.224 0.225 (guessed)"]
     assert described["weights"] == ["5,524,416 parameters, and a head of 10 outputs"]
-    assert described["next"] == [f"python train.py --weights '{path}'"]
+    assert described["next"] == [f"python train.py --weights '{path}' --dataset path/to/photos"]
 
     stated = {"num_attention_heads": 6, "layer_norm_eps": 1e-12, "image_mean": [0.4] * 3}
     (tmp_path / "config.json").write_text(json.dumps(stated))
