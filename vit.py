@@ -1744,7 +1744,9 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
     except (ValueError, RuntimeError, LookupError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
     found |= merged
-    text = describe_lora(changes, settings, len(merged))
+    for name in left_out:
+        del changes[name]
+    text = describe_lora(changes, settings)
     return text + (f"; left out: {some(left_out)}" if left_out else "")
 
 
@@ -1853,15 +1855,15 @@ def reads_features(value: Tensor, found: dict[str, Tensor]) -> bool:
     return value.ndim == 1 or value.shape[1] == found["cls_token"].shape[-1]
 
 
-def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict, merged: int) -> str:
-    """A line on a LoRA that was merged into so many tensors."""
+def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
+    """A line on what a LoRA changed."""
     factors = {name: parts for name, parts in changes.items() if "A" in parts}
     ranks = sorted({len(parts["A"]) for parts in factors.values()})
     modules = sorted({name.split(".")[-2] for name in factors})
     kind = "DoRA, " if settings["use_dora"] else ""
     text = f"{kind}rank {', '.join(map(str, ranks))} on {', '.join(modules)} "
     text += f"({len(factors)} matrices), alpha {settings['lora_alpha']:g}, merged"
-    others = merged - len(factors)
+    others = len(changes) - len(factors)
     if others:
         text += f"; {others} tensors beside them replace the network's"
     base = settings.get("base_model_name_or_path")

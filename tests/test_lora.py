@@ -268,6 +268,8 @@ def test_all_linear_with_a_pooler(tmp_path):
     tuned.save_pretrained(tmp_path / "lora")
     ours, backbone = vit.load(weights, heads=references.HEADS, lora=tmp_path / "lora")
     assert "left out: pooler.dense.weight" in backbone.lora
+    assert "beside them" not in backbone.lora
+    assert "(12 matrices)" in backbone.lora
     with torch.no_grad():
         expected = tuned(pixel_values=references.images()).last_hidden_state[:, 0]
         assert difference(ours(references.images()), expected) < LIMIT
