@@ -420,6 +420,7 @@ def test_evaluated_and_exported_as_it_is(kind, method, run, exporter, tmp_path):
     assert re.search(r"^lora     rank 16 on \w+.*, alpha 32, merged; 2 tensors beside ", out, re.M)
     assert "it states no normalisation: the backbone's is used" in out
     assert "head     the LoRA's or its weights' own, 10 classes: row 0 is taken for '0'" in out
+    assert "trained  nothing; kept are: " in out
     assert "recipe" not in out
 
     classifier = train.load_run("runs/a")

@@ -976,6 +976,9 @@ def test_more_epochs_that_were_cut_at_once(run, tiny_weights, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 4}))
     error = run(*command, "--epochs", 4, status=1)
     assert "runs/a holds an unfinished run; go on with --resume" in error
+    with data.locked(tmp_path / "runs/a", folder=True):  # it isn't stopped, but running
+        error = run(*command, "--epochs", 4, status=1)
+    assert error == "error: another process is at work in runs/a; wait for it\n"
     run(*command, "--epochs", 4, "--resume")
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 4
 
