@@ -170,6 +170,21 @@ def test_food101(server, torchvision, monkeypatch, tmp_path):
     }
 
 
+def test_food101_with_another_class_to_test(server, torchvision, monkeypatch, tmp_path):
+    """Labels of the two lists would be of different classes."""
+    files = {}
+    for part, classes in {"train": ("apple_pie", "waffles"), "test": ("waffles", "zuppa")}.items():
+        listed = {name: [f"{name}/{part}"] for name in classes}
+        files[f"food-101/meta/{part}.json"] = json.dumps(listed).encode()
+        files |= {f"food-101/images/{name}/{part}.jpg": photo() for name in classes}
+    body = tar(files, "w:gz")
+    server.files["/food-101.tar.gz"] = body
+    monkeypatch.setattr(torchvision.Food101, "_URL", f"{server.url}/food-101.tar.gz")
+    monkeypatch.setattr(torchvision.Food101, "_MD5", md5(body))
+    with pytest.raises(ValueError, match="food101 isn't whole: its lists don't have the same"):
+        data.read("food101", str(tmp_path), image_size=16)
+
+
 def test_flowers102(server, torchvision, monkeypatch, tmp_path):
     """Labels begin at 1 in the file; the published train and validation sets are the pool."""
     photos = {f"jpg/image_{i:05d}.jpg": photo() for i in range(1, 10)}
@@ -414,6 +429,12 @@ def test_tiny_imagenet_that_is_not_whole(tmp_path):
     with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
         archive.extractall(tmp_path)
     root = tmp_path / "tiny-imagenet-200"
+    listed = root / "val/val_annotations.txt"
+    honest = listed.read_text()
+    listed.write_text(honest.replace("val_1.JPEG", "../images/val_1.JPEG"))
+    with pytest.raises(ValueError, match=r"lists ../images/val_1.JPEG of"):
+        data.read(str(root))
+    listed.write_text(honest)
     (root / "val/images/val_2.JPEG").unlink()
     with pytest.raises(
         ValueError, match="lists val_2.JPEG of n03814639, but there is no such photo"
@@ -600,6 +621,32 @@ def test_processes_at_once_while_photos_come_and_go(tmp_path, own_cache):
         _, error = reader.communicate()
         # A photo may vanish between the listing and its opening; wrong pixels may not.
         assert b"AssertionError" not in error, error.decode()
+
+
+def test_one_process_decodes_a_folder(photos, counted):
+    """Another one waits for it, and says so."""
+    data.read(str(photos), image_size=16)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, data; data.read(sys.argv[1], image_size=16)",
+        photos,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with data.locked(cached_folder(), folder=True):
+        reader = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        assert reader.stderr.readline().startswith("waiting for another process that writes")
+    assert reader.wait() == 0
+
+
+def test_pixels_behind_the_last_that_is_listed(photos, counted):
+    """What a process wrote that was killed before it listed them: they are overwritten."""
+    data.read(str(photos), image_size=16)
+    with (cached_folder() / "pixels").open("ab") as file:
+        file.write(bytes(5000))
+    Image.new("RGB", (50, 50), "red").save(photos / "leaf/99.png")
+    found = data.read(str(photos), image_size=16).train
+    assert found.pixels[found.names.index("leaf/99.png"), :, 9, 9].tolist() == [255, 0, 0]
 
 
 def test_a_cache_that_is_cut_while_in_use(photos, counted):
