@@ -1856,13 +1856,18 @@ def write_json(path: Path, content: dict) -> None:
     data.write_file(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
-    """Write a table."""
+def to_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
+    """A table as text."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     for row in (header, *rows):
         writer.writerow(row)
-    data.write_file(path, table.getvalue())
+    return table.getvalue()
+
+
+def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
+    """Write a table."""
+    data.write_file(path, to_csv(header, rows))
 
 
 def write_records(run: Run) -> None:
@@ -2478,7 +2483,7 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
 
     Args:
         results: label and result.json of each run.
-        path: of both files, without suffix.
+        path: of both files, without suffix; where another comparison is, they are numbered.
     """
     by_label: dict[str, list[dict]] = {}
     for label, result in results:
@@ -2513,12 +2518,17 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
 
     columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
     columns += ("epoch", "lr", "seconds", "memory")
-    table = path.with_name(f"{path.name}.csv")
     rows = [{"label": label, **result} for label, result in results]
-    write_csv(table, columns, ([row.get(name) for name in columns] for row in rows))
+    content = to_csv(columns, ([row.get(name) for name in columns] for row in rows))
+    table = path.with_name(f"{path.name}.csv")
+    number = 1
+    while table.exists() and table.read_text(encoding="utf-8") != content:
+        number += 1
+        table = path.with_name(f"{path.name}-{number}.csv")
+    data.write_file(table, content)
     print(f"saved    {table}")
     title = f"{results[0][1]['dataset']} on {results[0][1]['backbone']}, {counted(seeds, 'seed')}"
-    draw_comparison(summaries, elbow, title, path.with_name(f"{path.name}.svg"))
+    draw_comparison(summaries, elbow, title, table.with_suffix(".svg"))
 
 
 def find_elbow(summaries: list[Summary]) -> int:

@@ -676,6 +676,11 @@ def test_comparison(run, tiny_weights, tmp_path):
     table = out[out.rindex("trained") :]
     assert again[again.rindex("trained") :] == table
 
+    first = (tmp_path / "runs/digits-comparison.csv").read_text()
+    assert "saved    runs/digits-comparison-2.csv" in run(*common[:-1])  # of fewer methods
+    assert (tmp_path / "runs/digits-comparison.csv").read_text() == first
+    assert len(read_csv(tmp_path / "runs/digits-comparison-2.csv")) == 4
+
 
 def test_sweep_over_ranks(run, tiny_weights, tmp_path):
     """The elbow is the least rank within a standard error of the best."""
