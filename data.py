@@ -652,18 +652,7 @@ def read_torchvision(
             f"{name} needs more packages ({error}): pip install torchvision scipy"
         ) from error
     except Exception as error:  # of files that may hold anything, and of the network
-        by_hand = (
-            f"put it there as torchvision unpacks it ({data_dir / place}), or say where it is "
-        )
-        by_hand += "by --data-dir"
-        if offline and not (data_dir / place).exists():
-            raise ValueError(f"no {name} in {data_dir} and --offline given; {by_hand}") from error
-        if isinstance(error, urllib.error.URLError):
-            raise ValueError(f"could not fetch {name} ({error.reason}); {by_hand}") from error
-        raise ValueError(
-            f"torchvision can't read {name} ({error}); delete {data_dir / place}, and an archive "
-            "beside it, to fetch it again"
-        ) from error
+        raise ValueError(explain_torchvision(error, name, data_dir / place, offline)) from error
 
     trained = sum(len(source) for source in sources[:-1])
     if name == "svhn":
@@ -673,6 +662,31 @@ def read_torchvision(
         classes = [str(digit) for digit in range(10)]
         # A mirror image is no digit, and a small crop may show the digit beside it.
         return Dataset(name, classes, *parts, flip=False, min_scale=0.85)
+    return from_lists(name, sources, trained, side, data_dir / place)
+
+
+def explain_torchvision(error: Exception, name: str, place: Path, offline: bool) -> str:
+    """What to do where torchvision can't read or fetch a data set."""
+    by_hand = f"put it there as torchvision unpacks it ({place}), or say where it is by --data-dir"
+    if offline and not place.exists():
+        return f"no {name} in {place.parent} and --offline given; {by_hand}"
+    if isinstance(error, urllib.error.URLError):
+        return f"could not fetch {name} ({error.reason}); {by_hand}"
+    again = f"delete {place}, and an archive beside it, to fetch it again"
+    return f"torchvision can't read {name} ({error}); {again}"
+
+
+def from_lists(name: str, sources: list, trained: int, side: int, root: Path) -> Dataset:
+    """A data set of the photos that torchvision's data sets list.
+
+    Args:
+        sources: those of training, and the one of test behind them.
+        trained: photos in all but the last.
+        root: the folder that all of them are in.
+
+    Raises:
+        ValueError: photos are missing, or the lists aren't of the same classes.
+    """
     photos = []
     for source in sources:
         files = source._images if name == "pets" else source._image_files
@@ -684,11 +698,11 @@ def read_torchvision(
     if lost or not known:
         fault = f"{lost[0]} is missing" if lost else "its lists don't have the same classes"
         raise ValueError(
-            f"{name} isn't whole: {fault}; delete {data_dir / place}, and an archive beside it, to "
-            "fetch it again"
+            f"{name} isn't whole: {fault}; delete {root}, and an archive beside it, to fetch it "
+            "again"
         )
     parts = {"train": photos[:trained], "test": photos[trained:]}
-    return from_photos(name, classes, parts, side, data_dir / place)
+    return from_photos(name, classes, parts, side, root)
 
 
 def read_archive(
@@ -804,12 +818,11 @@ def from_photos(
         root: the folder that all of them are in.
     """
     photos = [photo for part in parts.values() for photo in part]
-    twice = [path for path, n in Counter(path for path, _ in photos).items() if n > 1]
+    paths = [path for path, _ in photos]
+    twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} is there twice in the lists of {name}; correct them")
-    everything, sums = decode(
-        [path for path, _ in photos], [label for _, label in photos], side, root
-    )
+    everything, sums = decode(paths, [label for _, label in photos], side, root)
     places = torch.arange(len(photos)).split([len(part) for part in parts.values()])
     images = {"val": None, "test": None}
     for part, place in zip(parts, places, strict=True):

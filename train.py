@@ -2244,7 +2244,7 @@ def describe_backbone(backbone: vit.Backbone, meta: dict, frozen: int) -> None:
         guessed = ", ".join(backbone.guessed)
         print(
             f"warning  {guessed}: guessed, since nothing beside the weights states it; "
-            "if that is wrong: --backbone, or --heads, --mean, --std, --mlp-act"
+            "if that is wrong: --backbone, or --heads, --mean, --std, --mlp-act, --image-size"
         )
 
 
@@ -2519,7 +2519,8 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
     columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
     columns += ("epoch", "lr", "seconds", "memory")
     rows = [{"label": label, **result} for label, result in results]
-    content = to_csv(columns, ([row.get(name) for name in columns] for row in rows))
+    cells = [map(row.get, columns) for row in rows]
+    content = to_csv(columns, cells)
     table = path.with_name(f"{path.name}.csv")
     number = 1
     while table.exists() and table.read_text(encoding="utf-8") != content:

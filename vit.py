@@ -507,8 +507,11 @@ class Backbone:
 
     def at(self, image_size: int) -> "Backbone":
         """A copy configured for another image size in pixels; 0 keeps its own."""
-        config = replace(self.config, image_size=image_size or self.config.image_size)
-        return replace(self, config=config)
+        if not image_size:
+            return self
+        config = replace(self.config, image_size=image_size)
+        guessed = tuple(guess for guess in self.guessed if not guess.startswith("image size"))
+        return replace(self, config=config, guessed=guessed)
 
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
@@ -1230,22 +1233,8 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
     text = "token_embed.weight" in found
-    needed = ["head.weight"] if text else ["cls_token", "patch_embed.proj.weight"]
     rope = is_dinov3(found)
-    if not rope:
-        needed.append("pos_embed")
-    needed += ["blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight"]
-    missing = [key for key in needed if key not in found]
-    if missing:
-        kind = "text tower" if text else "ViT"
-        rest = [key for key in found if not key.startswith("blocks.")][:12]
-        why = ""
-        if "cls_token" in missing and "patch_embed.proj.weight" in found:
-            why = " (one whose head pools all patches, as SigLIP's, can't be used)"
-        raise ValueError(
-            f"not a whole {kind}: missing {', '.join(missing)}{why}; "
-            f"beside blocks it has {', '.join(rest) or 'nothing'}"
-        )
+    check_whole(found, text, rope)
     if text:
         patch = 1
         grid, width = found["pos_embed"].shape[-2:]
@@ -1261,18 +1250,13 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
             "give the number of heads by --heads"
         )
     hidden = len(found["blocks.0.mlp.fc1.weight"])
-    blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
-    depth = len(blocks)
-    odd = sorted(blocks - set(map(str, range(depth))))
-    if odd:
-        raise ValueError(f"it has {depth} blocks, which aren't numbered from 0 on: {some(odd)}")
     norm_pre = "norm_pre.weight" in found
     qkv_bias = "blocks.0.attn.qkv.bias" in found
     if rope:
         qkv_bias = has_bias(found)
     return Config(
         width=width,
-        depth=depth,
+        depth=count_blocks(found),
         heads=heads or HEADS.get(width) or width // 64,
         patch=patch,
         image_size=patch * grid,
@@ -1289,6 +1273,37 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         causal=text,
         rope=rope,
     )
+
+
+def check_whole(found: dict[str, Tensor], text: bool, rope: bool) -> None:
+    """Raise a ValueError that names the tensors which every ViT, or text tower, has and this one
+    lacks."""
+    needed = ["head.weight"] if text else ["cls_token", "patch_embed.proj.weight"]
+    if not rope:
+        needed.append("pos_embed")
+    needed += ["blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight"]
+    missing = [key for key in needed if key not in found]
+    if not missing:
+        return
+    kind = "text tower" if text else "ViT"
+    rest = [key for key in found if not key.startswith("blocks.")][:12]
+    why = ""
+    if "cls_token" in missing and "patch_embed.proj.weight" in found:
+        why = " (one whose head pools all patches, as SigLIP's, can't be used)"
+    raise ValueError(
+        f"not a whole {kind}: missing {', '.join(missing)}{why}; "
+        f"beside blocks it has {', '.join(rest) or 'nothing'}"
+    )
+
+
+def count_blocks(found: dict[str, Tensor]) -> int:
+    """How many blocks there are. Raises a ValueError unless they are numbered from 0 on."""
+    blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
+    depth = len(blocks)
+    odd = sorted(blocks - set(map(str, range(depth))))
+    if odd:
+        raise ValueError(f"it has {depth} blocks, which aren't numbered from 0 on: {some(odd)}")
+    return depth
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
@@ -1457,6 +1472,8 @@ def guess_backbone(translated: Translated, known: dict) -> Backbone:
     unknown = [name for name in ("mean", "std") if name not in known]
     if unknown:
         guessed.append(f"{whose}'s {' and '.join(unknown)}")
+    if config.rope:
+        guessed.append(f"image size {config.image_size}")
     return Backbone("", config, NORMS[whose], "not stated", tuple(guessed))
 
 
@@ -1878,6 +1895,7 @@ ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the tab
 
 # Options of train.py that state what else is guessed, by a word in the guess.
 STATED_BY = {"heads": "--heads", "QuickGELU": "--mlp-act", "mean": "--mean", "std": "--std"}
+STATED_BY |= {"image size": "--image-size"}
 
 
 def printable(text: str) -> str:
@@ -1933,7 +1951,8 @@ def describe_file(path: str) -> list[str]:
     otherwise = "guessed" if backbone.guessed else "stated in the file"
     heads_from = backbone.heads_from or otherwise
     norm_from = backbone.norm_from or otherwise
-    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in backbone.norm)
+    mean = " ".join(f"{value:.3g}" for value in backbone.norm[0])
+    std = " ".join(f"{value:.3g}" for value in backbone.norm[1])
     lines = [
         f"file     {path}",
         f"layout   {source.layout}",

@@ -159,6 +159,17 @@ def test_rotary_positions_can_be_traced():
     assert torch.allclose(program(images), model(images), atol=1e-5)
 
 
+def test_dinov3s_image_size_is_guessed(tmp_path, run):
+    """No tensor tells it: that it is a guess is said, with the option that states it."""
+    save_file(random_dinov3().state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    _, backbone = vit.load(tmp_path / "w.safetensors")
+    assert "image size 224" in backbone.guessed
+    assert re.search(
+        r"guessed  image size 224: .*--image-size$", run(tmp_path / "w.safetensors"), re.M
+    )
+
+
 def test_dinov3_states_its_shape(tmp_path, monkeypatch):
     """A file is recognised, by its name's row too, and biases of zeros aren't part of it; it has
     the same fingerprint as one without. One that we write states all of it."""
@@ -172,6 +183,7 @@ def test_dinov3_states_its_shape(tmp_path, monkeypatch):
         for options in ({"name": "dinov3_s16"}, {"heads": 2, "image_size": 16}):
             loaded, backbone = vit.load(path, **options)
             assert backbone.config == model.config
+            assert "image size" not in "".join(backbone.guessed)
             assert adaptertune.fingerprint(loaded) == adaptertune.fingerprint(model)
             assert torch.equal(loaded(IMAGES), model(IMAGES))
     _, backbone = vit.load(path, heads=2)
