@@ -288,6 +288,31 @@ def test_bf16_is_for_training_alone(tiny_weights):
     assert torch.equal(run.logits(x), exact)
 
 
+def test_a_batch_in_parts_teaches_what_the_whole_teaches(tiny_weights, monkeypatch):
+    """On a CPU a large batch passes through the network in parts: gradients, loss and hits are
+    those of the whole batch, whose parts and classes have unlike weights."""
+    weights = ["--weights", str(tiny_weights), "--amp", "off", "--label-smoothing", "0.1"]
+    options, *_ = train.parse([*weights, "--shots", "20", "--batch", "151", "--class-weights"])
+    run = train.prepare(options, 0)
+    run.class_weights = torch.linspace(0.5, 2, 10)
+    run.model.train()
+    images, labels = next(run.batches.train(run.dataset, 0, 1))
+    assert len(labels) == 151  # x 16 patches: two parts, of 76 and 75 images
+    found = []
+    for parts in (train.count_parts(run.model, images), 1):
+        monkeypatch.setattr(train, "count_parts", lambda *_, parts=parts: parts)
+        still = torch.optim.SGD(run.parameters, lr=0)
+        loss, hits = train.take_step(run, still, images, labels, len(labels))
+        gradients = torch.cat([each.grad.flatten() for each in run.parameters])
+        found.append((parts, loss, hits, gradients))
+    (parts, loss, hits, gradients), (_, whole_loss, whole_hits, whole) = found
+    assert parts == 2
+    assert hits == whole_hits
+    assert torch.allclose(loss, whole_loss, atol=1e-6)
+    assert torch.allclose(gradients, whole, atol=1e-6)
+    assert whole.norm() > 0.1
+
+
 def test_compiled_training_is_the_plain_one(run, tiny_weights, tmp_path):
     """--compile changes how the steps are computed, not what they do; the last batch is smaller."""
     try:
