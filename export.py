@@ -1451,6 +1451,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "rank" in run.meta:
             method += f" rank {run.meta['rank']}"
         print(f"model    {run.meta['backbone']}, {method}, {len(run.meta['classes'])} classes")
+        if run.backbone.lora:
+            print(f"lora     {run.backbone.lora}")
         if options.swappable:
             export_swappable(run, options)
         elif options.hub:

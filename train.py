@@ -771,6 +771,8 @@ def choose_device(name: str, repeatable: bool = True) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):  # Apple's mps has no float64, for one thing
+            raise NotImplementedError
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(

@@ -435,7 +435,7 @@ def test_evaluated_and_exported_as_it_is(kind, method, run, exporter, tmp_path):
     assert f"test     {result['test_accuracy']:.2f} %" in again
     assert "kept" in run(*as_it_is(weights, lora, "--method", method))
 
-    exporter("runs/a")
+    assert "lora     rank 16" in exporter("runs/a")
     (path,) = (tmp_path / "runs/a").glob("*.onnx")
     assert difference(graph_logits(path, references.images()), expected) < LIMIT
 

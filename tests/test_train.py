@@ -329,6 +329,14 @@ def test_compiled_training_is_the_plain_one(run, tiny_weights, tmp_path):
     assert any(not torch.equal(compiled[name], tensor) for name, tensor in plain.items())
 
 
+def test_a_device_that_nothing_was_tried_on(monkeypatch):
+    """Others than a CPU and CUDA are refused before they fail half-way, even if they are there."""
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    with pytest.raises(ValueError, match="device 'mps' can't be used here; choose auto, cpu or"):
+        train.choose_device("mps")
+    assert train.choose_device("cpu").type == "cpu"
+
+
 def test_a_compiler_that_is_missing(run, tiny_weights, monkeypatch):
     """Without a compiler --compile is an error of one line that says what torch lacks."""
 
