@@ -1430,6 +1430,16 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
         parser.error(f"-o {place}: give a folder, or a file whose name ends in .onnx")
 
 
+def describe(run: train.Run) -> None:
+    """Print which network is exported."""
+    method = run.meta["method"]
+    if "rank" in run.meta:
+        method += f" rank {run.meta['rank']}"
+    print(f"model    {run.meta['backbone']}, {method}, {len(run.meta['classes'])} classes")
+    if run.backbone.lora:
+        print(f"lora     {run.backbone.lora}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
     train.prepare_process()
@@ -1447,12 +1457,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.meta.pop(name, None)
         for name in CHOICES:
             run.meta[name] = getattr(options, name)
-        method = run.meta["method"]
-        if "rank" in run.meta:
-            method += f" rank {run.meta['rank']}"
-        print(f"model    {run.meta['backbone']}, {method}, {len(run.meta['classes'])} classes")
-        if run.backbone.lora:
-            print(f"lora     {run.backbone.lora}")
+        describe(run)
         if options.swappable:
             export_swappable(run, options)
         elif options.hub:
