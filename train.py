@@ -1380,7 +1380,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
         for x, _ in run.batches.eval(images, run.dataset.center):
             stop_if_asked()
             with torch.inference_mode():
-                features.append(run.model.features(x).cpu())
+                features.append(in_parts(run.model.features, run.model, x).cpu())
             data.progress(f"features of {what}, batch", len(features), total, started)
         path.parent.mkdir(parents=True, exist_ok=True)
         data.write_file(path, to_safetensors({"features": torch.cat(features)}))
@@ -1569,16 +1569,23 @@ def take_step(
 
 
 def count_parts(model: vit.ViT, images: Tensor) -> int:
-    """In how many parts a training batch [B, 3, S, S] passes through the network.
+    """In how many parts a batch [B, 3, S, S] passes through the network.
 
-    A CPU takes about 2,048 patches at a time: of DeiT-tiny at 224 px eight images instead of 32,
-    which need half of the memory for activations and no more time (tests/bench_train.py). A GPU
-    wants large products, and cached features [B, D] are small.
+    A CPU takes about 2,048 patches at a time. Of DeiT-tiny at 224 px that is eight images instead
+    of 32, which in training need half of the memory for activations and no more time
+    (tests/bench_train.py); and features of 128 images take 0.84 of their time. A GPU wants large
+    products, and cached features [B, D] are small.
     """
     if images.ndim == 2 or images.device.type != "cpu":
         return 1
     patches = len(images) * model.config.grid**2
     return max(1, math.ceil(patches / 2048))
+
+
+def in_parts(network: Callable[[Tensor], Tensor], model: vit.ViT, images: Tensor) -> Tensor:
+    """What a network, a part of `model`, gives for a batch: the parts one after the other."""
+    parts = images.tensor_split(count_parts(model, images))
+    return torch.cat([network(part) for part in parts])
 
 
 def loss_of(
@@ -1640,7 +1647,7 @@ def predict(run: Run, images: data.Images, what: str) -> Predictions:
     run.model.eval()
     for part, (x, labels) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
         stop_if_asked()
-        logits = run.logits(x)
+        logits = in_parts(run.logits, run.model, x)
         probabilities, classes = logits.softmax(dim=-1).topk(2)
         loss = F.cross_entropy(logits, labels, reduction="none")
         own = part[run.batches.rank :: run.batches.world]
