@@ -1558,8 +1558,10 @@ def take_step(
     for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
         logits = run.logits(x)
         part_loss = loss_of(logits, y, run.options.label_smoothing, run.class_weights)
+        # Weighed by their images, the means of the parts add up to the batch's, and so do their
+        # gradients, which backward() adds to those of the parts before.
         part_loss = part_loss * (len(y) / max(1, len(labels)))
-        part_loss.backward()  # adds to the gradients of the parts before
+        part_loss.backward()
         loss += part_loss.detach()
         hits += (logits.argmax(dim=-1) == y).sum()
     loss, hits = share_gradients(run.parameters, len(labels) / batch, loss, hits)
