@@ -676,15 +676,16 @@ def equalise(model: vit.ViT, images: Tensor, alpha: float = 0.7) -> None:
         if block.adapter is not None and block.adapter.reads == "ln":
             readers.append(block.adapter.down)
         equalise_norm(block.norm2, ranges[f"blocks.{i}.mlp.fc1"], readers, alpha)
-        if qkv.bias is not None:  # v's bias moves into proj's: the rows of softmax sum to 1
-            proj.bias += proj.weight @ qkv.bias[2 * D :]
-            qkv.bias[2 * D :] = 0
-    ranges = channel_ranges(model, images)  # again: what enters proj has lost v's bias
-    for i, block in enumerate(model.blocks):
-        proj = block.attn.proj
+        # v's bias moves into proj's, so what enters proj lacks it: the rows of softmax sum to 1.
         low, high = ranges[f"blocks.{i}.attn.proj"]
+        if qkv.bias is not None:
+            v_bias = qkv.bias[2 * D :]
+            low = low - v_bias
+            high = high - v_bias
+            proj.bias += proj.weight @ v_bias
+            v_bias.zero_()
         factor = channel_factors(torch.maximum(-low, high), proj.weight, alpha)
-        block.attn.qkv.weight[2 * D :] /= factor[:, None]
+        qkv.weight[2 * D :] /= factor[:, None]
         proj.weight *= factor
 
 
