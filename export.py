@@ -1321,7 +1321,7 @@ def hub_processor(meta: dict) -> dict:
 
 CARD = """
 # {dataset}: {count} classes
-A frozen {backbone} with {method}, trained on {dataset}. Accuracy on its test images: {accuracy}.
+{backbone} ({method}) on {dataset}. Accuracy on its test images: {accuracy}.
 
 Classes: {classes}.
 

@@ -870,7 +870,8 @@ def test_a_card_names_what_the_hub_has():
         'pipeline_tag: "image-classification"',
     ):
         assert f"\n{line}\n" in card
-    assert "91.00 % of 10,000" in card
+    assert "mae_b16 (head) on cifar100. Accuracy on its test images: 91.00 % of 10,000." in card
+    assert "frozen" not in card  # a full run's isn't
     assert "int8" not in card
     run.meta["license"] = "DINOv3 License"  # which isn't in the hub's list
     assert '\nlicense: "other"\nlicense_name: "dinov3-license"\n' in export.model_card(run, False)
