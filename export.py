@@ -1349,9 +1349,9 @@ def model_card(run: train.Run, int8: bool) -> str:
     """README.md for the hub."""
     meta = run.meta
     note = "`onnx/model_quantized.onnx` is int8: for CPUs and WASM, wrong in WebGPU."
-    accuracy = "unknown"
-    if "test_images" in meta and meta.get("test_accuracy") is not None:
-        accuracy = f"{meta['test_accuracy']:.2f} % of {meta['test_images']:,}"
+    accuracy = f"{meta['test_accuracy']:.2f} %"
+    if "test_images" in meta:  # else the run's photos are gone
+        accuracy += f" of {meta['test_images']:,}"
     text = CARD.format(
         dataset=meta["dataset"],
         count=len(meta["classes"]),
@@ -1440,8 +1440,9 @@ def main(arguments: list[str] | None = None) -> int:
         run_options, *_ = train.parse(arguments, prog="export.py")
         run = train.open_run(run_options, need_data=False)
         run.model.eval().requires_grad_(False)
-        if run.dataset is not None:
-            run.meta["test_images"] = len(run.dataset.test)
+        if run.dataset is not None:  # what test_accuracy is of, whatever --dataset is given
+            listed = train.read_split(run.folder / "split.json")
+            run.meta["test_images"] = len(listed["test"])
         choose_images(run, options)
         # From here on run.meta describes the graph, and goes into it.
         for name in ("config", "learn_scale", "init", "dropout"):  # of no use to a deployer

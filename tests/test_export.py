@@ -792,6 +792,18 @@ def test_other_photos(run, runs, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no photos in" in run(*arguments, tmp_path / "empty", status=1)
 
+    # --dataset gives images to check with; the accuracy stays that of the run's own test images.
+    for name in ("apple", "leaf", "sky"):
+        (tmp_path / "more" / name).mkdir(parents=True)
+        for i in range(2):
+            photo = photos / f"{name}/{i:02}.png"
+            (tmp_path / "more" / name / f"other{i}.png").write_bytes(photo.read_bytes() + b"0")
+    out = run("runs/colours", "--dataset", tmp_path / "more", "--hub", tmp_path / "hub")
+    assert "6 test images" in out
+    listed = json.loads((runs / "runs/colours/split.json").read_text())
+    assert len(listed["test"]) == 12
+    assert " % of 12." in (tmp_path / "hub/README.md").read_text()
+
 
 def test_without_the_runs_photos(run, runs, photos, tmp_path):
     """A run whose photos are gone is checked on noise, which the line says; int8 is refused."""
@@ -810,6 +822,7 @@ def test_without_the_runs_photos(run, runs, photos, tmp_path):
     assert names_in(folder) == before
     out = run("runs/gone", "--hub", folder / "hub")
     assert "left out onnx/model_quantized.onnx: int8 is calibrated on photos" in out
+    assert re.search(r"test images: [\d.]+ %\.", (folder / "hub/README.md").read_text())
     config = json.loads((folder / "hub/config.json").read_text())
     assert config["transformers.js_config"] == {"dtype": "fp32"}
     run("runs/gone", "-o", folder, "--precision", "int8", "--force", "--check", tmp_path)
