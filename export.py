@@ -1218,7 +1218,10 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
             values[name] = value
     values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
 
-    folder = Path(options.o or run.folder.parent)
+    home = run.folder
+    if home.name in ("", ".."):  # "." has no name
+        home = home.resolve()
+    folder = Path(options.o or home.parent)
     backbone = folder / "backbone.onnx"
     with staged(folder) as part:
         if not backbone.exists():
@@ -1229,7 +1232,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
             raise ValueError(
                 f"{backbone} is of another backbone or has other options; give another folder by -o"
             )
-        adapter = part / f"{run.folder.name}.onnx_adapter"
+        adapter = part / f"{home.name}.onnx_adapter"
         save_adapter(values, adapter)
         names = ("torch's backbone", "without adapter")
         verify(in_torch(empty, meta), in_onnxruntime(graph), run, options, names)

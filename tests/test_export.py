@@ -739,6 +739,16 @@ def test_rotary_positions_and_swappable_adapters(run, tmp_path):
     assert out.count("top-1 agreement 100 % ok") == 2
 
 
+def test_swappable_from_inside_the_run(run, runs, monkeypatch):
+    """The adapter is named after the run's folder, and lies beside it, where that is "."."""
+    monkeypatch.chdir(runs / "runs/b")
+    before = names_in(runs / "runs/b")
+    run(".", "--swappable", "--images", 8)
+    assert names_in(runs / "runs/b") == before
+    for name in ("backbone.onnx", "b.onnx_adapter"):
+        (runs / "runs" / name).unlink()
+
+
 def test_adapters_are_small(run, tmp_path):
     """An adapter's file holds little more than its own tensors, and no other file is left."""
     for name in ("a", "b", "head"):
