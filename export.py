@@ -1430,7 +1430,11 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
     if options.check and not Path(options.check).is_dir():
         parser.error(f"--check {options.check}: no such folder")
     place = Path(options.o)
-    if options.o and not place.is_dir() and not options.swappable and place.suffix != ".onnx":
+    if not options.o or place.is_dir():
+        return
+    if options.swappable and place.suffix.startswith(".onnx"):
+        parser.error(f"-o {place}: --swappable writes two files; give a folder")
+    if not options.swappable and place.suffix != ".onnx":
         parser.error(f"-o {place}: give a folder, or a file whose name ends in .onnx")
 
 

@@ -925,6 +925,7 @@ def test_a_card_names_what_the_hub_has():
         ("runs/a --images many", 2, "argument --images: 'many' is not a valid int"),
         ("runs/a --swappable --precision int8", 2, "--swappable is fp32"),
         ("runs/a --swappable --resize", 2, "--swappable is fp32, without --resize"),
+        ("runs/a --swappable -o m.onnx", 2, "--swappable writes two files; give a folder"),
         ("runs/full --swappable", 1, "has more than adapters and a linear head"),
         ("runs/a --bogus", 2, "unrecognized arguments: --bogus"),
         ("runs/a --weights gone.safetensors", 1, "no weights at gone.safetensors"),
