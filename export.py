@@ -1036,12 +1036,25 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     """Write the model; one that is too large for protobuf with its constants in PATH.data beside
     it."""
     size = sum(len(constant.raw_data) for constant in proto.graph.initializer)
-    beside = path.with_name(f"{path.name}.data")
+    beside = constants_of(path)
     beside.unlink(missing_ok=True)  # of the fp32 file that this one replaces
     if size < ONE_FILE:
         onnx.save(proto, path)
     else:
         onnx.save(proto, path, save_as_external_data=True, location=beside.name)
+
+
+def constants_of(path: Path) -> Path:
+    """The file beside a model that is too large for one."""
+    return path.with_name(f"{path.name}.data")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a model, with its constants if they are beside it."""
+    size = path.stat().st_size
+    if constants_of(path).exists():
+        size += constants_of(path).stat().st_size
+    return size
 
 
 def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable:
@@ -1111,8 +1124,7 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
         part = folder / path.name
         fp32 = export_fp32(run, options, part)
         if options.precision != "fp32":
-            size = part.stat().st_size
-            export_rounded(run, options, options.precision, part, fp32, size)
+            export_rounded(run, options, options.precision, part, fp32, size_of(part))
         if options.output != "embedding":
             write_labels(run.meta["classes"], folder / "labels.txt")
 
@@ -1152,7 +1164,7 @@ def export_rounded(
     else:
         proto = to_model(Graph(options.opset, "float16", image), model, meta)
     small = save_checked(proto, path, f", {precision}")
-    text = f"size     {path.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32"
+    text = f"size     {size_of(path) / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32"
     if precision == "int8" and meta["batch"] != 1:
         text += f"; {ONE_SCALE}, with --batch 1 they don't"
     print(text)
@@ -1271,7 +1283,7 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
         fp32 = export_fp32(run, options, path, HUB_INPUT)
         config = hub_config(run.meta, run.model.config)
         try:
-            export_rounded(run, options, "int8", int8, fp32, path.stat().st_size, HUB_INPUT)
+            export_rounded(run, options, "int8", int8, fp32, size_of(path), HUB_INPUT)
         except ValueError as error:
             int8.unlink(missing_ok=True)
             (place / "onnx" / int8.name).unlink(missing_ok=True)  # of an earlier export

@@ -474,6 +474,9 @@ def test_constants_beside_a_graph_that_is_too_large(run, tmp_path, monkeypatch, 
     assert names_in(tmp_path) == ["labels.txt", "m.onnx", *data]
     assert out.count("check    onnx.checker ok") == (1 if precision == "fp32" else 2)
     export.session(tmp_path / "m.onnx")
+    if precision == "int8":
+        small, plain = re.search(r"^size     ([\d.]+) MB, ([\d.]+) MB fp32", out, re.M).groups()
+        assert float(small) < float(plain)
 
 
 def test_resizing_is_checked_on_original_photos(run, runs, photos, tmp_path, monkeypatch):
