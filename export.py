@@ -1383,13 +1383,12 @@ def model_card(run: train.Run, int8: bool) -> str:
 # ------------------------------------------------------------------------------ the command line
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and those that are train.py's. Wrong usage prints one line and exits with 2."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options. Wrong usage prints one line and exits with 2."""
     parser = train.Parser(
         prog="export.py",
         description="Turn a run of train.py into one ONNX graph, checked against PyTorch.",
-        epilog="Options of train.py that say where things are now (--weights, --dataset, "
-        "--init-lora, --data-dir, --offline) may follow. Defaults are in parentheses.",
+        epilog="Defaults are in parentheses.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="runs/NAME", help="the run's folder")
@@ -1420,10 +1419,28 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     rule = f"keep fp16 or int8 even if accuracy falls by over {MAX_LOSS:g} point and one standard "
     rule += f"error or, where labels aren't known, under {AGREE:g} %% of the top-1 stay"
     parser.switch("--force", rule)
-    options, more = parser.parse_known_args(arguments)
+    parser.section("where things are now, if not where they were")
+    add("--weights", "FILE", str, "the backbone's weights", "")
+    add("--init-lora", "PATH", str, "the LoRA that was merged into them", "")
+    add("--dataset", "FOLDER", str, "the photos, or others of the same classes", "")
+    add("--data-dir", "DIR", str, "where downloaded data sets are", "")
+    parser.switch("--offline", "never use the network")
+    options = parser.parse_args(arguments)
     check_usage(options, parser)
     options.input = options.input or ("uint8" if options.resize else "float")
-    return options, more
+    return options
+
+
+def arguments_for_train(options: argparse.Namespace) -> list[str]:
+    """The command line of train.py that opens the run."""
+    arguments = ["--eval", options.run, "--device", "cpu"]
+    for name in ("weights", "init_lora", "dataset", "data_dir"):
+        value = getattr(options, name)
+        if value:
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    if options.offline:
+        arguments.append("--offline")
+    return arguments
 
 
 def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
@@ -1453,10 +1470,9 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
     train.prepare_process()
-    options, more = parse(arguments)
+    options = parse(arguments)
     try:
-        arguments = ["--eval", options.run, "--device", "cpu", *more]
-        run_options, *_ = train.parse(arguments, prog="export.py")
+        run_options, *_ = train.parse(arguments_for_train(options), prog="export.py")
         run = train.open_run(run_options, need_data=False)
         run.model.eval().requires_grad_(False)
         if run.dataset is not None:  # what test_accuracy is of, whatever --dataset is given
