@@ -916,8 +916,10 @@ class Agreement:
     labels: list[np.ndarray] = field(default_factory=list)
     times: list[tuple[float, float]] = field(default_factory=list)  # seconds, of the smallest batch
 
-    def percent(self, one: list[np.ndarray], other: list[np.ndarray]) -> float:
-        return 100 * float((np.concatenate(one) == np.concatenate(other)).mean())
+    @property
+    def same(self) -> float:
+        """The images of which both give the same top-1, in percent."""
+        return 100 * float((np.concatenate(self.before) == np.concatenate(self.after)).mean())
 
 
 def measure(reference: Callable, candidate: Callable, run: train.Run, count: int) -> Agreement:
@@ -955,9 +957,8 @@ def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
     clip = meta["method"] in adaptertune.CLIP_METHODS and meta["output"] == "logits"
     limit = 10 * LIMIT if meta["resize"] or clip else LIMIT
     bound = f"{limit:.0e}".replace("-0", "-")
-    same = found.percent(found.before, found.after)
-    text = f"max |diff| {found.worst:.1e} (limit {bound}), top-1 agreement {same:.4g} %"
-    return text, same == 100 and found.worst <= limit
+    text = f"max |diff| {found.worst:.1e} (limit {bound}), top-1 agreement {found.same:.4g} %"
+    return text, found.same == 100 and found.worst <= limit
 
 
 def judge_rounded(found: Agreement, meta: dict) -> tuple[str, bool]:
@@ -968,13 +969,12 @@ def judge_rounded(found: Agreement, meta: dict) -> tuple[str, bool]:
     is a loss of up to MAX_LOSS points and one standard error. Where labels aren't known, AGREE
     percent of the top-1 must stay.
     """
-    same = found.percent(found.before, found.after)
-    text = f"max |diff| {found.worst:.1e}, top-1 agreement {same:.4g} %"
+    text = f"max |diff| {found.worst:.1e}, top-1 agreement {found.same:.4g} %"
     finite = np.isfinite(found.worst)
     labels = np.concatenate(found.labels)
     if labels.min() < 0:
         text += f" (at least {AGREE:g} % is wanted, since labels aren't known)"
-        return text, finite and same >= AGREE
+        return text, finite and found.same >= AGREE
     n = len(labels)
     before = np.concatenate(found.before) == labels
     after = np.concatenate(found.after) == labels
@@ -993,7 +993,7 @@ def verify(
     run: train.Run,
     options: argparse.Namespace,
     names: tuple[str, str],
-    judge: Callable = judge_exact,
+    rounded: bool = False,
 ) -> None:
     """Print how far two functions agree on images, and how long a single image takes them.
 
@@ -1001,17 +1001,17 @@ def verify(
         options: `images`, how many: 0 for all, None for 64, or 1,000 in fp16 and int8; `force`, to
             go on in fp16 and int8 whatever comes out.
         names: of the two functions.
-        judge: judge_exact or judge_rounded.
+        rounded: the second is fp16 or int8, and may differ as judge_rounded allows.
 
     Raises:
         ValueError: they disagree by more than is allowed.
     """
-    rounded = judge is judge_rounded
     count = options.images
     if count is None:
         count = 1000 if rounded else 64
     count = min(count or len(run.dataset.test), len(run.dataset.test))
     found = measure(reference, candidate, run, count)
+    judge = judge_rounded if rounded else judge_exact
     text, good = judge(found, run.meta)
     text = f"{names[1]} against {names[0]}, {count:,} {run.dataset.name}: {text}"
     if not good and not (rounded and options.force):
@@ -1168,7 +1168,7 @@ def export_rounded(
     if precision == "int8" and meta["batch"] != 1:
         text += f"; {ONE_SCALE}, with --batch 1 they don't"
     print(text)
-    verify(fp32, small, run, options, ("fp32", precision), judge_rounded)
+    verify(fp32, small, run, options, ("fp32", precision), rounded=True)
 
 
 def calibration_images(run: train.Run) -> Tensor:
