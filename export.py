@@ -791,8 +791,9 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
     images, or noise. The data set's name becomes what the check line calls them."""
     if options.check:
         halves = 2 if options.precision == "int8" or options.hub else 1
-        count = 1000 if options.images is None else options.images
-        run.dataset = read_photos(run, Path(options.check), halves * count)
+        rounded = options.precision != "fp32" or bool(options.hub)
+        count = halves * images_wanted(options, rounded)
+        run.dataset = read_photos(run, Path(options.check), count)
         images = run.dataset.test
         if halves == 2 and len(images) > 1:  # what calibrates int8 doesn't check it
             run.dataset.train = images[torch.arange(0, len(images), 2)]
@@ -801,6 +802,13 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
         run.dataset = noise(run)
     else:
         run.dataset.name = "test images"
+
+
+def images_wanted(options: argparse.Namespace, rounded: bool) -> int:
+    """How many images a graph is checked with, by --images: 0 for all; fp16 and int8 take more."""
+    if options.images is not None:
+        return options.images
+    return 1000 if rounded else 64
 
 
 def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
@@ -998,18 +1006,15 @@ def verify(
     """Print how far two functions agree on images, and how long a single image takes them.
 
     Args:
-        options: `images`, how many: 0 for all, None for 64, or 1,000 in fp16 and int8; `force`, to
-            go on in fp16 and int8 whatever comes out.
+        options: `images`, how many; `force`, to go on in fp16 and int8 whatever comes out.
         names: of the two functions.
         rounded: the second is fp16 or int8, and may differ as judge_rounded allows.
 
     Raises:
         ValueError: they disagree by more than is allowed.
     """
-    count = options.images
-    if count is None:
-        count = 1000 if rounded else 64
-    count = min(count or len(run.dataset.test), len(run.dataset.test))
+    available = len(run.dataset.test)
+    count = min(images_wanted(options, rounded) or available, available)
     found = measure(reference, candidate, run, count)
     judge = judge_rounded if rounded else judge_exact
     text, good = judge(found, run.meta)

@@ -818,6 +818,25 @@ def test_other_photos(run, runs, photos, tmp_path):
     assert " % of 12." in (tmp_path / "hub/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "read"), [("", 64), ("--precision fp16", 90), ("--images 7", 7)]
+)
+def test_no_more_photos_are_read_than_checked(run, photos, tmp_path, monkeypatch, options, read):
+    """Of --check's folder, spread over all of it."""
+    for path in list(photos.rglob("*.png"))[:30]:
+        path.with_name(f"again-{path.name}").write_bytes(path.read_bytes())
+    counts = []
+    decode = data.decode
+
+    def counted(paths, *args, **more):
+        counts.append(len(paths))
+        return decode(paths, *args, **more)
+
+    monkeypatch.setattr(data, "decode", counted)
+    run("runs/a", "--check", photos, "--force", "-o", tmp_path / "m.onnx", *options.split())
+    assert counts == [read]
+
+
 def test_without_the_runs_photos(run, runs, photos, tmp_path):
     """A run whose photos are gone is checked on noise, which the line says; int8 is refused."""
     common = ["--dataset", str(photos), "--weights", str(runs / "tiny.safetensors")]
