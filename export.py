@@ -847,7 +847,7 @@ def noise(run: train.Run) -> data.Dataset:
     pixels = (255 * pixels).clamp(0, 255).byte()
     images = data.Images(pixels, torch.full((count,), -1))
     none = data.Images(pixels[:0], images.labels[:0])
-    name = "noise images, since the run's photos are gone and no --check is given"
+    name = "noise images, since the run's own can't be read and no --check is given"
     return data.Dataset(name, run.meta["classes"], none, None, images, center=run.meta["center"])
 
 
@@ -1182,7 +1182,7 @@ def calibration_images(run: train.Run) -> Tensor:
     images = run.dataset.train
     if not len(images):
         raise ValueError(
-            "int8 is calibrated on photos, and the run's are gone; give --check FOLDER"
+            "int8 is calibrated on training images, and none are there; give --check FOLDER"
         )
     index = torch.linspace(0, len(images) - 1, 64).long()
     batches = run.batches.eval(images[index], run.dataset.center)
@@ -1370,7 +1370,7 @@ def model_card(run: train.Run, int8: bool) -> str:
     meta = run.meta
     note = "`onnx/model_quantized.onnx` is int8: for CPUs and WASM, wrong in WebGPU."
     accuracy = f"{meta['test_accuracy']:.2f} %"
-    if "test_images" in meta:  # else the run's photos are gone
+    if "test_images" in meta:  # else the data set can't be read
         accuracy += f" of {meta['test_images']:,}"
     text = CARD.format(
         dataset=meta["dataset"],

@@ -843,17 +843,17 @@ def test_without_the_runs_photos(run, runs, photos, tmp_path):
     assert train.main([*common, "--epochs", "1", "--name", "gone"]) == 0
     photos.rename(tmp_path / "elsewhere")
     train.read_dataset.cache_clear()
-    noise = "64 noise images, since the run's photos are gone and no --check is given: max"
+    noise = "64 noise images, since the run's own can't be read and no --check is given: max"
     folder = tmp_path / "out"
     folder.mkdir()
     for options in ([], ["--resize"], ["--input", "unit", "--batch", "3"]):
         assert noise in run("runs/gone", "-o", folder, *options)
     before = names_in(folder)
     error = run("runs/gone", "-o", folder, "--precision", "int8", status=1)
-    assert "int8 is calibrated on photos, and the run's are gone; give --check FOLDER" in error
+    assert "int8 is calibrated on training images, and none are there; give --check FOLDER" in error
     assert names_in(folder) == before
     out = run("runs/gone", "--hub", folder / "hub")
-    assert "left out onnx/model_quantized.onnx: int8 is calibrated on photos" in out
+    assert "left out onnx/model_quantized.onnx: int8 is calibrated on training images" in out
     assert re.search(r"test images: [\d.]+ %\.", (folder / "hub/README.md").read_text())
     config = json.loads((folder / "hub/config.json").read_text())
     assert config["transformers.js_config"] == {"dtype": "fp32"}
