@@ -1020,10 +1020,9 @@ def verify(
     text, good = judge(found, run.meta)
     text = f"{names[1]} against {names[0]}, {count:,} {run.dataset.name}: {text}"
     if not good and not (rounded and options.force):
-        text += ": no file was written"
-        if rounded:
-            text += "; --force writes it all the same"
-        raise ValueError(text)
+        if rounded:  # with --hub the file in fp32 is written
+            raise ValueError(f"{text}: it isn't kept without --force")
+        raise ValueError(f"{text}: no file was written")
     print(f"check    {text} {'ok' if good else 'forced'}", flush=True)
     times = found.times[5:] or found.times  # after a warm-up
     first, second = 1000 * np.median(times, axis=0)

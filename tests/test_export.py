@@ -577,10 +577,15 @@ def test_int8_that_disagrees(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "equalise", turn_labels_around)
     arguments = ["runs/a", "-o", tmp_path / "m.onnx", "--precision", "int8"]
     error = run(*arguments, status=1)
-    assert "no file was written; --force writes it all the same" in error
+    assert "points: it isn't kept without --force" in error
     assert not list(tmp_path.iterdir())
     assert "points forced" in run(*arguments, "--force")
     assert names_in(tmp_path) == ["labels.txt", "m.onnx"]
+    out = run("runs/a", "--hub", tmp_path / "hub")
+    assert re.search(
+        "^left out onnx/model_quantized.onnx: .*it isn't kept without --force$", out, re.M
+    )
+    assert names_in(tmp_path / "hub/onnx") == ["model.onnx"]
 
 
 def agreement(counts, labels=True):
