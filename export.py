@@ -1157,8 +1157,8 @@ def export_rounded(
 ) -> None:
     """Write the graph in fp16 or int8 and compare it with the one in fp32, of `size` bytes."""
     meta = run.meta | {"precision": precision}
-    for name in ("val_accuracy", "test_accuracy", "test_class_accuracy"):
-        if name in meta:
+    for name in run.meta:
+        if name.endswith("_accuracy"):
             meta[f"fp32_{name}"] = meta.pop(name)  # of the run, not of this file
     model = copy.deepcopy(run.model)
     adaptertune.merge(model)
