@@ -1026,10 +1026,12 @@ def verify(
     print(f"check    {text} {'ok' if good else 'forced'}", flush=True)
     times = found.times[5:] or found.times  # after a warm-up
     first, second = 1000 * np.median(times, axis=0)
+    how = f"median of {len(times)}, CPU, {train.counted(torch.get_num_threads(), 'thread')}"
+    if run.meta["resize"] and not rounded:
+        how += "; with resizing in onnxruntime, without in torch"
     print(
         f"speed    batch {run.meta['batch'] or 1}: {second:.1f} ms {names[1]}, {first:.1f} ms "
-        f"{names[0]}, ratio {second / first:.2f} (median of {len(times)}, CPU, "
-        f"{train.counted(torch.get_num_threads(), 'thread')})"
+        f"{names[0]}, ratio {second / first:.2f} ({how})"
     )
 
 

@@ -541,6 +541,7 @@ def test_every_method_and_option(run, tmp_path, name, options):
     assert out.count("top-1 agreement 100 % ok") == 1
     limit = "1e-3" if "--resize" in options else "1e-4"
     assert f"(limit {limit})" in out
+    assert ("; with resizing in onnxruntime, without in torch)" in out) == ("--resize" in options)
     assert ("2 adapters merged into the MLPs" in out) == (name == "merged")
 
 
