@@ -1456,12 +1456,7 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
     if options.swappable and (options.resize or options.precision != "fp32"):
         parser.error("--swappable is fp32, without --resize")
     if options.hub:
-        wanted = {"o": "", "input": "", "resize": False, "output": "logits"}
-        wanted |= {"precision": "fp32", "swappable": False}
-        for name, value in wanted.items():
-            if getattr(options, name) != value:
-                flag = "-o" if name == "o" else f"--{name}"
-                parser.error(f"--hub settles what its folder holds; leave out {flag}")
+        check_hub(options, parser)
     if options.check and not Path(options.check).is_dir():
         parser.error(f"--check {options.check}: no such folder")
     place = Path(options.o)
@@ -1471,6 +1466,18 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
         parser.error(f"-o {place}: --swappable writes two files; give a folder")
     if not options.swappable and place.suffix != ".onnx":
         parser.error(f"-o {place}: give a folder, or a file whose name ends in .onnx")
+
+
+def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
+    """Refuse options of a graph that what loads --hub's folder couldn't use."""
+    wanted = {"o": "", "input": "", "resize": False, "output": "logits"}
+    wanted |= {"precision": "fp32", "swappable": False}
+    for name, value in wanted.items():
+        if getattr(options, name) != value:
+            flag = "-o" if name == "o" else f"--{name}"
+            parser.error(f"--hub settles what its folder holds; leave out {flag}")
+    if options.batch > 1:
+        parser.error(f"--hub: a single photo is no batch of {options.batch}; leave out --batch")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -948,6 +948,7 @@ def test_a_card_names_what_the_hub_has():
         ("runs/a --hub h --precision int8", 2, "leave out --precision"),
         ("runs/a --hub h --swappable", 2, "leave out --swappable"),
         ("runs/a --hub h -o m.onnx", 2, "leave out -o"),
+        ("runs/a --hub h --batch 4", 2, "leave out --batch"),
         ("runs/a --check gone", 2, "--check gone: no such folder"),
         ("runs/a --batch -1", 2, "argument --batch: -1 is not between 0 and 1,000,000"),
         ("runs/a --images many", 2, "argument --images: 'many' is not a valid int"),
