@@ -1130,34 +1130,32 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
         part = folder / path.name
         fp32 = export_fp32(run, options, part)
         if options.precision != "fp32":
-            export_rounded(run, options, options.precision, part, fp32, size_of(part))
+            export_rounded(run, options, part, fp32, size_of(part))
         if options.output != "embedding":
             write_labels(run.meta["classes"], folder / "labels.txt")
 
 
-def export_fp32(
-    run: train.Run, options: argparse.Namespace, path: Path, image: str = INPUT
-) -> Callable:
-    """Write and check the graph; `image` names its input. Returns it as in_onnxruntime does."""
+def new_graph(options: argparse.Namespace, dtype: str = "float32") -> Graph:
+    """An empty graph, whose input has the name that is looked for."""
+    return Graph(options.opset, dtype, HUB_INPUT if options.hub else INPUT)
+
+
+def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Callable:
+    """Write and check the graph. Returns it as in_onnxruntime does."""
     model = copy.deepcopy(run.model)
     merged = adaptertune.merge(model)
     more = f", {merged} adapters merged into the MLPs" if merged else ""
-    proto = to_model(Graph(options.opset, image=image), model, run.meta | {"precision": "fp32"})
+    proto = to_model(new_graph(options), model, run.meta | {"precision": "fp32"})
     fp32 = save_checked(proto, path, more)
     verify(in_torch(run.model, run.meta), fp32, run, options, ("torch", "onnxruntime"))
     return fp32
 
 
 def export_rounded(
-    run: train.Run,
-    options: argparse.Namespace,
-    precision: str,
-    path: Path,
-    fp32: Callable,
-    size: int,
-    image: str = INPUT,
+    run: train.Run, options: argparse.Namespace, path: Path, fp32: Callable, size: int
 ) -> None:
     """Write the graph in fp16 or int8 and compare it with the one in fp32, of `size` bytes."""
+    precision = "int8" if options.hub else options.precision
     meta = run.meta | {"precision": precision}
     for name in run.meta:
         if name.endswith("_accuracy"):
@@ -1166,9 +1164,9 @@ def export_rounded(
     adaptertune.merge(model)
     if precision == "int8":
         equalise(model, calibration_images(run))
-        proto = to_int8(to_model(Graph(options.opset, image=image), model, meta), path)
+        proto = to_int8(to_model(new_graph(options), model, meta), path)
     else:
-        proto = to_model(Graph(options.opset, "float16", image), model, meta)
+        proto = to_model(new_graph(options, "float16"), model, meta)
     small = save_checked(proto, path, f", {precision}")
     text = f"size     {size_of(path) / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32"
     if precision == "int8" and meta["batch"] != 1:
@@ -1286,10 +1284,10 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
         inside.mkdir()
         path = inside / "model.onnx"
         int8 = inside / "model_quantized.onnx"
-        fp32 = export_fp32(run, options, path, HUB_INPUT)
+        fp32 = export_fp32(run, options, path)
         config = hub_config(run.meta, run.model.config)
         try:
-            export_rounded(run, options, "int8", int8, fp32, size_of(path), HUB_INPUT)
+            export_rounded(run, options, int8, fp32, size_of(path))
         except ValueError as error:
             int8.unlink(missing_ok=True)
             (place / "onnx" / int8.name).unlink(missing_ok=True)  # of an earlier export
