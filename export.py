@@ -196,11 +196,11 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
 
     # Keys' kernel without conditions: (1 - x)/2 · relu(2 - x)² + (2x - 1) · relu(1 - x)²
     far = op("Relu", op("Sub", number(2), x))
-    near = op("Sub", number(1), x)
-    outer = op("Mul", op("Mul", near, number(0.5)), op("Mul", far, far))
-    near = op("Relu", near)
-    twice = op("Sub", op("Add", x, x), number(1))
-    weights = op("Add", outer, op("Mul", twice, op("Mul", near, near)))
+    rest = op("Sub", number(1), x)
+    near = op("Relu", rest)
+    outer = op("Mul", op("Mul", rest, number(0.5)), op("Mul", far, far))
+    slope = op("Sub", op("Add", x, x), number(1))
+    weights = op("Add", outer, op("Mul", slope, op("Mul", near, near)))
     total = op("ReduceSum", weights, g.constant("image.axis", [1]))  # [S, 1]
     return op("Div", weights, total)
 
@@ -676,15 +676,16 @@ def equalise(model: vit.ViT, images: Tensor, alpha: float = 0.7) -> None:
         if block.adapter is not None and block.adapter.reads == "ln":
             readers.append(block.adapter.down)
         equalise_norm(block.norm2, ranges[f"blocks.{i}.mlp.fc1"], readers, alpha)
-        if qkv.bias is not None:  # v's bias moves into proj's: the rows of softmax sum to 1
-            proj.bias += proj.weight @ qkv.bias[2 * D :]
-            qkv.bias[2 * D :] = 0
-    ranges = channel_ranges(model, images)  # again: what enters proj has lost v's bias
-    for i, block in enumerate(model.blocks):
-        proj = block.attn.proj
+        # v's bias moves into proj's, so what enters proj lacks it: the rows of softmax sum to 1.
         low, high = ranges[f"blocks.{i}.attn.proj"]
+        if qkv.bias is not None:
+            v_bias = qkv.bias[2 * D :]
+            low = low - v_bias
+            high = high - v_bias
+            proj.bias += proj.weight @ v_bias
+            v_bias.zero_()
         factor = channel_factors(torch.maximum(-low, high), proj.weight, alpha)
-        block.attn.qkv.weight[2 * D :] /= factor[:, None]
+        qkv.weight[2 * D :] /= factor[:, None]
         proj.weight *= factor
 
 
@@ -790,8 +791,9 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
     images, or noise. The data set's name becomes what the check line calls them."""
     if options.check:
         halves = 2 if options.precision == "int8" or options.hub else 1
-        count = 1000 if options.images is None else options.images
-        run.dataset = read_photos(run, Path(options.check), halves * count)
+        rounded = options.precision != "fp32" or bool(options.hub)
+        count = halves * images_wanted(options, rounded)
+        run.dataset = read_photos(run, Path(options.check), count)
         images = run.dataset.test
         if halves == 2 and len(images) > 1:  # what calibrates int8 doesn't check it
             run.dataset.train = images[torch.arange(0, len(images), 2)]
@@ -800,6 +802,13 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
         run.dataset = noise(run)
     else:
         run.dataset.name = "test images"
+
+
+def images_wanted(options: argparse.Namespace, rounded: bool) -> int:
+    """How many images a graph is checked with, by --images: 0 for all; fp16 and int8 take more."""
+    if options.images is not None:
+        return options.images
+    return 1000 if rounded else 64
 
 
 def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
@@ -838,7 +847,7 @@ def noise(run: train.Run) -> data.Dataset:
     pixels = (255 * pixels).clamp(0, 255).byte()
     images = data.Images(pixels, torch.full((count,), -1))
     none = data.Images(pixels[:0], images.labels[:0])
-    name = "noise images, since the run's photos are gone and no --check is given"
+    name = "noise images, since the run's own can't be read and no --check is given"
     return data.Dataset(name, run.meta["classes"], none, None, images, center=run.meta["center"])
 
 
@@ -915,8 +924,10 @@ class Agreement:
     labels: list[np.ndarray] = field(default_factory=list)
     times: list[tuple[float, float]] = field(default_factory=list)  # seconds, of the smallest batch
 
-    def percent(self, one: list[np.ndarray], other: list[np.ndarray]) -> float:
-        return 100 * float((np.concatenate(one) == np.concatenate(other)).mean())
+    @property
+    def same(self) -> float:
+        """The images of which both give the same top-1, in percent."""
+        return 100 * float((np.concatenate(self.before) == np.concatenate(self.after)).mean())
 
 
 def measure(reference: Callable, candidate: Callable, run: train.Run, count: int) -> Agreement:
@@ -954,9 +965,8 @@ def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
     clip = meta["method"] in adaptertune.CLIP_METHODS and meta["output"] == "logits"
     limit = 10 * LIMIT if meta["resize"] or clip else LIMIT
     bound = f"{limit:.0e}".replace("-0", "-")
-    same = found.percent(found.before, found.after)
-    text = f"max |diff| {found.worst:.1e} (limit {bound}), top-1 agreement {same:.4g} %"
-    return text, same == 100 and found.worst <= limit
+    text = f"max |diff| {found.worst:.1e} (limit {bound}), top-1 agreement {found.same:.4g} %"
+    return text, found.same == 100 and found.worst <= limit
 
 
 def judge_rounded(found: Agreement, meta: dict) -> tuple[str, bool]:
@@ -967,13 +977,12 @@ def judge_rounded(found: Agreement, meta: dict) -> tuple[str, bool]:
     is a loss of up to MAX_LOSS points and one standard error. Where labels aren't known, AGREE
     percent of the top-1 must stay.
     """
-    same = found.percent(found.before, found.after)
-    text = f"max |diff| {found.worst:.1e}, top-1 agreement {same:.4g} %"
+    text = f"max |diff| {found.worst:.1e}, top-1 agreement {found.same:.4g} %"
     finite = np.isfinite(found.worst)
     labels = np.concatenate(found.labels)
     if labels.min() < 0:
         text += f" (at least {AGREE:g} % is wanted, since labels aren't known)"
-        return text, finite and same >= AGREE
+        return text, finite and found.same >= AGREE
     n = len(labels)
     before = np.concatenate(found.before) == labels
     after = np.concatenate(found.after) == labels
@@ -992,39 +1001,37 @@ def verify(
     run: train.Run,
     options: argparse.Namespace,
     names: tuple[str, str],
-    judge: Callable = judge_exact,
+    rounded: bool = False,
 ) -> None:
     """Print how far two functions agree on images, and how long a single image takes them.
 
     Args:
-        options: `images`, how many: 0 for all, None for 64, or 1,000 in fp16 and int8; `force`, to
-            go on in fp16 and int8 whatever comes out.
+        options: `images`, how many; `force`, to go on in fp16 and int8 whatever comes out.
         names: of the two functions.
-        judge: judge_exact or judge_rounded.
+        rounded: the second is fp16 or int8, and may differ as judge_rounded allows.
 
     Raises:
         ValueError: they disagree by more than is allowed.
     """
-    rounded = judge is judge_rounded
-    count = options.images
-    if count is None:
-        count = 1000 if rounded else 64
-    count = min(count or len(run.dataset.test), len(run.dataset.test))
+    available = len(run.dataset.test)
+    count = min(images_wanted(options, rounded) or available, available)
     found = measure(reference, candidate, run, count)
+    judge = judge_rounded if rounded else judge_exact
     text, good = judge(found, run.meta)
     text = f"{names[1]} against {names[0]}, {count:,} {run.dataset.name}: {text}"
     if not good and not (rounded and options.force):
-        text += ": no file was written"
-        if rounded:
-            text += "; --force writes it all the same"
-        raise ValueError(text)
+        if rounded:  # with --hub the file in fp32 is written
+            raise ValueError(f"{text}: it isn't kept without --force")
+        raise ValueError(f"{text}: no file was written")
     print(f"check    {text} {'ok' if good else 'forced'}", flush=True)
     times = found.times[5:] or found.times  # after a warm-up
     first, second = 1000 * np.median(times, axis=0)
+    how = f"median of {len(times)}, CPU, {train.counted(torch.get_num_threads(), 'thread')}"
+    if run.meta["resize"] and not rounded:
+        how += "; with resizing in onnxruntime, without in torch"
     print(
         f"speed    batch {run.meta['batch'] or 1}: {second:.1f} ms {names[1]}, {first:.1f} ms "
-        f"{names[0]}, ratio {second / first:.2f} (median of {len(times)}, CPU, "
-        f"{train.counted(torch.get_num_threads(), 'thread')})"
+        f"{names[0]}, ratio {second / first:.2f} ({how})"
     )
 
 
@@ -1035,12 +1042,25 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     """Write the model; one that is too large for protobuf with its constants in PATH.data beside
     it."""
     size = sum(len(constant.raw_data) for constant in proto.graph.initializer)
-    beside = path.with_name(f"{path.name}.data")
+    beside = constants_of(path)
     beside.unlink(missing_ok=True)  # of the fp32 file that this one replaces
     if size < ONE_FILE:
         onnx.save(proto, path)
     else:
         onnx.save(proto, path, save_as_external_data=True, location=beside.name)
+
+
+def constants_of(path: Path) -> Path:
+    """The file beside a model that is too large for one."""
+    return path.with_name(f"{path.name}.data")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a model, with its constants if they are beside it."""
+    size = path.stat().st_size
+    if constants_of(path).exists():
+        size += constants_of(path).stat().st_size
+    return size
 
 
 def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable:
@@ -1096,9 +1116,9 @@ def file_name(options: argparse.Namespace) -> str:
     return "-".join(parts) + ".onnx"
 
 
-def write_labels(classes: list[str], path: Path) -> None:
-    """Write labels.txt: a class a line."""
-    data.write_file(path, "".join(f"{data.printable(name)}\n" for name in classes))
+def to_lines(classes: list[str]) -> str:
+    """What labels.txt holds: a class a line."""
+    return "".join(f"{data.printable(name)}\n" for name in classes)
 
 
 def export(run: train.Run, options: argparse.Namespace) -> None:
@@ -1106,56 +1126,59 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
     path = Path(options.o or run.folder)
     if path.is_dir():
         path = path / file_name(options)
-    with staged(path.parent) as folder:
-        part = folder / path.name
-        fp32 = export_fp32(run, options, part)
+    labels = ""
+    if options.output != "embedding":
+        labels = to_lines(run.meta["classes"])
+    listed = path.parent / "labels.txt"
+    if labels and listed.is_file() and listed.read_text("utf-8", "replace") != labels:
+        raise ValueError(f"{listed} has other classes; give this model another folder by -o")
+    with staged(path.parent) as part:
+        model = part / path.name
+        fp32 = export_fp32(run, options, model)
         if options.precision != "fp32":
-            size = part.stat().st_size
-            export_rounded(run, options, options.precision, part, fp32, size)
-        if options.output != "embedding":
-            write_labels(run.meta["classes"], folder / "labels.txt")
+            export_rounded(run, options, model, fp32, size_of(model))
+        if labels:
+            data.write_file(part / listed.name, labels)
 
 
-def export_fp32(
-    run: train.Run, options: argparse.Namespace, path: Path, image: str = INPUT
-) -> Callable:
-    """Write and check the graph; `image` names its input. Returns it as in_onnxruntime does."""
+def new_graph(options: argparse.Namespace, dtype: str = "float32") -> Graph:
+    """An empty graph, whose input has the name that is looked for."""
+    return Graph(options.opset, dtype, HUB_INPUT if options.hub else INPUT)
+
+
+def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Callable:
+    """Write and check the graph. Returns it as in_onnxruntime does."""
     model = copy.deepcopy(run.model)
     merged = adaptertune.merge(model)
     more = f", {merged} adapters merged into the MLPs" if merged else ""
-    proto = to_model(Graph(options.opset, image=image), model, run.meta | {"precision": "fp32"})
+    proto = to_model(new_graph(options), model, run.meta | {"precision": "fp32"})
     fp32 = save_checked(proto, path, more)
     verify(in_torch(run.model, run.meta), fp32, run, options, ("torch", "onnxruntime"))
     return fp32
 
 
 def export_rounded(
-    run: train.Run,
-    options: argparse.Namespace,
-    precision: str,
-    path: Path,
-    fp32: Callable,
-    size: int,
-    image: str = INPUT,
+    run: train.Run, options: argparse.Namespace, path: Path, fp32: Callable, size: int
 ) -> None:
     """Write the graph in fp16 or int8 and compare it with the one in fp32, of `size` bytes."""
+    precision = "int8" if options.hub else options.precision
     meta = run.meta | {"precision": precision}
-    for name in ("val_accuracy", "test_accuracy", "test_class_accuracy"):
-        if name in meta:
+    for name in run.meta:
+        if name.endswith("_accuracy"):
             meta[f"fp32_{name}"] = meta.pop(name)  # of the run, not of this file
     model = copy.deepcopy(run.model)
     adaptertune.merge(model)
     if precision == "int8":
         equalise(model, calibration_images(run))
-        proto = to_int8(to_model(Graph(options.opset, image=image), model, meta), path)
+        proto = to_int8(to_model(new_graph(options), model, meta), path)
     else:
-        proto = to_model(Graph(options.opset, "float16", image), model, meta)
+        proto = to_model(new_graph(options, "float16"), model, meta)
     small = save_checked(proto, path, f", {precision}")
-    text = f"size     {path.stat().st_size / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32"
+    text = f"size     {size_of(path) / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32"
     if precision == "int8" and meta["batch"] != 1:
         text += f"; {ONE_SCALE}, with --batch 1 they don't"
     print(text)
-    verify(fp32, small, run, options, ("fp32", precision), judge_rounded)
+    verify(fp32, small, run, options, ("fp32", precision), rounded=True)
 
 
 def calibration_images(run: train.Run) -> Tensor:
@@ -1164,7 +1187,7 @@ def calibration_images(run: train.Run) -> Tensor:
     images = run.dataset.train
     if not len(images):
         raise ValueError(
-            "int8 is calibrated on photos, and the run's are gone; give --check FOLDER"
+            "int8 is calibrated on training images, and none are there; give --check FOLDER"
         )
     index = torch.linspace(0, len(images) - 1, 64).long()
     batches = run.batches.eval(images[index], run.dataset.center)
@@ -1191,7 +1214,7 @@ def with_empty_adapters(model: vit.ViT, *, reads: str, act: str) -> vit.ViT:
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check and put in place backbone.onnx, unless it is there, and NAME.onnx_adapter."""
     meta = run.meta
-    if meta["method"] == "head":  # no adapters: any kind will do
+    if meta["method"] == "head":  # no adapters: the place of AdapterTune's stays empty
         kind = {"reads": "block", "act": "gelu"}
     elif meta["method"] in adaptertune.ADAPTER_METHODS:
         kind = {"reads": meta["reads"], "act": meta["act"]}
@@ -1217,7 +1240,10 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
             values[name] = value
     values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
 
-    folder = Path(options.o or run.folder.parent)
+    home = run.folder
+    if home.name in ("", ".."):  # "." has no name
+        home = home.resolve()
+    folder = Path(options.o or home.parent)
     backbone = folder / "backbone.onnx"
     with staged(folder) as part:
         if not backbone.exists():
@@ -1228,7 +1254,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
             raise ValueError(
                 f"{backbone} is of another backbone or has other options; give another folder by -o"
             )
-        adapter = part / f"{run.folder.name}.onnx_adapter"
+        adapter = part / f"{home.name}.onnx_adapter"
         save_adapter(values, adapter)
         names = ("torch's backbone", "without adapter")
         verify(in_torch(empty, meta), in_onnxruntime(graph), run, options, names)
@@ -1264,10 +1290,10 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
         inside.mkdir()
         path = inside / "model.onnx"
         int8 = inside / "model_quantized.onnx"
-        fp32 = export_fp32(run, options, path, HUB_INPUT)
+        fp32 = export_fp32(run, options, path)
         config = hub_config(run.meta, run.model.config)
         try:
-            export_rounded(run, options, "int8", int8, fp32, path.stat().st_size, HUB_INPUT)
+            export_rounded(run, options, int8, fp32, size_of(path))
         except ValueError as error:
             int8.unlink(missing_ok=True)
             (place / "onnx" / int8.name).unlink(missing_ok=True)  # of an earlier export
@@ -1320,7 +1346,7 @@ def hub_processor(meta: dict) -> dict:
 
 CARD = """
 # {dataset}: {count} classes
-A frozen {backbone} with {method}, trained on {dataset}. Accuracy on its test images: {accuracy}.
+{backbone} ({method}) on {dataset}. Accuracy on its test images: {accuracy}.
 
 Classes: {classes}.
 
@@ -1348,9 +1374,9 @@ def model_card(run: train.Run, int8: bool) -> str:
     """README.md for the hub."""
     meta = run.meta
     note = "`onnx/model_quantized.onnx` is int8: for CPUs and WASM, wrong in WebGPU."
-    accuracy = "unknown"
-    if "test_images" in meta and meta.get("test_accuracy") is not None:
-        accuracy = f"{meta['test_accuracy']:.2f} % of {meta['test_images']:,}"
+    accuracy = f"{meta['test_accuracy']:.2f} %"
+    if "test_images" in meta:  # else the data set can't be read
+        accuracy += f" of {meta['test_images']:,}"
     text = CARD.format(
         dataset=meta["dataset"],
         count=len(meta["classes"]),
@@ -1367,13 +1393,12 @@ def model_card(run: train.Run, int8: bool) -> str:
 # ------------------------------------------------------------------------------ the command line
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and those that are train.py's. Wrong usage prints one line and exits with 2."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options. Wrong usage prints one line and exits with 2."""
     parser = train.Parser(
         prog="export.py",
         description="Turn a run of train.py into one ONNX graph, checked against PyTorch.",
-        epilog="Options of train.py that say where things are now (--weights, --dataset, "
-        "--init-lora, --data-dir, --offline) may follow. Defaults are in parentheses.",
+        epilog="Defaults are in parentheses.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="runs/NAME", help="the run's folder")
@@ -1404,10 +1429,28 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     rule = f"keep fp16 or int8 even if accuracy falls by over {MAX_LOSS:g} point and one standard "
     rule += f"error or, where labels aren't known, under {AGREE:g} %% of the top-1 stay"
     parser.switch("--force", rule)
-    options, more = parser.parse_known_args(arguments)
+    parser.section("where things are now, if not where they were")
+    add("--weights", "FILE", str, "the backbone's weights", "")
+    add("--init-lora", "PATH", str, "the LoRA that was merged into them", "")
+    add("--dataset", "FOLDER", str, "the photos, or others of the same classes", "")
+    add("--data-dir", "DIR", str, "where downloaded data sets are", "")
+    parser.switch("--offline", "never use the network")
+    options = parser.parse_args(arguments)
     check_usage(options, parser)
     options.input = options.input or ("uint8" if options.resize else "float")
-    return options, more
+    return options
+
+
+def arguments_for_train(options: argparse.Namespace) -> list[str]:
+    """The command line of train.py that opens the run."""
+    arguments = ["--eval", options.run, "--device", "cpu"]
+    for name in ("weights", "init_lora", "dataset", "data_dir"):
+        value = getattr(options, name)
+        if value:
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    if options.offline:
+        arguments.append("--offline")
+    return arguments
 
 
 def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
@@ -1417,16 +1460,15 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
     if options.swappable and (options.resize or options.precision != "fp32"):
         parser.error("--swappable is fp32, without --resize")
     if options.hub:
-        wanted = {"o": "", "input": "", "resize": False, "output": "logits"}
-        wanted |= {"precision": "fp32", "swappable": False}
-        for name, value in wanted.items():
-            if getattr(options, name) != value:
-                flag = "-o" if name == "o" else f"--{name}"
-                parser.error(f"--hub settles what its folder holds; leave out {flag}")
+        check_hub(options, parser)
     if options.check and not Path(options.check).is_dir():
         parser.error(f"--check {options.check}: no such folder")
     place = Path(options.o)
-    if options.o and not place.is_dir() and not options.swappable and place.suffix != ".onnx":
+    if not options.o or place.is_dir():
+        return
+    if options.swappable and place.suffix.startswith(".onnx"):
+        parser.error(f"-o {place}: --swappable writes two files; give a folder")
+    if not options.swappable and place.suffix != ".onnx":
         parser.error(f"-o {place}: give a folder, or a file whose name ends in .onnx")
 
 
@@ -1440,17 +1482,29 @@ def describe(run: train.Run) -> None:
         print(f"lora     {run.backbone.lora}")
 
 
+def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
+    """Refuse options of a graph that what loads --hub's folder couldn't use."""
+    wanted = {"o": "", "input": "", "resize": False, "output": "logits"}
+    wanted |= {"precision": "fp32", "swappable": False}
+    for name, value in wanted.items():
+        if getattr(options, name) != value:
+            flag = "-o" if name == "o" else f"--{name}"
+            parser.error(f"--hub settles what its folder holds; leave out {flag}")
+    if options.batch > 1:
+        parser.error(f"--hub: a single photo is no batch of {options.batch}; leave out --batch")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
     train.prepare_process()
-    options, more = parse(arguments)
+    options = parse(arguments)
     try:
-        arguments = ["--eval", options.run, "--device", "cpu", *more]
-        run_options, *_ = train.parse(arguments, prog="export.py")
+        run_options, *_ = train.parse(arguments_for_train(options), prog="export.py")
         run = train.open_run(run_options, need_data=False)
         run.model.eval().requires_grad_(False)
-        if run.dataset is not None:
-            run.meta["test_images"] = len(run.dataset.test)
+        if run.dataset is not None:  # what test_accuracy is of, whatever --dataset is given
+            listed = train.read_split(run.folder / "split.json")
+            run.meta["test_images"] = len(listed["test"])
         choose_images(run, options)
         # From here on run.meta describes the graph, and goes into it.
         for name in ("config", "learn_scale", "init", "dropout"):  # of no use to a deployer

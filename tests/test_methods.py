@@ -910,6 +910,11 @@ def test_every_method_exports(run, clip, tmp_path, options, capsys):
     to_file("runs/m")
     import onnx
 
+    to_file("runs/m", "--precision", "fp16", "--force", "-o", "fp16.onnx")
+    props = onnx.load("fp16.onnx").metadata_props
+    stated = [prop.key for prop in props if prop.key.endswith("accuracy")]
+    assert stated
+    assert all(key.startswith("fp32_") for key in stated)
     graph = onnx.load(tmp_path / "runs/m/model.onnx").graph
     names = [node.name for node in graph.node]
     assert not [name for name in names if "text" in name]
