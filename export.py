@@ -1130,7 +1130,7 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
     if options.output != "embedding":
         labels = to_lines(run.meta["classes"])
     listed = path.parent / "labels.txt"
-    if labels and listed.is_file() and listed.read_text("utf-8", "replace") != labels:
+    if options.o and labels and listed.is_file() and listed.read_text("utf-8", "replace") != labels:
         raise ValueError(f"{listed} has other classes; give this model another folder by -o")
     with staged(path.parent) as part:
         model = part / path.name
