@@ -519,6 +519,8 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(
             f"--name {options.name}: give the name of a folder below runs/, without / in it"
         )
+    if options.every != 1 and options.blocks and not options.eval:
+        parser.error("--every and --blocks both say where the adapters go; give one")
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
     if options.method == "scratch" and options.weights:

@@ -1460,6 +1460,7 @@ WRONG_USAGE = [
     (["--seeds", "0,0"], "argument --seeds/--seed: 0 is given twice"),
     (["--ranks", "4,8,4"], "argument --rank/--ranks: 4 is given twice"),
     (["--seeds", "0,-1"], "argument --seeds/--seed: -1 is not between 0 and"),
+    (["--every", "2", "--blocks", "0"], "--every and --blocks both say .*; give one"),
     (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
     (["--scratch"], "--scratch starts from random weights; leave out --weights"),
     (["--unknown"], "unrecognized arguments: --unknown"),
