@@ -395,7 +395,7 @@ def add_method_options(parser: Parser) -> None:
     parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
     init = "up-projection: zeros, or N(0, 1e-4²); or a file's adapters, ours or AdaptFormer's"
     add("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
-    add("--scale", "S", float, "factor of the adapters' output")
+    add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output")
     parser.switch("--learn-scale", "train that factor, one for each adapter", default=None)
     add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
     add("--prompts", "N", integer(1, 10_000), "tokens in a block")

@@ -1457,6 +1457,7 @@ WRONG_USAGE = [
     (["--blocks", "middle"], "argument --blocks: 'middle' is not like 0,1,5 or first6 or last6"),
     (["--epochs", "two"], "argument --epochs: 'two' is not a valid int"),
     (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 1"),
+    (["--scale", "nan"], "argument --scale: nan is not between -1,000,000,000 and 1,000,000,000"),
     (["--seeds", "0,0"], "argument --seeds/--seed: 0 is given twice"),
     (["--ranks", "4,8,4"], "argument --rank/--ranks: 4 is given twice"),
     (["--seeds", "0,-1"], "argument --seeds/--seed: -1 is not between 0 and"),
