@@ -2001,6 +2001,7 @@ def set_up_and_fit(run: Run) -> dict:
     signal.signal(signal.SIGTERM, ask_stop)
     peak_memory(run.device, reset=True)
     describe(run)
+    describe_recipe(run)
     clip = options.method in adaptertune.CLIP_METHODS
     if clip and options.classifier == "text":  # before what takes long
         embed_class_names(run)
@@ -2216,21 +2217,26 @@ def describe(run: Run) -> None:
         print(f"head     {run.head}")
 
     describe_data(run.dataset, run.options)
-    options = run.options
     if is_uneven(run.dataset):
         describe_classes(run)
-    if options.epochs and len(run.dataset.train):
-        steps = counted(run.batches.count(run.dataset.train), "step")
-        text = f"recipe   {counted(options.epochs, 'epoch')} of {steps}, batch {options.batch}"
-        text += f", learning rate {options.lr:g}"
-        if options.head_lr != options.lr:
-            text += f" (head {options.head_lr:g})"
-        if not options.cached:
-            text += f", crops of {options.min_scale:g} to 1 of the area"
-            text += ", mirrored at random" if run.dataset.flip else ""
-        if options.label_smoothing:
-            text += f", label smoothing {options.label_smoothing:g}"
-        print(text)
+
+
+def describe_recipe(run: Run) -> None:
+    """How a run is trained; nothing for what isn't."""
+    options = run.options
+    if not options.epochs:
+        return
+    steps = counted(run.batches.count(run.dataset.train), "step")
+    text = f"recipe   {counted(options.epochs, 'epoch')} of {steps}, batch {options.batch}"
+    text += f", learning rate {options.lr:g}"
+    if options.head_lr != options.lr:
+        text += f" (head {options.head_lr:g})"
+    if not options.cached:
+        text += f", crops of {options.min_scale:g} to 1 of the area"
+        text += ", mirrored at random" if run.dataset.flip else ""
+    if options.label_smoothing:
+        text += f", label smoothing {options.label_smoothing:g}"
+    print(text)
 
 
 def describe_trained(counts: dict[str, int], epochs: int) -> None:

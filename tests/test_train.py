@@ -447,7 +447,9 @@ def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
     out = run(*quick(tiny_weights, "--method", method, "--name", "a"))
     (stated,) = stated_test(out)
     expected = f"test     {stated} %   (its file says {stated} %)"
-    assert expected in run("--eval", "runs/a")
+    again = run("--eval", "runs/a", "--lr", 3)
+    assert expected in again
+    assert "recipe" not in again  # nothing is trained
 
 
 def test_a_damaged_configuration_is_named(run, tiny_weights, tmp_path):
