@@ -212,26 +212,33 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         parser.set_defaults(eval=options.predict[0])
         options.eval = options.predict[0]
     if options.eval:  # the run's own options, unless the command line says otherwise
-        try:
-            saved = read_config(Path(options.eval))
-        except ValueError as error:
-            if not (Path(options.eval) / "config.json").exists():  # the wrong folder was given
-                parser.error(str(error))
-            parser.exit(2, f"error: {error}\n")
-        # Another one's run decides what is read, but not where a data set is downloaded to.
-        if not data.is_there(saved["dataset"], saved["data_dir"]):
-            del saved["data_dir"]
-        for name in GRID:  # these options hold lists of values
-            if name in saved:
-                saved[name] = [saved[name]]
-        parser.set_defaults(**saved)
+        parser.set_defaults(**saved_options(options, parser))
         options = parser.parse_args(arguments)  # once more: the first time said which run
     grid = expand(options)
+    if options.eval and len(grid) > 1:
+        parser.error(f"--eval {options.eval} is one run; give each option one value")
     check_used(options, {each.method for each in grid}, parser)
     for run_options in grid:
         fill_in(run_options)
         check(run_options, parser)
     return grid
+
+
+def saved_options(options: argparse.Namespace, parser: Parser) -> dict:
+    """The options of the run that --eval names, as defaults for the parser."""
+    try:
+        saved = read_config(Path(options.eval))
+    except ValueError as error:
+        if not (Path(options.eval) / "config.json").exists():  # the wrong folder was given
+            parser.error(str(error))
+        parser.exit(2, f"error: {error}\n")
+    # Another one's run decides what is read, but not where a data set is downloaded to.
+    if not data.is_there(saved["dataset"], saved["data_dir"]):
+        del saved["data_dir"]
+    for name in GRID:  # these options hold lists of values
+        if name in saved:
+            saved[name] = [saved[name]]
+    return saved
 
 
 def check_predict(options: argparse.Namespace, parser: Parser) -> None:

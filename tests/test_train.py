@@ -450,6 +450,8 @@ def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
     again = run("--eval", "runs/a", "--lr", 3)
     assert expected in again
     assert "recipe" not in again  # nothing is trained
+    error = run("--eval", "runs/a", "--method", "head", "full", status=2)
+    assert error.startswith("error: --eval runs/a is one run; give each option one value;")
 
 
 def test_a_damaged_configuration_is_named(run, tiny_weights, tmp_path):
