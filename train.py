@@ -2158,14 +2158,13 @@ def load_run(
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    adaptertune.read(Path(folder) / "adapters.safetensors")
-    read_config(Path(folder))  # an error, where parse would exit
-    arguments = ["--eval", str(folder), "--device", "cpu"]
+    (options,) = expand(make_parser().parse_args([]))
+    vars(options).update(read_config(Path(folder)), eval=str(folder), device="cpu")
     if weights:
-        arguments += ["--weights", str(weights)]
+        options.weights = str(weights)
     if init_lora:
-        arguments += ["--init-lora", str(init_lora)]
-    options, *_ = parse(arguments)
+        options.init_lora = str(init_lora)
+    fill_in(options)
     return open_classifier(options)
 
 

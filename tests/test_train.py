@@ -417,6 +417,7 @@ def test_scratch_leaves_a_backbone(run, tmp_path):
     model, backbone = vit.load(weights, head=True)
     assert backbone.config == vit.BACKBONES["vit_micro"].config
     assert model.head.weight.shape == (10, 128)
+    assert len(train.load_run("runs/base", weights).classes) == 10  # not an exit, as by --scratch
     out = run("--weights", weights, *few, "--name", "next")
     assert "backbone base 32px, 809,856 frozen" in out
 
