@@ -176,15 +176,12 @@ def channels(text: str, low: float = 0) -> list[float]:
 def placement(text: str) -> list[int]:
     """Option type: blocks counted from 0; first6, or last6 (-6 to -1)."""
     match = re.fullmatch(r"(first|last)([1-9]\d{0,2})", text)
-    if not match:
-        try:
-            return integers(-1000, 1000)(text)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not like 0,1,5 or first6 or last6"
-            ) from error
-    count = int(match[2])
-    return list(range(count)) if match[1] == "first" else list(range(-count, 0))
+    if match:
+        count = int(match[2])
+        return list(range(count)) if match[1] == "first" else list(range(-count, 0))
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0,1,5 or first6 or last6")
+    return integers(-1000, 1000)(text)
 
 
 def make_parser(prog: str = "train.py") -> Parser:

@@ -1448,6 +1448,7 @@ WRONG_USAGE = [
         ["--blocks", "first99,last3"],
         "argument --blocks: 'first99,last3' is not like 0,1,5 or first6",
     ),
+    (["--blocks", "0,0"], "argument --blocks: 0 is given twice"),
     (["--method", "head", "--rank", "4"], "--rank is for adaptertune, adaptformer, clip-adapter"),
     (
         ["--method", "head", "--dropout", "0.5"],
