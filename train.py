@@ -2392,7 +2392,7 @@ def front_matter(run: Run, library: str, tags: list[str]) -> str:
         front |= {"license": "other", "license_name": "dinov3-license"}
     if run.backbone.repo and not run.options.weights:
         front["base_model"] = run.backbone.repo
-    if run.meta["dataset"].startswith("cifar"):
+    if run.meta["dataset"] in ("cifar10", "cifar100"):
         front["datasets"] = [run.meta["dataset"]]
     front |= {"tags": tags, "metrics": ["accuracy"]}
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
@@ -2446,7 +2446,7 @@ python export.py {shlex.quote(folder)}
 ```python
 import train
 
-model = train.load_run("{folder}")
+model = train.load_run({folder!r})
 labels, probabilities = model.predict(["photo.jpg"])
 ```
 adapters.safetensors holds {held} (licence: {meta["license"]}).

@@ -875,9 +875,10 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
 
 def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
     """README.md of a run says what it is in the hub's form, and its commands do what they say."""
-    command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a")
+    name = 'a "b"'
+    command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", name)
     out = run("--dataset", photos, *command)
-    card = (tmp_path / "runs/a/README.md").read_text()
+    card = (tmp_path / "runs" / name / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     stated = dict(line.split(": ", 1) for line in front.splitlines())
     assert json.loads(stated["pipeline_tag"]) == "image-classification"
@@ -896,7 +897,7 @@ def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
             [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/a/model.onnx").exists()
+    assert (tmp_path / "runs" / name / "model.onnx").exists()
     code = re.search("```python\n(.*?)```", text, re.S)[1]
     found = {}
     exec(code, found)
