@@ -1218,6 +1218,8 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
         if saved.get(key) != value:
             before = "none" if saved.get(key) in ("", None) else saved[key]
             now = "none" if value in ("", None) else value
+            if key in AUTO and value == AUTO[key]:
+                now = "the default"
             return f"{key} {before}, not {now}"
     return ""
 

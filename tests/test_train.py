@@ -542,7 +542,9 @@ def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
     command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--name", "a"]
     run(*command, *option)
     assert "kept" in run(*command, *option)
-    assert "holds a run with other options" in run(*command, status=1)
+    error = run(*command, status=1)
+    name = option[0].removeprefix("--").replace("-", "_")
+    assert f"a run with other options ({name} {option[1]}, not the default); give" in error
 
 
 def test_a_finished_run_whose_weights_were_replaced(run, tiny_weights, tmp_path):
