@@ -597,12 +597,12 @@ class Run:
         return list(adaptertune.trained(self.model).values())
 
     @functools.cached_property
-    def class_weights(self) -> Tensor | None:
-        """What --class-weights multiplies each class's losses by, [K]: the inverse of its share of
-        the training images, so that their mean over these images is 1; None without it."""
-        if not self.options.class_weights:
-            return None
+    def class_weights(self) -> Tensor:
+        """What each class's losses are multiplied by, [K]: 1, or with --class-weights the inverse
+        of its share of the training images, so that their mean over these images is 1."""
         sizes = class_sizes(self.dataset).float()
+        if not self.options.class_weights:
+            return torch.ones_like(sizes).to(self.device)
         return (sizes.sum() / (len(sizes) * sizes)).to(self.device)
 
     @functools.cached_property
@@ -736,27 +736,19 @@ def sum_over_processes(sums: Tensor) -> Tensor:
 
 
 def share_gradients(
-    parameters: list[nn.Parameter], weight: float, loss: Tensor, hits: Tensor
+    parameters: list[nn.Parameter], loss: Tensor, hits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Make every process's gradients those of the whole batch, in one exchange.
-
-    Args:
-        weight: how much of the batch's images this process had; its gradients and `loss` are means
-            over them.
-
-    Returns:
-        The mean loss and the hits of the whole batch.
-    """
+    """Sum every process's gradients, loss and hits, in one exchange; returns the last two."""
     if not dist.is_initialized():
         return loss, hits
     gradients = [parameter.grad for parameter in parameters]
-    packed = [weight * gradient.flatten() for gradient in gradients]
-    packed += [weight * loss[None], hits[None].to(loss)]
+    packed = [gradient.flatten() for gradient in gradients]
+    packed += [loss[None], hits[None].to(loss)]
     sums = sum_over_processes(torch.cat(packed)).split([len(part) for part in packed])
-    *means, mean_loss, all_hits = sums
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
-    return mean_loss[0], all_hits[0].long()
+    *total, loss, hits = sums
+    for gradient, of_all in zip(gradients, total, strict=True):
+        gradient.copy_(of_all.view_as(gradient))
+    return loss[0], hits[0].long()
 
 
 def choose_device(name: str, repeatable: bool = True) -> torch.device:
@@ -1563,12 +1555,14 @@ def take_step(
     parts = 1 if run.options.compile else count_parts(run.model, images)
     for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
         logits = run.logits(x)
-        part_loss = loss_of(logits, y, run.options.label_smoothing, run.class_weights)
-        part_loss = part_loss * (len(y) / max(1, len(labels)))
+        losses = F.cross_entropy(
+            logits, y, label_smoothing=run.options.label_smoothing, reduction="none"
+        )
+        part_loss = (losses * run.class_weights[y]).sum() / batch
         part_loss.backward()  # adds to the gradients of the parts before
         loss += part_loss.detach()
         hits += (logits.argmax(dim=-1) == y).sum()
-    loss, hits = share_gradients(run.parameters, len(labels) / batch, loss, hits)
+    loss, hits = share_gradients(run.parameters, loss, hits)
     nn.utils.clip_grad_norm_(run.parameters, 1.0)
     optimizer.step()
     return loss, hits
@@ -1585,19 +1579,6 @@ def count_parts(model: vit.ViT, images: Tensor) -> int:
         return 1
     patches = len(images) * model.config.grid**2
     return max(1, math.ceil(patches / 2048))
-
-
-def loss_of(
-    logits: Tensor, labels: Tensor, smoothing: float, class_weights: Tensor | None = None
-) -> Tensor:
-    """Mean cross-entropy, with each image's multiplied by its class's weight [K] if they are given;
-    0 for a process that has no image of a small last batch."""
-    if not len(labels):
-        return logits.sum()  # of nothing: 0, and gradients of 0
-    if class_weights is None:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    return (losses * class_weights[labels]).mean()
 
 
 def standard_error(accuracy: float, images: int) -> float:
