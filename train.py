@@ -1650,8 +1650,6 @@ def fit(run: Run) -> None:
     found = (run.folder / "state.pt").exists()
     if found:
         load_state(run, optimizer)
-        for group in optimizer.param_groups:  # a state may come from another device
-            group["fused"] = run.device.type == "cuda"
     elif (run.folder / "adapters.safetensors").exists():
         extend(run)
     if any_process(found) != found:
@@ -1815,14 +1813,11 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore an optimiser's state. Raises a ValueError if it isn't one of these parameters."""
-    settings = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, before in zip(optimizer.param_groups, settings, strict=True):
-        for name in before.keys() - {"params", "lr", "fused"}:  # another device's may be fused
-            if type(group[name]) is not type(before[name]) or group[name] != before[name]:
-                raise ValueError(f"the optimiser's {name} is {group[name]}")
-        group["lr"] = float(group["lr"])
+    """Restore an optimiser's moments and rates; its settings come from the options and the device.
+    Raises a ValueError if they aren't of these parameters."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group["lr"] = float(before["lr"])  # of a stop after an epoch's last step, for metrics.csv
     for parameter, moments in optimizer.state.items():
         shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
         for name, shape in shapes.items():
