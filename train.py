@@ -2980,6 +2980,8 @@ def prepare_process() -> None:
 
 def run_command(grid: list[argparse.Namespace]) -> int:
     """What the options ask for. Returns the exit status."""
+    if grid[0].eval and dist.is_initialized():
+        raise ValueError("--eval and --predict are for one process, not torchrun")
     if grid[0].predict:
         return predict_photos(grid[0])
     if grid[0].eval:

@@ -1329,6 +1329,14 @@ def test_cached_features_want_one_process(run, tiny_weights, monkeypatch):
     assert "head trains on cached features: one process, not torchrun" in error
 
 
+def test_evaluation_wants_one_process(run, tiny_weights, monkeypatch):
+    """Under torchrun every process would have all images, and their sum would be no prediction."""
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    error = run("--eval", "runs/a", status=1)
+    assert error == "error: --eval and --predict are for one process, not torchrun\n"
+
+
 # ---------------------------------------------------------------------------- optional packages
 
 
