@@ -1285,26 +1285,17 @@ def read_config(folder: Path) -> dict:
     """
     if vit.is_lora(folder):
         raise ValueError(f"{folder}: {vit.IS_LORA}")
-    path = folder / "config.json"
-    table = {
-        "method": adaptertune.choice(tuple(adaptertune.METHODS)),
-        "seeds": adaptertune.several(adaptertune.whole(0), least=1),
-        "auto": adaptertune.several(adaptertune.choice(tuple(AUTO))),
-        "epochs": adaptertune.whole(0),
-    }
-    saved = read_json(path, table, ("method", "seeds", "dataset", "data_dir", "epochs"))
-    options = {name: saved[name] for name in table if name in saved}
+    table = {}
     for action in make_parser()._actions:
-        name = action.dest
-        if name not in saved or name in options or name in NOT_KEPT:
-            continue
-        if not can_be(action, saved[name]):
-            raise ValueError(
-                f"{path} is damaged ({name} is {saved[name]!r}); restore it, or delete that folder "
-                "and train again"
-            )
-        options[name] = saved[name]
-    return options
+        if action.dest not in NOT_KEPT:
+            table[action.dest] = functools.partial(can_be, action)
+    table["method"] = adaptertune.choice(tuple(adaptertune.METHODS))
+    table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
+    table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
+    table["epochs"] = adaptertune.whole(0)  # never left open, as on the command line
+    required = ("method", "seeds", "dataset", "data_dir", "epochs")
+    saved = read_json(folder / "config.json", table, required)
+    return {name: saved[name] for name in table if name in saved}
 
 
 def can_be(action: argparse.Action, value: object) -> bool:
