@@ -79,13 +79,12 @@ HEAD_RATE = 1e-2
 HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
-# Options that config.json leaves out, since they say what is done with a run; "made" isn't one.
-NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "made")
+# Options that config.json leaves out, since they say what is done with a run.
+NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
 AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
-# What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
-EVAL_MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit")
-EVAL_MAY_CHANGE += ("shots", "lr", "head_lr", "init")
+# What the network of a run and of --eval may differ in. Fingerprints are compared by `load`.
+EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
 RESUME_MAY_CHANGE = ("data_dir", "offline", "device", "auto")  # of options, when one is resumed
 CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
