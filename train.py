@@ -1187,7 +1187,7 @@ def is_unfinished(folder: Path) -> bool:
     if (folder / "state.pt").exists():
         return True
     finished = (folder / "result.json").exists()
-    return finished and epochs_of(folder) < read_config(folder)["epochs"]
+    return finished and read_result(folder)["epochs"] < read_config(folder)["epochs"]
 
 
 def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
@@ -1419,7 +1419,7 @@ def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Pa
 def average_class_images(run: Run) -> None:
     """Give a ClipHead its class matrix from the cached features of the training images."""
     head = run.model.head
-    features = run.dataset.train.pixels.to(run.device)  # [n, D]: train_run has put them there
+    features = run.dataset.train.pixels.to(run.device)  # [n, D]: cache_features made them
     embeddings = features @ head.projection.T  # [n, E]
     head.classes = adaptertune.prototypes(embeddings, run.dataset.train.labels.to(run.device))
 
@@ -1722,11 +1722,6 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
         float(values["val%"])  # "nan" without validation images
 
 
-def epochs_of(folder: Path) -> int:
-    """How many epochs a finished run had."""
-    return read_result(folder)["epochs"]
-
-
 def predict_all(run: Run) -> None:
     """Set run.predictions: of validation, if there is any, and of test."""
     for part in ("val", "test"):
@@ -1735,32 +1730,25 @@ def predict_all(run: Run) -> None:
             run.predictions[part] = predict(run, images, part)
 
 
-def validate_zero_shot(run: Run) -> float:
-    """Validation accuracy of CLIP's class embeddings alone, in percent, printed and put into the
-    metadata; NaN without validation images."""
+def validate_zero_shot(run: Run) -> None:
+    """Print validation accuracy of CLIP's class embeddings alone, and put it into the metadata."""
     with run.model.head.zero_shot():
         val = predict(run, run.dataset.val, "zero-shot").accuracy
     if not math.isnan(val):
         run.meta["zero_shot_val_accuracy"] = val
         print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
-    return val
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Write state.pt: weights, optimiser, State, which are the same in all processes."""
     if not run.batches.rank:
-        write_state(run, optimizer)
+        weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
+        state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
+        state["fingerprint"] = run.meta["fingerprint"]
+        write_records(run)
+        with data.replacing(run.folder / "state.pt") as file:
+            torch.save(state, file)
     wait_for_all()  # torchrun ends all processes when the first one ends
-
-
-def write_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """What `save_state` does, in the first process."""
-    weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
-    state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
-    state["fingerprint"] = run.meta["fingerprint"]
-    write_records(run)
-    with data.replacing(run.folder / "state.pt") as file:
-        torch.save(state, file)
 
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
