@@ -1909,7 +1909,8 @@ def check_weights(options: argparse.Namespace, result: dict, path: Path) -> None
 
 
 def train_run(options: argparse.Namespace, seed: int) -> dict:
-    """One run from loading to the report; returns its result.json, and its folder."""
+    """One run from loading to the report; returns its result.json, its folder, and whether it was
+    finished before."""
     if options.cached and dist.is_initialized():
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
     folder = run_folder(options, seed)
@@ -1918,7 +1919,7 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
             raise ValueError(f"another process has begun a run in {folder}; run this again")
         finished = find_finished(options, folder)
         if finished:
-            return finished | {"folder": folder}
+            return finished | {"folder": folder, "kept": True}
         run = prepare(options, seed, folder)
         describe_folder(options, seed, folder)
         return set_up_and_fit(run) | {"folder": folder}
@@ -2828,15 +2829,19 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
 def run_grid(grid: list[argparse.Namespace]) -> None:
     """Train every run, then compare them."""
     results = []
+    times = []  # seconds of the runs that weren't finished before
     stop_asked.clear()
     total = sum(len(options.seeds) for options in grid)
-    started = time.perf_counter()
     for options in grid:
         for seed in options.seeds:
             stop_if_asked()
             if total > 1:
-                print_heading(options, seed, len(results), total, time.perf_counter() - started)
-            results.append((options.label, train_run(options, seed)))
+                print_heading(options, seed, len(results), total, times)
+            started = time.perf_counter()
+            result = train_run(options, seed)
+            if "kept" not in result:
+                times.append(time.perf_counter() - started)
+            results.append((options.label, result))
     rank, _ = rank_and_world()
     if rank:
         return
@@ -2856,13 +2861,13 @@ def as_file_name(name: str) -> str:
 
 
 def print_heading(
-    options: argparse.Namespace, seed: int, done: int, total: int, seconds: float
+    options: argparse.Namespace, seed: int, done: int, total: int, times: list[float]
 ) -> None:
     """The line above one of several runs: which it is, and how long all that are left will take,
-    where `done` took so many seconds."""
+    by the seconds that others took."""
     text = f"{options.label or options.method}, learning rate {options.lr:g}, seed {seed}"
-    if done:
-        text += f"; about {clock_text(seconds / done * (total - done))} left for all"
+    if times:
+        text += f"; about {clock_text(statistics.mean(times) * (total - done))} left for all"
     print(f"\nrun      {done + 1} of {total}: {text}")
 
 

@@ -403,6 +403,8 @@ def test_seeds(run, tiny_weights, tmp_path):
     assert "\nrun      1 of 2: head, learning rate 0.01, seed 0\n" in out
     heading = r"^run      2 of 2: head, learning rate 0.01, seed 1; about \d:\d\d left for all$"
     assert re.search(heading, out, re.M)
+    again = run(*quick(tiny_weights, "--seeds", "0,1", "--method", "head"))
+    assert re.search("^run      2 of 2: head, learning rate 0.01, seed 1$", again, re.M)  # kept
     first, second = map(float, stated_test(out))
     row = re.search(r"^head +330 +([\d.]+) ± ([\d.]+) ", out, re.M)
     assert float(row[1]) == pytest.approx((first + second) / 2, abs=0.011)
