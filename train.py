@@ -2550,8 +2550,8 @@ def can_draw(*paths: Path) -> bool:
     return True
 
 
-def new_figure(width: float, height: float, panels: int = 1):
-    """A matplotlib figure of panels, three in a row, and the list of their axes.
+def new_figure(width: float, height: float, panels: int = 1, columns: int = 3):
+    """A matplotlib figure of panels, so many in a row, and the list of their axes.
 
     Args:
         width, height: of a panel, in inches.
@@ -2561,7 +2561,7 @@ def new_figure(width: float, height: float, panels: int = 1):
 
     matplotlib.rcParams["svg.hashsalt"] = "adaptertune"  # the same picture for the same numbers
     matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
-    columns = min(panels, 3)
+    columns = min(panels, columns)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -2607,24 +2607,16 @@ def draw_mistakes(run: Run, path: Path) -> None:
         return
     images = (run.originals or run.dataset).test
     classes = run.dataset.classes
-    columns = min(5, len(wrong))
-    rows = math.ceil(len(wrong) / 5)
-    # One panel for all of them, five in a row: a panel each would take a second to draw.
-    figure, (axes,) = new_figure(2.3 * columns, 2.8 * rows)
-    axes.axis("off")
-    for place, i in enumerate(wrong):
-        left = 1.1 * (place % 5)
-        bottom = -1.4 * (place // 5)
-        pixels = images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy()
-        axes.imshow(pixels, extent=(left, left + 1, bottom, bottom + 1))
+    figure, panels = new_figure(2.3, 2.8, panels=len(wrong), columns=5)
+    for axes, i in zip(panels, wrong, strict=True):
+        axes.imshow(images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy())
+        axes.axis("off")
         name = images.names[i] if images.names else str(i)
         lines = [shorten(classes[found.labels[i]])]
         best = shorten(classes[found.best[i]], 18)
         lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
         lines.append(shorten(data.as_utf8(name)))
-        style = {"fontsize": 8, "ha": "center", "va": "bottom"}
-        axes.text(left + 0.5, bottom + 1.02, "\n".join(lines), **style)
-    axes.set(xlim=(0, 1.1 * columns - 0.1), ylim=(-1.4 * (rows - 1), 1.4))
+        axes.set_title("\n".join(lines), fontsize=8)
     figure.suptitle("the most confident mistakes on test: label, prediction, file")
     save_figure(figure, path)
 
