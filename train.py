@@ -2713,7 +2713,9 @@ def examine(run: Run) -> Examined:
 
 def to_two_dimensions(features: Tensor) -> tuple[Tensor, str]:
     """Features [n, D] as points [n, 2] to look at, and how: by t-SNE where scikit-learn is
-    installed, else by their two principal components."""
+    installed, else by their two principal components. One image alone has neither."""
+    if len(features) == 1:
+        return torch.zeros(1, 2), "one image"
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -2778,7 +2780,7 @@ def draw_features(examined: list[Examined], path: Path) -> None:
         points = each.points.numpy()
         axes.scatter(points[:, 0], points[:, 1], s=6, color="lightgrey", rasterized=True)
         for colour, label in zip(palette, coloured, strict=False):
-            members = points[each.labels == label]
+            members = points[(each.labels == label).numpy()]  # a tensor of one would be a number
             name = each.classes[label]
             axes.scatter(*members.T, s=8, color=colour, label=name, rasterized=True)
         axes.set(title=f"{each.title} ({each.projection})", xticks=[], yticks=[])

@@ -883,6 +883,8 @@ def test_principal_components():
     assert how == "two principal components"
     assert torch.allclose(torch.cdist(found, found), torch.cdist(points, points), atol=1e-6)
     assert found[:, 0].std() > found[:, 1].std()
+    one, how = train.to_two_dimensions(torch.randn(1, 8))
+    assert (one.shape, how) == ((1, 2), "one image")
 
 
 # ------------------------------------------------------------------------------------ the graph
