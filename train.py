@@ -734,7 +734,7 @@ def sum_over_processes(sums: Tensor) -> Tensor:
     return sums
 
 
-def share_gradients(
+def sum_gradients(
     parameters: list[nn.Parameter], loss: Tensor, hits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sum every process's gradients, loss and hits, in one exchange; returns the last two."""
@@ -1552,7 +1552,7 @@ def take_step(
         part_loss.backward()  # adds to the gradients of the parts before
         loss += part_loss.detach()
         hits += (logits.argmax(dim=-1) == y).sum()
-    loss, hits = share_gradients(run.parameters, loss, hits)
+    loss, hits = sum_gradients(run.parameters, loss, hits)
     nn.utils.clip_grad_norm_(run.parameters, 1.0)
     optimizer.step()
     return loss, hits
