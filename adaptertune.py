@@ -640,7 +640,7 @@ META = {
     "interpolation": text,
     "center": real(0.5, 1),
     "dataset": text,
-    "classes": several(text, 1),
+    "classes": several(text, least=2),
     "classifier": text,
     "seed": whole(0),
     "limit": whole(0),

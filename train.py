@@ -79,13 +79,12 @@ HEAD_RATE = 1e-2
 HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
-# Options that config.json leaves out, since they say what is done with a run; "made" isn't one.
-NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "made")
+# Options that config.json leaves out, since they say what is done with a run.
+NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
 AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
-# What the metadata of a run and of --eval may differ in. Fingerprints are compared by `load`.
-EVAL_MAY_CHANGE = ("dataset", "center", "backbone", "license", "fingerprint", "seed", "limit")
-EVAL_MAY_CHANGE += ("shots", "lr", "head_lr", "init")
+# What the network of a run and of --eval may differ in. Fingerprints are compared by `load`.
+EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
 RESUME_MAY_CHANGE = ("data_dir", "offline", "device", "auto")  # of options, when one is resumed
 CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
@@ -176,15 +175,12 @@ def channels(text: str, low: float = 0) -> list[float]:
 def placement(text: str) -> list[int]:
     """Option type: blocks counted from 0; first6, or last6 (-6 to -1)."""
     match = re.fullmatch(r"(first|last)([1-9]\d{0,2})", text)
-    if not match:
-        try:
-            return integers(-1000, 1000)(text)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not like 0,1,5 or first6 or last6"
-            ) from error
-    count = int(match[2])
-    return list(range(count)) if match[1] == "first" else list(range(-count, 0))
+    if match:
+        count = int(match[2])
+        return list(range(count)) if match[1] == "first" else list(range(-count, 0))
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0,1,5 or first6 or last6")
+    return integers(-1000, 1000)(text)
 
 
 def make_parser(prog: str = "train.py") -> Parser:
@@ -212,26 +208,33 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         parser.set_defaults(eval=options.predict[0])
         options.eval = options.predict[0]
     if options.eval:  # the run's own options, unless the command line says otherwise
-        try:
-            saved = read_config(Path(options.eval))
-        except ValueError as error:
-            if not (Path(options.eval) / "config.json").exists():  # the wrong folder was given
-                parser.error(str(error))
-            parser.exit(2, f"error: {error}\n")
-        # Another one's run decides what is read, but not where a data set is downloaded to.
-        if not data.is_there(saved["dataset"], saved["data_dir"]):
-            del saved["data_dir"]
-        for name in GRID:  # these options hold lists of values
-            if name in saved:
-                saved[name] = [saved[name]]
-        parser.set_defaults(**saved)
+        parser.set_defaults(**saved_options(options, parser))
         options = parser.parse_args(arguments)  # once more: the first time said which run
     grid = expand(options)
+    if options.eval and len(grid) > 1:
+        parser.error(f"--eval {options.eval} is one run; give each option one value")
     check_used(options, {each.method for each in grid}, parser)
     for run_options in grid:
         fill_in(run_options)
         check(run_options, parser)
     return grid
+
+
+def saved_options(options: argparse.Namespace, parser: Parser) -> dict:
+    """The options of the run that --eval names, as defaults for the parser."""
+    try:
+        saved = read_config(Path(options.eval))
+    except ValueError as error:
+        if not (Path(options.eval) / "config.json").exists():  # the wrong folder was given
+            parser.error(str(error))
+        parser.exit(2, f"error: {error}\n")
+    # Another one's run decides what is read, but not where a data set is downloaded to.
+    if not data.is_there(saved["dataset"], saved["data_dir"]):
+        del saved["data_dir"]
+    for name in GRID:  # these options hold lists of values
+        if name in saved:
+            saved[name] = [saved[name]]
+    return saved
 
 
 def check_predict(options: argparse.Namespace, parser: Parser) -> None:
@@ -395,7 +398,7 @@ def add_method_options(parser: Parser) -> None:
     parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
     init = "up-projection: zeros, or N(0, 1e-4²); or a file's adapters, ours or AdaptFormer's"
     add("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
-    add("--scale", "S", float, "factor of the adapters' output")
+    add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output")
     parser.switch("--learn-scale", "train that factor, one for each adapter", default=None)
     add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
     add("--prompts", "N", integer(1, 10_000), "tokens in a block")
@@ -519,6 +522,8 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(
             f"--name {options.name}: give the name of a folder below runs/, without / in it"
         )
+    if options.every != 1 and options.blocks and not options.eval:
+        parser.error("--every and --blocks both say where the adapters go; give one")
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
     if options.method == "scratch" and options.weights:
@@ -591,12 +596,12 @@ class Run:
         return list(adaptertune.trained(self.model).values())
 
     @functools.cached_property
-    def class_weights(self) -> Tensor | None:
-        """What --class-weights multiplies each class's losses by, [K]: the inverse of its share of
-        the training images, so that their mean over these images is 1; None without it."""
-        if not self.options.class_weights:
-            return None
+    def class_weights(self) -> Tensor:
+        """What each class's losses are multiplied by, [K]: 1, or with --class-weights the inverse
+        of its share of the training images, so that their mean over these images is 1."""
         sizes = class_sizes(self.dataset).float()
+        if not self.options.class_weights:
+            return torch.ones_like(sizes).to(self.device)
         return (sizes.sum() / (len(sizes) * sizes)).to(self.device)
 
     @functools.cached_property
@@ -729,28 +734,20 @@ def sum_over_processes(sums: Tensor) -> Tensor:
     return sums
 
 
-def share_gradients(
-    parameters: list[nn.Parameter], weight: float, loss: Tensor, hits: Tensor
+def sum_gradients(
+    parameters: list[nn.Parameter], loss: Tensor, hits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Make every process's gradients those of the whole batch, in one exchange.
-
-    Args:
-        weight: how much of the batch's images this process had; its gradients and `loss` are means
-            over them.
-
-    Returns:
-        The mean loss and the hits of the whole batch.
-    """
+    """Sum every process's gradients, loss and hits, in one exchange; returns the last two."""
     if not dist.is_initialized():
         return loss, hits
     gradients = [parameter.grad for parameter in parameters]
-    packed = [weight * gradient.flatten() for gradient in gradients]
-    packed += [weight * loss[None], hits[None].to(loss)]
+    packed = [gradient.flatten() for gradient in gradients]
+    packed += [loss[None], hits[None].to(loss)]
     sums = sum_over_processes(torch.cat(packed)).split([len(part) for part in packed])
-    *means, mean_loss, all_hits = sums
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
-    return mean_loss[0], all_hits[0].long()
+    *total, loss, hits = sums
+    for gradient, of_all in zip(gradients, total, strict=True):
+        gradient.copy_(of_all.view_as(gradient))
+    return loss[0], hits[0].long()
 
 
 def choose_device(name: str, repeatable: bool = True) -> torch.device:
@@ -1192,7 +1189,7 @@ def is_unfinished(folder: Path) -> bool:
     if (folder / "state.pt").exists():
         return True
     finished = (folder / "result.json").exists()
-    return finished and epochs_of(folder) < read_config(folder)["epochs"]
+    return finished and read_result(folder)["epochs"] < read_config(folder)["epochs"]
 
 
 def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
@@ -1214,6 +1211,8 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
         if saved.get(key) != value:
             before = "none" if saved.get(key) in ("", None) else saved[key]
             now = "none" if value in ("", None) else value
+            if key in AUTO and value == AUTO[key]:
+                now = "the default"
             return f"{key} {before}, not {now}"
     return ""
 
@@ -1287,26 +1286,17 @@ def read_config(folder: Path) -> dict:
     """
     if vit.is_lora(folder):
         raise ValueError(f"{folder}: {vit.IS_LORA}")
-    path = folder / "config.json"
-    table = {
-        "method": adaptertune.choice(tuple(adaptertune.METHODS)),
-        "seeds": adaptertune.several(adaptertune.whole(0), least=1),
-        "auto": adaptertune.several(adaptertune.choice(tuple(AUTO))),
-        "epochs": adaptertune.whole(0),
-    }
-    saved = read_json(path, table, ("method", "seeds", "dataset", "data_dir", "epochs"))
-    options = {name: saved[name] for name in table if name in saved}
+    table = {}
     for action in make_parser()._actions:
-        name = action.dest
-        if name not in saved or name in options or name in NOT_KEPT:
-            continue
-        if not can_be(action, saved[name]):
-            raise ValueError(
-                f"{path} is damaged ({name} is {saved[name]!r}); restore it, or delete that folder "
-                "and train again"
-            )
-        options[name] = saved[name]
-    return options
+        if action.dest not in NOT_KEPT:
+            table[action.dest] = functools.partial(can_be, action)
+    table["method"] = adaptertune.choice(tuple(adaptertune.METHODS))
+    table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
+    table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
+    table["epochs"] = adaptertune.whole(0)  # never left open, as on the command line
+    required = ("method", "seeds", "dataset", "data_dir", "epochs")
+    saved = read_json(folder / "config.json", table, required)
+    return {name: saved[name] for name in table if name in saved}
 
 
 def can_be(action: argparse.Action, value: object) -> bool:
@@ -1431,7 +1421,7 @@ def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Pa
 def average_class_images(run: Run) -> None:
     """Give a ClipHead its class matrix from the cached features of the training images."""
     head = run.model.head
-    features = run.dataset.train.pixels.to(run.device)  # [n, D]: train_run has put them there
+    features = run.dataset.train.pixels.to(run.device)  # [n, D]: cache_features made them
     embeddings = features @ head.projection.T  # [n, E]
     head.classes = adaptertune.prototypes(embeddings, run.dataset.train.labels.to(run.device))
 
@@ -1557,14 +1547,14 @@ def take_step(
     parts = 1 if run.options.compile else count_parts(run.model, images)
     for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
         logits = run.logits(x)
-        part_loss = loss_of(logits, y, run.options.label_smoothing, run.class_weights)
-        # Weighed by their images, the means of the parts add up to the batch's, and so do their
-        # gradients, which backward() adds to those of the parts before.
-        part_loss = part_loss * (len(y) / max(1, len(labels)))
-        part_loss.backward()
+        losses = F.cross_entropy(
+            logits, y, label_smoothing=run.options.label_smoothing, reduction="none"
+        )
+        part_loss = (losses * run.class_weights[y]).sum() / batch
+        part_loss.backward()  # adds to the gradients of the parts before
         loss += part_loss.detach()
         hits += (logits.argmax(dim=-1) == y).sum()
-    loss, hits = share_gradients(run.parameters, len(labels) / batch, loss, hits)
+    loss, hits = sum_gradients(run.parameters, loss, hits)
     nn.utils.clip_grad_norm_(run.parameters, 1.0)
     optimizer.step()
     return loss, hits
@@ -1588,19 +1578,6 @@ def in_parts(network: Callable[[Tensor], Tensor], model: vit.ViT, images: Tensor
     """What a network, a part of `model`, gives for a batch: the parts one after the other."""
     parts = images.tensor_split(count_parts(model, images))
     return torch.cat([network(part) for part in parts])
-
-
-def loss_of(
-    logits: Tensor, labels: Tensor, smoothing: float, class_weights: Tensor | None = None
-) -> Tensor:
-    """Mean cross-entropy, with each image's multiplied by its class's weight [K] if they are given;
-    0 for a process that has no image of a small last batch."""
-    if not len(labels):
-        return logits.sum()  # of nothing: 0, and gradients of 0
-    if class_weights is None:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    return (losses * class_weights[labels]).mean()
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -1672,8 +1649,6 @@ def fit(run: Run) -> None:
     found = (run.folder / "state.pt").exists()
     if found:
         load_state(run, optimizer)
-        for group in optimizer.param_groups:  # a state may come from another device
-            group["fused"] = run.device.type == "cuda"
     elif (run.folder / "adapters.safetensors").exists():
         extend(run)
     if any_process(found) != found:
@@ -1756,11 +1731,6 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
         float(values["val%"])  # "nan" without validation images
 
 
-def epochs_of(folder: Path) -> int:
-    """How many epochs a finished run had."""
-    return read_result(folder)["epochs"]
-
-
 def predict_all(run: Run) -> None:
     """Set run.predictions: of validation, if there is any, and of test."""
     for part in ("val", "test"):
@@ -1769,32 +1739,25 @@ def predict_all(run: Run) -> None:
             run.predictions[part] = predict(run, images, part)
 
 
-def validate_zero_shot(run: Run) -> float:
-    """Validation accuracy of CLIP's class embeddings alone, in percent, printed and put into the
-    metadata; NaN without validation images."""
+def validate_zero_shot(run: Run) -> None:
+    """Print validation accuracy of CLIP's class embeddings alone, and put it into the metadata."""
     with run.model.head.zero_shot():
         val = predict(run, run.dataset.val, "zero-shot").accuracy
     if not math.isnan(val):
         run.meta["zero_shot_val_accuracy"] = val
         print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
-    return val
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Write state.pt: weights, optimiser, State, which are the same in all processes."""
     if not run.batches.rank:
-        write_state(run, optimizer)
+        weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
+        state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
+        state["fingerprint"] = run.meta["fingerprint"]
+        write_records(run)
+        with data.replacing(run.folder / "state.pt") as file:
+            torch.save(state, file)
     wait_for_all()  # torchrun ends all processes when the first one ends
-
-
-def write_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """What `save_state` does, in the first process."""
-    weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
-    state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
-    state["fingerprint"] = run.meta["fingerprint"]
-    write_records(run)
-    with data.replacing(run.folder / "state.pt") as file:
-        torch.save(state, file)
 
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -1837,14 +1800,11 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore an optimiser's state. Raises a ValueError if it isn't one of these parameters."""
-    settings = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, before in zip(optimizer.param_groups, settings, strict=True):
-        for name in before.keys() - {"params", "lr", "fused"}:  # another device's may be fused
-            if type(group[name]) is not type(before[name]) or group[name] != before[name]:
-                raise ValueError(f"the optimiser's {name} is {group[name]}")
-        group["lr"] = float(group["lr"])
+    """Restore an optimiser's moments and rates; its settings come from the options and the device.
+    Raises a ValueError if they aren't of these parameters."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group["lr"] = float(before["lr"])  # of a stop after an epoch's last step, for metrics.csv
     for parameter, moments in optimizer.state.items():
         shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
         for name, shape in shapes.items():
@@ -1958,7 +1918,8 @@ def check_weights(options: argparse.Namespace, result: dict, path: Path) -> None
 
 
 def train_run(options: argparse.Namespace, seed: int) -> dict:
-    """One run from loading to the report; returns its result.json, and its folder."""
+    """One run from loading to the report; returns its result.json, its folder, and whether it was
+    finished before."""
     if options.cached and dist.is_initialized():
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
     folder = run_folder(options, seed)
@@ -1967,7 +1928,7 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
             raise ValueError(f"another process has begun a run in {folder}; run this again")
         finished = find_finished(options, folder)
         if finished:
-            return finished | {"folder": folder}
+            return finished | {"folder": folder, "kept": True}
         run = prepare(options, seed, folder)
         describe_folder(options, seed, folder)
         return set_up_and_fit(run) | {"folder": folder}
@@ -2010,6 +1971,7 @@ def set_up_and_fit(run: Run) -> dict:
     signal.signal(signal.SIGTERM, ask_stop)
     peak_memory(run.device, reset=True)
     describe(run)
+    describe_recipe(run)
     clip = options.method in adaptertune.CLIP_METHODS
     if clip and options.classifier == "text":  # before what takes long
         embed_class_names(run)
@@ -2159,14 +2121,13 @@ def load_run(
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    adaptertune.read(Path(folder) / "adapters.safetensors")
-    read_config(Path(folder))  # an error, where parse would exit
-    arguments = ["--eval", str(folder), "--device", "cpu"]
+    (options,) = expand(make_parser().parse_args([]))
+    vars(options).update(read_config(Path(folder)), eval=str(folder), device="cpu")
     if weights:
-        arguments += ["--weights", str(weights)]
+        options.weights = str(weights)
     if init_lora:
-        arguments += ["--init-lora", str(init_lora)]
-    options, *_ = parse(arguments)
+        options.init_lora = str(init_lora)
+    fill_in(options)
     return open_classifier(options)
 
 
@@ -2225,21 +2186,26 @@ def describe(run: Run) -> None:
         print(f"head     {run.head}")
 
     describe_data(run.dataset, run.options)
-    options = run.options
     if is_uneven(run.dataset):
         describe_classes(run)
-    if options.epochs and len(run.dataset.train):
-        steps = counted(run.batches.count(run.dataset.train), "step")
-        text = f"recipe   {counted(options.epochs, 'epoch')} of {steps}, batch {options.batch}"
-        text += f", learning rate {options.lr:g}"
-        if options.head_lr != options.lr:
-            text += f" (head {options.head_lr:g})"
-        if not options.cached:
-            text += f", crops of {options.min_scale:g} to 1 of the area"
-            text += ", mirrored at random" if run.dataset.flip else ""
-        if options.label_smoothing:
-            text += f", label smoothing {options.label_smoothing:g}"
-        print(text)
+
+
+def describe_recipe(run: Run) -> None:
+    """How a run is trained; nothing for what isn't."""
+    options = run.options
+    if not options.epochs:
+        return
+    steps = counted(run.batches.count(run.dataset.train), "step")
+    text = f"recipe   {counted(options.epochs, 'epoch')} of {steps}, batch {options.batch}"
+    text += f", learning rate {options.lr:g}"
+    if options.head_lr != options.lr:
+        text += f" (head {options.head_lr:g})"
+    if not options.cached:
+        text += f", crops of {options.min_scale:g} to 1 of the area"
+        text += ", mirrored at random" if run.dataset.flip else ""
+    if options.label_smoothing:
+        text += f", label smoothing {options.label_smoothing:g}"
+    print(text)
 
 
 def describe_trained(counts: dict[str, int], epochs: int) -> None:
@@ -2392,7 +2358,7 @@ def front_matter(run: Run, library: str, tags: list[str]) -> str:
         front |= {"license": "other", "license_name": "dinov3-license"}
     if run.backbone.repo and not run.options.weights:
         front["base_model"] = run.backbone.repo
-    if run.meta["dataset"].startswith("cifar"):
+    if run.meta["dataset"] in ("cifar10", "cifar100"):
         front["datasets"] = [run.meta["dataset"]]
     front |= {"tags": tags, "metrics": ["accuracy"]}
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
@@ -2446,7 +2412,7 @@ python export.py {shlex.quote(folder)}
 ```python
 import train
 
-model = train.load_run("{folder}")
+model = train.load_run({folder!r})
 labels, probabilities = model.predict(["photo.jpg"])
 ```
 adapters.safetensors holds {held} (licence: {meta["license"]}).
@@ -2593,8 +2559,8 @@ def can_draw(*paths: Path) -> bool:
     return True
 
 
-def new_figure(width: float, height: float, panels: int = 1):
-    """A matplotlib figure of panels, three in a row, and the list of their axes.
+def new_figure(width: float, height: float, panels: int = 1, columns: int = 3):
+    """A matplotlib figure of panels, so many in a row, and the list of their axes.
 
     Args:
         width, height: of a panel, in inches.
@@ -2604,7 +2570,7 @@ def new_figure(width: float, height: float, panels: int = 1):
 
     matplotlib.rcParams["svg.hashsalt"] = "adaptertune"  # the same picture for the same numbers
     matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
-    columns = min(panels, 3)
+    columns = min(panels, columns)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -2650,24 +2616,16 @@ def draw_mistakes(run: Run, path: Path) -> None:
         return
     images = (run.originals or run.dataset).test
     classes = run.dataset.classes
-    columns = min(5, len(wrong))
-    rows = math.ceil(len(wrong) / 5)
-    # One panel for all of them, five in a row: a panel each would take a second to draw.
-    figure, (axes,) = new_figure(2.3 * columns, 2.8 * rows)
-    axes.axis("off")
-    for place, i in enumerate(wrong):
-        left = 1.1 * (place % 5)
-        bottom = -1.4 * (place // 5)
-        pixels = images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy()
-        axes.imshow(pixels, extent=(left, left + 1, bottom, bottom + 1))
+    figure, panels = new_figure(2.3, 2.8, panels=len(wrong), columns=5)
+    for axes, i in zip(panels, wrong, strict=True):
+        axes.imshow(images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy())
+        axes.axis("off")
         name = images.names[i] if images.names else str(i)
         lines = [shorten(classes[found.labels[i]])]
         best = shorten(classes[found.best[i]], 18)
         lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
         lines.append(shorten(data.as_utf8(name)))
-        style = {"fontsize": 8, "ha": "center", "va": "bottom"}
-        axes.text(left + 0.5, bottom + 1.02, "\n".join(lines), **style)
-    axes.set(xlim=(0, 1.1 * columns - 0.1), ylim=(-1.4 * (rows - 1), 1.4))
+        axes.set_title("\n".join(lines), fontsize=8)
     figure.suptitle("the most confident mistakes on test: label, prediction, file")
     save_figure(figure, path)
 
@@ -2764,7 +2722,9 @@ def examine(run: Run) -> Examined:
 
 def to_two_dimensions(features: Tensor) -> tuple[Tensor, str]:
     """Features [n, D] as points [n, 2] to look at, and how: by t-SNE where scikit-learn is
-    installed, else by their two principal components."""
+    installed, else by their two principal components. One image alone has neither."""
+    if len(features) == 1:
+        return torch.zeros(1, 2), "one image"
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -2829,7 +2789,7 @@ def draw_features(examined: list[Examined], path: Path) -> None:
         points = each.points.numpy()
         axes.scatter(points[:, 0], points[:, 1], s=6, color="lightgrey", rasterized=True)
         for colour, label in zip(palette, coloured, strict=False):
-            members = points[each.labels == label]
+            members = points[(each.labels == label).numpy()]  # a tensor of one would be a number
             name = each.classes[label]
             axes.scatter(*members.T, s=8, color=colour, label=name, rasterized=True)
         axes.set(title=f"{each.title} ({each.projection})", xticks=[], yticks=[])
@@ -2872,15 +2832,19 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
 def run_grid(grid: list[argparse.Namespace]) -> None:
     """Train every run, then compare them."""
     results = []
+    times = []  # seconds of the runs that weren't finished before
     stop_asked.clear()
     total = sum(len(options.seeds) for options in grid)
-    started = time.perf_counter()
     for options in grid:
         for seed in options.seeds:
             stop_if_asked()
             if total > 1:
-                print_heading(options, seed, len(results), total, time.perf_counter() - started)
-            results.append((options.label, train_run(options, seed)))
+                print_heading(options, seed, len(results), total, times)
+            started = time.perf_counter()
+            result = train_run(options, seed)
+            if "kept" not in result:
+                times.append(time.perf_counter() - started)
+            results.append((options.label, result))
     rank, _ = rank_and_world()
     if rank:
         return
@@ -2900,13 +2864,13 @@ def as_file_name(name: str) -> str:
 
 
 def print_heading(
-    options: argparse.Namespace, seed: int, done: int, total: int, seconds: float
+    options: argparse.Namespace, seed: int, done: int, total: int, times: list[float]
 ) -> None:
     """The line above one of several runs: which it is, and how long all that are left will take,
-    where `done` took so many seconds."""
+    by the seconds that others took."""
     text = f"{options.label or options.method}, learning rate {options.lr:g}, seed {seed}"
-    if done:
-        text += f"; about {clock_text(seconds / done * (total - done))} left for all"
+    if times:
+        text += f"; about {clock_text(statistics.mean(times) * (total - done))} left for all"
     print(f"\nrun      {done + 1} of {total}: {text}")
 
 
@@ -3002,6 +2966,8 @@ def prepare_process() -> None:
 
 def run_command(grid: list[argparse.Namespace]) -> int:
     """What the options ask for. Returns the exit status."""
+    if grid[0].eval and dist.is_initialized():
+        raise ValueError("--eval and --predict are for one process, not torchrun")
     if grid[0].predict:
         return predict_photos(grid[0])
     if grid[0].eval:

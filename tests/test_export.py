@@ -937,6 +937,8 @@ def test_a_card_names_what_the_hub_has():
     assert '\nlicense: "other"\nlicense_name: "dinov3-license"\n' in export.model_card(run, False)
     options.weights = "mine.safetensors"  # not the published ones
     assert "base_model" not in export.model_card(run, int8=False)
+    run.meta["dataset"] = "cifar-of-mine"
+    assert "datasets" not in export.model_card(run, int8=False)
 
 
 # ---------------------------------------------------------------------------------------- errors

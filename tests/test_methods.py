@@ -613,6 +613,8 @@ def test_load_run_refuses_what_is_no_run(run, tiny_weights, tmp_path):
     write_tiny(weights, seed=1)
     with pytest.raises(ValueError, match=r"trained on w \(\w{16}\), not on w \(\w{16}\)"):
         train.load_run("runs/a")
+    with pytest.raises(ValueError, match="no run in runs/none"):
+        train.load_run("runs/none")
     (tmp_path / "runs/a/adapters.safetensors").unlink()
     with pytest.raises(ValueError, match="no adapters at runs/a/adapters.safetensors"):
         train.load_run("runs/a")
@@ -881,6 +883,8 @@ def test_principal_components():
     assert how == "two principal components"
     assert torch.allclose(torch.cdist(found, found), torch.cdist(points, points), atol=1e-6)
     assert found[:, 0].std() > found[:, 1].std()
+    one, how = train.to_two_dimensions(torch.randn(1, 8))
+    assert (one.shape, how) == ((1, 2), "one image")
 
 
 # ------------------------------------------------------------------------------------ the graph

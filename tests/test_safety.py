@@ -548,11 +548,12 @@ def test_adapters_that_are_not_finite(run, finished):
     assert "values that aren't finite: head.bias" in run("--eval", "runs/a", status=1)
 
 
-def test_wrong_types_in_adapters(run, finished):
-    """The same of the metadata in the adapters' file."""
+@pytest.mark.parametrize("classes", [[1, 2], ["a"]], ids=str)
+def test_wrong_types_in_adapters(run, finished, classes):
+    """The same of the metadata in the adapters' file; one class leaves nothing to predict."""
     path = finished / "adapters.safetensors"
     tensors, meta = adaptertune.read(path)
-    save_file(tensors, path, {"adaptertune": json.dumps(meta | {"classes": [1, 2]})})
+    save_file(tensors, path, {"adaptertune": json.dumps(meta | {"classes": classes})})
     error = run("--predict", "runs/a", "x.png", status=1)
     assert re.fullmatch(r"error: runs/a/adapters.safetensors is damaged .*classes is .*\n", error)
 

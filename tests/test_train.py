@@ -311,6 +311,10 @@ def test_a_batch_in_parts_teaches_what_the_whole_teaches(tiny_weights, monkeypat
     assert torch.allclose(loss, whole_loss, atol=1e-6)
     assert torch.allclose(gradients, whole, atol=1e-6)
     assert whole.norm() > 0.1
+    losses = torch.nn.functional.cross_entropy(
+        run.logits(images), labels, label_smoothing=0.1, reduction="none"
+    )
+    assert torch.allclose(loss, (losses * run.class_weights[labels]).mean(), atol=1e-6)
 
 
 def test_compiled_training_is_the_plain_one(run, tiny_weights, tmp_path):
@@ -407,6 +411,8 @@ def test_seeds(run, tiny_weights, tmp_path):
     assert "\nrun      1 of 2: head, learning rate 0.01, seed 0\n" in out
     heading = r"^run      2 of 2: head, learning rate 0.01, seed 1; about \d:\d\d left for all$"
     assert re.search(heading, out, re.M)
+    again = run(*quick(tiny_weights, "--seeds", "0,1", "--method", "head"))
+    assert re.search("^run      2 of 2: head, learning rate 0.01, seed 1$", again, re.M)  # kept
     first, second = map(float, stated_test(out))
     row = re.search(r"^head +330 +([\d.]+) ± ([\d.]+) ", out, re.M)
     assert float(row[1]) == pytest.approx((first + second) / 2, abs=0.011)
@@ -425,6 +431,7 @@ def test_scratch_leaves_a_backbone(run, tmp_path):
     model, backbone = vit.load(weights, head=True)
     assert backbone.config == vit.BACKBONES["vit_micro"].config
     assert model.head.weight.shape == (10, 128)
+    assert len(train.load_run("runs/base", weights).classes) == 10  # not an exit, as by --scratch
     out = run("--weights", weights, *few, "--name", "next")
     assert "backbone base 32px, 809,856 frozen" in out
 
@@ -455,7 +462,11 @@ def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
     out = run(*quick(tiny_weights, "--method", method, "--name", "a"))
     (stated,) = stated_test(out)
     expected = f"test     {stated} %   (its file says {stated} %)"
-    assert expected in run("--eval", "runs/a")
+    again = run("--eval", "runs/a", "--lr", 3)
+    assert expected in again
+    assert "recipe" not in again  # nothing is trained
+    error = run("--eval", "runs/a", "--method", "head", "full", status=2)
+    assert error.startswith("error: --eval runs/a is one run; give each option one value;")
 
 
 def test_a_damaged_configuration_is_named(run, tiny_weights, tmp_path):
@@ -545,7 +556,9 @@ def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
     command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--name", "a"]
     run(*command, *option)
     assert "kept" in run(*command, *option)
-    assert "holds a run with other options" in run(*command, status=1)
+    error = run(*command, status=1)
+    name = option[0].removeprefix("--").replace("-", "_")
+    assert f"a run with other options ({name} {option[1]}, not the default); give" in error
 
 
 def test_a_finished_run_whose_weights_were_replaced(run, tiny_weights, tmp_path):
@@ -878,9 +891,10 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
 
 def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
     """README.md of a run says what it is in the hub's form, and its commands do what they say."""
-    command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a")
+    name = 'a "b"'
+    command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", name)
     out = run("--dataset", photos, *command)
-    card = (tmp_path / "runs/a/README.md").read_text()
+    card = (tmp_path / "runs" / name / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     stated = dict(line.split(": ", 1) for line in front.splitlines())
     assert json.loads(stated["pipeline_tag"]) == "image-classification"
@@ -899,7 +913,7 @@ def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
             [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/a/model.onnx").exists()
+    assert (tmp_path / "runs" / name / "model.onnx").exists()
     code = re.search("```python\n(.*?)```", text, re.S)[1]
     found = {}
     exec(code, found)
@@ -933,7 +947,6 @@ def test_classes_of_unlike_sizes(run, photos, tiny_weights, tmp_path):
 
 def test_class_weights():
     """A class's losses count inversely to its size; over the training images their mean is 1."""
-    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     images = data.Images(torch.zeros(6, 1), labels)
     dataset = data.Dataset("x", ["a", "b", "c"], images, None, None)
@@ -942,9 +955,9 @@ def test_class_weights():
     weights = each.class_weights
     assert torch.allclose(weights, torch.tensor([6 / 9, 1.0, 2.0]))
     assert weights[labels].mean().item() == pytest.approx(1)
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    expected = (losses[:3].mean() + losses[3:5].mean() + losses[5]) / 3
-    assert torch.allclose(train.loss_of(logits, labels, 0.0, weights), expected)
+    options.class_weights = False
+    plain = train.Run(options, 0, None, dataset, None, None, torch.device("cpu"), False, {}, None)
+    assert torch.equal(plain.class_weights, torch.ones(3))
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -1326,6 +1339,14 @@ def test_cached_features_want_one_process(run, tiny_weights, monkeypatch):
     assert "head trains on cached features: one process, not torchrun" in error
 
 
+def test_evaluation_wants_one_process(run, tiny_weights, monkeypatch):
+    """Under torchrun every process would have all images, and their sum would be no prediction."""
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    error = run("--eval", "runs/a", status=1)
+    assert error == "error: --eval and --predict are for one process, not torchrun\n"
+
+
 # ---------------------------------------------------------------------------- optional packages
 
 
@@ -1451,6 +1472,7 @@ WRONG_USAGE = [
         ["--blocks", "first99,last3"],
         "argument --blocks: 'first99,last3' is not like 0,1,5 or first6",
     ),
+    (["--blocks", "0,0"], "argument --blocks: 0 is given twice"),
     (["--method", "head", "--rank", "4"], "--rank is for adaptertune, adaptformer, clip-adapter"),
     (
         ["--method", "head", "--dropout", "0.5"],
@@ -1465,9 +1487,11 @@ WRONG_USAGE = [
     (["--blocks", "middle"], "argument --blocks: 'middle' is not like 0,1,5 or first6 or last6"),
     (["--epochs", "two"], "argument --epochs: 'two' is not a valid int"),
     (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 1"),
+    (["--scale", "nan"], "argument --scale: nan is not between -1,000,000,000 and 1,000,000,000"),
     (["--seeds", "0,0"], "argument --seeds/--seed: 0 is given twice"),
     (["--ranks", "4,8,4"], "argument --rank/--ranks: 4 is given twice"),
     (["--seeds", "0,-1"], "argument --seeds/--seed: -1 is not between 0 and"),
+    (["--every", "2", "--blocks", "0"], "--every and --blocks both say .*; give one"),
     (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
     (["--scratch"], "--scratch starts from random weights; leave out --weights"),
     (["--unknown"], "unrecognized arguments: --unknown"),
