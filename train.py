@@ -82,15 +82,19 @@ GRID = ("method", "rank", "every", "blocks", "init")
 # Options that config.json leaves out, since they say what is done with a run.
 NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
-AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto"}  # settled when a run starts
+# Options whose default depends on data or machine, with the value for "not given". config.json
+# lists under "auto" those that weren't.
+AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto"}
 # What the network of a run and of --eval may differ in. Fingerprints are compared by `load`.
 EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
-RESUME_MAY_CHANGE = ("data_dir", "offline", "device", "auto")  # of options, when one is resumed
+MAY_DIFFER = ("data_dir", "offline", "device", "auto")  # options that don't make it another run
 CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 WIDTHS = (6, 8, 9, 8, 9, 10, 10)
-FILE_COLUMNS = ("seconds", "lr", "val_loss")  # what metrics.csv has besides
+# What metrics.csv has besides: "seconds" of training and evaluation so far (result.json's are of
+# training alone), the last step's rate, the mean loss on validation.
+FILE_COLUMNS = ("seconds", "lr", "val_loss")
 UNEVEN = 3  # from this ratio of the classes' sizes on accuracy is also given as a mean over classes
 
 # --------------------------------------------------------------------------------------- options
@@ -985,10 +989,11 @@ def split_dataset(
     classes = listed.pop("classes", dataset.classes)
     dataset = data.match_classes(dataset, classes, some=bool(options.eval))
     parts = (dataset.train, dataset.val, dataset.test)
-    names = {name for images in parts if images for name in images.names}
-    own = list(itertools.chain(*listed.values()))
-    # --eval RUN --dataset OTHER: a few names may be the same there (IMG_0001.jpg).
-    if options.eval and len(names.intersection(own)) < len(own) / 2:
+    in_folder = {name for images in parts if images for name in images.names}
+    in_split = list(itertools.chain(*listed.values()))
+    # Fewer than half of the split's names: another folder, where a few may be the same by chance
+    # (IMG_0001.jpg).
+    if options.eval and len(in_folder.intersection(in_split)) < len(in_split) / 2:
         return take_as_test(dataset, listed, sums)
     if not listed:
         return data.split(
@@ -1188,6 +1193,7 @@ def is_unfinished(folder: Path) -> bool:
     """Whether a folder's run was stopped: before its end, or when it was given more epochs."""
     if (folder / "state.pt").exists():
         return True
+    # config.json is written before state.pt: a kill between the two leaves more epochs there.
     finished = (folder / "result.json").exists()
     return finished and read_result(folder)["epochs"] < read_config(folder)["epochs"]
 
@@ -1204,7 +1210,7 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
         more = key == "epochs" and options.resume and (value or 0) > saved.get(key, 0)
         if more and not is_unfinished(folder):  # a finished run goes on
             continue
-        if key in RESUME_MAY_CHANGE or auto or new:
+        if key in MAY_DIFFER or auto or new:
             continue
         if key in PATHS:  # earlier runs kept them as they were typed
             saved[key] = absolute(saved.get(key, ""))
