@@ -1434,8 +1434,10 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
 
     Raises:
         ValueError: another process has it.
+        FileNotFoundError: the folder around it is missing, or a link to nothing.
     """
     handle = -1
+    tries = 100
     while handle < 0:
         # Lock what is there now, and see whether it is still there: who had it before may have
         # moved or removed it.
@@ -1448,8 +1450,10 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
             if not is_same(handle, path):
                 os.close(handle)
                 handle = -1
-        except FileNotFoundError:  # removed between two of these steps
-            continue
+        except FileNotFoundError:  # removed between two of these steps; or never there
+            tries -= 1
+            if not tries:
+                raise
         except BaseException:
             if handle >= 0:
                 os.close(handle)

@@ -214,6 +214,15 @@ for i in range(300):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_is_not_there(run, tiny_weights, place):
+    """A link to nothing, as to a disk that isn't there, or a missing folder is one line."""
+    with pytest.raises(ValueError, match=r"can't write .*x \(No such file or directory\); mend"):
+        data.write_file(place / "gone" / "x", "content")
+    (place / "runs").symlink_to(place / "gone")
+    error = run("--weights", tiny_weights, *QUICK, status=1)
+    assert re.fullmatch(r"error: .*No such file or directory: 'runs/.*'\n", error)
+
+
 def test_a_failed_start_leaves_no_folder(run, tiny_weights, place):
     """An error before the first epoch leaves nothing behind."""
     run("--weights", tiny_weights, "--dataset", "cifar10", "--offline", status=1)
