@@ -878,7 +878,9 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
 
 
 def as_utf8(name: str) -> str:
-    """A file's name as UTF-8 has it, whatever the locale; other bytes become "\ufffd"."""
+    """A file's name as UTF-8 has it, whatever the locale; other bytes become "\ufffd", and so do
+    halves of characters, which JSON may hold."""
+    name = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", name)  # the rest stand for bytes
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -317,6 +317,14 @@ def test_a_name_that_is_not_utf8(run, tiny_weights, place):
     assert "caf\ufffd" in (place / "runs" / name / "README.md").read_text(encoding="utf-8")
 
 
+def test_half_a_character(run, finished, place):
+    """A class name of another one's run that no text can hold is shown as a mark."""
+    split = json.loads((finished / "split.json").read_text())
+    edit(finished / "split.json", classes=["\ud800", *split["classes"][1:]])
+    assert "the run has \ufffd, 1" in run("--eval", "runs/a", status=1)
+    assert data.as_utf8("a\ud800\udcc3\udca9\udfff") == "a\ufffdé\ufffd"
+
+
 def test_names_of_several_lines(run, finished, place):
     """A photo's name can't forge a line of results, nor an error a second one."""
     image = pytest.importorskip("PIL.Image")
