@@ -861,8 +861,11 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     for class_folder in find_folders(folder):
         found, others = sort_files(class_folder)
         skipped += map(str, others)
+        name = as_utf8(class_folder.name)
+        if name in photos:
+            raise ValueError(f"{folder} has two folders that read {name}; rename one")
         if found:
-            photos[as_utf8(class_folder.name)] = found
+            photos[name] = found
         else:
             empty.append(class_folder)
     if empty:

@@ -1,5 +1,6 @@
 """Data sets, their splits, and the batches made of them."""
 
+import os
 import pickle
 import shutil
 import sys
@@ -435,6 +436,14 @@ def test_empty_class_is_named(photos):
     """The error names a class folder without photos."""
     (photos / "zebra").mkdir()
     with pytest.raises(ValueError, match="no images in .*zebra"):
+        data.read(str(photos))
+
+
+def test_two_folders_that_read_alike(photos):
+    """Two names that aren't UTF-8 and differ in such bytes alone: no photo is lost in silence."""
+    for name, other in (("leaf", b"caf\xe8"), ("sky", b"caf\xe9")):
+        (photos / name).rename(photos / os.fsdecode(other))
+    with pytest.raises(ValueError, match="two folders that read caf\ufffd; rename one"):
         data.read(str(photos))
 
 
