@@ -847,6 +847,8 @@ def find_parts(root: Path) -> dict[str, Path]:
             )
         if part:
             parts[part] = folder
+    if list(parts) == ["train"] and not find_folders(parts["train"]):
+        return {"train": root}  # photos of trains, beside those of other classes
     if parts and "train" not in parts:
         raise ValueError(f"{root} has {' and '.join(parts)} but no train folder")
     return parts or {"train": root}

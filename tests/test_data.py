@@ -395,6 +395,12 @@ def test_names_of_the_parts(photos, named, part):
     assert len(getattr(dataset, part)) == len(dataset.train) == 60
 
 
+def test_a_class_of_trains(photos):
+    """A folder train/ of photos, and not of folders, is a class as those beside it are."""
+    (photos / "sky").rename(photos / "train")
+    assert data.read(str(photos), image_size=14).classes == ["apple", "leaf", "train"]
+
+
 def test_two_folders_of_one_part(photos):
     """valid/ beside val/ is refused: which one is it?"""
     root = photos.parent / "parts"
