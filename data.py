@@ -721,9 +721,11 @@ def read_folder(root: Path, side: int) -> Dataset:
         return read_tiny_imagenet(root, side)
     parts = find_parts(root)
     skipped = []
-    for folder in find_folders(root):
-        if root not in parts.values() and folder not in parts.values():  # beside train/
-            skipped += [str(file) for file in sorted(folder.rglob("*")) if is_photo(file)]
+    if root not in parts.values():  # the photos beside train/
+        skipped += [str(file) for file in sorted(root.glob("[!.]*")) if is_photo(file)]
+        for folder in find_folders(root):
+            if folder not in parts.values():
+                skipped += map(str, sort_files(folder)[0])
     photos = {part: list_photos(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
     if len(classes) < 2:
@@ -856,7 +858,8 @@ def find_parts(root: Path) -> dict[str, Path]:
 
 def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     """The photos of each class folder inside and of its sub-folders, sorted, without hidden ones.
-    Other files, links to nothing and photos outside of class folders are added to `skipped`."""
+    Other files, links to nothing or to folders, and photos outside of class folders are added to
+    `skipped`."""
     photos = {}
     empty = []
     skipped += [str(file) for file in sorted(folder.glob("[!.]*")) if is_photo(file)]
@@ -1103,6 +1106,8 @@ def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
     others = []
     for place, inside, names in os.walk(folder):
         inside[:] = [name for name in inside if not name.startswith(".")]
+        # Links to folders may lead in circles: os.walk leaves them out.
+        names += [name for name in inside if Path(place, name).is_symlink()]
         for name in names:
             file = Path(place, name)
             if not name.startswith("."):

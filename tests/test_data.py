@@ -373,6 +373,20 @@ def test_every_photo_is_found(photos):
     assert set(dataset.skipped) == {str(photos / "apple" / name) for name in skipped}
 
 
+def test_what_is_left_out_is_named(photos):
+    """Photos beside train/, and a link to a folder inside of a class."""
+    root = photos.parent / "parts"
+    shutil.copytree(photos, root / "train")
+    shutil.copytree(photos / "sky", root / "more" / ".cache")
+    shutil.copy(photos / "sky/00.png", root / "more")
+    shutil.copy(photos / "sky/00.png", root / "loose.png")
+    (root / "train/leaf/link").symlink_to(photos / "leaf")
+    dataset = data.read(str(root), image_size=14)
+    assert len(dataset.train) == 60
+    left_out = {root / "loose.png", root / "more/00.png", root / "train/leaf/link"}
+    assert set(dataset.skipped) == set(map(str, left_out))
+
+
 def test_a_photo_that_would_start_another_program(tmp_path):
     """PostScript that is called .png isn't given to Ghostscript: no format of ours begins so."""
     pytest.importorskip("PIL.Image")
