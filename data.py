@@ -643,10 +643,14 @@ def read_torchvision(
     """
     try:
         from torchvision import datasets
-
+    except Exception as error:  # one that was built for another torch raises a RuntimeError
+        raise ValueError(
+            f"{name} needs torchvision ({error}): pip install torchvision scipy"
+        ) from error
+    try:
         sources = []
-        for split in (*train, "test"):
-            sources.append(getattr(datasets, kind)(data_dir, split=split, download=not offline))
+        for part in (*train, "test"):
+            sources.append(getattr(datasets, kind)(data_dir, split=part, download=not offline))
     except ImportError as error:
         raise ValueError(
             f"{name} needs more packages ({error}): pip install torchvision scipy"

@@ -281,11 +281,15 @@ def test_svhn(server, torchvision, monkeypatch, tmp_path):
 
 
 def test_without_torchvision(monkeypatch, tmp_path):
-    """A set that torchvision reads says what to install."""
+    """A set that torchvision reads says what to install, where torchvision is missing or doesn't
+    fit torch."""
     monkeypatch.setitem(data.sys.modules, "torchvision", None)
-    with pytest.raises(
-        ValueError, match="pets needs more packages .*: pip install torchvision scipy"
-    ):
+    with pytest.raises(ValueError, match="pets needs torchvision .*: pip install torchvision sci"):
+        data.read("pets", str(tmp_path))
+    monkeypatch.delitem(data.sys.modules, "torchvision")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('no operator nms')")
+    with pytest.raises(ValueError, match=r"pets needs torchvision \(no operator nms\): pip inst"):
         data.read("pets", str(tmp_path))
 
 
