@@ -1177,8 +1177,9 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         raise ValueError(f"no photo at {path}") from error
     except IsADirectoryError as error:
         raise ValueError(f"{path} is a folder; give the photos in it") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large to be decoded ({error}); shrink it") from error
+    except (Image.DecompressionBombError, MemoryError) as error:
+        reason = str(error) or "not enough memory"
+        raise ValueError(f"{path} is too large to be decoded ({reason}); shrink it") from error
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
 

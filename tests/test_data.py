@@ -595,7 +595,7 @@ def test_photos_that_the_disk_can_not_hold(photos, monkeypatch):
 
 def test_photos_in_floats_and_too_large(photos, monkeypatch):
     """White may be 1 or 255 in a float TIFF: it is refused. A photo that Pillow takes for a bomb is
-    called too large, and not damaged."""
+    called too large, and not damaged; so is one that doesn't fit into memory."""
     from PIL import Image
 
     path = photos / "leaf/float.tif"
@@ -609,4 +609,14 @@ def test_photos_in_floats_and_too_large(photos, monkeypatch):
         data.read_photo(path, 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="00.png is too large to be decoded .*; shrink it"):
+        data.read_photo(photos / "leaf/00.png", 8)
+
+    def no_memory(image):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr(data, "upright_rgb", no_memory)
+    with pytest.raises(
+        ValueError, match=r"00.png is too large .* \(not enough memory\); shrink it"
+    ):
         data.read_photo(photos / "leaf/00.png", 8)
