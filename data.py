@@ -18,6 +18,7 @@ network sees, K classes.
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import http.client
 import io
@@ -338,8 +339,14 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
 
 def count_copies(data: Dataset) -> int:
     """How many test images are files that are among the training images too."""
-    trained = {data.sums[name] for name in data.train.names if name in data.sums}
-    return sum(data.sums.get(name) in trained for name in data.test.names)
+    # Of 75,000 and 25,000 different files two have the same CRC-32 by chance in 40 % of cases.
+    trained = {data.sums[name]: name for name in data.train.names if name in data.sums}
+    copies = 0
+    for name in data.test.names:
+        twin = trained.get(data.sums.get(name))
+        if twin and filecmp.cmp(data.folder / name, data.folder / twin, shallow=False):
+            copies += 1
+    return copies
 
 
 def check_split(data: Dataset) -> None:

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -385,6 +386,18 @@ def test_what_is_left_out_is_named(photos):
     assert len(dataset.train) == 60
     left_out = {root / "loose.png", root / "more/00.png", root / "train/leaf/link"}
     assert set(dataset.skipped) == set(map(str, left_out))
+
+
+def test_copies_in_the_test_set(photos):
+    """Files that are the same in train and test; not those that share a checksum by chance."""
+    root = photos.parent / "parts"
+    for part in ("train", "val", "test"):
+        shutil.copytree(photos, root / part)
+    for path in sorted(root.glob("test/*/*.png"))[1:]:
+        path.write_bytes(path.read_bytes() + b"x")
+    found = data.read(str(root), image_size=14)
+    assert data.count_copies(found) == 1
+    assert data.count_copies(replace(found, sums=dict.fromkeys(found.sums, "00000001"))) == 0
 
 
 def test_a_photo_that_would_start_another_program(tmp_path):
