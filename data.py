@@ -955,7 +955,7 @@ def decode(
                 photos = Photos(place, side)
         if missing and kept:
             size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
-            print(f"photos   {len(paths):,} decoded to {place} ({size}), for later runs too")
+            print(f"photos   {len(missing):,} decoded to {place} ({size}), for later runs too")
     names = [name for name, _, _ in files]
     rows = [photos.rows[file] for file in files]
     sums = {name: f"{photos.sums[row]:08x}" for name, row in zip(names, rows, strict=True)}

@@ -553,15 +553,17 @@ def test_another_size_is_decoded_anew(photos, counted):
     assert len(counted) == 120
 
 
-def test_a_changed_photo_is_decoded_anew(photos, counted):
+def test_a_changed_photo_is_decoded_anew(photos, counted, capsys):
     """Only it, and a new one; what is gone leaves the cache."""
     data.read(str(photos), image_size=16)
     del counted[:]
     Image.new("RGB", (50, 50), "red").save(photos / "leaf/03.png")
     Image.new("RGB", (50, 50), "blue").save(photos / "leaf/99.png")
     (photos / "sky/00.png").unlink()
+    capsys.readouterr()
     found = data.read(str(photos), image_size=16)
     assert sorted(counted) == ["03.png", "99.png"]
+    assert "photos   2 decoded to" in capsys.readouterr().out
     assert len(found.train) == 60
     red = found.train.names.index("leaf/03.png")
     assert found.train.pixels[red, :, 9, 9].tolist() == [255, 0, 0]
