@@ -1792,7 +1792,7 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
             reason = without_secrets(f"{error.code} {error.reason}", url, token)
             if error.code == 416:  # the part is as long as the file, or longer: once more
                 os.truncate(part, 0)
-            elif error.code in (401, 403):
+            elif error.code in (401, 403) and not checksum:  # the hub
                 hint = "set HF_TOKEN for a private file, and accept the licence of a gated one on "
                 hint += "its page"
                 raise ValueError(f"{shown} answered {reason}; {hint}") from error

@@ -121,12 +121,15 @@ def test_404(server, tmp_path, name, hint):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_private_file_needs_a_token(server, tmp_path, status):
-    """The error for a private or gated file names HF_TOKEN."""
+    """The error for a private or gated file of the hub names HF_TOKEN."""
     server.errors = [status]
     with pytest.raises(
         ValueError, match=f"answered {status} .*; set HF_TOKEN for a private file, .* page; or"
     ):
         data.download(f"{server.url}/f", tmp_path / "f")
+    server.errors = [status]
+    with pytest.raises(ValueError, match=f"answered {status} [A-Z]\\w+; or fetch"):  # of a data set
+        data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
 
 
 def test_server_error_is_tried_again(server, tmp_path):
