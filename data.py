@@ -1227,9 +1227,9 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
     return image.convert("RGB")
 
 
-# A sentence for each class, by how a data set's name begins: CLIP-Adapter's and CoOp's
-# (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits and SVHN those of
-# CLIP's own prompts.
+# A sentence for each class, by a data set's name without the number that it may end in:
+# CLIP-Adapter's and CoOp's (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits and SVHN
+# those of CLIP's own prompts.
 TEMPLATES = {
     "pets": "a photo of a {}, a type of pet.",
     "flowers": "a photo of a {}, a type of flower.",
@@ -1250,10 +1250,7 @@ def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
         ValueError: the template has no {}.
     """
     if not template:
-        template = "a photo of a {}."
-        for beginning, published in TEMPLATES.items():
-            if name.lower().startswith(beginning):
-                template = published
+        template = TEMPLATES.get(name.lower().rstrip("0123456789"), "a photo of a {}.")
     if "{}" not in template:
         raise ValueError(f"--template {template!r} has no {{}} where the class's name goes")
     return [template.replace("{}", each.replace("_", " ")) for each in classes]

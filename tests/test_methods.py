@@ -239,6 +239,7 @@ def test_template(run, clip, tmp_path):
     error = run(*common, "--template", "digits", "--name", "u", status=1)
     assert "has no {}" in error
     assert data.sentences("oxford", ["sea_horse"]) == ["a photo of a sea horse."]
+    assert data.sentences("food_trucks", ["taco"]) == ["a photo of a taco."]
     assert data.sentences("flowers12", ["rose"]) == ["a photo of a rose, a type of flower."]
 
 
