@@ -1455,7 +1455,8 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
 
     Raises:
         ValueError: another process has it.
-        FileNotFoundError: the folder around it is missing, or a link to nothing.
+        FileNotFoundError, FileExistsError: it can't be made: the folder around a file is missing,
+            or something else or a link to nothing is in the way.
     """
     handle = -1
     tries = 100
@@ -1463,7 +1464,10 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
         # Lock what is there now, and see whether it is still there: who had it before may have
         # moved or removed it.
         try:
-            make(path, folder)
+            if folder:
+                path.mkdir(parents=True, exist_ok=True)
+            else:
+                path.touch()
             if fcntl is None:
                 break
             handle = os.open(path, os.O_RDONLY)
@@ -1471,7 +1475,9 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
             if not is_same(handle, path):
                 os.close(handle)
                 handle = -1
-        except FileNotFoundError:  # removed between two of these steps; or never there
+        except (FileNotFoundError, FileExistsError):
+            # Removed between two of these steps (mkdir then calls a folder that is gone a file); or
+            # it can't be made at all.
             tries -= 1
             if not tries:
                 raise
@@ -1484,19 +1490,6 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
     finally:
         if handle >= 0:
             os.close(handle)
-
-
-def make(path: Path, folder: bool) -> None:
-    """Make a file or a folder, unless it is there."""
-    if not folder:
-        path.touch()
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        if path.is_file():
-            raise
-        # Another process removed the folder before mkdir could see that it is one.
 
 
 def take_lock(handle: int, path: Path, wait: bool) -> None:
