@@ -679,8 +679,8 @@ def read_torchvision(
 def explain_torchvision(error: Exception, name: str, place: Path, offline: bool) -> str:
     """What to do where torchvision can't read or fetch a data set."""
     by_hand = f"put it there as torchvision unpacks it ({place}), or say where it is by --data-dir"
-    if offline and not place.exists():
-        return f"no {name} in {place.parent} and --offline given; {by_hand}"
+    if offline:
+        return f"no {name} in {place.parent}, or not all of it, and --offline given; {by_hand}"
     if isinstance(error, urllib.error.URLError):
         return f"could not fetch {name} ({error.reason}); {by_hand}"
     again = f"delete {place}, and an archive beside it, to fetch it again"

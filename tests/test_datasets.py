@@ -299,6 +299,9 @@ def test_offline_without_the_files(torchvision, tmp_path):
         ValueError, match="no food101 in .* and --offline given; put it there as torchvision"
     ):
         data.read("food101", str(tmp_path), offline=True)
+    (tmp_path / "train_32x32.mat").touch()  # without the other file
+    with pytest.raises(ValueError, match="no svhn in .*, or not all of it, and --offline given"):
+        data.read("svhn", str(tmp_path), offline=True)
 
 
 @pytest.mark.parametrize(
