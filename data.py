@@ -45,6 +45,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 
 import numpy as np
@@ -1526,7 +1527,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     part = path.with_name(path.name + ".part")
     try:
-        remove_link(part)
+        remove_odd(part)
         with locked(part):
             try:
                 with part.open("wb") as file:
@@ -1548,10 +1549,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def remove_link(path: Path) -> None:
-    """Remove a symbolic link: in a folder of another one's it may lead anywhere."""
-    if path.is_symlink():
-        path.unlink()
+def remove_odd(path: Path) -> None:
+    """Remove what is neither a file nor a folder. In a folder of another one's a link may lead
+    anywhere, and a pipe makes who opens it wait."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not S_ISREG(mode) and not S_ISDIR(mode):
+            path.unlink()
 
 
 def flush(path: Path) -> None:
@@ -1575,7 +1579,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 def empty_folder(path: Path) -> Iterator[Path]:
     """A folder for this process alone while the block runs, removed in the end. What a killed
     process left in it goes first."""
-    remove_link(path)
+    remove_odd(path)
     with locked(path, folder=True) as handle:
         for inside in path.iterdir():
             if inside.is_dir() and not inside.is_symlink():
@@ -1726,7 +1730,7 @@ def download(
     by_hand = f"fetch {without_password(url)} by other means and put it at {path}"
     if path.suffix == ".safetensors":
         by_hand += " or give it by --weights"
-    remove_link(part)
+    remove_odd(part)
     with locked(part):
         if path.exists():  # another process has fetched it meanwhile
             part.unlink(missing_ok=True)

@@ -556,6 +556,13 @@ def test_a_pipe_in_a_run(run, finished, tiny_weights, name):
     assert f"runs/a/{name} is" in run(*arguments, status=status)
 
 
+def test_a_pipe_where_a_file_is_written(run, finished):
+    """Nor is one by the name under which a file is written first."""
+    os.mkfifo(finished / "predictions.csv.part")
+    run("--eval", "runs/a")
+    assert not (finished / "predictions.csv.part").exists()
+
+
 def test_adapters_that_are_not_finite(run, finished):
     """Adapters with NaN aren't used: whatever they predict would look like a result."""
     path = finished / "adapters.safetensors"
