@@ -36,6 +36,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -1085,6 +1086,7 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
         (folder / "pixels").open("r+b") as pixels,
         (folder / "index").open("r+b") as index,
         ThreadPoolExecutor(os.cpu_count()) as pool,
+        warnings.catch_warnings(action="ignore"),  # Pillow calls 90 megapixels a "DOS attack"
     ):
         pixels.seek(rows * 3 * side**2)
         index.truncate(photos.end)

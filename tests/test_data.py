@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -604,6 +605,16 @@ def test_photos_that_the_disk_can_not_hold(photos, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="60 photos of 256 x 256 pixels take 12 MB, .* 1 MB free"):
         data.read(str(photos))
+
+
+def test_large_photos(photos, monkeypatch):
+    """Pillow's warning of one that it decodes all the same isn't shown."""
+    from PIL import Image
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        assert len(data.read(str(photos), image_size=14).train) == 60
 
 
 def test_photos_in_floats_and_too_large(photos, monkeypatch):
