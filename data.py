@@ -117,8 +117,8 @@ class Images:
         """The same images, alone in a table on a device, filled in parts: photos needn't fit into
         this machine's memory."""
         table = torch.empty(self.shape, dtype=self.table.dtype, device=device)
-        for place in range(0, len(self), 1024):
-            part = slice(place, place + 1024)
+        for first in range(0, len(self), 1024):
+            part = slice(first, first + 1024)
             table[part] = self.table[self.rows[part]].to(device)
         return Images(table, self.labels.to(device), self.names)
 
@@ -182,7 +182,8 @@ def check_name(name: str) -> None:
 
 
 def is_there(name: str, data_dir: str) -> bool:
-    """Whether reading a data set needs nothing to be written to `data_dir`."""
+    """Whether a data set seems to be in `data_dir`: of torchvision's sets files may still be
+    missing, which reading it then fetches."""
     reader = DATASETS.get(name)
     return not isinstance(reader, partial) or (Path(data_dir) / reader.keywords["place"]).exists()
 
@@ -389,13 +390,13 @@ def stratified_order(labels: Tensor, key: str) -> Tensor:
     """A random order [n], fixed by `key`, every prefix of which is stratified."""
     shuffled = torch.randperm(len(labels), generator=generator(key))
     shuffled_labels = labels[shuffled]
-    place = torch.empty(len(labels))  # of each shuffled image within its class, 0..1
+    position = torch.empty(len(labels))  # of each shuffled image within its class, 0..1
     for label in labels.unique():
         members = shuffled_labels == label
         size = int(members.sum())
-        place[members] = (torch.arange(size) + 0.5) / size
-    # By place, the classes alternate; of equal places the one that was shuffled first comes first.
-    return shuffled[place.argsort(stable=True)]
+        position[members] = (torch.arange(size) + 0.5) / size
+    # By position, the classes alternate; of equal ones the one that was shuffled first comes first.
+    return shuffled[position.argsort(stable=True)]
 
 
 def generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -925,7 +926,7 @@ def decode(
 
     Args:
         root: the folder that all of them are in.
-        keep: in the cache; else in a file that goes with this process.
+        keep: in the cache; else in a file without a name, which goes when this process closes it.
 
     Raises:
         ValueError: no Pillow; photos that can't be read, of which some are named; no room.
@@ -942,10 +943,11 @@ def decode(
         folder = kept or Path(temporary)
         place = folder / f"{as_utf8(root.resolve().name)[:50]}-{side}-{seed_from(whole):08x}"
         with locked(place, folder=True):
-            # Of photos that are gone or were changed no more are kept than there are photos.
+            # Its files only grow: once over half of the rows are of photos that are gone or were
+            # changed, they are made anew.
             photos = open_photos(place, side, most=2 * len(files))
             pairs = zip(files, paths, strict=True)
-            missing = {file: path for file, path in pairs if file not in photos.rows}
+            missing = {file: path for file, path in pairs if file not in photos.row_of}
             if missing:
                 try:
                     fill_photos(place, photos, missing)
@@ -959,7 +961,7 @@ def decode(
             size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
             print(f"photos   {len(missing):,} decoded to {place} ({size}), for later runs too")
     names = [name for name, _, _ in files]
-    rows = [photos.rows[file] for file in files]
+    rows = [photos.row_of[file] for file in files]
     sums = {name: f"{photos.sums[row]:08x}" for name, row in zip(names, rows, strict=True)}
     return Images(photos, torch.tensor(labels), names, torch.tensor(rows)), sums
 
@@ -984,15 +986,15 @@ class Photos:
     dtype = torch.uint8
 
     def __init__(self, folder: Path, side: int):
-        self.pixels = (folder / "pixels").open("rb", buffering=0)
+        self.file = (folder / "pixels").open("rb", buffering=0)
         listed = (folder / "index").read_bytes()
         self.end = listed.rfind(b"\n") + 1  # behind it, a line that was cut short
         self.made_by, *lines = listed[: self.end].decode("ascii").splitlines()
-        self.rows: dict[tuple[str, int, int], int] = {}
+        self.row_of: dict[tuple[str, int, int], int] = {}
         self.sums = np.zeros(len(lines), np.uint32)
         for row, line in enumerate(lines):
             name, size, time_ns, crc = json.loads(line)
-            self.rows[name, size, time_ns] = row
+            self.row_of[name, size, time_ns] = row
             self.sums[row] = int(crc, 16)
         self.shape = (len(lines), 3, side, side)
         enough = (folder / "pixels").stat().st_size >= math.prod(self.shape)
@@ -1004,9 +1006,9 @@ class Photos:
         # mapped file that is cut short kills it.
         found = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
         for row, image in zip(rows.tolist(), found.numpy(), strict=True):
-            self.pixels.seek(row * image.nbytes)
-            if self.pixels.readinto(image) != image.nbytes:
-                raise ValueError(f"{self.pixels.name} was cut short while in use; run this again")
+            self.file.seek(row * image.nbytes)
+            if self.file.readinto(image) != image.nbytes:
+                raise ValueError(f"{self.file.name} was cut short while in use; run this again")
         return found
 
     def checksum(self, rows: Tensor) -> str:
