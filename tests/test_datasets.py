@@ -661,7 +661,7 @@ def test_pixels_behind_the_last_that_is_listed(photos, counted):
 def test_a_cache_that_is_cut_while_in_use(photos, counted):
     """An error, where a mapped file would end the process by a signal."""
     found = data.read(str(photos), image_size=16).train
-    os.truncate(found.table.pixels.name, 5000)
+    os.truncate(found.table.file.name, 5000)
     with pytest.raises(ValueError, match="pixels was cut short while in use; run this again"):
         _ = found.pixels
 
