@@ -1227,6 +1227,8 @@ def check_writable(folder: Path) -> None:
     """Raise a ValueError if files can't be written to a folder, made or not yet made."""
     place = folder
     while not place.exists():
+        if place.is_symlink():  # such as one to a disk that isn't mounted
+            raise ValueError(f"{place} is a link to nothing; mend it or remove it")
         place = place.parent
     try:
         with tempfile.TemporaryFile(dir=place):
