@@ -148,6 +148,7 @@ def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
     x = g("Transpose", x, name="image.channels_first", perm=[0, 3, 1, 2])
     if not meta["resize"]:
         return x
+    # Slices, not Shape's own start and end (opset 15), which OpenCV 4 ignores.
     shape = g("Shape", x, name="image.shape")
     two, three, four = (g.constant(f"image.axis{i}", [i]) for i in (2, 3, 4))
     height = g("Slice", shape, two, three, name="image.height")
@@ -755,17 +756,17 @@ class Checked:
     labels: np.ndarray  # [n]: less than B where a fixed batch was filled up with repeated images
 
 
-def in_onnxruntime(graph: onnxruntime.InferenceSession, adapter: Path | None = None) -> Callable:
+def in_onnxruntime(opened: onnxruntime.InferenceSession, adapter: Path | None = None) -> Callable:
     """A function from Checked images to the graph's output, with an adapter active if given."""
     options = onnxruntime.RunOptions()
     lora = onnxruntime.LoraAdapter()
     if adapter:
         lora.Load(str(adapter))
         options.add_active_adapter(lora)
-    name = graph.get_inputs()[0].name
+    name = opened.get_inputs()[0].name
 
     def output(images: Checked) -> np.ndarray:
-        return graph.run(None, {name: images.image}, options)[0]
+        return opened.run(None, {name: images.image}, options)[0]
 
     output.adapter = lora  # RunOptions doesn't keep the adapter alive: it would crash
     return output
@@ -1067,16 +1068,16 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
     """Save the model, run ONNX's checker on it, load and describe it."""
     save(proto, part)
     onnx.checker.check_model(part, full_check=True)
-    graph = session(part)
+    opened = session(part)
     values = []
-    for value in (*graph.get_inputs(), *graph.get_outputs()):
+    for value in (*opened.get_inputs(), *opened.get_outputs()):
         kind = value.type.removeprefix("tensor(").removesuffix(")").replace("float", "float32")
         values.append(f"{value.name} {kind} [{', '.join(map(str, value.shape))}]")
     opset = proto.opset_import[0].version
     nodes = len(proto.graph.node)
     print(f"graph    opset {opset}, {nodes} nodes, {values[0]} -> {values[-1]}{more}")
     print("check    onnx.checker ok", flush=True)
-    return in_onnxruntime(graph)
+    return in_onnxruntime(opened)
 
 
 @contextlib.contextmanager
@@ -1226,17 +1227,17 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     size = f"{meta['image_size']}px"
     key = ".".join(["for", meta["fingerprint"], size, kind["reads"], kind["act"]])
     empty = with_empty_adapters(run.model, **kind)
-    backbone_graph = Graph(options.opset)
+    bare = Graph(options.opset)
     shared = {name: meta[name] for name in SHARED}
-    proto = to_model(backbone_graph, empty, shared | {"swappable": key})
+    proto = to_model(bare, empty, shared | {"swappable": key})
 
     # What differs from the backbone's constants is the adapter.
-    own_graph = Graph(options.opset)
-    write_vit(own_graph, run.model, meta)
+    adapted = Graph(options.opset)
+    write_vit(adapted, run.model, meta)
     values = {}
-    for name in swapped(own_graph):
-        value = own_graph.constants[name]
-        if not np.array_equal(value, backbone_graph.constants[name]):
+    for name in swapped(adapted):
+        value = adapted.constants[name]
+        if not np.array_equal(value, bare.constants[name]):
             values[name] = value
     values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
 
@@ -1248,18 +1249,18 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     with staged(folder) as part:
         if not backbone.exists():
             save_checked(proto, part / backbone.name, ", to swap adapters and head")
-        graph = session(backbone if backbone.exists() else part / backbone.name)
+        opened = session(backbone if backbone.exists() else part / backbone.name)
         props = {prop.key: prop.value for prop in proto.metadata_props}
-        if graph.get_modelmeta().custom_metadata_map != props:
+        if opened.get_modelmeta().custom_metadata_map != props:
             raise ValueError(
                 f"{backbone} is of another backbone or has other options; give another folder by -o"
             )
         adapter = part / f"{home.name}.onnx_adapter"
         save_adapter(values, adapter)
         names = ("torch's backbone", "without adapter")
-        verify(in_torch(empty, meta), in_onnxruntime(graph), run, options, names)
+        verify(in_torch(empty, meta), in_onnxruntime(opened), run, options, names)
         names = ("torch", "with adapter")
-        with_adapter = in_onnxruntime(graph, adapter)
+        with_adapter = in_onnxruntime(opened, adapter)
         verify(in_torch(run.model, meta), with_adapter, run, options, names)
 
 
