@@ -1052,6 +1052,18 @@ def photo_folder() -> Path | None:
         return None
 
 
+def check_room(folder: Path, count: int, side: int) -> None:
+    """Raise a ValueError if so many decoded photos don't fit onto the disk."""
+    needed = count * 3 * side**2
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{count:,} photos of {side} x {side} pixels take {needed / 1e6:,.0f} MB, "
+            f"{folder} has {free / 1e6:,.0f} MB free; make room, set ADAPTERTUNE_CACHE to a "
+            "folder on another disk, or give a smaller --image-size"
+        )
+
+
 def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int], Path]) -> None:
     """Decode photos into a folder of the cache, behind those that it has, on all cores.
 
@@ -1062,14 +1074,7 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
         ValueError: the disk is too full; photos that can't be read, after all others were.
     """
     rows, _, _, side = photos.shape
-    needed = len(missing) * 3 * side**2
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"{len(missing):,} photos of {side} x {side} pixels take {needed / 1e6:,.0f} MB, "
-            f"{folder} has {free / 1e6:,.0f} MB free; make room, set ADAPTERTUNE_CACHE to a "
-            "folder on another disk, or give a smaller --image-size"
-        )
+    check_room(folder, len(missing), side)
 
     def read(file: tuple[str, int, int]) -> tuple[Tensor, str] | ValueError:
         """A photo's pixels and its file's CRC-32; or why there are none."""
@@ -1109,11 +1114,16 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
             index.flush()
             progress("decoding, photo", first + len(part), len(files), started)
     if bad:
-        text = str(bad[0])
-        if len(bad) > 1:
-            names = [str(error).partition(" as an image")[0] for error in bad[1:6]]
-            text += f"; and {len(bad) - 1} more: {', '.join(names)}"
-        raise ValueError(text) from bad[0]
+        raise ValueError(list_unread(bad)) from bad[0]
+
+
+def list_unread(bad: list[ValueError]) -> str:
+    """Why a photo can't be read, and which others can't."""
+    text = str(bad[0])
+    if len(bad) > 1:
+        names = [str(error).partition(" as an image")[0] for error in bad[1:6]]
+        text += f"; and {len(bad) - 1} more: {', '.join(names)}"
+    return text
 
 
 def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
