@@ -19,6 +19,7 @@ network sees, K classes.
 import contextlib
 import errno
 import filecmp
+import functools
 import hashlib
 import http.client
 import io
@@ -65,10 +66,13 @@ CIFAR = "https://www.cs.toronto.edu/~kriz/"
 PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PHOTOS |= {".apng", ".mpo", ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"}
 PHOTOS |= {".dib", ".dds", ".ico", ".icns", ".pcx", ".qoi", ".sgi", ".tga"}
+PHOTOS |= {".heic", ".heif", ".hif"}  # a phone's, by the package pillow-heif
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
-FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA")
-# How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF.
-BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM|II\*\0|MM\0\*|.{4}ftypavif", re.DOTALL)
+FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA", "HEIF")
+# How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF, HEIC.
+BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM|II\*\0|MM\0\*|.{4}ftyp(?:avif|hei[cx]|mif1)", re.DOTALL
+)
 # Names of the folders that hold a part of the data, in any case.
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 PARTS |= {"dev": "val", "test": "test", "testing": "test"}
@@ -1189,6 +1193,7 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
         raise ValueError(f"can't read {path} as an image (a pipe or a device); remove it")
+    has_heif = add_heif()
     try:
         Image.init()
         formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
@@ -1203,7 +1208,28 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         reason = str(error) or "not enough memory"
         raise ValueError(f"{path} is too large to be decoded ({reason}); shrink it") from error
     except Exception as error:  # Pillow's decoders raise many kinds
+        if not has_heif and is_heif(path):
+            raise ValueError(
+                f"can't read {path} as an image without pillow-heif: pip install pillow-heif"
+            ) from error
         raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
+
+
+@functools.cache
+def add_heif() -> bool:
+    """Let Pillow read HEIC, in which phones keep their photos; False without pillow-heif."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def is_heif(path: str | Path) -> bool:
+    """Whether a file begins as HEIC does, whatever its suffix."""
+    with Path(path).open("rb") as file:
+        return bool(re.match(rb".{4}ftyp(hei|hev|mif1|msf1)", file.read(12), re.DOTALL))
 
 
 def square(height: int, width: int) -> tuple[int, int, int, int]:

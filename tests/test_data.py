@@ -260,6 +260,37 @@ def test_orientation_beside_an_odd_tag(orientation, tmp_path):
     assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)
 
 
+@pytest.mark.parametrize("orientation", TURNS)
+def test_photos_of_a_phone(orientation, tmp_path):
+    """HEIC, by pillow-heif, upright, whatever the file is called."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    photo = image.fromarray(np.ascontiguousarray(TURNS[orientation](upright)))
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": -1, "chroma": 444, "matrix_coefficients": 0}  # without loss
+    photo.save(tmp_path / "a.heic", exif=exif.tobytes(), **options)
+    (tmp_path / "a.heic").rename(tmp_path / "a.jpg")
+    shutil.copy(tmp_path / "a.jpg", tmp_path / "b")
+    assert data.find_photos([str(tmp_path)]) == [tmp_path / "a.jpg", tmp_path / "b"]
+    for name in ("a.jpg", "b"):
+        read = data.read_photo(tmp_path / name, side=16)
+        assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)
+
+
+@pytest.mark.parametrize("name", ("a.heic", "a.jpg"))
+def test_photos_of_a_phone_without_pillow_heif(name, tmp_path, monkeypatch):
+    """The error says what to install."""
+    pytest.importorskip("PIL")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(data, "add_heif", data.add_heif.__wrapped__)  # without its cache
+    (tmp_path / name).write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
+    message = f"^can't read {tmp_path / name} as an image without pillow-heif: pip install pillow-"
+    with pytest.raises(ValueError, match=message):
+        data.read_photo(tmp_path / name, side=16)
+
+
 def grey_twins(image, pixels):
     """A grey photo [H, W], 8 bits, and the same in other forms."""
     plain = image.fromarray(pixels)

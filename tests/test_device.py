@@ -1,5 +1,6 @@
 """assets/device/label.py, as a process without torch and onnx: torch's labels and probabilities."""
 
+import contextlib
 import io
 import json
 import os
@@ -21,6 +22,10 @@ import export
 import train
 
 Image = pytest.importorskip("PIL.Image")
+with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 LABEL = ROOT / "assets/device/label.py"
 BACKBONE = ["--weights", str(ROOT / "assets/vit_micro.safetensors")]
 PHOTOS = ["--dataset", "photos", "--epochs", "6", "--lr", "3e-3", "--head-lr", "3e-3"]
@@ -88,6 +93,8 @@ def save_odd_photos(folder):
         image.convert("CMYK").save(folder / f"{kind}, CMYK.jpg")
         image.save(folder / f"{kind}.webp")
         image.save(folder / f"{kind}.bmp")
+        if "HEIF" in Image.SAVE:
+            image.save(folder / f"{kind}.heic")
         image.resize((640, 403)).save(folder / f"{kind}, large.jpg")  # draft() makes it smaller
         image.resize((9, 7)).save(folder / f"{kind}, small.png")
         image.resize((300, 5)).save(folder / f"{kind}, wide.png")
@@ -208,6 +215,18 @@ def test_packages_are_absent(python):
     for name in ("torch", "onnx", "safetensors"):
         done = python("-c", f"import {name}")
         assert f"ImportError: there is no {name} here" in done.stderr
+
+
+def test_heic_without_its_package(python, run_export, absent, tmp_path):
+    """A phone's photo is reported with what to install, and skipped."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx")
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
+    (absent / "pillow_heif.py").write_text("raise ImportError")
+    done = python(LABEL, tmp_path / "model.onnx", tmp_path / "a.heic", "odd/dark.bmp")
+    (absent / "pillow_heif.py").unlink()
+    assert done.returncode == 1
+    assert "HEIC needs a package to be decoded: pip install pillow-heif" in done.stderr
+    assert "odd/dark.bmp  " in done.stdout
 
 
 def test_photos_differ(odd_photos):

@@ -15,6 +15,7 @@ MAY_IMPORT = {
 }
 OPTIONAL = {
     "PIL",
+    "pillow_heif",
     "matplotlib",
     "sklearn",
     "torchvision",

@@ -1,6 +1,6 @@
 """Label photos with an ONNX file of export.py. Needs no torch and no onnx: copy it to the device.
 
-    pip install onnxruntime pillow
+    pip install onnxruntime pillow (and pillow-heif for the HEIC of phones)
     python label.py model.onnx photo.jpg …
     python label.py backbone.onnx --adapter flowers.onnx_adapter photo.jpg …
 
@@ -9,6 +9,7 @@ folder all photos are labelled. What can't be read is reported and skipped: exit
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,10 +25,17 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+with contextlib.suppress(ImportError):  # without it HEIC is reported and skipped
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 # What Pillow decodes by itself: PostScript by another name would start Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
-FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA")
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")  # in folders
+FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA", "HEIF")
+HEIC = (".heic", ".heif")
+# In folders:
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIC)
 
 
 def plain(text):
@@ -73,6 +81,8 @@ def read_photo(path, task):
     side = round(size / task["center"])  # 256 for 224
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError("no file")
+    if Path(path).suffix.lower() in HEIC and "HEIF" not in Image.OPEN:
+        raise ValueError("HEIC needs a package to be decoded: pip install pillow-heif")
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
     with Image.open(path, formats=formats) as image:
