@@ -1049,6 +1049,7 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
         onnx.save(proto, path)
     else:
         onnx.save(proto, path, save_as_external_data=True, location=beside.name)
+        beside.chmod(path.stat().st_mode)  # onnx lets its owner alone read it
 
 
 def constants_of(path: Path) -> Path:

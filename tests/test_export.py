@@ -481,6 +481,7 @@ def test_constants_beside_a_graph_that_is_too_large(run, tmp_path, monkeypatch, 
     out = run("runs/b", "--precision", precision, "-o", tmp_path / "m.onnx", "--force")
     data = ["m.onnx.data"] if precision == "fp32" else []
     assert names_in(tmp_path) == ["labels.txt", "m.onnx", *data]
+    assert len({path.stat().st_mode for path in tmp_path.glob("m.onnx*")}) == 1  # who may read it
     assert out.count("check    onnx.checker ok") == (1 if precision == "fp32" else 2)
     export.session(tmp_path / "m.onnx")
     if precision == "int8":
