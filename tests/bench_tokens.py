@@ -95,11 +95,8 @@ class Tokens:
     keep = 1.0
 
 
-Batches = data.Batches
-
-
 @dataclass(frozen=True)
-class PhasedBatches(Batches):
+class PhasedBatches(data.Batches):
     """Batches whose images have the size of the epoch's phase."""
 
     phases: tuple[Phase, ...] = ()
@@ -114,7 +111,7 @@ class PhasedBatches(Batches):
                 break
         Tokens.keep = phase.keep
         small = replace(self, size=phase.size(self.size))
-        return Batches.train(small, dataset, seed, epoch, first)
+        return data.Batches.train(small, dataset, seed, epoch, first)
 
 
 def make_set(name: str, seed: int, options: argparse.Namespace) -> data.Dataset:
