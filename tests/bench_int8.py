@@ -14,13 +14,13 @@ fp32.
 import argparse
 import copy
 import re
-import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import bench_export
 import numpy as np
 import onnx
 import onnxruntime
@@ -32,7 +32,6 @@ import data
 import export
 import train
 
-WARM_UP = 3  # rounds that don't count
 FIRST_FC2 = r"blocks\.0\.mlp\.fc2"
 # Name: the share by which inputs are equalised (None: not at all), and the matrices left in fp32.
 VARIANTS = {
@@ -55,11 +54,6 @@ def as_input(run: train.Run, images: data.Images) -> Tensor:
     """All of the images as the network sees them, [n, 3, S, S]."""
     batches = run.batches.eval(images, run.dataset.center)
     return torch.cat([x for x, _ in batches])
-
-
-def to_fp32(run: train.Run) -> onnx.ModelProto:
-    """The run's graph as it is."""
-    return export.to_model(export.Graph(17), run.model, run.meta)
 
 
 def to_int8(
@@ -87,7 +81,7 @@ def to_int8(
 def make_variants(run: train.Run) -> dict[str, onnx.ModelProto]:
     """Every variant's graph."""
     images = export.calibration_images(run)
-    protos = {"fp32": to_fp32(run)}
+    protos = {"fp32": export.to_model(export.Graph(17), run.model, run.meta)}
     for name, (share, left_in_fp32) in VARIANTS.items():
         protos[name] = to_int8(run, images, share, left_in_fp32)
     return protos
@@ -96,36 +90,9 @@ def make_variants(run: train.Run) -> dict[str, onnx.ModelProto]:
 # ----------------------------------------------------------------------------------- the figures
 
 
-def session(proto: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:
-    """onnxruntime's session on so many threads; 0 for all."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def time_in_turn(protos: dict[str, onnx.ModelProto], image: np.ndarray, rounds: int) -> dict:
-    """The median of each graph's CPU time on one thread, in seconds."""
-    names = list(protos)
-    sessions = {name: session(proto, threads=1) for name, proto in protos.items()}
-    times = {name: [] for name in names}
-    for i in range(rounds + WARM_UP):
-        first = i % len(names)  # so that none always runs after the same other one
-        for name in names[first:] + names[:first]:
-            started = time.process_time()
-            sessions[name].run(None, {export.INPUT: image})
-            if i >= WARM_UP:
-                times[name].append(time.process_time() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def logits_of(proto: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+def logits_of(run_graph: Callable, images: np.ndarray) -> np.ndarray:
     """Logits [n, K] of images [n, 3, S, S], one by one."""
-    graph = session(proto, threads=0)
-    rows = [graph.run(None, {export.INPUT: image[None]})[0] for image in images]
-    return np.concatenate(rows)
+    return np.concatenate([run_graph(image[None])[0] for image in images])
 
 
 def open_run(folder: str, more: list[str]) -> train.Run:
@@ -152,16 +119,19 @@ def main() -> None:
     images = as_input(run, test).numpy()
     labels = test.labels.numpy()
     protos = make_variants(run)
-    medians = time_in_turn(protos, images[:1], options.rounds)
+    graphs = {}  # as functions of the image, on one thread
+    for name, proto in protos.items():
+        graphs[name] = bench_export.in_onnxruntime(proto.SerializeToString())
+    medians = bench_export.time_in_turn(graphs, images[:1], options.rounds)
 
     print(
         f"{options.run}, {len(images):,} test images, onnxruntime {onnxruntime.__version__}, "
         "time of batch 1 on one thread"
     )
     print(f"{'variant':32}{'agreement %':>12}{'accuracy %':>12}{'error':>8}{'time':>7}{'MB':>7}")
-    exact = logits_of(protos["fp32"], images)
+    exact = logits_of(graphs["fp32"], images)
     for name, proto in protos.items():
-        logits = logits_of(proto, images)
+        logits = logits_of(graphs[name], images)
         top1 = logits.argmax(axis=1)
         agreement = 100 * (top1 == exact.argmax(axis=1)).mean()
         accuracy = 100 * (top1 == labels).mean()

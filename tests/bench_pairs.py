@@ -6,22 +6,21 @@
 
 Each run is a command of train.py in the work folder, where its log is left, too. A run that the
 .csv holds isn't repeated, and one that was stopped goes on, so the same command finishes what was
-interrupted. --jobs is how many run at once; each has its share of the CPU's threads. DIR are the
-folders that test_real.py names (published weights and photos; CIFAR-100 and CLIP's image tower).
+interrupted. --jobs is how many run at once; each has its share of the CPU's threads. A run that
+fails gets no row, and the others go on.
 """
 
 import argparse
 import concurrent.futures
-import csv
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import run_tables
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,77 +43,65 @@ PAIRS = {
     "cifar100-deit": ("cifar100", "deit", ["--epochs", "10"]),
 }
 COLUMNS = ("pair", "method", "seed", "trained", "val_accuracy", "test_accuracy", "made_with")
-KEY = COLUMNS[:3]  # the columns that say which run it is
 writing = threading.Lock()  # of the .csv
 
 
 def options_of(pair: str, method: str, seed: int, options: argparse.Namespace) -> list[str]:
-    """What train.py is called with."""
-    dataset, weights, more = PAIRS[pair]
-    files = {
-        "deit": options.real / "weights" / "deit_tiny_patch16_224.safetensors",
-        "clip": options.restored / "clip_vitb16_visual.safetensors",
-    }
-    found = ["--dataset", str(options.real / "data" / dataset)]
-    if dataset == "cifar100":
-        found = ["--dataset", dataset, "--data-dir", str(options.restored), "--offline"]
-    found += ["--weights", str(files[weights]), *more, *METHODS[method], "--seed", str(seed)]
-    return [*found, "--name", f"{pair}-{method}-s{seed}", "--resume"]
+    """What train.py is called with, but for the run's name."""
+    images, weights, more = PAIRS[pair]
+    place = run_tables.find(images, options)
+    dataset = ["--dataset", str(place)]
+    if images == "cifar100":
+        dataset = ["--dataset", images, "--data-dir", str(place.parent), "--offline"]
+    weights = ["--weights", str(run_tables.find(weights, options))]
+    return [*dataset, *weights, *more, *METHODS[method], "--seed", str(seed), "--resume"]
 
 
-def train(pair: str, method: str, seed: int, options: argparse.Namespace) -> None:
-    """Make one run, or finish it, and add its row to the .csv."""
+def train(run: tuple[str, str, int], arguments: list[str], options: argparse.Namespace) -> bool:
+    """Make one run, or finish it, and add its row to the .csv. False if it failed."""
+    pair, method, seed = run
     name = f"{pair}-{method}-s{seed}"
-    command = [sys.executable, str(ROOT / "train.py"), *options_of(pair, method, seed, options)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // options.jobs))
-    with (options.work / f"{name}.log").open("a") as log:
-        subprocess.run(
-            command,
+    log = options.work / f"{name}.log"
+    with log.open("a") as file:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *arguments, "--name", name],
             cwd=options.work,
             env=os.environ | {"OMP_NUM_THREADS": threads},
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             check=False,
         )
-    written = options.work / "runs" / name / "result.json"
-    if not written.exists():
-        print(f"{name} has no result; see {options.work / name}.log", flush=True)
-        return
-    result = json.loads(written.read_text())
+    if done.returncode:
+        lines = log.read_text().splitlines()
+        print(f"{name} has no result; {log} ends: {''.join(lines[-1:])}", flush=True)
+        return False
+    result = json.loads((options.work / "runs" / name / "result.json").read_text())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    row = [pair, method, seed, result["trained"]]
-    row += [f"{result[key]:.2f}" for key in ("val_accuracy", "test_accuracy")]
-    row += [f"torch {torch.__version__}, {device}"]
-    with writing, options.out.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow(row)
-    print(*row, flush=True)
+    row = {"pair": pair, "method": method, "seed": seed, "trained": result["trained"]}
+    for part in ("val_accuracy", "test_accuracy"):
+        row[part] = f"{result[part]:.2f}"
+    row["made_with"] = f"torch {torch.__version__}, {device}"
+    with writing:
+        run_tables.add_row(options.out, row)
+    return True
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The runs that a .csv holds."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def print_table(path: Path) -> None:
+def print_table(options: argparse.Namespace) -> None:
     """Print test accuracy by pair and method: mean ± standard deviation over seeds, and how many
     seeds if not three."""
-    rows = read_rows(path)
-    print(f"| | {' | '.join(METHODS)} |\n|---|{'--:|' * len(METHODS)}")
-    for pair in PAIRS:
+    rows = run_tables.read_rows(options.out, COLUMNS)
+    print(f"| | {' | '.join(options.methods)} |\n|---|{'--:|' * len(options.methods)}")
+    for pair in options.pairs:
         cells = []
-        for method in METHODS:
+        for method in options.methods:
             tests = [
                 float(row["test_accuracy"])
                 for row in rows
                 if (row["pair"], row["method"]) == (pair, method)
             ]
-            cell = ""
-            if tests:
-                cell = f"{statistics.mean(tests):.2f}"
-            if len(tests) > 1:
-                cell += f" ± {statistics.stdev(tests):.2f}"
-            if len(tests) in (1, 2):
+            cell = run_tables.mean_and_spread(tests)
+            if len(tests) not in (0, 3):
                 cell += f" ({len(tests)})"
             cells.append(cell)
         if any(cells):
@@ -122,40 +109,32 @@ def print_table(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--real", type=lambda name: Path(name).resolve())
-    parser.add_argument("--restored", type=lambda name: Path(name).resolve())
+    parser = run_tables.make_parser(__doc__, out="pairs.csv", seeds="0,1,2")
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--work", type=Path, default=Path(), help="where the runs are left")
-    parser.add_argument("--out", type=Path, default=Path("pairs.csv"))
-    parser.add_argument("--table", action="store_true", help="print what --out holds")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (1)")
+    parser.add_argument("--work", type=Path, default=Path(), help="where the runs are left (here)")
     options = parser.parse_args()
     if options.table:
-        print_table(options.out)
+        print_table(options)
         return
-    if not options.out.exists():
-        options.out.write_text(",".join(COLUMNS) + "\n")
-    done = {tuple(row[name] for name in KEY) for row in read_rows(options.out)}
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: give 1 or more")
+    run_tables.begin(options.out, COLUMNS)
+    rows = run_tables.read_rows(options.out, COLUMNS)
+    done = {(row["pair"], row["method"], row["seed"]) for row in rows}
+    missing = {}  # runs, and what train.py is called with
+    for seed, pair, method in itertools.product(options.seeds, options.pairs, options.methods):
+        if (pair, method, str(seed)) not in done:
+            missing[pair, method, seed] = options_of(pair, method, seed, options)
     options.work.mkdir(parents=True, exist_ok=True)
-    runs = itertools.product(options.seeds.split(","), options.pairs, options.methods)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [
-            pool.submit(train, pair, method, int(seed), options)
-            for seed, pair, method in runs
-            if (pair, method, seed) not in done
-        ]
-        try:
-            for each in concurrent.futures.as_completed(waiting):
-                each.result()
-        except BaseException:  # Ctrl-C, which the runs have got too
-            pool.shutdown(cancel_futures=True)
-            raise
+        # Ctrl-C, which the runs get too, leaves out those that haven't begun.
+        succeeded = list(pool.map(lambda item: train(*item, options), missing.items()))
+    if not all(succeeded):
+        failed = f"{succeeded.count(False)} of {len(succeeded)} runs failed"
+        sys.exit(f"{failed}; the same command tries them again")
 
 
 if __name__ == "__main__":
-    main()
+    run_tables.call(main)

@@ -30,7 +30,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 import data
 started = time.perf_counter()
-found = data.read({folder!r}, image_size={size})
+data.read({folder!r}, image_size={size})
 print("seconds", time.perf_counter() - started)
 """
 
@@ -77,7 +77,8 @@ def memory_of_training(folder, cache, options, place):
     """The most resident memory in GB of a minute of training, its child's status read every tenth
     of a second."""
     command = [sys.executable, ROOT / "train.py", "--dataset", folder, "--batch", "128"]
-    command += ["--weights", options.weights, "--image-size", str(options.size), "--epochs", "30"]
+    command += ["--weights", options.weights.resolve(), "--epochs", "30"]
+    command += ["--image-size", str(options.size)]
     environment = os.environ | {"ADAPTERTUNE_CACHE": str(cache)}
     child = subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL)
     most = 0
@@ -87,6 +88,8 @@ def memory_of_training(folder, cache, options, place):
         found = re.search(r"VmRSS:\s+(\d+)", status)
         most = max(most, int(found[1]) if found else 0)
         time.sleep(0.1)
+    if child.poll():
+        sys.exit("train.py failed, as it says above")
     child.kill()
     child.wait()
     return most / 1e6
@@ -94,9 +97,9 @@ def memory_of_training(folder, cache, options, place):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--count", type=int, default=100_000, help="in steps of 1,000")
     parser.add_argument("--size", type=int, default=224, help="--image-size")
-    parser.add_argument("--weights", default=str(ROOT / "assets" / "vit_micro.safetensors"))
+    parser.add_argument("--weights", type=Path, default=ROOT / "assets" / "vit_micro.safetensors")
     parser.add_argument("--seconds", type=int, default=60, help="of training")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp())

@@ -3,7 +3,7 @@
     python tests/bench_rates.py --real DIR --restored DIR --half rule --out rates.csv
     python tests/bench_rates.py … --pairs pets-deit --methods adaptertune --rates 5e-3
                                   --recipe "--min-scale 0.5" --seeds 0,1
-    python tests/bench_rates.py --tables --out rates.csv
+    python tests/bench_rates.py --table --out rates.csv
 
 Each method's rates are climbed: three, then further ones while the best is at an end. Rates and
 recipe are chosen by validation accuracy alone, so each pair of data and backbone has more images
@@ -11,30 +11,28 @@ for validation than train.py would split off; the test set isn't read. The defau
 on HALVES["rule"]; the runs of HALVES["confirm"] came after that.
 
 A row of the .csv is one run, its recipe whatever isn't default in it. Runs that it holds already
-aren't repeated, so that a stopped grid goes on. DIR are the folders that test_real.py names
-(published weights and photos; CIFAR-100 and CLIP's image tower).
+aren't repeated, so that a stopped grid goes on.
 """
 
 import argparse
 import contextlib
-import csv
 import functools
 import io
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import run_tables
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import train  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import train
 
 COLUMNS = ("pair", "method", "epochs", "lr", "recipe", "seed", "val_accuracy", "seconds")
-KEY = ("pair", "method", "epochs", "lr", "recipe", "seed")  # the columns that say which run it is
 METHODS = {
     "head": ["--method", "head"],
     "adaptertune": ["--method", "adaptertune", "--rank", "8"],
@@ -61,39 +59,35 @@ PAIRS = {
 HALVES = {"rule": list(PAIRS)[:5], "confirm": list(PAIRS)[5:]}
 
 
-def read_data(name: str, real: Path, restored: Path, size: int) -> data.Dataset:
+def read_data(name: str, size: int, options: argparse.Namespace) -> data.Dataset:
     """A data set with all that may be trained on or chosen by in `train`."""
     if name in ("cifar100", "coarse"):
-        dataset = data.read("cifar100", str(restored), offline=True)
+        folder = run_tables.find("cifar100", options)
+        dataset = data.read("cifar100", str(folder.parent), offline=True)
         if name == "cifar100":
             return dataset
-        folder = restored / "cifar-100-python"
         classes = [each.decode() for each in data.unpickle(folder / "meta")[b"coarse_label_names"]]
         labels = torch.tensor(data.unpickle(folder / "train")[b"coarse_labels"])
         return replace(dataset, classes=classes, train=replace(dataset.train, labels=labels))
     if name == "digits":
         return data.read("digits")
-    return data.read(str(real / "data" / name), image_size=size)
+    return data.read(str(run_tables.find(name, options)), image_size=size)
 
 
-@functools.lru_cache(maxsize=1)
-def make_pair(name: str, seed: str, real: Path, restored: Path) -> tuple[list[str], data.Dataset]:
+def make_pair(name: str, seed: str, options: argparse.Namespace) -> tuple[list[str], data.Dataset]:
     """The options of train.py for a pair, and its data set, split by the seed."""
     kind, shots, choose, weights, size = PAIRS[name]
-    dataset = read_data(kind, real, restored, size)
+    dataset = read_data(kind, size, options)
     trained, rest = data.sample_shots(dataset.train, shots, f"rates/{seed}")
     val, _ = data.sample_shots(rest, choose, f"rates/{seed}")
     dataset = replace(dataset, train=trained, val=val, test=val[torch.arange(1)])
-    options = {
-        "deit": ["--weights", f"{real}/weights/deit_tiny_patch16_224.safetensors"],
-        "small": [
-            *("--weights", f"{real}/weights/vit_cifar10_p4_d128_l4_h4.safetensors"),
-            *("--heads", "4"),
-        ],
-        "clip": ["--weights", f"{restored}/clip_vitb16_visual.safetensors"],
-        "micro": ["--backbone", "vit_micro"],
-    }
-    return [*options[weights], "--image-size", str(size)], dataset
+    if weights == "micro":
+        backbone = ["--backbone", "vit_micro"]
+    else:
+        backbone = ["--weights", str(run_tables.find(weights, options))]
+    if weights == "small":
+        backbone += ["--heads", "4"]
+    return [*backbone, "--image-size", str(size)], dataset
 
 
 def ladder(method: str) -> tuple[str, ...]:
@@ -116,12 +110,11 @@ def climb(method: str, accuracy: Callable[[str], float]) -> None:
             return
 
 
-def train_once(run: dict[str, str], real: Path, restored: Path) -> dict:
+def train_once(run: dict[str, str], options: argparse.Namespace) -> dict:
     """A run's result.json."""
-    options, dataset = make_pair(run["pair"], run["seed"], real, restored)
+    backbone, dataset = make_pair(run["pair"], run["seed"], options)
     train.read_dataset = lambda *_: dataset
-    arguments = ["--dataset", "digits" if dataset.name == "digits" else str(real)]
-    arguments += [*options, *METHODS[run["method"]], *run["recipe"].split()]
+    arguments = [*backbone, *METHODS[run["method"]], *run["recipe"].split()]
     arguments += ["--lr", run["lr"], "--seeds", run["seed"]]
     if run["epochs"] != "0":
         arguments += ["--epochs", run["epochs"]]
@@ -130,58 +123,45 @@ def train_once(run: dict[str, str], real: Path, restored: Path) -> dict:
         contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        chosen, *_ = train.parse(arguments)
+        place = "digits" if dataset.name == "digits" else folder
+        chosen, *_ = train.parse(["--dataset", place, *arguments])
         return train.train_run(chosen, int(run["seed"]))
-
-
-def read_done(path: Path) -> dict[tuple[str, ...], float]:
-    """The validation accuracy of each run that the .csv holds. A new one is made with a header."""
-    if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n")
-    done = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            done[tuple(row[name] for name in KEY)] = float(row["val_accuracy"])
-    return done
 
 
 def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> float:
     """Validation accuracy of a run with this rate, from the .csv or by training it now."""
     run = run | {"lr": rate}
-    path = Path(options.out)
-    key = tuple(run.values())
-    done = read_done(path)
-    if key in done:
-        return done[key]
+    for row in run_tables.read_rows(options.out, COLUMNS):
+        if run.items() <= row.items():  # the same run
+            return float(row["val_accuracy"])
     try:
-        result = train_once(run, options.real, options.restored)
-    except ValueError as error:  # the loss diverged: a result too
-        print(error, flush=True)
+        result = train_once(run, options)
+    except ValueError as error:
+        if not str(error).startswith("the loss became"):
+            raise
+        print(error, flush=True)  # that it diverged is a result, too
         result = {"val_accuracy": 0.0, "seconds": 0.0}
     accuracy = round(result["val_accuracy"], 2)
     row = run | {"val_accuracy": f"{accuracy:.2f}", "seconds": f"{result['seconds']:.1f}"}
-    with path.open("a", newline="") as file:
-        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
-    print(" ".join(row.values()), flush=True)
+    run_tables.add_row(options.out, row)
     return accuracy
 
 
-def accuracies(path: Path, pair: str, method: str) -> dict[str, tuple[float, str]]:
+def accuracies(rows: list[dict[str, str]], pair: str, method: str) -> dict[str, tuple[float, str]]:
     """By rate: the accuracy with seed 0, and "*" if only the head at that same rate was tried."""
     found = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if (row["pair"], row["method"], row["seed"]) != (pair, method, "0"):
-                continue
-            rate = row["lr"]
-            if not row["recipe"]:
-                found[rate] = (float(row["val_accuracy"]), "")
-            elif row["recipe"] == f"--head-lr {rate}":
-                found.setdefault(rate, (float(row["val_accuracy"]), "*"))
+    for row in rows:
+        if (row["pair"], row["method"], row["seed"]) != (pair, method, "0"):
+            continue
+        rate = row["lr"]
+        if not row["recipe"]:
+            found[rate] = (float(row["val_accuracy"]), "")
+        elif row["recipe"] == f"--head-lr {rate}":
+            found.setdefault(rate, (float(row["val_accuracy"]), "*"))
     return found
 
 
-def print_tables(path: Path) -> None:
+def print_tables(rows: list[dict[str, str]]) -> None:
     """Print the accuracy of every rate, and what each method's default rate loses to the best."""
     summary = []
     for method in METHODS:
@@ -191,7 +171,7 @@ def print_tables(path: Path) -> None:
         print(f"\n| `{method}` | {' | '.join(rates)} |\n|---|{'--:|' * len(rates)}")
         lost = {}
         for pair in PAIRS:
-            found = accuracies(path, pair, method)
+            found = accuracies(rows, pair, method)
             cells = [
                 f"{found[rate][0]:.1f}{found[rate][1]}" if rate in found else "" for rate in rates
             ]
@@ -209,36 +189,29 @@ def print_tables(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--real", type=lambda name: Path(name).resolve())
-    parser.add_argument("--restored", type=lambda name: Path(name).resolve())
+    parser = run_tables.make_parser(__doc__, out="rates.csv", seeds="0")
     parser.add_argument("--half", choices=HALVES, default="rule")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rates", nargs="+")
     parser.add_argument("--recipe", default="", help="further options of train.py")
-    parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", default="0", help="0: as train.py has it")
-    parser.add_argument("--out", default="rates.csv")
-    parser.add_argument("--tables", action="store_true", help="print what --out holds")
     options = parser.parse_args()
-    if options.tables:
-        print_tables(Path(options.out))
+    if options.table:
+        print_tables(run_tables.read_rows(options.out, COLUMNS))
         return
-    for seed in options.seeds.split(","):
-        for pair in options.pairs or HALVES[options.half]:
-            for method in options.methods:
-                values = (pair, method, options.epochs, "", options.recipe, seed)
-                run = dict(zip(KEY, values, strict=True))
-                accuracy = functools.partial(measure, run, options)
-                if options.rates:
-                    for rate in options.rates:
-                        accuracy(rate)
-                else:
-                    climb(method, accuracy)
+    run_tables.begin(options.out, COLUMNS)
+    pairs = options.pairs or HALVES[options.half]
+    for seed, pair, method in itertools.product(options.seeds, pairs, options.methods):
+        run = {"pair": pair, "method": method, "epochs": options.epochs, "lr": ""}
+        run |= {"recipe": options.recipe, "seed": str(seed)}
+        accuracy = functools.partial(measure, run, options)
+        if options.rates:
+            for rate in options.rates:
+                accuracy(rate)
+        else:
+            climb(method, accuracy)
 
 
 if __name__ == "__main__":
-    main()
+    run_tables.call(main)

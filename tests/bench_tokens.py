@@ -10,15 +10,15 @@ another random part for each image and step, after the positions were added. For
 positions are resized. What is reported was trained on all of its images and is seen in full.
 
 DeiT-tiny, adapters of rank 8, everything else as train.py has it, the last epoch. Accuracy is of
-images drawn from the training set; the test set isn't read. DIR are the folders that test_real.py
-names.
+images drawn from the training set; the test set isn't read. A run that the .csv holds isn't
+repeated.
 """
 
 import argparse
 import contextlib
-import csv
-import functools
 import io
+import itertools
+import math
 import statistics
 import sys
 import tempfile
@@ -27,16 +27,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import run_tables
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import adaptertune  # noqa: E402
-import data  # noqa: E402
-import train  # noqa: E402
-import vit  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import adaptertune
+import data
+import train
+import vit
 
 COLUMNS = ("data", "size", "schedule", "seed", "val_accuracy", "seconds")
 # Data: train images a class, validation images a class, how many times a schedule's epochs.
@@ -95,11 +95,8 @@ class Tokens:
     keep = 1.0
 
 
-Batches = data.Batches
-
-
 @dataclass(frozen=True)
-class PhasedBatches(Batches):
+class PhasedBatches(data.Batches):
     """Batches whose images have the size of the epoch's phase."""
 
     phases: tuple[Phase, ...] = ()
@@ -114,17 +111,17 @@ class PhasedBatches(Batches):
                 break
         Tokens.keep = phase.keep
         small = replace(self, size=phase.size(self.size))
-        return Batches.train(small, dataset, seed, epoch, first)
+        return data.Batches.train(small, dataset, seed, epoch, first)
 
 
-@functools.lru_cache(maxsize=1)
-def make_set(name: str, seed: int, real: Path, restored: Path, size: int) -> data.Dataset:
+def make_set(name: str, seed: int, options: argparse.Namespace) -> data.Dataset:
     """A data set with images to train on and others to choose by, drawn from its training set."""
     shots, choose, _ = SETS[name]
+    folder = run_tables.find(name, options)
     if name == "cifar100":
-        dataset = data.read("cifar100", str(restored), offline=True)
+        dataset = data.read("cifar100", str(folder.parent), offline=True)
     else:
-        dataset = data.read(str(real / "data" / name), image_size=size)
+        dataset = data.read(str(folder), image_size=options.size)
     trained, rest = data.sample_shots(dataset.train, shots, f"tokens/{seed}")
     val, _ = data.sample_shots(rest, choose, f"tokens/{seed}")
     # train.py's test set is the validation here; its own is empty, so that it keeps the last epoch.
@@ -135,10 +132,9 @@ def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace)
     """A run's result.json."""
     phases = read_schedule(schedule, SETS[name][2])
     epochs = sum(phase.epochs for phase in phases)
-    weights = options.real / "weights" / "deit_tiny_patch16_224.safetensors"
-    train.read_dataset = lambda *_: make_set(
-        name, seed, options.real, options.restored, options.size
-    )
+    weights = run_tables.find("deit", options)
+    dataset = make_set(name, seed, options)
+    train.read_dataset = lambda *_: dataset
     plain = train.prepare
 
     def prepare(*arguments) -> train.Run:
@@ -152,9 +148,9 @@ def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace)
         contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        arguments = ["--dataset", str(options.real), "--weights", str(weights)]
-        arguments += ["--image-size", str(options.size)]
-        chosen, *_ = train.parse([*arguments, "--epochs", str(epochs)])
+        arguments = ["--dataset", folder, "--weights", str(weights)]
+        arguments += ["--image-size", str(options.size), "--epochs", str(epochs)]
+        chosen, *_ = train.parse(arguments)
         train.prepare = prepare
         try:
             return train.train_run(chosen, seed)
@@ -191,13 +187,12 @@ def measure_costs(size: int) -> None:
 
 def print_table(path: Path, size: int) -> None:
     """Print validation accuracy by schedule, and what it costs in epochs with all tokens."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["size"] == str(size)]
+    rows = [row for row in run_tables.read_rows(path, COLUMNS) if row["size"] == str(size)]
     print("| epochs x share of the side x share of the tokens | cost | " + " | ".join(SETS) + " |")
     print("|---|--:|" + "--:|" * len(SETS))
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
         phases = read_schedule(schedule)
-        cost = sum(phase.epochs * COSTS[phase.side, phase.keep] for phase in phases)
+        costs = [phase.epochs * COSTS.get((phase.side, phase.keep), math.nan) for phase in phases]
         cells = []
         for name in SETS:
             vals = [
@@ -205,24 +200,16 @@ def print_table(path: Path, size: int) -> None:
                 for row in rows
                 if (row["data"], row["schedule"]) == (name, schedule)
             ]
-            spread = statistics.stdev(vals) if len(vals) > 1 else 0.0
-            cells.append(f"{statistics.mean(vals):.2f} ± {spread:.2f}" if vals else "")
-        print(f"| {schedule} | {cost:.1f} | {' | '.join(cells)} |")
+            cells.append(run_tables.mean_and_spread(vals))
+        print(f"| {schedule} | {sum(costs):.1f} | {' | '.join(cells)} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--real", type=lambda name: Path(name).resolve())
-    parser.add_argument("--restored", type=lambda name: Path(name).resolve())
+    parser = run_tables.make_parser(__doc__, out="tokens.csv", seeds="0,1,2")
     parser.add_argument("--data", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
-    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--size", type=int, default=112, help="of the images in full")
-    parser.add_argument("--out", default="tokens.csv", type=Path)
     parser.add_argument("--cost", action="store_true", help="measure steps")
-    parser.add_argument("--table", action="store_true", help="print what --out holds")
     options = parser.parse_args()
     vit.ViT.embed = embed
     if options.cost:
@@ -231,18 +218,19 @@ def main() -> None:
     if options.table:
         print_table(options.out, options.size)
         return
-    if not options.out.exists():
-        options.out.write_text(",".join(COLUMNS) + "\n")
-    for name in options.data:
-        for seed in map(int, options.seeds.split(",")):
-            for schedule in options.schedules:
-                result = train_once(name, schedule, seed, options)
-                row = [name, options.size, schedule, seed, f"{result['test_accuracy']:.2f}"]
-                row.append(f"{result['seconds']:.1f}")
-                with options.out.open("a") as file:
-                    file.write(",".join(map(str, row)) + "\n")
-                print(*row, flush=True)
+    run_tables.begin(options.out, COLUMNS)
+    rows = run_tables.read_rows(options.out, COLUMNS)
+    done = {(row["data"], row["size"], row["schedule"], row["seed"]) for row in rows}
+    runs = itertools.product(options.data, options.seeds, options.schedules)
+    for name, seed, schedule in dict.fromkeys(runs):
+        if (name, str(options.size), schedule, str(seed)) in done:
+            continue
+        result = train_once(name, schedule, seed, options)
+        row = {"data": name, "size": options.size, "schedule": schedule, "seed": seed}
+        row["val_accuracy"] = f"{result['test_accuracy']:.2f}"  # see make_set
+        row["seconds"] = f"{result['seconds']:.1f}"
+        run_tables.add_row(options.out, row)
 
 
 if __name__ == "__main__":
-    main()
+    run_tables.call(main)

@@ -1,7 +1,7 @@
 """Damage every kind of file that is read, and see that the answer is a result or one line of error.
 
     python tests/fuzz_readers.py --count 10000
-    python tests/fuzz_readers.py --count 500 --only state photo
+    python tests/fuzz_readers.py --count 500 --only state photo.jpg
 
 Each input is an honest file with a few bytes changed, cut, doubled or zeroed; or, of JSON and of
 what torch.save writes, with values replaced by others: other types, numbers without measure, deep
@@ -423,8 +423,8 @@ def make_files(folder: Path) -> None:
     )
     google["pos_embedding"] = tensors["pos_embed"]
     np.savez(folder / "tiny.npz", **{name: value.numpy() for name, value in google.items()})
-    for name, epochs in (("a", "1"), ("b", "1")):
-        assert train.main([*OPTIONS[:-1], epochs, "--name", name]) == 0
+    for name in ("a", "b"):
+        assert train.main([*OPTIONS, "--name", name]) == 0
     shutil.copy(folder / "runs/a/adapters.safetensors", folder / "init.safetensors")
 
     # A run that was stopped before its first step.
@@ -476,9 +476,7 @@ def make_files(folder: Path) -> None:
     (folder / "lora/adapter_config.json").write_text(json.dumps(settings))
 
     (folder / "clip").mkdir()
-    made = write_tiny_clip(folder / "clip")
-    if made.name != "clip.safetensors":
-        made.rename(folder / "clip/clip.safetensors")
+    write_tiny_clip(folder / "clip")
     model, _ = vit.load(folder / "tiny.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files are of it
