@@ -74,9 +74,9 @@ RATES = {
     "full": 2.5e-4,
     "scratch": 1e-3,
 }
-# The new head's, where the rest is pretrained or starts as the identity.
+# The new head's, where something pretrained is adapted too; elsewhere there is one rate for all.
 HEAD_RATE = 1e-2
-HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
+ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
 # Options that config.json leaves out, since they say what is done with a run.
@@ -488,8 +488,8 @@ def fill_in(options: argparse.Namespace) -> None:
         options.label_smoothing = 0.0 if clip else 0.1
     options.lr = options.lr or default_rate(options.method, options.rank)
     if not options.head_lr:
-        own = options.method in HEAD_RATE_METHODS
-        options.head_lr = HEAD_RATE if own else options.lr
+        one = options.method in ONE_RATE_METHODS
+        options.head_lr = options.lr if one else HEAD_RATE
 
 
 def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
