@@ -68,6 +68,7 @@ METHODS = {
     "scratch": {},
 }
 ADAPTER_METHODS = ("adaptertune", "adaptformer")
+PLACED_METHODS = ADAPTER_METHODS  # they go into the blocks that --every or --blocks chooses
 CLIP_METHODS = ("clip-adapter", "zero-shot")
 WHOLE_METHODS = ("full", "scratch")  # they train the backbone too
 
@@ -458,7 +459,6 @@ def adapt(
     if method in ADAPTER_METHODS:
         add_adapters(model, method=method, placement=placement, **settings)
         add_head(model, classes)
-        settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
     elif method == "vpt":
         add_prompts(model, **settings)
         add_head(model, classes)
@@ -468,6 +468,10 @@ def adapt(
         add_clip_head(model, classes)
     elif method in ("head", "full", "scratch"):
         add_head(model, classes)
+    else:
+        raise ValueError(f"METHODS has a row for {method}, but adapt has no branch for it")
+    if method in PLACED_METHODS:
+        settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
     freeze(model, everything=method in WHOLE_METHODS)
     return settings
 

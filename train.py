@@ -261,7 +261,7 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
 
 def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -> None:
     """Refuse an option that none of the methods has."""
-    owners = dict.fromkeys(("every", "blocks"), adaptertune.ADAPTER_METHODS)
+    owners = dict.fromkeys(("every", "blocks"), adaptertune.PLACED_METHODS)
     owners |= dict.fromkeys(CLIP_OPTIONS, adaptertune.CLIP_METHODS)
     owners["cached"] = ("head", *adaptertune.CLIP_METHODS)
     for method, settings in adaptertune.METHODS.items():
@@ -435,10 +435,11 @@ def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
     for values in itertools.product(*(getattr(options, name) for name in GRID)):
         run = dict(zip(GRID, values, strict=True))
         # Options that a method ignores don't multiply its runs.
-        if "rank" not in adaptertune.METHODS[run["method"]]:
-            run["rank"] = None
-        if run["method"] not in adaptertune.ADAPTER_METHODS:
-            run |= {"every": 1, "blocks": None, "init": None}
+        for name in ("rank", "init"):
+            if name not in adaptertune.METHODS[run["method"]]:
+                run[name] = None
+        if run["method"] not in adaptertune.PLACED_METHODS:
+            run |= {"every": 1, "blocks": None}
         if run not in runs:
             runs.append(run)
     grid = []
@@ -908,13 +909,11 @@ def backbone_name(options: argparse.Namespace) -> str:
 def adapt_backbone(model: vit.ViT, options: argparse.Namespace, classes: int) -> dict:
     """Put into a backbone what the options' method trains; return its settings in force."""
     settings = {name: getattr(options, name) for name in adaptertune.METHODS[options.method]}
-    if options.method not in adaptertune.ADAPTER_METHODS:
-        return adaptertune.adapt(model, options.method, classes, **settings)
-    depth = model.config.depth
-    settings["placement"] = adaptertune.choose_blocks(
-        depth, every=options.every, blocks=options.blocks
-    )
-    if options.init in adaptertune.INITS:
+    if options.method in adaptertune.PLACED_METHODS:
+        settings["placement"] = adaptertune.choose_blocks(
+            model.config.depth, every=options.every, blocks=options.blocks
+        )
+    if options.init in (None, *adaptertune.INITS):  # None where a method has no --init
         return adaptertune.adapt(model, options.method, classes, **settings)
     used = adaptertune.adapt(model, options.method, classes, **settings | {"init": "zero"})
     if not options.eval:

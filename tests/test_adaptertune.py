@@ -442,11 +442,18 @@ def test_adapt_by_the_settings_given(clip, tiny_weights):
 
 def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
     """An unknown method, and methods of CLIP on another backbone."""
-    with pytest.raises(ValueError, match="method 'lora': choose adaptertune, adaptformer, vpt"):
-        adapt(clip, tiny_weights, "lora")
+    with pytest.raises(ValueError, match="method 'ours': choose adaptertune, adaptformer, .*vpt"):
+        adapt(clip, tiny_weights, "ours")
     model, _ = vit.load(tiny_weights)
     with pytest.raises(ValueError, match=r"CLIP's image tower .* choose a clip_\* --backbone"):
         adaptertune.adapt(model, "zero-shot", 7)
+
+
+def test_a_method_half_added(clip, tiny_weights, monkeypatch):
+    """A row in METHODS alone would train nothing; the error says what is missing."""
+    monkeypatch.setitem(adaptertune.METHODS, "ours", {})
+    with pytest.raises(ValueError, match="row for ours, but adapt has no branch"):
+        adapt(clip, tiny_weights, "ours")
 
 
 # ------------------------------------------------------------------------------------- the file
