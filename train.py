@@ -1561,10 +1561,24 @@ def take_step(
         part_loss.backward()  # adds to the gradients of the parts before
         loss += part_loss.detach()
         hits += (logits.argmax(dim=-1) == y).sum()
+    check_gradients(run)
     loss, hits = sum_gradients(run.parameters, loss, hits)
     nn.utils.clip_grad_norm_(run.parameters, 1.0)
     optimizer.step()
     return loss, hits
+
+
+def check_gradients(run: Run) -> None:
+    """Raise a ValueError for a trained parameter without gradient, which would stay as it is: a
+    module of a new method that nothing calls."""
+    if all(parameter.grad is not None for parameter in run.parameters):
+        return
+    weights = adaptertune.trained(run.model)
+    idle = [name for name, parameter in weights.items() if parameter.grad is None]
+    raise ValueError(
+        f"{', '.join(idle[:3])} can't be trained: the loss doesn't depend on it; "
+        "does a forward call that module?"
+    )
 
 
 def count_parts(model: vit.ViT, images: Tensor) -> int:
