@@ -749,8 +749,17 @@ def check_same(path: str | Path, saved: dict, present: dict) -> None:
             )
 
 
+def shape_text(tensors: dict[str, Tensor], name: str) -> str:
+    """A tensor's shape for an error, such as "[4, 128]", or "missing"."""
+    return str(list(tensors[name].shape)) if name in tensors else "missing"
+
+
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
     """Copy a file's tensors into a model that has the same adapters and head; return its metadata.
+
+    Names and shapes of tensors are compared. What shapes don't show (the settings `reads`, `act`
+    and `scale`) is only in the metadata, if `save` got there what `adapt` returns: `check_same`
+    compares it.
 
     Args:
         name: what an error calls the model's backbone.
@@ -769,13 +778,16 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
             "give that backbone by --backbone or --weights"
         )
     wanted = model.state_dict()
-    wrong = {key for key in wanted if is_added(key)} - set(tensors)  # missing
-    for key, tensor in tensors.items():
-        if key not in wanted or wanted[key].shape != tensor.shape:
-            wrong.add(key)
+    added = {key for key in wanted if is_added(key)}
+    wrong = []
+    for key in sorted(added | set(tensors)):
+        saved = shape_text(tensors, key)
+        present = shape_text(wanted, key)
+        if saved != present:
+            wrong.append(f"{key} is {saved} in the file, {present} in the model")
     if wrong:
         raise ValueError(
-            f"the model's adapters or head differ from the file's: {', '.join(sorted(wrong)[:3])}"
+            f"the model's adapters or head differ from the file's: {'; '.join(wrong[:3])}"
         )
     odd = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if odd:
