@@ -413,12 +413,13 @@ def test_adapt_returns_the_settings_in_force(clip, tiny_weights, method):
     given = {}
     if method in adaptertune.ADAPTER_METHODS:
         given = {"rank": 4, "learn_scale": True}
-        expected["placement"] = [0, 1]
     elif method == "vpt":
         given = {"prompts": 3}
     elif method == "clip-adapter":
         given = {"text_ratio": 0.5}
         expected["rank"] = 6  # a quarter of the embedding
+    if method in adaptertune.PLACED_METHODS:
+        expected["placement"] = [0, 1]
     expected |= given
     _, settings = adapt(clip, tiny_weights, method, **given)
     assert settings == expected
