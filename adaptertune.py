@@ -24,14 +24,25 @@ Shapes: B images, N tokens, D width, r rank, P prompts, E CLIP's embedding width
 How to add a method, with LoRA on qkv as the example:
 1. Here: a row in METHODS with its settings, {"rank": 8, "scale": 1.0}; a module of two nn.Linear
    without biases, down [r, D] and up [3D, r] = 0, which a function `add_lora` puts into each
-   `block.attn.adapter`; and a branch in `adapt` that calls it and `add_head`. `is_added` matches
-   that name.
-   LoRA is linear, so `merge` can add s·up·down to qkv.weight, and export.py needs no change.
-2. vit.py, Attention: `self.adapter = None`, and a line of forward that adds its output to qkv.
-3. train.py: a row in RATES, the method's learning rate. Rank and scale are options already; a new
-   setting needs one in `add_method_options`. To honour --every and --blocks, add it to `expand`
-   and `adapt_backbone`.
-4. export.py, for a method whose graph differs: a branch in `write_block` or `write_head`.
+   `block.attn.adapter`; and a branch in `adapt` that calls it and `add_head`. A parameter whose
+   name contains ".adapter." is trained, counted and saved (`is_added`).
+   LoRA is linear, so a function that `merge` calls can add s·up·down to qkv.weight and set
+   `attn.adapter` to None.
+2. vit.py, Attention: `self.adapter = None`, and in forward `qkv + self.adapter(x)` where there is
+   one, before qkv is split into heads.
+3. train.py: a row in RATES, the method's learning rate, makes it a choice of --method. Rank and
+   scale are options already; a new setting needs one in `add_method_options`, and here a row in
+   META. For --every and --blocks add the method to PLACED_METHODS, and in `adapt` give
+   `placement` to `add_lora`, which asks `choose_blocks`.
+4. export.py: nothing for a method that `merge` takes away; else a branch in `write_block`,
+   `write_attention` or `write_head`. A graph that lacks something fails the check against PyTorch.
+5. tests/test_adaptertune.py: a row in TRAINED with the names that are trained. Training, saving and
+   loading are tested for every method in METHODS.
+
+Other kinds need no change of vit.py. A module of your own in `block.adapter` needs an attribute
+`reads` (READS), and a branch in export.py's `write_block`. What changes a layer's output (SSF) is a
+child of that layer called `adapter`, and a forward hook calls it. A method that trains weights of
+the backbone (BitFit) enables their gradients in `adapt`, after `freeze`; they are saved too.
 """
 
 import hashlib
@@ -68,6 +79,7 @@ METHODS = {
     "scratch": {},
 }
 ADAPTER_METHODS = ("adaptertune", "adaptformer")
+PLACED_METHODS = ADAPTER_METHODS  # they go into the blocks that --every or --blocks chooses
 CLIP_METHODS = ("clip-adapter", "zero-shot")
 WHOLE_METHODS = ("full", "scratch")  # they train the backbone too
 
@@ -458,7 +470,6 @@ def adapt(
     if method in ADAPTER_METHODS:
         add_adapters(model, method=method, placement=placement, **settings)
         add_head(model, classes)
-        settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
     elif method == "vpt":
         add_prompts(model, **settings)
         add_head(model, classes)
@@ -468,6 +479,10 @@ def adapt(
         add_clip_head(model, classes)
     elif method in ("head", "full", "scratch"):
         add_head(model, classes)
+    else:
+        raise ValueError(f"METHODS has a row for {method}, but adapt has no branch for it")
+    if method in PLACED_METHODS:
+        settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
     freeze(model, everything=method in WHOLE_METHODS)
     return settings
 
@@ -745,8 +760,17 @@ def check_same(path: str | Path, saved: dict, present: dict) -> None:
             )
 
 
+def shape_text(tensors: dict[str, Tensor], name: str) -> str:
+    """A tensor's shape for an error, such as "[4, 128]", or "missing"."""
+    return str(list(tensors[name].shape)) if name in tensors else "missing"
+
+
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
     """Copy a file's tensors into a model that has the same adapters and head; return its metadata.
+
+    Names and shapes of tensors are compared. What shapes don't show (the settings `reads`, `act`
+    and `scale`) is only in the metadata, if `save` got there what `adapt` returns: `check_same`
+    compares it.
 
     Args:
         name: what an error calls the model's backbone.
@@ -765,13 +789,16 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
             "give that backbone by --backbone or --weights"
         )
     wanted = model.state_dict()
-    wrong = {key for key in wanted if is_added(key)} - set(tensors)  # missing
-    for key, tensor in tensors.items():
-        if key not in wanted or wanted[key].shape != tensor.shape:
-            wrong.add(key)
+    added = {key for key in wanted if is_added(key)}
+    wrong = []
+    for key in sorted(added | set(tensors)):
+        saved = shape_text(tensors, key)
+        present = shape_text(wanted, key)
+        if saved != present:
+            wrong.append(f"{key} is {saved} in the file, {present} in the model")
     if wrong:
         raise ValueError(
-            f"the model's adapters or head differ from the file's: {', '.join(sorted(wrong)[:3])}"
+            f"the model's adapters or head differ from the file's: {'; '.join(wrong[:3])}"
         )
     odd = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if odd:

@@ -1152,7 +1152,7 @@ def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Call
     """Write and check the graph. Returns it as in_onnxruntime does."""
     model = copy.deepcopy(run.model)
     merged = adaptertune.merge(model)
-    more = f", {merged} adapters merged into the MLPs" if merged else ""
+    more = f", {merged} adapters merged into the backbone" if merged else ""
     proto = to_model(new_graph(options), model, run.meta | {"precision": "fp32"})
     fp32 = save_checked(proto, path, more)
     verify(in_torch(run.model, run.meta), fp32, run, options, ("torch", "onnxruntime"))
@@ -1221,8 +1221,9 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     elif meta["method"] in adaptertune.ADAPTER_METHODS:
         kind = {"reads": meta["reads"], "act": meta["act"]}
     else:
+        swappable = ", ".join(("head", *adaptertune.ADAPTER_METHODS))
         raise ValueError(
-            f"a {meta['method']} run has more than adapters and a linear head; "
+            f"a {meta['method']} run can't be swapped (only {swappable}); "
             "export it without --swappable"
         )
     size = f"{meta['image_size']}px"

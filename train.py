@@ -74,9 +74,9 @@ RATES = {
     "full": 2.5e-4,
     "scratch": 1e-3,
 }
-# The new head's, where the rest is pretrained or starts as the identity.
+# The new head's, where something pretrained is adapted too; elsewhere there is one rate for all.
 HEAD_RATE = 1e-2
-HEAD_RATE_METHODS = ("adaptertune", "adaptformer", "vpt", "full")
+ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
 # Options that config.json leaves out, since they say what is done with a run.
@@ -261,7 +261,7 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
 
 def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -> None:
     """Refuse an option that none of the methods has."""
-    owners = dict.fromkeys(("every", "blocks"), adaptertune.ADAPTER_METHODS)
+    owners = dict.fromkeys(("every", "blocks"), adaptertune.PLACED_METHODS)
     owners |= dict.fromkeys(CLIP_OPTIONS, adaptertune.CLIP_METHODS)
     owners["cached"] = ("head", *adaptertune.CLIP_METHODS)
     for method, settings in adaptertune.METHODS.items():
@@ -435,10 +435,11 @@ def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
     for values in itertools.product(*(getattr(options, name) for name in GRID)):
         run = dict(zip(GRID, values, strict=True))
         # Options that a method ignores don't multiply its runs.
-        if "rank" not in adaptertune.METHODS[run["method"]]:
-            run["rank"] = None
-        if run["method"] not in adaptertune.ADAPTER_METHODS:
-            run |= {"every": 1, "blocks": None, "init": None}
+        for name in ("rank", "init"):
+            if name not in adaptertune.METHODS[run["method"]]:
+                run[name] = None
+        if run["method"] not in adaptertune.PLACED_METHODS:
+            run |= {"every": 1, "blocks": None}
         if run not in runs:
             runs.append(run)
     grid = []
@@ -488,8 +489,8 @@ def fill_in(options: argparse.Namespace) -> None:
         options.label_smoothing = 0.0 if clip else 0.1
     options.lr = options.lr or default_rate(options.method, options.rank)
     if not options.head_lr:
-        own = options.method in HEAD_RATE_METHODS
-        options.head_lr = HEAD_RATE if own else options.lr
+        one = options.method in ONE_RATE_METHODS
+        options.head_lr = options.lr if one else HEAD_RATE
 
 
 def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
@@ -908,13 +909,11 @@ def backbone_name(options: argparse.Namespace) -> str:
 def adapt_backbone(model: vit.ViT, options: argparse.Namespace, classes: int) -> dict:
     """Put into a backbone what the options' method trains; return its settings in force."""
     settings = {name: getattr(options, name) for name in adaptertune.METHODS[options.method]}
-    if options.method not in adaptertune.ADAPTER_METHODS:
-        return adaptertune.adapt(model, options.method, classes, **settings)
-    depth = model.config.depth
-    settings["placement"] = adaptertune.choose_blocks(
-        depth, every=options.every, blocks=options.blocks
-    )
-    if options.init in adaptertune.INITS:
+    if options.method in adaptertune.PLACED_METHODS:
+        settings["placement"] = adaptertune.choose_blocks(
+            model.config.depth, every=options.every, blocks=options.blocks
+        )
+    if options.init in (None, *adaptertune.INITS):  # None where a method has no --init
         return adaptertune.adapt(model, options.method, classes, **settings)
     used = adaptertune.adapt(model, options.method, classes, **settings | {"init": "zero"})
     if not options.eval:
@@ -1562,10 +1561,24 @@ def take_step(
         part_loss.backward()  # adds to the gradients of the parts before
         loss += part_loss.detach()
         hits += (logits.argmax(dim=-1) == y).sum()
+    check_gradients(run)
     loss, hits = sum_gradients(run.parameters, loss, hits)
     nn.utils.clip_grad_norm_(run.parameters, 1.0)
     optimizer.step()
     return loss, hits
+
+
+def check_gradients(run: Run) -> None:
+    """Raise a ValueError for a trained parameter without gradient, which would stay as it is: a
+    module of a new method that nothing calls."""
+    if all(parameter.grad is not None for parameter in run.parameters):
+        return
+    weights = adaptertune.trained(run.model)
+    idle = [name for name, parameter in weights.items() if parameter.grad is None]
+    raise ValueError(
+        f"{', '.join(idle[:3])} can't be trained: the loss doesn't depend on it; "
+        "does a forward call that module?"
+    )
 
 
 def count_parts(model: vit.ViT, images: Tensor) -> int:

@@ -1,6 +1,7 @@
 """The adapters: what they compute, where they stand, what is trained, what a file holds."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -412,12 +413,13 @@ def test_adapt_returns_the_settings_in_force(clip, tiny_weights, method):
     given = {}
     if method in adaptertune.ADAPTER_METHODS:
         given = {"rank": 4, "learn_scale": True}
-        expected["placement"] = [0, 1]
     elif method == "vpt":
         given = {"prompts": 3}
     elif method == "clip-adapter":
         given = {"text_ratio": 0.5}
         expected["rank"] = 6  # a quarter of the embedding
+    if method in adaptertune.PLACED_METHODS:
+        expected["placement"] = [0, 1]
     expected |= given
     _, settings = adapt(clip, tiny_weights, method, **given)
     assert settings == expected
@@ -442,11 +444,18 @@ def test_adapt_by_the_settings_given(clip, tiny_weights):
 
 def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
     """An unknown method, and methods of CLIP on another backbone."""
-    with pytest.raises(ValueError, match="method 'lora': choose adaptertune, adaptformer, vpt"):
-        adapt(clip, tiny_weights, "lora")
+    with pytest.raises(ValueError, match="method 'ours': choose adaptertune, adaptformer, .*vpt"):
+        adapt(clip, tiny_weights, "ours")
     model, _ = vit.load(tiny_weights)
     with pytest.raises(ValueError, match=r"CLIP's image tower .* choose a clip_\* --backbone"):
         adaptertune.adapt(model, "zero-shot", 7)
+
+
+def test_a_method_half_added(clip, tiny_weights, monkeypatch):
+    """A row in METHODS alone would train nothing; the error says what is missing."""
+    monkeypatch.setitem(adaptertune.METHODS, "ours", {})
+    with pytest.raises(ValueError, match="row for ours, but adapt has no branch"):
+        adapt(clip, tiny_weights, "ours")
 
 
 # ------------------------------------------------------------------------------------- the file
@@ -515,16 +524,20 @@ def test_another_backbone_is_refused_by_name(tiny_weights, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"rank": 8}, "blocks.0.adapter.down.bias"),  # of another shape
-        ({"placement": [0]}, "blocks.1.adapter.down.bias"),  # left over in the file
-        ({"learn_scale": True}, "blocks.0.adapter.scale, blocks.1.adapter.scale"),  # missing
+        ({"rank": 8}, "blocks.0.adapter.down.bias is [4] in the file, [8] in the model"),
+        ({"placement": [0]}, "blocks.1.adapter.down.bias is [4] in the file, missing in the model"),
+        (
+            {"learn_scale": True},
+            "blocks.0.adapter.scale is missing in the file, [] in the model; blocks.1.adapter",
+        ),
     ],
 )
 def test_other_adapters_are_refused(tiny_weights, tmp_path, options, named):
     """Adapters of another shape, placement or kind: the error names the tensors."""
     adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
     model = adapted(tiny_weights, **options)
-    with pytest.raises(ValueError, match=f"adapters or head differ from the file's: {named}"):
+    message = re.escape(f"adapters or head differ from the file's: {named}")
+    with pytest.raises(ValueError, match=message):
         adaptertune.load(tmp_path / "a.safetensors", model)
 
 

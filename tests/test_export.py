@@ -552,7 +552,7 @@ def test_every_method_and_option(run, tmp_path, name, options):
     limit = "1e-3" if "--resize" in options else "1e-4"
     assert f"(limit {limit})" in out
     assert ("; with resizing in onnxruntime, without in torch)" in out) == ("--resize" in options)
-    assert ("2 adapters merged into the MLPs" in out) == (name == "merged")
+    assert ("2 adapters merged into the backbone" in out) == (name == "merged")
 
 
 @pytest.mark.parametrize("name", ["a", "rotary"])
@@ -967,7 +967,7 @@ def test_a_card_names_what_the_hub_has():
         ("runs/a --swappable --precision int8", 2, "--swappable is fp32"),
         ("runs/a --swappable --resize", 2, "--swappable is fp32, without --resize"),
         ("runs/a --swappable -o m.onnx", 2, "--swappable writes two files; give a folder"),
-        ("runs/full --swappable", 1, "has more than adapters and a linear head"),
+        ("runs/full --swappable", 1, "a full run can't be swapped"),
         ("runs/a --bogus", 2, "unrecognized arguments: --bogus"),
         ("runs/a --name b", 2, "unrecognized arguments: --name b"),
         ("runs/a --device cuda", 2, "unrecognized arguments: --device cuda"),

@@ -563,6 +563,18 @@ def test_the_test_set_is_read_once(run, clip, tiny_weights, monkeypatch, method)
     assert len(accuracies_on_test(out)) == 1
 
 
+@pytest.mark.usefixtures("no_matplotlib")
+def test_an_adapter_that_nothing_calls(run, tiny_weights, monkeypatch):
+    """A module that no forward uses is an error, not a run that trains the head alone."""
+
+    def add_uncalled(model, **settings):
+        model.blocks[1].attn.adapter = nn.Linear(32, 4, bias=False)
+
+    monkeypatch.setattr(adaptertune, "add_prompts", add_uncalled)
+    out = run("--weights", tiny_weights, "--method", "vpt", "--epochs", 1, "--limit", 40, status=1)
+    assert "error: blocks.1.attn.adapter.weight can't be trained: the loss doesn't" in out
+
+
 # ----------------------------------------------------------------- a run, opened in one's own code
 
 

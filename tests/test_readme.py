@@ -135,7 +135,7 @@ def test_python_runs(in_workplace, capsys):
     scope = {}
     exec(SNIPPETS[0], scope)
     assert "'adapters': 13104, 'head': 1290" in capsys.readouterr().out
-    assert scope["meta"]["task"] == "digits"
+    assert scope["meta"]["rank"] == 8
     assert len(scope["meta"]["fingerprint"]) == 16
     assert sum(parameter.numel() for parameter in scope["parameters"]) == 13_104 + 1_290
 
