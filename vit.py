@@ -1199,8 +1199,26 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     found["pos_embed"] = positions
 
 
-# Heads of the widths whose heads haven't 64 channels: ViT-H, g, bigG in open_clip's registry.
+# Image towers whose heads haven't 64 channels, by width: SO400M; ViT-H, g, bigG in open_clip's
+# registry.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+
+
+def usual_heads(width: int, text: bool) -> int:
+    """The number of heads in published towers of this width: all text towers, bigG's of width 1280
+    too, have heads of 64 channels.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if width in HEADS and not text:
+        return HEADS[width]
+    if width % 64:
+        raise ValueError(
+            f"width {width} is no multiple of the usual head width 64; "
+            "give the number of heads by --heads"
+        )
+    return width // 64
 
 
 def is_dinov3(found: dict[str, Tensor]) -> bool:
@@ -1244,11 +1262,6 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         grid = 224 // patch
         if not rope:
             grid = math.isqrt(found["pos_embed"].shape[1] - 1)
-    if not heads and width not in HEADS and width % 64:
-        raise ValueError(
-            f"width {width} is no multiple of the usual head width 64; "
-            "give the number of heads by --heads"
-        )
     hidden = len(found["blocks.0.mlp.fc1.weight"])
     norm_pre = "norm_pre.weight" in found
     qkv_bias = "blocks.0.attn.qkv.bias" in found
@@ -1257,7 +1270,7 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     return Config(
         width=width,
         depth=count_blocks(found),
-        heads=heads or HEADS.get(width) or width // 64,
+        heads=heads or usual_heads(width, text),
         patch=patch,
         image_size=patch * grid,
         hidden=0 if hidden == 4 * width else hidden,

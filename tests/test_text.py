@@ -267,6 +267,17 @@ def test_heads_that_cant_be_guessed(published, tmp_path):
         vit.load_text(tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize(("width", "heads"), [(512, 8), (640, 10), (1024, 16), (1280, 20)])
+def test_the_usual_heads_of_a_width(width, heads):
+    """64 channels each, as in open_clip's registry; ViT-bigG's text tower is as wide as the image
+    tower of a ViT-H, whose heads have 80."""
+    found = {"token_embed.weight": torch.empty(9, width), "pos_embed": torch.empty(77, width)}
+    found["head.weight"] = torch.empty(9, width)
+    found["blocks.0.mlp.fc1.weight"] = torch.empty(4 * width, 0)
+    found["blocks.0.attn.qkv.weight"] = torch.empty(3 * width, 0)
+    assert vit.infer_config(found, eps=1e-5).heads == heads
+
+
 # ---------------------------------------------------------------------------------- the tokenizer
 
 # They get the ids 512 to 519; the marks are 520 and 521.
