@@ -86,6 +86,8 @@ class Config:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= (1000 if name == "depth" else 100_000):
                 raise ValueError(f"{name.replace('_', ' ')} {value!r} can't be")
+        if type(self.eps) not in (int, float) or not 0 <= self.eps < 1:
+            raise ValueError(f"eps {self.eps!r} of the LayerNorms can't be")
         if self.width % self.heads:
             raise ValueError(
                 f"width {self.width} can't be split into {self.heads} heads; "
@@ -1459,7 +1461,7 @@ def choose_backbone(
         if translated.heads:
             known = {"heads": max(translated.heads), "heads_from": "its kernels' shape"} | known
         backbone = guess_backbone(translated, known)
-    changes = {key: known[key] for key in ("heads", "quick_gelu") if key in known}
+    changes = {key: known[key] for key in ("heads", "quick_gelu", "eps") if key in known}
     mean, std = backbone.norm
     notes = (meta.get("note"), translated.note, known.get("note"))
     return replace(
@@ -1474,8 +1476,8 @@ def choose_backbone(
 
 def guess_backbone(translated: Translated, known: dict) -> Backbone:
     """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
-    eps = known.get("eps", translated.eps)
-    config = infer_config(translated.tensors, eps=eps, heads=known.get("heads", 0))
+    heads = known.get("heads", 0)
+    config = infer_config(translated.tensors, eps=translated.eps, heads=heads)
     whose = "CLIP" if config.norm_pre else translated.norm
     guessed = []
     if "heads" not in known:

@@ -873,9 +873,9 @@ def test_a_file_that_isnt_the_named_backbone(tiny_weights):
 # --------------------------------------------------------------------------- heads and positions
 
 
-def save_bare(path, width):
+def save_bare(path, width, **more):
     """A network of this width in a file that doesn't state its shape."""
-    model = vit.ViT(vit.Config(width=width, depth=1, heads=2, patch=4, image_size=16))
+    model = vit.ViT(vit.Config(width=width, depth=1, heads=2, patch=4, image_size=16, **more))
     save_file(model.state_dict(), path)
     return path
 
@@ -963,6 +963,18 @@ def test_a_clip_of_transformers_leaves_its_defaults_out(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = vit.load(path)[1].config
     assert (found.heads, found.quick_gelu) == (6, False)
+
+
+def test_a_stated_eps_of_a_clip(tmp_path):
+    """What is stated goes before CLIP's usual eps, and must be a number."""
+    config = {"hidden_size": 128, "layer_norm_eps": 1e-6}
+    path = save_bare(tmp_path / "w.safetensors", width=128, norm_pre=True)
+    assert vit.load(path)[1].config.eps == 1e-5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert vit.load(path)[1].config.eps == 1e-6
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": "1e-6"}))
+    with pytest.raises(ValueError, match="eps '1e-6' of the LayerNorms can't be"):
+        vit.load(path)
 
 
 def test_a_configuration_that_does_not_fit(tmp_path):
