@@ -1387,17 +1387,12 @@ def read_description(content: dict, width: int) -> dict:
             raise ValueError(f"it states the width {other!r}")
         if other not in (None, width):
             return {"note": f"the description beside it is of width {other}, and was left out"}
-    act = tower.get("hidden_act", "gelu")
-    if act not in ("gelu", "quick_gelu"):
-        raise ValueError(f"it states the activation {act!r}, not gelu or quick_gelu")
-    base = tower.get("rope_theta", ROPE_BASE)
-    if base != ROPE_BASE:
-        raise ValueError(f"it states the base {base!r} of rotary positions, not {ROPE_BASE}")
+    check_description(content, tower)
 
     stated = {"eps": tower.get("layer_norm_eps")}
     stated["heads"] = tower.get("num_attention_heads", timm.get("num_heads"))
     if "hidden_act" in tower:
-        stated["quick_gelu"] = act == "quick_gelu"
+        stated["quick_gelu"] = tower["hidden_act"] == "quick_gelu"
     if open_clip:
         stated["heads"] = width // vision.get("head_width", 64)
         stated["quick_gelu"] = open_clip.get("quick_gelu", False)
@@ -1406,6 +1401,24 @@ def read_description(content: dict, width: int) -> dict:
         raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
     stated |= read_norm(content)
     return {key: value for key, value in stated.items() if value is not None}
+
+
+def check_description(content: dict, tower: dict) -> None:
+    """Raise a ValueError for what vit.py doesn't have and no tensor tells.
+
+    Args:
+        tower: the part of `content` that is of the image tower.
+    """
+    act = tower.get("hidden_act", "gelu")
+    if act not in ("gelu", "quick_gelu"):
+        raise ValueError(f"it states the activation {act!r}, not gelu or quick_gelu")
+    base = tower.get("rope_theta", ROPE_BASE)
+    if base != ROPE_BASE:
+        raise ValueError(f"it states the base {base!r} of rotary positions, not {ROPE_BASE}")
+    # timm's vit_small_patch16_rope_ape_224 has the tensors of a DeiT III.
+    architecture = str(content.get("architecture", ""))
+    if "_rope_" in architecture:
+        raise ValueError(f"it states {architecture}, whose rotary positions aren't DINOv3's")
 
 
 def read_norm(content: dict) -> dict:
@@ -1478,6 +1491,8 @@ def guess_backbone(translated: Translated, known: dict) -> Backbone:
     """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
     heads = known.get("heads", 0)
     config = infer_config(translated.tensors, eps=translated.eps, heads=heads)
+    if "open_clip" in translated.layout and not config.norm_pre:
+        raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
     whose = "CLIP" if config.norm_pre else translated.norm
     guessed = []
     if "heads" not in known:

@@ -489,6 +489,11 @@ def test_a_stated_normalisation(stated, mean, std, tmp_path):
         ("open_clip_config.json", {"model_cfg": 5}, "can't be used"),
         ("config.json", [1], "it is no dictionary"),
         ("config.json", {"hidden_size": "128"}, "it states the width '128'"),
+        (
+            "config.json",
+            {"architecture": "vit_small_patch16_rope_ape_224"},
+            "states vit_small_patch16_rope_ape_224, whose rotary positions aren't DINOv3's",
+        ),
         ("config.json", {"num_attention_heads": 7}, "it states 7 attention heads, for the width"),
         ("config.json", {"num_attention_heads": 0}, "it states 0 attention heads"),
         ("config.json", {"num_attention_heads": True}, "it states True attention heads"),
@@ -992,6 +997,18 @@ def test_a_configuration_that_does_not_fit(tmp_path):
     beside.write_text("{ cut")
     with pytest.raises(ValueError, match="config.json, beside the weights, can't be used"):
         vit.load(path)
+
+
+def test_a_clip_without_ln_pre(tmp_path):
+    """open_clip's CLIPA has none; its head reads the mean of the patches, which no tensor tells."""
+    tensors = load_file(ROOT / "tests" / "golden" / "open_clip_openai.safetensors")
+    without = {}
+    for key, value in tensors.items():
+        if not re.search(r"ln_pre|^golden\.", key):
+            without[key] = value
+    save_file(without, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="has no ln_pre, as CLIPA, whose head pools all patches"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
 
 
 def test_given_heads_are_honoured_beside_a_name(tmp_path):
