@@ -608,10 +608,19 @@ LAYOUTS = {  # the first one that fits is taken
     "Hugging Face CLIP": Layout(
         r"\bembeddings\.class_embedding$",
         1e-5,
-        (r"(.*\.)?embeddings\.position_ids$", r"\.\./(.*\.)?(text_|logit_scale$)"),
+        (
+            r"(.*\.)?embeddings\.position_ids$",
+            r"\.\./(.*\.)?(text_|logit_scale$)",
+            r"\.\./classifier\.",  # reads the mean of the patches without the last norm
+        ),
     ),
     "Hugging Face Dinov2": Layout(
-        r"\bencoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, (r"embeddings\.mask_token$",)
+        r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
+        1e-6,
+        (
+            r"embeddings\.mask_token$",
+            r"\.\./classifier\.",  # reads the class token beside the mean of the patches
+        ),
     ),
     "Hugging Face DINOv3": Layout(
         r"\bembeddings\.patch_embeddings\.weight$", 1e-5, (r"embeddings\.mask_token$",)
@@ -1564,8 +1573,8 @@ def load(
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
     """What a network of this configuration takes of a translated state dict; with `head` its
-    classifier too."""
-    if not head:
+    classifier too, but not a DINOv3's, which in timm reads the mean of the normalised patches."""
+    if not head or config.rope:
         found = {key: value for key, value in found.items() if not key.startswith("head.")}
     if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
         found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
@@ -1782,7 +1791,7 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
                 raise ValueError(f"{name} is there twice")
             if not place.startswith("head."):
                 towers.add(prefix)
-            elif "whole" in parts and not reads_features(parts["whole"], found):
+            elif not reads_features(name, found):
                 left_out.append(name)
                 continue
             alpha = alpha_of(name, settings)
@@ -1893,13 +1902,14 @@ def merge_parts(
     return merged.view_as(weight)
 
 
-def reads_features(value: Tensor, found: dict[str, Tensor]) -> bool:
-    """Whether a classifier's tensor is of one that reads what ViT.features gives. Transformers'
-    Dinov2 reads the class token beside the mean of the patch tokens, its CLIP that mean without the
-    last norm."""
-    if "norm_pre.weight" in found or "cls_token" not in found:
+def reads_features(name: str, found: dict[str, Tensor]) -> bool:
+    """Whether a LoRA's classifier of this name reads what ViT.features gives. Transformers' Dinov2
+    reads the class token beside the mean of the patch tokens, its CLIP that mean without the last
+    norm, timm's DINOv3 that mean after it."""
+    if "pos_embed" not in found:
         return False
-    return value.ndim == 1 or value.shape[1] == found["cls_token"].shape[-1]
+    clip_or_dinov2 = "norm_pre.weight" in found or "blocks.0.ls1.gamma" in found
+    return not (clip_or_dinov2 and "classifier." in name)
 
 
 def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
