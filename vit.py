@@ -1099,10 +1099,7 @@ def to_timm(
         if name.startswith("../"):  # other heads, losses, metrics, another network
             others.append(key)
             continue
-        if "relative_position" in name:
-            raise ValueError(f"{key}: a ViT with relative positions (BEiT) can't be used")
-        if not value.is_floating_point():
-            raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
+        check_usable(key, value)
         value = value.float()
         if name.endswith(".attn.q.weight.T") and value.ndim == 3:
             heads.add(value.shape[1])
@@ -1121,6 +1118,16 @@ def to_timm(
     return Translated(
         layout_name, found, layout.eps, names, ignored, heads, note, layout.norm, told
     )
+
+
+def check_usable(key: str, value: Tensor) -> None:
+    """Raise a ValueError for a tensor that tells a network which this file doesn't have."""
+    if "relative_position" in key:
+        raise ValueError(f"{key}: a ViT with relative positions (BEiT) can't be used")
+    if key.endswith("num_batches_tracked"):
+        raise ValueError(f"{key}: a ViT with batch norms (a hybrid) can't be used")
+    if not value.is_floating_point():
+        raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
 
 
 def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

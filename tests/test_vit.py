@@ -551,6 +551,14 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
         vit.load(tmp_path / "int8.safetensors", heads=2)
 
 
+def test_a_hybrid_with_a_resnet(tensors, tmp_path):
+    """timm's vit_base_resnet50d: what counts batches is no quantised weight."""
+    tensors["patch_embed.backbone.bn1.num_batches_tracked"] = torch.tensor(3)
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="bn1.num_batches_tracked: a ViT with batch norms"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+
+
 def test_kinds_of_files_that_are_not_read(tmp_path):
     """They are called what they are, and not damaged."""
     np.save(tmp_path / "array.npy", np.zeros(3))
