@@ -588,6 +588,7 @@ class Layout:
     keys count as the backbone's, and one too many is an error.
     """
 
+    name: str  # for users
     tell: str  # matches the end of a key that only this family has
     eps: float  # of the LayerNorms, which no file states
     # Keys known not to belong to the backbone. Others without the prefix are named in a note.
@@ -595,8 +596,9 @@ class Layout:
     norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
 
 
-LAYOUTS = {  # the first one that fits is taken
-    "OpenAI CLIP, open_clip": Layout(
+LAYOUTS = (  # the first one that fits is taken
+    Layout(
+        "OpenAI CLIP, open_clip",
         r"\bconv1\.weight$",
         1e-5,
         (
@@ -605,7 +607,8 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
         ),
     ),
-    "Hugging Face CLIP": Layout(
+    Layout(
+        "Hugging Face CLIP",
         r"\bembeddings\.class_embedding$",
         1e-5,
         (
@@ -614,7 +617,8 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./classifier\.",  # reads the mean of the patches without the last norm
         ),
     ),
-    "Hugging Face Dinov2": Layout(
+    Layout(
+        "Hugging Face Dinov2",
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
         1e-6,
         (
@@ -622,10 +626,14 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./classifier\.",  # reads the class token beside the mean of the patches
         ),
     ),
-    "Hugging Face DINOv3": Layout(
-        r"\bembeddings\.patch_embeddings\.weight$", 1e-5, (r"embeddings\.mask_token$",)
+    Layout(
+        "Hugging Face DINOv3",
+        r"\bembeddings\.patch_embeddings\.weight$",
+        1e-5,
+        (r"embeddings\.mask_token$",),
     ),
-    "Hugging Face ViT, DeiT": Layout(
+    Layout(
+        "Hugging Face ViT, DeiT",
         r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
         1e-12,
         (
@@ -633,7 +641,8 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(decoder\.|(cls|distillation)_classifier\.)",  # MAE, DeiT's second head
         ),
     ),
-    "timm, DeiT, DINO, DINOv2, DINOv3, MAE": Layout(
+    Layout(
+        "timm, DeiT, DINO, DINOv2, DINOv3, MAE",
         r"\bpatch_embed\.proj\.weight$",
         1e-6,
         (
@@ -643,11 +652,12 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(text|logit_)",  # open_clip around a timm tower
         ),
     ),
-    "torchvision": Layout(r"\bconv_proj\.weight$", 1e-6, ()),
-    "Google's .npz": Layout(r"\bembedding/kernel$", 1e-6, (), "Inception"),
-}
-TEXT_LAYOUTS = {
-    "OpenAI, open_clip, Hugging Face CLIP": Layout(
+    Layout("torchvision", r"\bconv_proj\.weight$", 1e-6, ()),
+    Layout("Google's .npz", r"\bembedding/kernel$", 1e-6, (), "Inception"),
+)
+TEXT_LAYOUTS = (
+    Layout(
+        "OpenAI, open_clip, Hugging Face CLIP",
         r"\b(embeddings\.)?token_embedding\.weight$",
         1e-5,
         (
@@ -656,7 +666,7 @@ TEXT_LAYOUTS = {
             r"embeddings\.position_ids$",
         ),
     ),
-}
+)
 
 # Rules that map keys to timm's names: (regular expression, replacement), each with an example of
 # what it matches. They are applied in this order to the keys of every family, prefixes stripped.
@@ -979,7 +989,7 @@ def flatten(module: Module) -> dict[str, Tensor]:
 
 # Keys that tell a network; names of those whose weights were averaged over training. (Of MoCo's two
 # encoders the field takes the base, which stands first.)
-TELLS = re.compile("|".join(layout.tell for layout in (*LAYOUTS.values(), *TEXT_LAYOUTS.values())))
+TELLS = re.compile("|".join(layout.tell for layout in LAYOUTS + TEXT_LAYOUTS))
 AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)")
 
 
@@ -1030,8 +1040,8 @@ def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
 
 
-def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[str, str]:
-    """The name of the layout that the keys belong to, and their prefix.
+def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
+    """The layout that the keys belong to, and their prefix.
 
     Raises:
         ValueError: no layout fits.
@@ -1042,17 +1052,16 @@ def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple
         )
     if any("lora_" in key for key in tensors):
         raise ValueError(IS_LORA)
-    for name, layout in layouts.items():
+    for layout in layouts:
         for key in tensors:
             match = re.search(layout.tell, key)
             if match:
-                return name, key[: match.start()]
+                return layout, key[: match.start()]
     if has_text_tower(tensors):
         raise ValueError("CLIP's text tower alone; give a file that has the image tower")
+    known = "; ".join(layout.name for layout in layouts)
     beginning = ", ".join(list(tensors)[:3]) or "nothing"
-    raise ValueError(
-        f"not a ViT in a known layout ({'; '.join(layouts)}): its tensors begin with {beginning}"
-    )
+    raise ValueError(f"not a ViT in a known layout ({known}): its tensors begin with {beginning}")
 
 
 def has_text_tower(keys: Iterable[str]) -> bool:
@@ -1064,27 +1073,24 @@ def has_text_tower(keys: Iterable[str]) -> bool:
 class Translated:
     """A published state dict in timm's names and this file's shapes."""
 
-    layout: str  # its name
+    layout: Layout
     tensors: dict[str, Tensor]
-    eps: float
     names: dict[str, str]  # the file's own, by timm's
     ignored: list[str]  # the file's tensors that are known and not the backbone's
     heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
     note: str  # which others were left out
-    norm: str  # a key of NORMS
     lora: str  # what was merged (`merge_lora`)
 
 
 def to_timm(
-    tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS, lora: str | Path = ""
+    tensors: dict[str, Tensor], layouts: tuple[Layout, ...] = LAYOUTS, lora: str | Path = ""
 ) -> Translated:
     """Translate a published state dict, and merge a LoRA of it, if one is given.
 
     Raises:
         ValueError: no layout fits.
     """
-    layout_name, prefix = find_layout(tensors, layouts)
-    layout = layouts[layout_name]
+    layout, prefix = find_layout(tensors, layouts)
     found = {}
     names = {}
     ignored = []
@@ -1110,14 +1116,12 @@ def to_timm(
             raise ValueError(f"{names[name]} and {key} are both its {name}")
         found[name] = value
         names[name] = key
-    told = merge_lora(found, Path(lora)) if lora else ""
+    lora_note = merge_lora(found, Path(lora)) if lora else ""
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
     note = f"left out: {some(others)}" if others else ""
-    return Translated(
-        layout_name, found, layout.eps, names, ignored, heads, note, layout.norm, told
-    )
+    return Translated(layout, found, names, ignored, heads, note, lora_note)
 
 
 def check_usable(key: str, value: Tensor) -> None:
@@ -1506,10 +1510,10 @@ def choose_backbone(
 def guess_backbone(translated: Translated, known: dict) -> Backbone:
     """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
     heads = known.get("heads", 0)
-    config = infer_config(translated.tensors, eps=translated.eps, heads=heads)
-    if "open_clip" in translated.layout and not config.norm_pre:
+    config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
+    if "open_clip" in translated.layout.name and not config.norm_pre:
         raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
-    whose = "CLIP" if config.norm_pre else translated.norm
+    whose = "CLIP" if config.norm_pre else translated.layout.norm
     guessed = []
     if "heads" not in known:
         guessed.append(f"heads {config.heads}")
@@ -1613,7 +1617,7 @@ def load_text(
     try:
         translated = to_timm(tensors, TEXT_LAYOUTS)
         found = translated.tensors
-        config = infer_config(found, eps=translated.eps, heads=heads)
+        config = infer_config(found, eps=translated.layout.eps, heads=heads)
         config = replace(config, quick_gelu=quick_gelu)
         with torch.device("meta"):
             model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
@@ -2002,7 +2006,7 @@ def describe_file(path: str) -> list[str]:
     std = " ".join(f"{value:.3g}" for value in backbone.norm[1])
     lines = [
         f"file     {path}",
-        f"layout   {source.layout}",
+        f"layout   {source.layout.name}",
         f"network  {describe_config(backbone.config)}",
         f"heads    {backbone.config.heads} ({heads_from})",
         f"weights  {count_parameters(model):,} parameters",
