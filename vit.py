@@ -41,6 +41,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -1527,6 +1528,17 @@ def guess_backbone(translated: Translated, known: dict) -> Backbone:
     return Backbone("", config, NORMS[whose], "not stated", tuple(guessed))
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put a file's name before what its content raises, all of it a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
+
+
 def load(
     path: str | Path,
     *,
@@ -1551,7 +1563,7 @@ def load(
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
     tensors, meta = read_tensors(path)
-    try:
+    with naming(path):
         if "method" in meta and "config" not in meta:
             raise ValueError(
                 f"what --method {meta['method']} trained, not a backbone; give its folder to "
@@ -1572,10 +1584,6 @@ def load(
                 classes = len(found["head.weight"])
                 model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
         check_tensors(model.state_dict(), found, translated.names)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
     if config.rope:
         model.build_rotary()
@@ -1614,7 +1622,7 @@ def load_text(
             f"{path} has no text tower of CLIP; give a file with both towers, "
             "or use --classifier prototypes"
         )
-    try:
+    with naming(path):
         translated = to_timm(tensors, TEXT_LAYOUTS)
         found = translated.tensors
         config = infer_config(found, eps=translated.layout.eps, heads=heads)
@@ -1626,10 +1634,6 @@ def load_text(
         for key, value in tensors.items():
             if key.rpartition(".")[2] == "logit_scale":
                 scale = math.exp(value.item())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
     return model.eval(), scale
 
