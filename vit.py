@@ -749,7 +749,7 @@ RENAMES = (
 )
 
 
-class Module(dict):
+class ScriptModule(dict):
     """Stands for the modules of a TorchScript archive: a dictionary of their attributes."""
 
     def __setstate__(self, state: dict):
@@ -784,7 +784,7 @@ HARMLESS = [
     "pathlib._local.WindowsPath",
 ]
 
-
+# How files begin that aren't read, and what they are.
 FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: `git lfs pull` fetches it",
     b"\x89HDF": "an HDF5 file, as Keras writes",
@@ -850,7 +850,7 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
         return read_npz(path), {}
     # TorchScript, as OpenAI publishes CLIP: it holds code too, and torch.load would run it.
     if any(name.endswith("/constants.pkl") for name in names):
-        return flatten(read_torchscript(path)), {}
+        return script_tensors(read_torchscript(path)), {}
     harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
     # Opened here, since torch.load goes by the suffix.
     with path.open("rb") as file, warnings.catch_warnings(), harmless:
@@ -967,7 +967,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_torchscript(path: Path) -> Module:
+def read_torchscript(path: Path) -> ScriptModule:
     """The modules of a TorchScript archive, and nothing of its code: what is left without it is
     what torch.save writes."""
     kept = io.BytesIO()
@@ -977,15 +977,16 @@ def read_torchscript(path: Path) -> Module:
                 copy.writestr(name, archive.read(name))
     kept.seek(0)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(kept)
-    modules = [(Module, name) for name in names if name.startswith("__torch__.")]
+    modules = [(ScriptModule, name) for name in names if name.startswith("__torch__.")]
     kept.seek(0)
     with torch.serialization.safe_globals(modules):
         return torch.load(kept, map_location="cpu", weights_only=True)
 
 
-def flatten(module: Module) -> dict[str, Tensor]:
+def script_tensors(module: ScriptModule) -> dict[str, Tensor]:
     """The tensors of a module and those inside, by state_dict's names."""
-    return {name: value for name, value in walk(module, (Module,)) if isinstance(value, Tensor)}
+    inside = walk(module, (ScriptModule,))
+    return {name: value for name, value in inside if isinstance(value, Tensor)}
 
 
 # Keys that tell a network; names of those whose weights were averaged over training. (Of MoCo's two
@@ -1668,8 +1669,10 @@ def check_tensors(
 
 # ------------------------------------------------------------------------------- a LoRA of peft
 
-IS_LORA = "these are LoRA adapters, not a network: give that by --weights or --backbone and, if "
-IS_LORA += "peft made them, these by --init-lora; else merge them with the program that made them"
+IS_LORA = (
+    "these are LoRA adapters, not a network: give that by --weights or --backbone and, if peft "
+    "made them, these by --init-lora; else merge them with the program that made them"
+)
 LORA_CONFIG = "adapter_config.json"
 LORA_FILE = "adapter_model.safetensors"
 # A factor's key, perhaps with the adapter's name behind it:
@@ -1686,11 +1689,28 @@ LORA_SETTINGS = {
 }
 # Those that say how it was trained and on what. `fan_in_fan_out` is of how the other network stores
 # its matrices; in ViTs they are [out, in].
-LORA_IGNORED = ("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying")
-LORA_IGNORED += ("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "r")
-LORA_IGNORED += ("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core")
-LORA_IGNORED += ("modules_to_save", "peft_version", "qalora_group_size", "rank_pattern")
-LORA_IGNORED += ("revision", "target_modules", "task_type")
+LORA_IGNORED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+)
 # Initialisations that leave the base weights as they are; PiSSA, OLoRA, CorDA, LoftQ change them.
 LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -1949,8 +1969,13 @@ def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
 ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the table of backbones
 
 # Options of train.py that state what else is guessed, by a word in the guess.
-STATED_BY = {"heads": "--heads", "QuickGELU": "--mlp-act", "mean": "--mean", "std": "--std"}
-STATED_BY |= {"image size": "--image-size"}
+STATED_BY = {
+    "heads": "--heads",
+    "QuickGELU": "--mlp-act",
+    "mean": "--mean",
+    "std": "--std",
+    "image size": "--image-size",
+}
 
 
 def printable(text: str) -> str:
