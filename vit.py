@@ -167,7 +167,8 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for query, key and value.
+    """Multi-head self-attention, [B, N, D] to [B, N or queries, D], with one fused projection for
+    query, key and value.
 
     `queries`, if given, is how many tokens, from the first on, the output is wanted for.
     """
@@ -204,7 +205,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two linear maps with an activation between them."""
+    """Two linear maps with an activation between them, each token [D] by itself."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -266,7 +267,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into patches and project each: a convolution whose stride is its kernel."""
+    """Cut images [B, 3, S, S] into patches and project each, to [B, g², D]: a convolution whose
+    stride is its kernel."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -1413,11 +1415,9 @@ def read_description(content: dict, width: int) -> dict:
 
     stated = {"eps": tower.get("layer_norm_eps")}
     stated["heads"] = tower.get("num_attention_heads", timm.get("num_heads"))
-    if "hidden_act" in tower:
-        stated["quick_gelu"] = tower["hidden_act"] == "quick_gelu"
+    stated["quick_gelu"] = read_quick_gelu(content, tower)
     if open_clip:
         stated["heads"] = width // vision.get("head_width", 64)
-        stated["quick_gelu"] = open_clip.get("quick_gelu", False)
     heads = stated["heads"]
     if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
         raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
@@ -1441,6 +1441,22 @@ def check_description(content: dict, tower: dict) -> None:
     architecture = str(content.get("architecture", ""))
     if "_rope_" in architecture:
         raise ValueError(f"it states {architecture}, whose rotary positions aren't DINOv3's")
+
+
+def read_quick_gelu(content: dict, tower: dict) -> bool | None:
+    """Whether a description states QuickGELU for the MLPs; None if it states nothing on it."""
+    if content.get("model_cfg"):  # open_clip's
+        return content["model_cfg"].get("quick_gelu", False)
+    if "hidden_act" in tower:
+        return tower["hidden_act"] == "quick_gelu"
+    # timm's names of CLIPs state it. It has OpenAI's weights by the other name too.
+    architecture = str(content.get("architecture", ""))
+    tag = (content.get("pretrained_cfg") or {}).get("tag")
+    if "_clip_quickgelu_" in architecture:
+        return True
+    if "_clip_" in architecture and tag != "openai":
+        return False
+    return None
 
 
 def read_norm(content: dict) -> dict:
@@ -2015,7 +2031,7 @@ def describe_config(config: Config) -> str:
     return ", ".join(parts)
 
 
-def untold(config: Config) -> Config:
+def shape_of(config: Config) -> Config:
     """A configuration without what shapes of tensors don't tell, or what may be another."""
     return replace(config, heads=1, image_size=config.patch, quick_gelu=False, eps=0)
 
@@ -2062,8 +2078,8 @@ def describe_guesses(backbone: Backbone) -> list[str]:
         options = [option for word, option in STATED_BY.items() if word in guess]
         why = "stated neither in the file nor beside it; if it is wrong"
         lines.append(f"guessed  {guess}: {why}: {', '.join(options)}")
-    shape = untold(backbone.config)
-    alike = [name for name, each in BACKBONES.items() if untold(each.config) == shape]
+    shape = shape_of(backbone.config)
+    alike = [name for name, each in BACKBONES.items() if shape_of(each.config) == shape]
     if lines and alike:
         names = ", ".join(alike)
         lines.append(f"shape    that of {names}; --backbone NAME states what is guessed")

@@ -521,6 +521,25 @@ def test_what_timm_states(tmp_path):
     assert backbone.guessed == ("ImageNet's std",)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "tag", "quick_gelu"),
+    [
+        ("vit_base_patch16_clip_224", "laion2b_ft_in12k_in1k", False),
+        ("vit_base_patch16_clip_quickgelu_224", "openai", True),
+        ("vit_base_patch16_clip_quickgelu_224", "dfn2b", True),
+        ("vit_base_patch16_clip_224", "openai", None),
+    ],
+)
+def test_activation_that_timms_name_states(architecture, tag, quick_gelu, tmp_path):
+    """A CLIP of timm with GELU isn't taken for OpenAI's, which are there by both names."""
+    path = save_bare(tmp_path / "w.safetensors", width=128, norm_pre=True)
+    stated = {"architecture": architecture, "pretrained_cfg": {"tag": tag, **HALF_NORM}}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    _, backbone = vit.load(path)
+    assert backbone.config.quick_gelu == (quick_gelu is not False)
+    assert ("QuickGELU" in backbone.guessed) == (quick_gelu is None)
+
+
 def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
     """safetensors are recognised by their content; a pointer of Git LFS, a part of several and
     quantised weights are called what they are."""
