@@ -1388,11 +1388,14 @@ def read_beside(path: Path, width: int) -> dict:
                 found["heads_from"] = name
             if "mean" in found or "std" in found:
                 found["norm_from"] = name
-            stated |= found
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{file}, beside the weights, can't be used ({error}); correct or remove it"
             ) from error
+        strange = "" if "note" in found else strange_statement(content)
+        if strange:
+            raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
+        stated |= found
     return stated
 
 
@@ -1401,22 +1404,17 @@ def read_description(content: dict, width: int) -> dict:
     open_clip = content.get("model_cfg") or {}
     vision = open_clip.get("vision_cfg") or {}
     timm = content.get("model_args") or {}
-    tower = content
-    if "vision_config" in content:  # a CLIP of transformers, which leaves its defaults out
-        defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-        tower = defaults | content["vision_config"]
+    tower = image_tower(content)
     widths = (vision.get("width"), tower.get("hidden_size"), timm.get("embed_dim"))
     for other in widths:
         if other is not None and type(other) is not int:
             raise ValueError(f"it states the width {other!r}")
         if other not in (None, width):
             return {"note": f"the description beside it is of width {other}, and was left out"}
-    check_description(content, tower)
-
     stated = {"eps": tower.get("layer_norm_eps")}
     stated["heads"] = tower.get("num_attention_heads", timm.get("num_heads"))
-    stated["quick_gelu"] = read_quick_gelu(content, tower)
-    if open_clip:
+    stated["quick_gelu"] = read_quick_gelu(content)
+    if open_clip and "timm_model_name" not in vision:
         stated["heads"] = width // vision.get("head_width", 64)
     heads = stated["heads"]
     if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
@@ -1425,26 +1423,34 @@ def read_description(content: dict, width: int) -> dict:
     return {key: value for key, value in stated.items() if value is not None}
 
 
-def check_description(content: dict, tower: dict) -> None:
-    """Raise a ValueError for what vit.py doesn't have and no tensor tells.
+def image_tower(content: dict) -> dict:
+    """The part of a description that is of the image tower. A CLIP of transformers leaves its
+    defaults out."""
+    if "vision_config" not in content:
+        return content
+    defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    return defaults | content["vision_config"]
 
-    Args:
-        tower: the part of `content` that is of the image tower.
-    """
+
+def strange_statement(content: dict) -> str:
+    """What a description states that vit.py doesn't have and no tensor tells; "" for nothing."""
+    tower = image_tower(content)
     act = tower.get("hidden_act", "gelu")
     if act not in ("gelu", "quick_gelu"):
-        raise ValueError(f"it states the activation {act!r}, not gelu or quick_gelu")
+        return f"the activation {act!r}, not gelu or quick_gelu"
     base = tower.get("rope_theta", ROPE_BASE)
     if base != ROPE_BASE:
-        raise ValueError(f"it states the base {base!r} of rotary positions, not {ROPE_BASE}")
+        return f"the base {base!r} of rotary positions, not {ROPE_BASE}"
     # timm's vit_small_patch16_rope_ape_224 has the tensors of a DeiT III.
     architecture = str(content.get("architecture", ""))
     if "_rope_" in architecture:
-        raise ValueError(f"it states {architecture}, whose rotary positions aren't DINOv3's")
+        return f"the architecture {architecture}, whose rotary positions aren't DINOv3's"
+    return ""
 
 
-def read_quick_gelu(content: dict, tower: dict) -> bool | None:
+def read_quick_gelu(content: dict) -> bool | None:
     """Whether a description states QuickGELU for the MLPs; None if it states nothing on it."""
+    tower = image_tower(content)
     if content.get("model_cfg"):  # open_clip's
         return content["model_cfg"].get("quick_gelu", False)
     if "hidden_act" in tower:
@@ -1507,8 +1513,8 @@ def choose_backbone(
         backbone = Backbone("", Config(**meta["config"]), norm, license)
     else:
         found = translated.tensors
-        width = found["cls_token"].shape[-1] if "cls_token" in found else 0
-        known = read_beside(path, width) | known
+        if "cls_token" in found:  # else guess_backbone says what is missing
+            known = read_beside(path, found["cls_token"].shape[-1]) | known
         if translated.heads:
             known = {"heads": max(translated.heads), "heads_from": "its kernels' shape"} | known
         backbone = guess_backbone(translated, known)

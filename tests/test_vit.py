@@ -489,11 +489,6 @@ def test_a_stated_normalisation(stated, mean, std, tmp_path):
         ("open_clip_config.json", {"model_cfg": 5}, "can't be used"),
         ("config.json", [1], "it is no dictionary"),
         ("config.json", {"hidden_size": "128"}, "it states the width '128'"),
-        (
-            "config.json",
-            {"architecture": "vit_small_patch16_rope_ape_224"},
-            "states vit_small_patch16_rope_ape_224, whose rotary positions aren't DINOv3's",
-        ),
         ("config.json", {"num_attention_heads": 7}, "it states 7 attention heads, for the width"),
         ("config.json", {"num_attention_heads": 0}, "it states 0 attention heads"),
         ("config.json", {"num_attention_heads": True}, "it states True attention heads"),
@@ -506,6 +501,44 @@ def test_descriptions_that_can_not_be(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         vit.load(path)
     assert f"{name}, beside the weights, can't be used" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"hidden_act": "relu"}, "the activation 'relu', not gelu or quick_gelu"),
+        ({"rope_theta": 10.0}, "the base 10.0 of rotary positions, not 100"),
+        (
+            {"architecture": "vit_small_patch16_rope_ape_224"},
+            "the architecture vit_small_patch16_rope_ape_224, whose rotary positions aren't",
+        ),
+    ],
+)
+def test_networks_that_only_a_description_tells(content, message, tmp_path):
+    """The error doesn't advise to remove the description: the network would load as another one."""
+    path = save_bare(tmp_path / "w.safetensors", width=128)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"config.json, .* states {message}") as error:
+        vit.load(path)
+    assert str(error.value).endswith(": it can't be used")
+
+
+@pytest.mark.parametrize("width", [1152, 64])
+def test_a_tower_of_timm_in_open_clip(width, tmp_path):
+    """Its description states no heads: TIPSv2's SO400M has 16, not 18 of 64 channels. A SigLIP has
+    no class token, and the error says so."""
+    path = save_bare(tmp_path / "w.safetensors", width=width)
+    vision = {"timm_model_name": "vit_so400m_patch14_reg1_tipsv2", "timm_pool": "token"}
+    content = {"model_cfg": {"vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    _, backbone = vit.load(path)
+    assert backbone.config.heads == {1152: 16, 64: 1}[width]
+    assert backbone.guessed[0].startswith("heads")
+    tensors = load_file(path)
+    del tensors["cls_token"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="missing cls_token .*as SigLIP's, can't be used"):
+        vit.load(path)
 
 
 def test_what_timm_states(tmp_path):
