@@ -1645,6 +1645,7 @@ def load_text(
             f"{path} has no text tower of CLIP; give a file with both towers, "
             "or use --classifier prototypes"
         )
+    check_causal(Path(path))
     with naming(path):
         translated = to_timm(tensors, TEXT_LAYOUTS)
         found = translated.tensors
@@ -1659,6 +1660,24 @@ def load_text(
                 scale = math.exp(value.item())
     model.load_state_dict(found, assign=True)
     return model.eval(), scale
+
+
+def check_causal(path: Path) -> None:
+    """Raise a ValueError if open_clip's description beside a text tower says that its tokens look
+    at later ones too, as MobileCLIP2's do; no tensor tells."""
+    file = path.with_name("open_clip_config.json")
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        every_token = content["model_cfg"]["text_cfg"].get("no_causal_mask", False)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{file}, beside the weights, is damaged; correct or remove it") from error
+    if every_token:
+        raise ValueError(
+            f"{file}, beside the weights, states a text tower without a causal mask: it can't be "
+            "used; use --classifier prototypes"
+        )
 
 
 def check_tensors(

@@ -260,6 +260,20 @@ def test_a_file_without_a_text_tower_is_refused(tiny_weights):
         vit.load_text(tiny_weights)
 
 
+def test_a_tower_without_a_causal_mask(published, tmp_path):
+    """open_clip's description alone tells it; a damaged one is named."""
+    save_file(published, tmp_path / "w.safetensors")
+    beside = tmp_path / "open_clip_config.json"
+    beside.write_text(json.dumps({"model_cfg": {"text_cfg": {"heads": HEADS}}}))
+    vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+    beside.write_text(json.dumps({"model_cfg": {"text_cfg": {"no_causal_mask": True}}}))
+    with pytest.raises(ValueError, match="config.json, .* states a text tower without a causal"):
+        vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+    beside.write_text("[]")
+    with pytest.raises(ValueError, match="open_clip_config.json, beside the weights, is damaged"):
+        vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+
+
 def test_heads_that_cant_be_guessed(published, tmp_path):
     """A width that isn't a multiple of 64 needs the number of heads."""
     save_file(published, tmp_path / "w.safetensors")
