@@ -521,9 +521,9 @@ class Backbone:
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
     """The usual shapes: 12 blocks (24 for width 1024), heads of 64 channels."""
-    depth = 24 if width == 1024 else 12
-    shape = {"width": width, "depth": depth, "heads": width // 64, "patch": patch}
-    return Config(**shape | {"image_size": image_size} | more)
+    shape = {"depth": 24 if width == 1024 else 12, "heads": width // 64}
+    shape.update(more)
+    return Config(width=width, patch=patch, image_size=image_size, **shape)
 
 
 _DINOV2 = {"layer_scale": True}
@@ -1205,7 +1205,8 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     positions = found["pos_embed"].reshape(1, -1, D)
     rows = positions.shape[1]
     registers = found["reg_token"].shape[1] if "reg_token" in found else 0
-    # How many rows stand before the g² patches: as many as leave a square number.
+    # How many rows stand before the g² patches: as many as leave a square number. (The first that
+    # does: of 9 rows and 4 registers 5, for a grid of 2, though a grid of 3 has 9 too.)
     extra = None
     for candidate in (1, 1 + registers, 0):
         patches = rows - candidate
