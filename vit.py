@@ -40,7 +40,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -63,6 +63,9 @@ class Config:
     """Everything that determines the shape and the function of a ViT, apart from its weights.
 
     A text tower has one too: its `patch` is 1 and its `image_size` the number of tokens.
+
+    Raises:
+        ValueError: a value that can't be.
     """
 
     width: int  # D, such as 384
@@ -1092,7 +1095,8 @@ def to_timm(
     """Translate a published state dict, and merge a LoRA of it, if one is given.
 
     Raises:
-        ValueError: no layout fits.
+        ValueError: no layout fits; a tensor is of a network that this file doesn't have, or two
+            are the same one; as `arrange_positions` and `merge_lora`.
     """
     layout, prefix = find_layout(tensors, layouts)
     found = {}
@@ -1199,6 +1203,9 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
 
     A position that a file has for its registers, or for DeiT's distillation token, is added to
     those tokens, which leaves the function unchanged.
+
+    Raises:
+        ValueError: the patches form no square.
     """
     D = found["cls_token"].shape[-1]
     found["cls_token"] = found["cls_token"].reshape(1, 1, D)
@@ -1274,6 +1281,10 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     OpenAI's QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text, and 224
     px for a DINOv3, whose tensors are the same for all image sizes.
 
+    Args:
+        eps: the layout's; CLIP and DINOv3 have their own in any.
+        heads: their number; 0 to guess it.
+
     Raises:
         ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
@@ -1308,7 +1319,6 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         qkv_bias=qkv_bias,
         patch_bias="patch_embed.proj.bias" in found,
         pool="mean" if "fc_norm.weight" in found else "token",
-        # CLIP and DINOv3 in timm's layout, which says 1e-6, have their own all the same.
         eps=1e-5 if norm_pre or rope else eps,
         causal=text,
         rope=rope,
@@ -1533,7 +1543,11 @@ def choose_backbone(
 
 
 def guess_backbone(translated: Translated, known: dict) -> Backbone:
-    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
+    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on.
+
+    Raises:
+        ValueError: as `infer_config`; or the head of such a network can't be told.
+    """
     heads = known.get("heads", 0)
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
     if "open_clip" in translated.layout.name and not config.norm_pre:
@@ -1570,7 +1584,10 @@ def load(
     image_size: int = 0,
     head: bool = False,
     lora: str | Path = "",
-    **given,
+    heads: int = 0,
+    quick_gelu: bool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> tuple[ViT, Backbone]:
     """A pretrained ViT from a file, in eval mode, and what it expects of its input.
 
@@ -1579,13 +1596,17 @@ def load(
             off the file, and what shapes can't tell off the files beside it (`read_beside`); the
             rest is guessed, and `Backbone.guessed` names it.
         image_size: pixels along a side, if not the backbone's own; positions are resized to it.
-        given: heads, quick_gelu, mean or std, where they are known better.
-        head: keep the file's own classifier (or CLIP's projection) instead of giving features.
+        head: keep the file's own classifier (or CLIP's projection) instead of giving features; a
+            classifier that reads something else than these is left out.
         lora: a LoRA that peft made of this network, to be merged (see `merge_lora`).
+        heads, quick_gelu, mean, std: what is known better than the name, the file or what stands
+            beside it states; mean and std are of pixels from 0 to 1, a value per channel.
 
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
+    options = {"heads": heads or None, "quick_gelu": quick_gelu, "mean": mean, "std": std}
+    given = {name: value for name, value in options.items() if value is not None}
     tensors, meta = read_tensors(path)
     with naming(path):
         if "method" in meta and "config" not in meta:

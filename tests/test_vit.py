@@ -1082,6 +1082,12 @@ def test_given_heads_are_honoured_beside_a_name(tmp_path):
     assert backbone.guessed == ()
 
 
+def test_an_unknown_option(tiny_weights):
+    """A misspelt one isn't ignored."""
+    with pytest.raises(TypeError, match="quickgelu"):
+        vit.load(tiny_weights, quickgelu=True)
+
+
 def test_heads_that_cant_be(tmp_path):
     """A number of heads that doesn't divide the width is refused; so is a width that needs one."""
     wide = save_bare(tmp_path / "wide.safetensors", width=128)
