@@ -40,7 +40,8 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +63,9 @@ class Config:
     """Everything that determines the shape and the function of a ViT, apart from its weights.
 
     A text tower has one too: its `patch` is 1 and its `image_size` the number of tokens.
+
+    Raises:
+        ValueError: a value that can't be.
     """
 
     width: int  # D, such as 384
@@ -86,6 +90,8 @@ class Config:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= (1000 if name == "depth" else 100_000):
                 raise ValueError(f"{name.replace('_', ' ')} {value!r} can't be")
+        if type(self.eps) not in (int, float) or not 0 <= self.eps < 1:
+            raise ValueError(f"eps {self.eps!r} of the LayerNorms can't be")
         if self.width % self.heads:
             raise ValueError(
                 f"width {self.width} can't be split into {self.heads} heads; "
@@ -164,7 +170,8 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for query, key and value.
+    """Multi-head self-attention, [B, N, D] to [B, N or queries, D], with one fused projection for
+    query, key and value.
 
     `queries`, if given, is how many tokens, from the first on, the output is wanted for.
     """
@@ -201,7 +208,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two linear maps with an activation between them."""
+    """Two linear maps with an activation between them, each token [D] by itself."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -263,7 +270,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into patches and project each: a convolution whose stride is its kernel."""
+    """Cut images [B, 3, S, S] into patches and project each, to [B, g², D]: a convolution whose
+    stride is its kernel."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -516,9 +524,9 @@ class Backbone:
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
     """The usual shapes: 12 blocks (24 for width 1024), heads of 64 channels."""
-    depth = 24 if width == 1024 else 12
-    shape = {"width": width, "depth": depth, "heads": width // 64, "patch": patch}
-    return Config(**shape | {"image_size": image_size} | more)
+    shape = {"depth": 24 if width == 1024 else 12, "heads": width // 64}
+    shape.update(more)
+    return Config(width=width, patch=patch, image_size=image_size, **shape)
 
 
 _DINOV2 = {"layer_scale": True}
@@ -586,6 +594,7 @@ class Layout:
     keys count as the backbone's, and one too many is an error.
     """
 
+    name: str  # for users
     tell: str  # matches the end of a key that only this family has
     eps: float  # of the LayerNorms, which no file states
     # Keys known not to belong to the backbone. Others without the prefix are named in a note.
@@ -593,8 +602,9 @@ class Layout:
     norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
 
 
-LAYOUTS = {  # the first one that fits is taken
-    "OpenAI CLIP, open_clip": Layout(
+LAYOUTS = (  # the first one that fits is taken
+    Layout(
+        "OpenAI CLIP, open_clip",
         r"\bconv1\.weight$",
         1e-5,
         (
@@ -603,18 +613,33 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
         ),
     ),
-    "Hugging Face CLIP": Layout(
+    Layout(
+        "Hugging Face CLIP",
         r"\bembeddings\.class_embedding$",
         1e-5,
-        (r"(.*\.)?embeddings\.position_ids$", r"\.\./(.*\.)?(text_|logit_scale$)"),
+        (
+            r"(.*\.)?embeddings\.position_ids$",
+            r"\.\./(.*\.)?(text_|logit_scale$)",
+            r"\.\./classifier\.",  # reads the mean of the patches without the last norm
+        ),
     ),
-    "Hugging Face Dinov2": Layout(
-        r"\bencoder\.layer\.0\.layer_scale1\.lambda1$", 1e-6, (r"embeddings\.mask_token$",)
+    Layout(
+        "Hugging Face Dinov2",
+        r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
+        1e-6,
+        (
+            r"embeddings\.mask_token$",
+            r"\.\./classifier\.",  # reads the class token beside the mean of the patches
+        ),
     ),
-    "Hugging Face DINOv3": Layout(
-        r"\bembeddings\.patch_embeddings\.weight$", 1e-5, (r"embeddings\.mask_token$",)
+    Layout(
+        "Hugging Face DINOv3",
+        r"\bembeddings\.patch_embeddings\.weight$",
+        1e-5,
+        (r"embeddings\.mask_token$",),
     ),
-    "Hugging Face ViT, DeiT": Layout(
+    Layout(
+        "Hugging Face ViT, DeiT",
         r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
         1e-12,
         (
@@ -622,7 +647,8 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(decoder\.|(cls|distillation)_classifier\.)",  # MAE, DeiT's second head
         ),
     ),
-    "timm, DeiT, DINO, DINOv2, DINOv3, MAE": Layout(
+    Layout(
+        "timm, DeiT, DINO, DINOv2, DINOv3, MAE",
         r"\bpatch_embed\.proj\.weight$",
         1e-6,
         (
@@ -632,11 +658,12 @@ LAYOUTS = {  # the first one that fits is taken
             r"\.\./(.*\.)?(text|logit_)",  # open_clip around a timm tower
         ),
     ),
-    "torchvision": Layout(r"\bconv_proj\.weight$", 1e-6, ()),
-    "Google's .npz": Layout(r"\bembedding/kernel$", 1e-6, (), "Inception"),
-}
-TEXT_LAYOUTS = {
-    "OpenAI, open_clip, Hugging Face CLIP": Layout(
+    Layout("torchvision", r"\bconv_proj\.weight$", 1e-6, ()),
+    Layout("Google's .npz", r"\bembedding/kernel$", 1e-6, (), "Inception"),
+)
+TEXT_LAYOUTS = (
+    Layout(
+        "OpenAI, open_clip, Hugging Face CLIP",
         r"\b(embeddings\.)?token_embedding\.weight$",
         1e-5,
         (
@@ -645,7 +672,7 @@ TEXT_LAYOUTS = {
             r"embeddings\.position_ids$",
         ),
     ),
-}
+)
 
 # Rules that map keys to timm's names: (regular expression, replacement), each with an example of
 # what it matches. They are applied in this order to the keys of every family, prefixes stripped.
@@ -727,7 +754,7 @@ RENAMES = (
 )
 
 
-class Module(dict):
+class ScriptModule(dict):
     """Stands for the modules of a TorchScript archive: a dictionary of their attributes."""
 
     def __setstate__(self, state: dict):
@@ -762,7 +789,7 @@ HARMLESS = [
     "pathlib._local.WindowsPath",
 ]
 
-
+# How files begin that aren't read, and what they are.
 FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: `git lfs pull` fetches it",
     b"\x89HDF": "an HDF5 file, as Keras writes",
@@ -828,7 +855,7 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
         return read_npz(path), {}
     # TorchScript, as OpenAI publishes CLIP: it holds code too, and torch.load would run it.
     if any(name.endswith("/constants.pkl") for name in names):
-        return flatten(read_torchscript(path)), {}
+        return script_tensors(read_torchscript(path)), {}
     harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
     # Opened here, since torch.load goes by the suffix.
     with path.open("rb") as file, warnings.catch_warnings(), harmless:
@@ -945,7 +972,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_torchscript(path: Path) -> Module:
+def read_torchscript(path: Path) -> ScriptModule:
     """The modules of a TorchScript archive, and nothing of its code: what is left without it is
     what torch.save writes."""
     kept = io.BytesIO()
@@ -955,20 +982,21 @@ def read_torchscript(path: Path) -> Module:
                 copy.writestr(name, archive.read(name))
     kept.seek(0)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(kept)
-    modules = [(Module, name) for name in names if name.startswith("__torch__.")]
+    modules = [(ScriptModule, name) for name in names if name.startswith("__torch__.")]
     kept.seek(0)
     with torch.serialization.safe_globals(modules):
         return torch.load(kept, map_location="cpu", weights_only=True)
 
 
-def flatten(module: Module) -> dict[str, Tensor]:
+def script_tensors(module: ScriptModule) -> dict[str, Tensor]:
     """The tensors of a module and those inside, by state_dict's names."""
-    return {name: value for name, value in walk(module, (Module,)) if isinstance(value, Tensor)}
+    inside = walk(module, (ScriptModule,))
+    return {name: value for name, value in inside if isinstance(value, Tensor)}
 
 
 # Keys that tell a network; names of those whose weights were averaged over training. (Of MoCo's two
 # encoders the field takes the base, which stands first.)
-TELLS = re.compile("|".join(layout.tell for layout in (*LAYOUTS.values(), *TEXT_LAYOUTS.values())))
+TELLS = re.compile("|".join(layout.tell for layout in LAYOUTS + TEXT_LAYOUTS))
 AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)")
 
 
@@ -1019,8 +1047,8 @@ def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
 
 
-def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple[str, str]:
-    """The name of the layout that the keys belong to, and their prefix.
+def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
+    """The layout that the keys belong to, and their prefix.
 
     Raises:
         ValueError: no layout fits.
@@ -1031,17 +1059,16 @@ def find_layout(tensors: dict[str, Tensor], layouts: dict[str, Layout]) -> tuple
         )
     if any("lora_" in key for key in tensors):
         raise ValueError(IS_LORA)
-    for name, layout in layouts.items():
+    for layout in layouts:
         for key in tensors:
             match = re.search(layout.tell, key)
             if match:
-                return name, key[: match.start()]
+                return layout, key[: match.start()]
     if has_text_tower(tensors):
         raise ValueError("CLIP's text tower alone; give a file that has the image tower")
+    known = "; ".join(layout.name for layout in layouts)
     beginning = ", ".join(list(tensors)[:3]) or "nothing"
-    raise ValueError(
-        f"not a ViT in a known layout ({'; '.join(layouts)}): its tensors begin with {beginning}"
-    )
+    raise ValueError(f"not a ViT in a known layout ({known}): its tensors begin with {beginning}")
 
 
 def has_text_tower(keys: Iterable[str]) -> bool:
@@ -1053,27 +1080,25 @@ def has_text_tower(keys: Iterable[str]) -> bool:
 class Translated:
     """A published state dict in timm's names and this file's shapes."""
 
-    layout: str  # its name
+    layout: Layout
     tensors: dict[str, Tensor]
-    eps: float
     names: dict[str, str]  # the file's own, by timm's
     ignored: list[str]  # the file's tensors that are known and not the backbone's
     heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
     note: str  # which others were left out
-    norm: str  # a key of NORMS
     lora: str  # what was merged (`merge_lora`)
 
 
 def to_timm(
-    tensors: dict[str, Tensor], layouts: dict[str, Layout] = LAYOUTS, lora: str | Path = ""
+    tensors: dict[str, Tensor], layouts: tuple[Layout, ...] = LAYOUTS, lora: str | Path = ""
 ) -> Translated:
     """Translate a published state dict, and merge a LoRA of it, if one is given.
 
     Raises:
-        ValueError: no layout fits.
+        ValueError: no layout fits; a tensor is of a network that this file doesn't have, or two
+            are the same one; as `arrange_positions` and `merge_lora`.
     """
-    layout_name, prefix = find_layout(tensors, layouts)
-    layout = layouts[layout_name]
+    layout, prefix = find_layout(tensors, layouts)
     found = {}
     names = {}
     ignored = []
@@ -1088,10 +1113,7 @@ def to_timm(
         if name.startswith("../"):  # other heads, losses, metrics, another network
             others.append(key)
             continue
-        if "relative_position" in name:
-            raise ValueError(f"{key}: a ViT with relative positions (BEiT) can't be used")
-        if not value.is_floating_point():
-            raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
+        check_usable(key, value)
         value = value.float()
         if name.endswith(".attn.q.weight.T") and value.ndim == 3:
             heads.add(value.shape[1])
@@ -1102,14 +1124,22 @@ def to_timm(
             raise ValueError(f"{names[name]} and {key} are both its {name}")
         found[name] = value
         names[name] = key
-    told = merge_lora(found, Path(lora)) if lora else ""
+    lora_note = merge_lora(found, Path(lora)) if lora else ""
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
     note = f"left out: {some(others)}" if others else ""
-    return Translated(
-        layout_name, found, layout.eps, names, ignored, heads, note, layout.norm, told
-    )
+    return Translated(layout, found, names, ignored, heads, note, lora_note)
+
+
+def check_usable(key: str, value: Tensor) -> None:
+    """Raise a ValueError for a tensor that tells a network which this file doesn't have."""
+    if "relative_position" in key:
+        raise ValueError(f"{key}: a ViT with relative positions (BEiT) can't be used")
+    if key.endswith("num_batches_tracked"):
+        raise ValueError(f"{key}: a ViT with batch norms (a hybrid) can't be used")
+    if not value.is_floating_point():
+        raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
 
 
 def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -1173,13 +1203,17 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
 
     A position that a file has for its registers, or for DeiT's distillation token, is added to
     those tokens, which leaves the function unchanged.
+
+    Raises:
+        ValueError: the patches form no square.
     """
     D = found["cls_token"].shape[-1]
     found["cls_token"] = found["cls_token"].reshape(1, 1, D)
     positions = found["pos_embed"].reshape(1, -1, D)
     rows = positions.shape[1]
     registers = found["reg_token"].shape[1] if "reg_token" in found else 0
-    # How many rows stand before the g² patches: as many as leave a square number.
+    # How many rows stand before the g² patches: as many as leave a square number. (The first that
+    # does: of 9 rows and 4 registers 5, for a grid of 2, though a grid of 3 has 9 too.)
     extra = None
     for candidate in (1, 1 + registers, 0):
         patches = rows - candidate
@@ -1199,8 +1233,26 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     found["pos_embed"] = positions
 
 
-# Heads of the widths whose heads haven't 64 channels: ViT-H, g, bigG in open_clip's registry.
+# Image towers whose heads haven't 64 channels, by width: SO400M; ViT-H, g, bigG in open_clip's
+# registry.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+
+
+def usual_heads(width: int, text: bool) -> int:
+    """The number of heads in published towers of this width: all text towers, bigG's of width 1280
+    too, have heads of 64 channels.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if width in HEADS and not text:
+        return HEADS[width]
+    if width % 64:
+        raise ValueError(
+            f"width {width} is no multiple of the usual head width 64; "
+            "give the number of heads by --heads"
+        )
+    return width // 64
 
 
 def is_dinov3(found: dict[str, Tensor]) -> bool:
@@ -1229,6 +1281,10 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     OpenAI's QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text, and 224
     px for a DINOv3, whose tensors are the same for all image sizes.
 
+    Args:
+        eps: the layout's; CLIP and DINOv3 have their own in any.
+        heads: their number; 0 to guess it.
+
     Raises:
         ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
@@ -1244,11 +1300,6 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         grid = 224 // patch
         if not rope:
             grid = math.isqrt(found["pos_embed"].shape[1] - 1)
-    if not heads and width not in HEADS and width % 64:
-        raise ValueError(
-            f"width {width} is no multiple of the usual head width 64; "
-            "give the number of heads by --heads"
-        )
     hidden = len(found["blocks.0.mlp.fc1.weight"])
     norm_pre = "norm_pre.weight" in found
     qkv_bias = "blocks.0.attn.qkv.bias" in found
@@ -1257,7 +1308,7 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     return Config(
         width=width,
         depth=count_blocks(found),
-        heads=heads or HEADS.get(width) or width // 64,
+        heads=heads or usual_heads(width, text),
         patch=patch,
         image_size=patch * grid,
         hidden=0 if hidden == 4 * width else hidden,
@@ -1268,7 +1319,6 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         qkv_bias=qkv_bias,
         patch_bias="patch_embed.proj.bias" in found,
         pool="mean" if "fc_norm.weight" in found else "token",
-        # CLIP and DINOv3 in timm's layout, which says 1e-6, have their own all the same.
         eps=1e-5 if norm_pre or rope else eps,
         causal=text,
         rope=rope,
@@ -1349,11 +1399,14 @@ def read_beside(path: Path, width: int) -> dict:
                 found["heads_from"] = name
             if "mean" in found or "std" in found:
                 found["norm_from"] = name
-            stated |= found
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{file}, beside the weights, can't be used ({error}); correct or remove it"
             ) from error
+        strange = "" if "note" in found else strange_statement(content)
+        if strange:
+            raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
+        stated |= found
     return stated
 
 
@@ -1362,35 +1415,65 @@ def read_description(content: dict, width: int) -> dict:
     open_clip = content.get("model_cfg") or {}
     vision = open_clip.get("vision_cfg") or {}
     timm = content.get("model_args") or {}
-    tower = content
-    if "vision_config" in content:  # a CLIP of transformers, which leaves its defaults out
-        defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-        tower = defaults | content["vision_config"]
+    tower = image_tower(content)
     widths = (vision.get("width"), tower.get("hidden_size"), timm.get("embed_dim"))
     for other in widths:
         if other is not None and type(other) is not int:
             raise ValueError(f"it states the width {other!r}")
         if other not in (None, width):
             return {"note": f"the description beside it is of width {other}, and was left out"}
-    act = tower.get("hidden_act", "gelu")
-    if act not in ("gelu", "quick_gelu"):
-        raise ValueError(f"it states the activation {act!r}, not gelu or quick_gelu")
-    base = tower.get("rope_theta", ROPE_BASE)
-    if base != ROPE_BASE:
-        raise ValueError(f"it states the base {base!r} of rotary positions, not {ROPE_BASE}")
-
     stated = {"eps": tower.get("layer_norm_eps")}
     stated["heads"] = tower.get("num_attention_heads", timm.get("num_heads"))
-    if "hidden_act" in tower:
-        stated["quick_gelu"] = act == "quick_gelu"
-    if open_clip:
+    stated["quick_gelu"] = read_quick_gelu(content)
+    if open_clip and "timm_model_name" not in vision:
         stated["heads"] = width // vision.get("head_width", 64)
-        stated["quick_gelu"] = open_clip.get("quick_gelu", False)
     heads = stated["heads"]
     if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
         raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
     stated |= read_norm(content)
     return {key: value for key, value in stated.items() if value is not None}
+
+
+def image_tower(content: dict) -> dict:
+    """The part of a description that is of the image tower. A CLIP of transformers leaves its
+    defaults out."""
+    if "vision_config" not in content:
+        return content
+    defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    return defaults | content["vision_config"]
+
+
+def strange_statement(content: dict) -> str:
+    """What a description states that vit.py doesn't have and no tensor tells; "" for nothing."""
+    tower = image_tower(content)
+    act = tower.get("hidden_act", "gelu")
+    if act not in ("gelu", "quick_gelu"):
+        return f"the activation {act!r}, not gelu or quick_gelu"
+    base = tower.get("rope_theta", ROPE_BASE)
+    if base != ROPE_BASE:
+        return f"the base {base!r} of rotary positions, not {ROPE_BASE}"
+    # timm's vit_small_patch16_rope_ape_224 has the tensors of a DeiT III.
+    architecture = str(content.get("architecture", ""))
+    if "_rope_" in architecture:
+        return f"the architecture {architecture}, whose rotary positions aren't DINOv3's"
+    return ""
+
+
+def read_quick_gelu(content: dict) -> bool | None:
+    """Whether a description states QuickGELU for the MLPs; None if it states nothing on it."""
+    tower = image_tower(content)
+    if content.get("model_cfg"):  # open_clip's
+        return content["model_cfg"].get("quick_gelu", False)
+    if "hidden_act" in tower:
+        return tower["hidden_act"] == "quick_gelu"
+    # timm's names of CLIPs state it. It has OpenAI's weights by the other name too.
+    architecture = str(content.get("architecture", ""))
+    tag = (content.get("pretrained_cfg") or {}).get("tag")
+    if "_clip_quickgelu_" in architecture:
+        return True
+    if "_clip_" in architecture and tag != "openai":
+        return False
+    return None
 
 
 def read_norm(content: dict) -> dict:
@@ -1441,12 +1524,12 @@ def choose_backbone(
         backbone = Backbone("", Config(**meta["config"]), norm, license)
     else:
         found = translated.tensors
-        width = found["cls_token"].shape[-1] if "cls_token" in found else 0
-        known = read_beside(path, width) | known
+        if "cls_token" in found:  # else guess_backbone says what is missing
+            known = read_beside(path, found["cls_token"].shape[-1]) | known
         if translated.heads:
             known = {"heads": max(translated.heads), "heads_from": "its kernels' shape"} | known
         backbone = guess_backbone(translated, known)
-    changes = {key: known[key] for key in ("heads", "quick_gelu") if key in known}
+    changes = {key: known[key] for key in ("heads", "quick_gelu", "eps") if key in known}
     mean, std = backbone.norm
     notes = (meta.get("note"), translated.note, known.get("note"))
     return replace(
@@ -1460,10 +1543,16 @@ def choose_backbone(
 
 
 def guess_backbone(translated: Translated, known: dict) -> Backbone:
-    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
-    eps = known.get("eps", translated.eps)
-    config = infer_config(translated.tensors, eps=eps, heads=known.get("heads", 0))
-    whose = "CLIP" if config.norm_pre else translated.norm
+    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on.
+
+    Raises:
+        ValueError: as `infer_config`; or the head of such a network can't be told.
+    """
+    heads = known.get("heads", 0)
+    config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
+    if "open_clip" in translated.layout.name and not config.norm_pre:
+        raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
+    whose = "CLIP" if config.norm_pre else translated.layout.norm
     guessed = []
     if "heads" not in known:
         guessed.append(f"heads {config.heads}")
@@ -1477,6 +1566,17 @@ def guess_backbone(translated: Translated, known: dict) -> Backbone:
     return Backbone("", config, NORMS[whose], "not stated", tuple(guessed))
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put a file's name before what its content raises, all of it a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
+
+
 def load(
     path: str | Path,
     *,
@@ -1484,7 +1584,10 @@ def load(
     image_size: int = 0,
     head: bool = False,
     lora: str | Path = "",
-    **given,
+    heads: int = 0,
+    quick_gelu: bool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> tuple[ViT, Backbone]:
     """A pretrained ViT from a file, in eval mode, and what it expects of its input.
 
@@ -1493,15 +1596,19 @@ def load(
             off the file, and what shapes can't tell off the files beside it (`read_beside`); the
             rest is guessed, and `Backbone.guessed` names it.
         image_size: pixels along a side, if not the backbone's own; positions are resized to it.
-        given: heads, quick_gelu, mean or std, where they are known better.
-        head: keep the file's own classifier (or CLIP's projection) instead of giving features.
+        head: keep the file's own classifier (or CLIP's projection) instead of giving features; a
+            classifier that reads something else than these is left out.
         lora: a LoRA that peft made of this network, to be merged (see `merge_lora`).
+        heads, quick_gelu, mean, std: what is known better than the name, the file or what stands
+            beside it states; mean and std are of pixels from 0 to 1, a value per channel.
 
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
+    options = {"heads": heads or None, "quick_gelu": quick_gelu, "mean": mean, "std": std}
+    given = {name: value for name, value in options.items() if value is not None}
     tensors, meta = read_tensors(path)
-    try:
+    with naming(path):
         if "method" in meta and "config" not in meta:
             raise ValueError(
                 f"what --method {meta['method']} trained, not a backbone; give its folder to "
@@ -1522,10 +1629,6 @@ def load(
                 classes = len(found["head.weight"])
                 model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
         check_tensors(model.state_dict(), found, translated.names)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
     if config.rope:
         model.build_rotary()
@@ -1534,8 +1637,8 @@ def load(
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
     """What a network of this configuration takes of a translated state dict; with `head` its
-    classifier too."""
-    if not head:
+    classifier too, but not a DINOv3's, which in timm reads the mean of the normalised patches."""
+    if not head or config.rope:
         found = {key: value for key, value in found.items() if not key.startswith("head.")}
     if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
         found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
@@ -1564,10 +1667,11 @@ def load_text(
             f"{path} has no text tower of CLIP; give a file with both towers, "
             "or use --classifier prototypes"
         )
-    try:
+    check_causal(Path(path))
+    with naming(path):
         translated = to_timm(tensors, TEXT_LAYOUTS)
         found = translated.tensors
-        config = infer_config(found, eps=translated.eps, heads=heads)
+        config = infer_config(found, eps=translated.layout.eps, heads=heads)
         config = replace(config, quick_gelu=quick_gelu)
         with torch.device("meta"):
             model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
@@ -1576,12 +1680,26 @@ def load_text(
         for key, value in tensors.items():
             if key.rpartition(".")[2] == "logit_scale":
                 scale = math.exp(value.item())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     model.load_state_dict(found, assign=True)
     return model.eval(), scale
+
+
+def check_causal(path: Path) -> None:
+    """Raise a ValueError if open_clip's description beside a text tower says that its tokens look
+    at later ones too, as MobileCLIP2's do; no tensor tells."""
+    file = path.with_name("open_clip_config.json")
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        every_token = content["model_cfg"]["text_cfg"].get("no_causal_mask", False)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{file}, beside the weights, is damaged; correct or remove it") from error
+    if every_token:
+        raise ValueError(
+            f"{file}, beside the weights, states a text tower without a causal mask: it can't be "
+            "used; use --classifier prototypes"
+        )
 
 
 def check_tensors(
@@ -1614,8 +1732,10 @@ def check_tensors(
 
 # ------------------------------------------------------------------------------- a LoRA of peft
 
-IS_LORA = "these are LoRA adapters, not a network: give that by --weights or --backbone and, if "
-IS_LORA += "peft made them, these by --init-lora; else merge them with the program that made them"
+IS_LORA = (
+    "these are LoRA adapters, not a network: give that by --weights or --backbone and, if peft "
+    "made them, these by --init-lora; else merge them with the program that made them"
+)
 LORA_CONFIG = "adapter_config.json"
 LORA_FILE = "adapter_model.safetensors"
 # A factor's key, perhaps with the adapter's name behind it:
@@ -1632,11 +1752,28 @@ LORA_SETTINGS = {
 }
 # Those that say how it was trained and on what. `fan_in_fan_out` is of how the other network stores
 # its matrices; in ViTs they are [out, in].
-LORA_IGNORED = ("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying")
-LORA_IGNORED += ("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "r")
-LORA_IGNORED += ("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core")
-LORA_IGNORED += ("modules_to_save", "peft_version", "qalora_group_size", "rank_pattern")
-LORA_IGNORED += ("revision", "target_modules", "task_type")
+LORA_IGNORED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+)
 # Initialisations that leave the base weights as they are; PiSSA, OLoRA, CorDA, LoftQ change them.
 LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -1752,7 +1889,7 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
                 raise ValueError(f"{name} is there twice")
             if not place.startswith("head."):
                 towers.add(prefix)
-            elif "whole" in parts and not reads_features(parts["whole"], found):
+            elif not reads_features(name, found):
                 left_out.append(name)
                 continue
             alpha = alpha_of(name, settings)
@@ -1863,13 +2000,14 @@ def merge_parts(
     return merged.view_as(weight)
 
 
-def reads_features(value: Tensor, found: dict[str, Tensor]) -> bool:
-    """Whether a classifier's tensor is of one that reads what ViT.features gives. Transformers'
-    Dinov2 reads the class token beside the mean of the patch tokens, its CLIP that mean without the
-    last norm."""
-    if "norm_pre.weight" in found or "cls_token" not in found:
+def reads_features(name: str, found: dict[str, Tensor]) -> bool:
+    """Whether a LoRA's classifier of this name reads what ViT.features gives. Transformers' Dinov2
+    reads the class token beside the mean of the patch tokens, its CLIP that mean without the last
+    norm, timm's DINOv3 that mean after it."""
+    if "pos_embed" not in found:
         return False
-    return value.ndim == 1 or value.shape[1] == found["cls_token"].shape[-1]
+    clip_or_dinov2 = "norm_pre.weight" in found or "blocks.0.ls1.gamma" in found
+    return not (clip_or_dinov2 and "classifier." in name)
 
 
 def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
@@ -1894,8 +2032,13 @@ def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
 ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the table of backbones
 
 # Options of train.py that state what else is guessed, by a word in the guess.
-STATED_BY = {"heads": "--heads", "QuickGELU": "--mlp-act", "mean": "--mean", "std": "--std"}
-STATED_BY |= {"image size": "--image-size"}
+STATED_BY = {
+    "heads": "--heads",
+    "QuickGELU": "--mlp-act",
+    "mean": "--mean",
+    "std": "--std",
+    "image size": "--image-size",
+}
 
 
 def printable(text: str) -> str:
@@ -1935,7 +2078,7 @@ def describe_config(config: Config) -> str:
     return ", ".join(parts)
 
 
-def untold(config: Config) -> Config:
+def shape_of(config: Config) -> Config:
     """A configuration without what shapes of tensors don't tell, or what may be another."""
     return replace(config, heads=1, image_size=config.patch, quick_gelu=False, eps=0)
 
@@ -1955,7 +2098,7 @@ def describe_file(path: str) -> list[str]:
     std = " ".join(f"{value:.3g}" for value in backbone.norm[1])
     lines = [
         f"file     {path}",
-        f"layout   {source.layout}",
+        f"layout   {source.layout.name}",
         f"network  {describe_config(backbone.config)}",
         f"heads    {backbone.config.heads} ({heads_from})",
         f"weights  {count_parameters(model):,} parameters",
@@ -1982,8 +2125,8 @@ def describe_guesses(backbone: Backbone) -> list[str]:
         options = [option for word, option in STATED_BY.items() if word in guess]
         why = "stated neither in the file nor beside it; if it is wrong"
         lines.append(f"guessed  {guess}: {why}: {', '.join(options)}")
-    shape = untold(backbone.config)
-    alike = [name for name, each in BACKBONES.items() if untold(each.config) == shape]
+    shape = shape_of(backbone.config)
+    alike = [name for name, each in BACKBONES.items() if shape_of(each.config) == shape]
     if lines and alike:
         names = ", ".join(alike)
         lines.append(f"shape    that of {names}; --backbone NAME states what is guessed")

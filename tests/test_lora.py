@@ -330,11 +330,17 @@ def test_other_towers(kind, tmp_path):
         assert difference(ours(references.images()), expected) < LIMIT
 
 
-@pytest.mark.parametrize("kind", ["CLIP", "Dinov2"])
-def test_classifiers_that_read_something_else(kind, tmp_path):
-    """Transformers' CLIP and Dinov2 for classification: features are merged, heads left out."""
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("kind", ["CLIP", "Dinov2", "DINOv3"])
+def test_classifiers_that_read_something_else(kind, saved, tmp_path):
+    """Transformers' CLIP and Dinov2 for classification, timm's DINOv3: features are merged, heads
+    left out, the LoRA's (saved whole or as factors) and the weights' own."""
     transformers = pytest.importorskip("transformers")
-    if kind == "CLIP":
+    if kind == "DINOv3":
+        pytest.importorskip("timm")
+        _, model, _ = references.timm_dinov3()
+        model.reset_classifier(CLASSES, "avg")
+    elif kind == "CLIP":
         config = transformers.CLIPConfig(vision_config=SHAPE, num_labels=CLASSES)
         model = transformers.CLIPForImageClassification(config)
     else:
@@ -342,15 +348,23 @@ def test_classifiers_that_read_something_else(kind, tmp_path):
         model = transformers.Dinov2ForImageClassification(config)
     references.randomise(model)
     weights = save_base(model, tmp_path / "base")
-    targets = modules_of(model, "q", "v")
-    tuned = with_lora(model, r=4, target_modules=targets, modules_to_save=["classifier"])
+    targets = modules_of(model, "q", "v") or ["qkv"]
+    head = "head" if kind == "DINOv3" else "classifier"
+    settings = {"target_modules": targets, "modules_to_save": [head]}
+    if not saved:
+        settings = {"target_modules": [*targets, head]}
+    tuned = with_lora(model, r=4, **settings)
     tuned.save_pretrained(tmp_path / "lora")
-    ours, backbone = vit.load(weights, lora=tmp_path / "lora")
-    assert "left out: classifier." in backbone.lora
+    options = {"heads": references.HEADS, "head": True}
+    ours, backbone = vit.load(weights, lora=tmp_path / "lora", **options)
+    assert f"left out: {head}." in backbone.lora
+    assert isinstance(ours.head, torch.nn.Identity)
+    assert isinstance(vit.load(weights, **options)[0].head, torch.nn.Identity)
     state = tuned.merge_and_unload().state_dict()
-    (name,) = [name for name in state if re.search(r"\.1\.(.*\.)?(query|q_proj)\.weight", name)]
+    pattern = r"\.1\.(.*\.)?(query|q_proj|qkv)\.weight"
+    (name,) = [name for name in state if re.search(pattern, name)]
     D = references.WIDTH
-    assert difference(ours.blocks[1].attn.qkv.weight[:D].detach(), state[name]) < LIMIT
+    assert difference(ours.blocks[1].attn.qkv.weight[:D].detach(), state[name][:D]) < LIMIT
 
 
 # -------------------------------------------------------------------------------- command lines

@@ -431,10 +431,10 @@ def test_keys_without_end(tmp_path):
 
 def test_modules_without_end():
     """Modules of a TorchScript archive that hold each other twice are read once."""
-    module = vit.Module(x=torch.zeros(1))
+    module = vit.ScriptModule(x=torch.zeros(1))
     module["one"] = module
     module["two"] = module
-    assert list(vit.flatten(module)) == ["x"]
+    assert list(vit.script_tensors(module)) == ["x"]
 
 
 @pytest.mark.parametrize("content", ['{"weight_map": {"a": 5}}', "[" * 200_000, "{}"])

@@ -260,11 +260,36 @@ def test_a_file_without_a_text_tower_is_refused(tiny_weights):
         vit.load_text(tiny_weights)
 
 
+def test_a_tower_without_a_causal_mask(published, tmp_path):
+    """open_clip's description alone tells it; a damaged one is named."""
+    save_file(published, tmp_path / "w.safetensors")
+    beside = tmp_path / "open_clip_config.json"
+    beside.write_text(json.dumps({"model_cfg": {"text_cfg": {"heads": HEADS}}}))
+    vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+    beside.write_text(json.dumps({"model_cfg": {"text_cfg": {"no_causal_mask": True}}}))
+    with pytest.raises(ValueError, match="config.json, .* states a text tower without a causal"):
+        vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+    beside.write_text("[]")
+    with pytest.raises(ValueError, match="open_clip_config.json, beside the weights, is damaged"):
+        vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+
+
 def test_heads_that_cant_be_guessed(published, tmp_path):
     """A width that isn't a multiple of 64 needs the number of heads."""
     save_file(published, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="width 32 is no multiple.*--heads"):
         vit.load_text(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(("width", "heads"), [(512, 8), (640, 10), (1024, 16), (1280, 20)])
+def test_the_usual_heads_of_a_width(width, heads):
+    """64 channels each, as in open_clip's registry; ViT-bigG's text tower is as wide as the image
+    tower of a ViT-H, whose heads have 80."""
+    found = {"token_embed.weight": torch.empty(9, width), "pos_embed": torch.empty(77, width)}
+    found["head.weight"] = torch.empty(9, width)
+    found["blocks.0.mlp.fc1.weight"] = torch.empty(4 * width, 0)
+    found["blocks.0.attn.qkv.weight"] = torch.empty(3 * width, 0)
+    assert vit.infer_config(found, eps=1e-5).heads == heads
 
 
 # ---------------------------------------------------------------------------------- the tokenizer

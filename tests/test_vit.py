@@ -503,6 +503,44 @@ def test_descriptions_that_can_not_be(name, content, message, tmp_path):
     assert f"{name}, beside the weights, can't be used" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"hidden_act": "relu"}, "the activation 'relu', not gelu or quick_gelu"),
+        ({"rope_theta": 10.0}, "the base 10.0 of rotary positions, not 100"),
+        (
+            {"architecture": "vit_small_patch16_rope_ape_224"},
+            "the architecture vit_small_patch16_rope_ape_224, whose rotary positions aren't",
+        ),
+    ],
+)
+def test_networks_that_only_a_description_tells(content, message, tmp_path):
+    """The error doesn't advise to remove the description: the network would load as another one."""
+    path = save_bare(tmp_path / "w.safetensors", width=128)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"config.json, .* states {message}") as error:
+        vit.load(path)
+    assert str(error.value).endswith(": it can't be used")
+
+
+@pytest.mark.parametrize("width", [1152, 64])
+def test_a_tower_of_timm_in_open_clip(width, tmp_path):
+    """Its description states no heads: TIPSv2's SO400M has 16, not 18 of 64 channels. A SigLIP has
+    no class token, and the error says so."""
+    path = save_bare(tmp_path / "w.safetensors", width=width)
+    vision = {"timm_model_name": "vit_so400m_patch14_reg1_tipsv2", "timm_pool": "token"}
+    content = {"model_cfg": {"vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    _, backbone = vit.load(path)
+    assert backbone.config.heads == {1152: 16, 64: 1}[width]
+    assert backbone.guessed[0].startswith("heads")
+    tensors = load_file(path)
+    del tensors["cls_token"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="missing cls_token .*as SigLIP's, can't be used"):
+        vit.load(path)
+
+
 def test_what_timm_states(tmp_path):
     """Heads of model_args; and only what is missing is called a guess."""
     path = save_bare(tmp_path / "w.safetensors", width=128)
@@ -514,6 +552,25 @@ def test_what_timm_states(tmp_path):
     _, backbone = vit.load(path)
     assert backbone.config.heads == 8
     assert backbone.guessed == ("ImageNet's std",)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "quick_gelu"),
+    [
+        ("vit_base_patch16_clip_224", "laion2b_ft_in12k_in1k", False),
+        ("vit_base_patch16_clip_quickgelu_224", "openai", True),
+        ("vit_base_patch16_clip_quickgelu_224", "dfn2b", True),
+        ("vit_base_patch16_clip_224", "openai", None),
+    ],
+)
+def test_activation_that_timms_name_states(architecture, tag, quick_gelu, tmp_path):
+    """A CLIP of timm with GELU isn't taken for OpenAI's, which are there by both names."""
+    path = save_bare(tmp_path / "w.safetensors", width=128, norm_pre=True)
+    stated = {"architecture": architecture, "pretrained_cfg": {"tag": tag, **HALF_NORM}}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    _, backbone = vit.load(path)
+    assert backbone.config.quick_gelu == (quick_gelu is not False)
+    assert ("QuickGELU" in backbone.guessed) == (quick_gelu is None)
 
 
 def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
@@ -544,6 +601,14 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
     save_file(tensors, tmp_path / "int8.safetensors")
     with pytest.raises(ValueError, match=r"fc1.weight holds torch.int8: quantised weights can't"):
         vit.load(tmp_path / "int8.safetensors", heads=2)
+
+
+def test_a_hybrid_with_a_resnet(tensors, tmp_path):
+    """timm's vit_base_resnet50d: what counts batches is no quantised weight."""
+    tensors["patch_embed.backbone.bn1.num_batches_tracked"] = torch.tensor(3)
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="bn1.num_batches_tracked: a ViT with batch norms"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
 
 
 def test_kinds_of_files_that_are_not_read(tmp_path):
@@ -873,9 +938,9 @@ def test_a_file_that_isnt_the_named_backbone(tiny_weights):
 # --------------------------------------------------------------------------- heads and positions
 
 
-def save_bare(path, width):
+def save_bare(path, width, **more):
     """A network of this width in a file that doesn't state its shape."""
-    model = vit.ViT(vit.Config(width=width, depth=1, heads=2, patch=4, image_size=16))
+    model = vit.ViT(vit.Config(width=width, depth=1, heads=2, patch=4, image_size=16, **more))
     save_file(model.state_dict(), path)
     return path
 
@@ -965,6 +1030,18 @@ def test_a_clip_of_transformers_leaves_its_defaults_out(tmp_path):
     assert (found.heads, found.quick_gelu) == (6, False)
 
 
+def test_a_stated_eps_of_a_clip(tmp_path):
+    """What is stated goes before CLIP's usual eps, and must be a number."""
+    config = {"hidden_size": 128, "layer_norm_eps": 1e-6}
+    path = save_bare(tmp_path / "w.safetensors", width=128, norm_pre=True)
+    assert vit.load(path)[1].config.eps == 1e-5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert vit.load(path)[1].config.eps == 1e-6
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": "1e-6"}))
+    with pytest.raises(ValueError, match="eps '1e-6' of the LayerNorms can't be"):
+        vit.load(path)
+
+
 def test_a_configuration_that_does_not_fit(tmp_path):
     """One of another width is left out; a damaged one, or an unknown activation, is an error."""
     path = save_bare(tmp_path / "w.safetensors", width=128)
@@ -982,6 +1059,18 @@ def test_a_configuration_that_does_not_fit(tmp_path):
         vit.load(path)
 
 
+def test_a_clip_without_ln_pre(tmp_path):
+    """open_clip's CLIPA has none; its head reads the mean of the patches, which no tensor tells."""
+    tensors = load_file(ROOT / "tests" / "golden" / "open_clip_openai.safetensors")
+    without = {}
+    for key, value in tensors.items():
+        if not re.search(r"ln_pre|^golden\.", key):
+            without[key] = value
+    save_file(without, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="has no ln_pre, as CLIPA, whose head pools all patches"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+
+
 def test_given_heads_are_honoured_beside_a_name(tmp_path):
     """`heads` and the activation override a named backbone's."""
     config = vit.BACKBONES["vit_micro"].config
@@ -991,6 +1080,12 @@ def test_given_heads_are_honoured_beside_a_name(tmp_path):
     assert (backbone.config.heads, backbone.config.quick_gelu) == (8, True)
     assert backbone.norm == ((0.1,) * 3, tuple(vit.CIFAR100[1]))
     assert backbone.guessed == ()
+
+
+def test_an_unknown_option(tiny_weights):
+    """A misspelt one isn't ignored."""
+    with pytest.raises(TypeError, match="quickgelu"):
+        vit.load(tiny_weights, quickgelu=True)
 
 
 def test_heads_that_cant_be(tmp_path):
