@@ -1408,34 +1408,46 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.section("graph")
     add = parser.value
     place = (
-        "where to: a folder, or FILE.onnx (the run's folder; with --swappable the one around it)"
+        "where to write: a folder, or FILE.onnx (the run's folder; --swappable: the one around it)"
     )
     add("-o", "PATH", str, place, "")
-    opset = "17 runs nearly everywhere, 23 is newest (17)"
+    opset = "version of ONNX's operators; 17 runs nearly everywhere, 23 is newest (17)"
     add("--opset", "N", int, opset, 17, choices=sorted(IR))
-    add("--batch", "N", train.integer(0), "images in every call (0: as many as come)", 0)
-    image = "floats [batch, 3, S, S], normalised or 0..1 (unit), or pixels uint8 [batch, S, S, 3] "
-    parser.choice("--input", ("float", "unit", "uint8"), image + "(float)", "")
-    parser.switch("--resize", "take uint8 pixels of any size, and resize them as in evaluation")
+    add("--batch", "N", train.integer(0), "images per call, a fixed number (0: any)", 0)
+    image = "normalised floats, or floats from 0 to 1 (unit), both [batch, 3, S, S]; or pixels "
+    image += "[batch, S, S, 3] (float; with --resize uint8)"
+    parser.choice("--input", ("float", "unit", "uint8"), image, "")
+    parser.switch(
+        "--resize",
+        "take pixels (uint8) of photos of any size; the graph resizes them as in evaluation",
+    )
     outputs = ("logits", "probabilities", "embedding")
-    parser.choice("--output", outputs, "what the graph gives (logits)", "logits")
-    precision = "of the weights; int8 is for CPUs (fp32)"
+    parser.choice(
+        "--output",
+        outputs,
+        "what the graph returns; embedding: what the head reads (logits)",
+        "logits",
+    )
+    precision = "precision of the weights; int8 is for CPUs (fp32)"
     parser.choice("--precision", ("fp32", "fp16", "int8"), precision, "fp32")
-    parser.switch("--swappable", "one backbone.onnx for all tasks, one .onnx_adapter for each")
-    add("--hub", "FOLDER", str, "write what transformers.js and optimum-onnx load", "")
+    tasks = (
+        "for several tasks: one backbone.onnx, and an .onnx_adapter for each, which onnxruntime "
+    )
+    parser.switch("--swappable", tasks + "exchanges at run time")
+    add("--hub", "FOLDER", str, "write a folder that transformers.js and optimum-onnx load", "")
     parser.section("check")
-    photos = "photos to check with, in folders named after classes or not; every second one "
-    photos += "calibrates int8 (the run's test images)"
+    photos = "photos to check with, sorted into folders of classes or not; with int8 every second "
+    photos += "one is for calibration (the run's test images)"
     add("--check", "FOLDER", str, photos, "")
     count = "images to check with, 0 for all (64; 1,000 for fp16 and int8)"
     add("--images", "N", train.integer(0), count, None)
     rule = f"keep fp16 or int8 even if accuracy falls by over {MAX_LOSS:g} point and one standard "
-    rule += f"error or, where labels aren't known, under {AGREE:g} %% of the top-1 stay"
+    rule += f"error or, where labels aren't known, fewer than {AGREE:g} %% keep their top-1"
     parser.switch("--force", rule)
     parser.section("where things are now, if not where they were")
     add("--weights", "FILE", str, "the backbone's weights", "")
     add("--init-lora", "PATH", str, "the LoRA that was merged into them", "")
-    add("--dataset", "FOLDER", str, "the photos, or others of the same classes", "")
+    add("--dataset", "FOLDER", str, "the photos, or other photos of the same classes", "")
     add("--data-dir", "DIR", str, "where downloaded data sets are", "")
     parser.switch("--offline", "never use the network")
     options = parser.parse_args(arguments)

@@ -283,19 +283,23 @@ def add_options(parser: Parser) -> None:
     backbones = ", ".join(vit.BACKBONES)
 
     parser.section("task")
-    add("--dataset", "NAME", str, f"{datasets}, or a folder of images (digits)", "digits")
-    add("--data-dir", "DIR", str, "where data sets are, or are downloaded to (data)", "data")
-    add("--limit", "N", integer(0), "a quick look: train on N images, choose by N/4 (0: all)", 0)
+    add("--dataset", "NAME", str, f"{datasets}, or a folder of photos (digits)", "digits")
+    add("--data-dir", "DIR", str, "folder of the data sets; downloads go there too (data)", "data")
+    quick = "for a quick look: train on N images, validate on N/4 (0: all)"
+    add("--limit", "N", integer(0), quick, 0)
     add("--shots", "K", integer(0), "train on K images of each class (0: all)", 0)
-    share = "share for a missing test set, drawn by seed (0: a fifth, the same for all seeds)"
+    share = "share of the images to test on, where there is no test set; drawn by seed "
+    share += "(0: a fifth, the same for all seeds)"
     add("--test-share", "P", number(0, 0.9), share, 0.0)
     parser.switch("--offline", "never use the network")
 
     parser.section("backbone")
     named = f"{backbones} (vit_s16; vit_micro for digits)"
     add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
-    add("--weights", "FILE", str, "a .safetensors, .pth or .npz file, instead of the download", "")
-    lora = "a LoRA that peft made for this backbone, its folder or file: merged before all else"
+    file = "a .safetensors, .pth or .npz file, instead of the download; config.json, "
+    file += "preprocessor_config.json and open_clip_config.json beside it are read too"
+    add("--weights", "FILE", str, file, "")
+    lora = "folder or file of a LoRA that peft made for this backbone; merged before all else"
     add("--init-lora", "PATH", str, lora, "")
     beside = "as the files beside --weights state, else"
     add(
@@ -311,12 +315,12 @@ def add_options(parser: Parser) -> None:
         "--std",
         "R,G,B",
         functools.partial(channels, low=0.001),
-        f"their standard deviation {norm}",
+        f"standard deviation of the pixels {norm}",
         [],
     )
-    gelu = f"activation (by backbone; {beside} QuickGELU for a CLIP)"
+    gelu = f"activation of the MLPs (by backbone; {beside} QuickGELU for a CLIP)"
     parser.choice("--mlp-act", ("gelu", "quick_gelu"), gelu, "")
-    add("--image-size", "PIXELS", integer(0, 2048), "side of the input (0: its own)", 0)
+    add("--image-size", "PIXELS", integer(0, 2048), "side of the backbone's input (0: its own)", 0)
 
 
 def add_training_options(parser: Parser) -> None:
@@ -328,52 +332,68 @@ def add_training_options(parser: Parser) -> None:
         "--epochs",
         "N",
         integer(0),
-        "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 to "
-        "evaluate what --init-lora brings, best by --method head",
+        "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 "
+        "evaluates the LoRA of --init-lora as it is, best with --method head",
         None,
     )
-    parser.switch("--cached", "head: train on features computed once, without augmentation")
-    add("--batch", "N", integer(1), "images in a step (128; 32 for fewer than 5,000 images)", 0)
+    parser.switch(
+        "--cached", "for --method head: train on features computed once, without augmentation"
+    )
+    add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
     add("--lr", "LR", number(1e-12, 1000), "peak learning rate (by method and rank)", 0.0)
-    with_head = f"the head's beside it ({HEAD_RATE:g}; as --lr for head, clip-adapter, scratch)"
+    with_head = (
+        f"peak learning rate of the head ({HEAD_RATE:g}; as --lr for head, clip-adapter, scratch)"
+    )
     add("--head-lr", "LR", number(1e-12, 1000), with_head, 0.0)
-    add("--weight-decay", "W", number(0, 1000), "on weight matrices only, 0 for off (0.05)", 0.05)
-    add("--label-smoothing", "P", number(0, 1), "0 for off (0.1; CLIP's methods 0)", None)
+    decay = "weight decay of the weight matrices, 0 for off (0.05)"
+    add("--weight-decay", "W", number(0, 1000), decay, 0.05)
+    smoothing = "label smoothing of the loss, 0 for off (0.1; CLIP's methods 0)"
+    add("--label-smoothing", "P", number(0, 1), smoothing, None)
     add(
         "--min-scale",
         "A",
         number(1e-6, 1),
-        "least area of a training crop (0.08; digits 0.85)",
+        "smallest share of the image in a training crop (0.08; digits 0.85)",
         0.0,
     )
-    parser.switch("--no-flip", "don't mirror training images: text, signs, anything with a side")
-    weights = "weigh each training image by the inverse of its class's size, as if all were equal"
+    mirrored = "don't mirror training images: for text, signs, anything whose left and right differ"
+    parser.switch("--no-flip", mirrored)
+    weights = "weight the loss by the inverse of each class's size, as if all classes were equal"
     parser.switch("--class-weights", weights)
     add(
         "--seeds --seed",
         "I,J,…",
         integers(0),
-        "a run for each; mean and spread at the end (0)",
+        "a run for each; at the end mean and standard deviation (0)",
         [0],
     )
-    parser.choice("--amp", ("auto", "bf16", "off"), "train in bf16, where faster (auto)", "auto")
+    parser.choice(
+        "--amp",
+        ("auto", "bf16", "off"),
+        "train in bf16; auto: only where it is faster (auto)",
+        "auto",
+    )
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
-    compiled = "compile the network: a minute once, then faster steps on a GPU, which then doesn't "
-    parser.switch("--compile", compiled + "repeat a run to the bit")
+    compiled = (
+        "torch.compile the network: a minute at first, then faster steps on a GPU, but a run "
+    )
+    parser.switch("--compile", compiled + "no longer repeats to the bit")
 
     parser.section("run")
-    add("--name", "NAME", str, "folder below runs/ (from data set, method and seed)", "")
-    more = "go on with a run that was stopped; or, with more --epochs, with one that is finished: "
-    parser.switch("--resume", more + "warm-up and cosine begin again for what is added")
+    folder = "the run's folder in runs/; a finished run is never overwritten "
+    folder += "(from data set, method and seed)"
+    add("--name", "NAME", str, folder, "")
+    more = "continue a run that was stopped; or, with more --epochs, a finished one, in which "
+    parser.switch("--resume", more + "warm-up and cosine begin again for the added epochs")
     again = (
-        "don't train: read the test set of a finished run again, or with --dataset another folder"
+        "don't train: test a finished run again, or with --dataset on other photos of its classes"
     )
     add("--eval", "runs/NAME", str, again, "")
-    photos = "don't train: label photos, and those in folders, by a finished run"
+    photos = "don't train: label photos, or folders of photos, with a finished run"
     metavar = ("runs/NAME", "PHOTO")
     add("--predict", metavar, str, photos, [], nargs="+")
     add("--csv", "FILE", str, "with --predict: write the labels to this file, too", "")
-    drawn = "draw the test images as the head reads them, and the confusion matrix"
+    drawn = "draw the features of the test images in two dimensions, and the confusion matrix"
     parser.choice("--plot", ("features",), drawn, None)
 
 
@@ -390,34 +410,36 @@ def add_method_options(parser: Parser) -> None:
     add("--method", "NAME", str, several, ["adaptertune"], nargs="+", choices=methods)
     scratch = {"dest": "method", "action": "store_const", "const": ["scratch"]}
     parser.switch("--scratch", "train all of --backbone from random weights", **scratch)
-    width = "width of the bottlenecks; 0 for a quarter of CLIP's embedding"
+    width = "width of the bottlenecks; for clip-adapter 0 is a quarter of CLIP's embedding"
     add("--rank --ranks", "R,…", integers(0, 10_000), width, [None])
     add("--every", "K,…", integers(0), "adapters in every K-th block (1)", [1])
     where = "adapters in these blocks, counted from 0, or first6, last6 (all)"
     add("--blocks", "I,J,…", placement, where, [None], nargs="+")
-    reads = "adapters read the block's output, the MLP's input before (raw) or after its LayerNorm "
-    reads += f"(ln), or the MLP's output (mlp){defaults_of('reads')}"
+    reads = "what adapters read: the block's output (block), the MLP's input before (raw) or after "
+    reads += f"its LayerNorm (ln), or the MLP's output (mlp){defaults_of('reads')}"
     parser.choice("--adapter-input", adaptertune.READS, reads, None, dest="reads")
-    act = f"their activation, mlp for that of the block's MLP{defaults_of('act')}"
+    act = "activation of the adapters; mlp is that of the block's MLP, with which an adapter that "
+    act += f"reads ln merges into the MLP on export{defaults_of('act')}"
     parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
-    init = "up-projection: zeros, or N(0, 1e-4²); or a file's adapters, ours or AdaptFormer's"
+    init = "up-projection: zeros or N(0, 1e-4²); or a file with adapters, ours or AdaptFormer's"
     add("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
     add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output")
-    parser.switch("--learn-scale", "train that factor, one for each adapter", default=None)
+    parser.switch("--learn-scale", "train this factor, one for each adapter", default=None)
     add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
-    add("--prompts", "N", integer(1, 10_000), "tokens in a block")
+    add("--prompts", "N", integer(1, 10_000), "prompt tokens in each block")
     shallow = {"dest": "deep", "action": "store_false", "default": None}
     parser.switch("--shallow", "vpt: prompts enter at the first block only", **shallow)
 
     parser.section("clip-adapter, zero-shot")
-    add("--ratio", "A", number(0, 1), "share of the image adapter, 0 for none; 0.6 if fine-grained")
+    image = "share of the image adapter, 0 for none; 0.6 suits fine-grained classes"
+    add("--ratio", "A", number(0, 1), image)
     add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none")
-    parser.switch("--learn-ratio", "train those that aren't 0", default=None)
-    source = "class embeddings from class names or from training images (text)"
+    parser.switch("--learn-ratio", "train the ratios that aren't 0", default=None)
+    source = "compare with embeddings of class names, or with means of training images (text)"
     parser.choice("--classifier", ("text", "prototypes"), source, "text")
-    add("--template", "TEXT", str, 'such as "a photo of a {}." (by data set)', "")
-    add("--text-weights", "FILE", str, "CLIP's text tower (in the backbone's file)", "")
-    add("--vocab", "FILE", str, f"{' or '.join(VOCABULARIES)} (beside the weights)", "")
+    add("--template", "TEXT", str, 'for class names, such as "a photo of a {}." (by data set)', "")
+    add("--text-weights", "FILE", str, "file of CLIP's text tower (in the backbone's file)", "")
+    add("--vocab", "FILE", str, f"CLIP's {' or '.join(VOCABULARIES)} (beside the weights)", "")
 
 
 def defaults_of(setting: str) -> str:
