@@ -1,9 +1,10 @@
 """Images in, batches out: data sets, their splits, augmentation on the device, and downloads.
 
-A data set is three sets of images, which are rows of one table uint8 [N, 3, H, W]: in memory, or of
-photos in a file, decoded once (`Photos`). Everything that happens to a batch (crop, flip, resize,
-normalise) runs on the training device. Its randomness comes from (seed, epoch, step) only: the same
-command makes the same crops, and a resumed run makes those that it would have made.
+A data set is three sets of images, the rows of one table uint8 [N, 3, H, W]. The table is in
+memory; that of photos is in a file, into which each is decoded once (`Photos`). Everything that
+happens to a batch (crop, flip, resize, normalise) runs on the training device. Its randomness comes
+from (seed, epoch, step) only: the same command makes the same crops, and so does a run that was
+stopped and resumed.
 
 Crop, flip and antialiased resize are linear and separable: two small matrices per image,
 

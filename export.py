@@ -1,8 +1,8 @@
 """Export: a run becomes one ONNX graph, checked against PyTorch on test images before it is kept.
 
-    python export.py runs/NAME                          runs/NAME/model.onnx, classes and all inside
+    python export.py runs/NAME                          runs/NAME/model.onnx, with its class names
     python export.py runs/NAME --input uint8 --resize   takes photos of any size as they are
-    python export.py runs/NAME --precision int8         a quarter of the size, half the time
+    python export.py runs/NAME --precision int8         a third of the size, and faster on a CPU
     python export.py runs/NAME --swappable              runs/backbone.onnx, runs/NAME.onnx_adapter
     python export.py runs/NAME --hub FOLDER             what transformers.js and optimum-onnx load
 

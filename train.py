@@ -13,9 +13,9 @@ epoch kept is the last one that validation can't tell from the best. The test se
 the very end, with the weights of that epoch.
 
 A run leaves runs/NAME/ with adapters.safetensors (only the trained tensors), result.json,
-metrics.csv, config.json, split.json and, where matplotlib is installed, curves.svg.
-Until it finishes, state.pt is kept there, and --resume continues exactly where it was stopped, on
-the same kind of device.
+metrics.csv, predictions.csv, config.json, split.json, README.md and, where matplotlib is installed,
+curves.svg and mistakes.png. Until it finishes, state.pt is kept there: --resume continues exactly
+where the run was stopped, on the same kind of device.
 
 From the top: options, setting up, training, opening a run, the terminal, pictures, main.
 """

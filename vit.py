@@ -17,8 +17,8 @@ d = D / H, L blocks; T token ids of a text, K texts, E CLIP's embedding width.
 
 Module names are timm's (https://github.com/huggingface/pytorch-image-models), because most
 published files use them; other layouts are translated by LAYOUTS and RENAMES. Loading is strict:
-every tensor must be found with its right shape and none may be left over. So a network is either
-the pretrained one or an error.
+every tensor must be found with its right shape and none may be left over. So loading gives the
+pretrained network or an error.
 
     python vit.py           list the backbones
     python vit.py FILE …    say what files of weights hold

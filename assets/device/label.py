@@ -4,8 +4,9 @@
     python label.py model.onnx photo.jpg …
     python label.py backbone.onnx --adapter flowers.onnx_adapter photo.jpg …
 
-Class names, image size, normalisation and the form of input and output are read from the file. Of a
-folder all photos are labelled. What can't be read is reported and skipped: exit status 1.
+Class names, image size, normalisation and the form of input and output are read from the file. In a
+folder every photo is labelled. A photo that can't be read is reported and skipped, and the exit
+status is 1.
 """
 
 import argparse
