@@ -177,7 +177,7 @@ def test_linked_files_and_sections_exist(name):
 
 
 def test_length():
-    assert len(README.split()) <= 1500
+    assert len(README.split()) <= 1400
 
 
 def test_five_requirements():
