@@ -337,35 +337,6 @@ def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path, name):
 # -------------------------------------------------------------------- few shots, cached features
 
 
-def test_shots_are_drawn_by_class_and_seed():
-    """As many of each class for train and val, other ones for another seed, none of them twice."""
-    images = data.read("digits")
-    first = data.split(images, seed=0, shots=3)
-    again = data.split(images, seed=0, shots=3)
-    other = data.split(images, seed=1, shots=3)
-    for part in (first.train, first.val):
-        assert torch.bincount(part.labels).tolist() == [3] * 10
-    assert torch.equal(first.train.pixels, again.train.pixels)
-    assert not torch.equal(first.train.pixels, other.train.pixels)
-    assert torch.equal(first.test.pixels, other.test.pixels)
-    chosen = {image.numpy().tobytes() for image in (*first.train.pixels, *first.val.pixels)}
-    assert len(chosen) == 60
-
-    more = data.split(images, shots=9)
-    assert torch.bincount(more.val.labels).tolist() == [4] * 10
-    with pytest.raises(ValueError, match="--shots 500: a class of digits has fewer"):
-        data.split(images, shots=500)
-
-
-def test_test_share_is_drawn_by_seed():
-    """Half of digits for test, and another half for another seed."""
-    images = data.read("digits")
-    first = data.split(images, seed=0, test_share=0.5)
-    second = data.split(images, seed=1, test_share=0.5)
-    assert len(first.test) == 898
-    assert not torch.equal(first.test.labels, second.test.labels)
-
-
 def test_no_image_left_for_val(run, photos, tiny_weights, tmp_path):
     """All pool images are shots: the last epoch is kept, and the report says so."""
     common = ["--dataset", photos, "--weights", tiny_weights, "--test-share", 0.5, "--shots", 10]
