@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import signal
+import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -676,9 +677,9 @@ def test_sweep_over_ranks(run, tiny_weights, tmp_path):
     means = {}
     errors = {}
     for rank in (1, 2, 8):
-        first, second = (float(row["val_accuracy"]) for row in rows if row["rank"] == str(rank))
-        means[rank] = (first + second) / 2
-        errors[rank] = abs(first - second) / 2  # their spread / √2, which is |a - b| / √2
+        found = [float(row["val_accuracy"]) for row in rows if row["rank"] == str(rank)]
+        means[rank] = statistics.mean(found)
+        errors[rank] = statistics.stdev(found) / 2**0.5  # of two seeds
     best = max(means, key=means.get)
     within = [rank for rank in means if means[rank] >= means[best] - errors[best]]
     assert (
