@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import resource
+import sys
 import threading
 from pathlib import Path
 
@@ -169,6 +170,19 @@ def photos(tmp_path):
 
 
 # --------------------------------------------------------------------------------- command lines
+
+
+@pytest.fixture
+def pictures():
+    """For a test that looks at the pictures of its runs."""
+
+
+@pytest.fixture
+def few_pictures(request, monkeypatch):
+    """As if matplotlib weren't installed, but for tests with the fixture `pictures`: to draw takes
+    longer than to train for a few steps."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 def runner(main, capsys):

@@ -29,7 +29,7 @@ QUICK = ["--limit", "48", "--batch", "16", "--epochs", "1"]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, few_pictures):
     """An empty folder to work in."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -604,7 +604,8 @@ def test_no_action_of_its_own(run, finished, place):
     assert letter.read_text() == "dear"
 
 
-def test_links_are_not_followed(run, finished, place):
+@pytest.mark.usefixtures("pictures")
+def test_links_are_not_followed(run, finished, place, capsys):
     """Links in another one's folder, by the names of what is written there, lead to nothing that is
     overwritten or emptied."""
     mine = place / "mine"

@@ -30,7 +30,7 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
 @pytest.fixture
-def handlers(monkeypatch):
+def handlers(monkeypatch, few_pictures):
     """Puts back the signal handlers that a run replaces, and forgets signals that came."""
     monkeypatch.setattr(train, "stop_asked", [])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -128,6 +128,7 @@ def test_what_is_guessed_is_said(run, tmp_path):
     assert "4 heads (given), QuickGELU" in run("--eval", "runs/b")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_what_a_run_leaves(run, tiny_weights, tmp_path):
     """The folder holds the files of a finished run; adapters.safetensors holds what was trained."""
     out = run(*quick(tiny_weights))
@@ -406,6 +407,7 @@ def test_schedule():
 # ------------------------------------------------------------------------------------- many runs
 
 
+@pytest.mark.usefixtures("pictures")
 def test_seeds(run, tiny_weights, tmp_path):
     """Several seeds end in a row of mean and standard deviation, a .csv and a picture. Each has a
     heading."""
@@ -773,6 +775,7 @@ def read_predictions(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_predictions_of_every_image(run, photos, tiny_weights, tmp_path):
     """predictions.csv has each image of val and test once; its mistakes are the accuracy's, and the
     worst classes are named."""
@@ -1007,6 +1010,7 @@ def test_a_finished_run_gets_more_epochs(
         assert all(torch.equal(tensors[name], undisturbed[name]) for name in tensors)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_picture_without_mistakes_goes(run, tiny_weights, tmp_path):
     """mistakes.png is never that of an earlier reading."""
     pytest.importorskip("matplotlib")
@@ -1356,6 +1360,7 @@ def test_evaluation_wants_one_process(run, tiny_weights, monkeypatch):
 # ---------------------------------------------------------------------------- optional packages
 
 
+@pytest.mark.usefixtures("pictures")
 def test_curves(run, tiny_weights, tmp_path):
     """Where matplotlib is installed a run draws its loss and accuracy."""
     pytest.importorskip("matplotlib")
