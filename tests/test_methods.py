@@ -553,18 +553,17 @@ def test_an_adapter_that_nothing_calls(run, tiny_weights, monkeypatch):
 @pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize("method", ["adaptertune", "vpt", "clip-adapter", "full"])
 def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
-    """The logits that evaluation gives, photo by photo, when the data set's folder is gone."""
+    """The pixels and logits of evaluation, photo by photo, when the data set's folder is gone."""
     weights = clip if method == "clip-adapter" else tiny_weights
     common = ["--dataset", photos, "--weights", weights, "--epochs", 2, "--amp", "off"]
     run(*common, "--method", method, "--name", "a")
     finished = open_run("runs/a")
     finished.model.eval()
     test = finished.dataset.test
-    expected = []
+    ((x, _),) = finished.batches.eval(test, finished.dataset.center)
+    images = dict(zip(test.names, x.split(1), strict=True))  # each [1, 3, 16, 16]
     with torch.no_grad():
-        for x, _ in finished.batches.eval(test, finished.dataset.center):
-            expected.append(finished.logits(x))
-    expected = torch.cat(expected)
+        expected = finished.logits(x)
     assert expected.shape == (12, 3)
 
     elsewhere = shutil.move(photos, tmp_path / "elsewhere")
@@ -574,7 +573,7 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
     for name, row in zip(test.names, expected, strict=True):
         x = model.preprocess(elsewhere / name)
-        assert x.shape == (1, 3, 16, 16)
+        assert torch.equal(x, images[name])
         assert torch.allclose(model.network(x), row[None], atol=1e-5)
 
     from PIL import Image
@@ -592,7 +591,7 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_load_run_refuses_what_is_no_run(run, tiny_weights, tmp_path):
-    """An unfinished run, a run on another backbone, a photo that isn't one."""
+    """A run on another backbone, a folder that isn't there, an unfinished run."""
     weights = shutil.copy(tiny_weights, tmp_path / "w.safetensors")
     run("--weights", weights, "--epochs", 1, "--limit", 40, "--name", "a")
     write_tiny(weights, seed=1)
@@ -773,15 +772,7 @@ def test_without_matplotlib_pictures_are_left_out(run, tiny_weights, tmp_path):
     assert lines == expected
     assert not list(tmp_path.rglob("*.svg"))
     assert (tmp_path / "runs/p-s0/test-features.csv").exists()
-
-
-def test_curves(run, tiny_weights, tmp_path):
-    """The picture of a run has its three curves, and the chosen epoch."""
-    pytest.importorskip("matplotlib")
-    out = run("--weights", tiny_weights, "--limit", 60, "--epochs", 2, "--name", "a")
-    assert "saved    runs/a/curves.svg" in out
-    texts = texts_of(tmp_path / "runs/a/curves.svg")
-    assert {"training loss", "accuracy in %", "train", "val", "chosen"} <= set(texts)
+    assert (tmp_path / "runs/p-comparison.csv").exists()
 
 
 def confusion_of(run):

@@ -111,19 +111,6 @@ def test_a_state_that_can_not_be_read(run, tiny_weights, place, monkeypatch):
     assert error == "error: not enough memory; give a smaller --batch or --image-size\n"
 
 
-def test_state_goes_last(run, tiny_weights, place, monkeypatch):
-    """The state is there until all other files are: a run killed before still gets its curves."""
-    found = []
-
-    def conclude(run):
-        found.extend(sorted(path.name for path in run.folder.iterdir()))
-
-    monkeypatch.setattr(train, "conclude", conclude)
-    run("--weights", tiny_weights, *QUICK, "--name", "a")
-    assert {"adapters.safetensors", "result.json", "state.pt"} <= set(found)
-    assert not (place / "runs/a/state.pt").exists()
-
-
 @pytest.mark.parametrize("content", ["", "{"])
 def test_emptied_config_is_named(run, tiny_weights, place, content):
     """What an earlier version left half-written is an error that names the file."""
@@ -390,14 +377,6 @@ def test_out_of_memory_is_one_line(run, tiny_weights, monkeypatch):
 # -------------------------------------------------------------------------------- hostile files
 
 
-def test_an_object_array_is_refused(tmp_path):
-    """A pickle makes no array but of bytes: not of objects, whose addresses it could choose."""
-    path = tmp_path / "batch"
-    path.write_bytes(pickle.dumps({b"data": np.array([1, None], dtype=object)}, protocol=3))
-    with pytest.raises(ValueError, match="was refused: an array of something else than bytes"):
-        data.unpickle(path)
-
-
 @pytest.mark.parametrize(
     "batch",
     [
@@ -505,14 +484,6 @@ def test_pipes_are_not_waited_for(tmp_path, name):
     readers = {"x.png": lambda: data.open_photo(path, 32), "w.pth": lambda: vit.load(path)}
     with pytest.raises(ValueError, match="pipe|no weights|not a CLIP vocabulary"):
         readers.get(name, lambda: vit.Tokenizer(path))()
-
-
-def test_an_eps_is_not_run(tmp_path):
-    """PostScript named .png isn't handed to Ghostscript."""
-    pytest.importorskip("PIL")
-    (tmp_path / "cat.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    with pytest.raises(ValueError, match="can't read .* as an image"):
-        data.read_photo(tmp_path / "cat.png", 32)
 
 
 # --------------------------------------------------------------------------- a stranger's run
