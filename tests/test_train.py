@@ -601,7 +601,7 @@ def test_the_same_command_again(run, tiny_weights, tmp_path):
 @pytest.mark.parametrize("option", [["--epochs", 2], ["--batch", 16], ["--min-scale", 0.5]])
 def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
     """What the data decide isn't what was given by hand before: that run isn't passed off as it."""
-    command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--name", "a"]
+    command = ["--weights", tiny_weights, "--limit", 40, "--method", "head", "--name", "a"]
     run(*command, *option)
     assert "kept" in run(*command, *option)
     error = run(*command, status=1)
@@ -1900,11 +1900,11 @@ def test_images_that_have_a_side(tiny_weights, tmp_path, monkeypatch):
 
 def test_what_is_left_to_the_data_resumes(tiny_weights, run):
     """A finished run is found again by a command that leaves epochs and batch to the data."""
-    command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--test-share", 0.1]
+    command = ["--weights", tiny_weights, "--limit", 40, "--method", "head", "--test-share", 0.1]
     run(*command)
     assert "kept" in run(*command, "--resume")
-    assert "saved    runs/digits-head-n600-s0-2/adapters" in run(*command, "--epochs", 3)
-    assert "kept     runs/digits-head-n600-s0-2/" in run(*command, "--epochs", 3, "--resume")
+    assert "saved    runs/digits-head-n40-s0-2/adapters" in run(*command, "--epochs", 3)
+    assert "kept     runs/digits-head-n40-s0-2/" in run(*command, "--epochs", 3, "--resume")
 
 
 def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch):
