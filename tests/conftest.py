@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import resource
+import sys
 import threading
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
-    """The file of a random ViT: 2 blocks of width 32, for images of 16 px."""
-    return write_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors", seed=0)
+    """The file of a random ViT: 2 blocks of width 32, for images of 16 px, which it tells apart."""
+    return write_backbone(tmp_path_factory.mktemp("weights") / "tiny.safetensors", seed=0)
 
 
 def write_tiny(path, *, seed, **changes):
@@ -54,6 +55,21 @@ def write_tiny(path, *, seed, **changes):
     model.init_weights()
     meta = {"config": dataclasses.asdict(config), "mean": [0.5] * 3, "std": [0.5] * 3}
     save_file(model.state_dict(), path, metadata={"adaptertune": json.dumps(meta)})
+    return path
+
+
+def write_backbone(path, *, seed, **changes):
+    """Write a random ViT whose outputs differ from image to image: matrices from N(0, 1/inputs).
+
+    Those of `write_tiny`, from N(0, 0.02²), hardly do: whatever is trained on it, it predicts one
+    class for all images, and any graph or any other head would agree.
+    """
+    write_tiny(path, seed=seed, **changes)
+    tensors, meta = vit.read_tensors(path)
+    for name, tensor in tensors.items():
+        if name.startswith(("blocks", "patch_embed")) and tensor.ndim > 1:
+            tensors[name] = tensor / 0.02 * tensor[0].numel() ** -0.5
+    save_file(tensors, path, metadata={"adaptertune": json.dumps(meta)})
     return path
 
 
@@ -154,6 +170,19 @@ def photos(tmp_path):
 
 
 # --------------------------------------------------------------------------------- command lines
+
+
+@pytest.fixture
+def pictures():
+    """For a test that looks at the pictures of its runs."""
+
+
+@pytest.fixture
+def few_pictures(request, monkeypatch):
+    """As if matplotlib weren't installed, but for tests with the fixture `pictures`: to draw takes
+    longer than to train for a few steps."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 def runner(main, capsys):

@@ -34,6 +34,12 @@ import torch._dynamo  # what an optimiser imports: once, here
 import data
 import train
 
+with contextlib.suppress(ImportError):  # what pictures are drawn with: once, here, too
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure
+    import matplotlib.image  # noqa: F401
+
 RUN = ["--limit", "48", "--batch", "8", "--epochs", "3", "--method", "adaptformer", "--rank", "8"]
 RUN += ["--name", "x"]
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")

@@ -58,7 +58,7 @@ def test_flip_mirrors():
 
 
 def test_random_boxes_lie_inside():
-    """Random boxes lie inside the image; area and aspect stay within their limits."""
+    """Random boxes lie anywhere inside the image; area and aspect fill their limits."""
     boxes = data.random_boxes(1000, 32, 48, 0.08, data.generator("boxes"))
     top, left, height, width = boxes.T
     assert (boxes >= 0).all()
@@ -69,8 +69,13 @@ def test_random_boxes_lie_inside():
     assert area.max() > 0.8
     uncut = (height < 32) & (width < 48)
     aspect = (width / height)[uncut]
-    assert aspect.min() >= 0.75 - 1e-4
-    assert aspect.max() <= 4 / 3 + 1e-4
+    assert 0.75 - 1e-4 <= aspect.min() < 0.8
+    assert 1.25 < aspect.max() <= 4 / 3 + 1e-4
+    places = torch.stack([top / (32 - height), left / (48 - width)])[:, uncut]  # 0 to 1
+    assert places.min() < 0.05
+    assert places.max() > 0.95
+    assert ((places.mean(dim=1) - 0.5).abs() < 0.05).all()
+    assert torch.corrcoef(places)[0, 1].abs() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -104,8 +109,11 @@ def as_rows(pixels):
 
 
 def test_digits():
-    """The digits are 1,797 images of 8 x 8 with grey values from 0 to 255."""
-    pixels = data.read("digits").train.pixels
+    """The digits are 1,797 images of 8 x 8 with grey values from 0 to 255. In training none is
+    mirrored, and crops leave most of it."""
+    digits = data.read("digits")
+    assert (digits.flip, digits.min_scale) == (False, 0.85)
+    pixels = digits.train.pixels
     assert pixels.shape == (1797, 3, 8, 8)
     assert pixels.min() == 0
     assert pixels.max() == 255
@@ -153,18 +161,22 @@ def test_a_share_for_test_is_drawn_by_the_seed():
     assert torch.equal(first.test.pixels, split_digits(seed=0, test_share=0.5).test.pixels)
 
 
-def test_shots_are_drawn_for_each_class():
-    """Few-shot splits have so many images of each class, and validation at most four others."""
-    few = split_digits(seed=0, shots=6)
-    assert torch.bincount(few.train.labels).tolist() == [6] * 10
-    assert torch.bincount(few.val.labels).tolist() == [4] * 10
-    assert len(few.test) == 359
-    other = split_digits(seed=1, shots=6)
-    assert not torch.equal(few.train.pixels, other.train.pixels)
+def test_shots_are_drawn_by_class_and_seed():
+    """As many of each class for train and val, there at most four, other ones for another seed,
+    none of them twice."""
+    first = split_digits(seed=0, shots=3)
+    again = split_digits(seed=0, shots=3)
+    other = split_digits(seed=1, shots=3)
+    for part in (first.train, first.val):
+        assert torch.bincount(part.labels).tolist() == [3] * 10
+    assert torch.equal(first.train.pixels, again.train.pixels)
+    assert not torch.equal(first.train.pixels, other.train.pixels)
+    assert torch.equal(first.test.pixels, other.test.pixels)
+    chosen = {image.numpy().tobytes() for image in (*first.train.pixels, *first.val.pixels)}
+    assert len(chosen) == 60
 
-
-def test_too_many_shots_are_refused():
-    """An error says that a class has fewer images than --shots."""
+    more = split_digits(shots=9)
+    assert torch.bincount(more.val.labels).tolist() == [4] * 10
     with pytest.raises(ValueError, match="--shots 500: a class of digits has fewer images"):
         split_digits(shots=500)
 
@@ -182,13 +194,27 @@ def test_batches_depend_on_seed_epoch_and_step_alone():
         assert torch.equal(images, same_images)
         assert torch.equal(labels, same_labels)
     for seed, epoch in ((0, 2), (1, 1)):
-        images, _ = next(batches.train(digits, seed, epoch))
+        images, labels = next(batches.train(digits, seed, epoch))
         assert not torch.equal(images, whole[0][0])
+        assert not torch.equal(labels, whole[0][1])  # in another order, too
 
     labels = torch.cat([labels for _, labels in whole])
     assert sorted(labels.tolist()) == sorted(digits.train.labels.tolist())
     images = torch.cat([images for images, _ in whole])
     assert images.abs().max() <= 1.001
+
+
+def test_evaluation_sees_the_normalised_centre():
+    """All images in order: the middle of each, less the mean, divided by the deviation."""
+    pixels = torch.randint(0, 256, (5, 3, 16, 20), dtype=torch.uint8)
+    mean = (0.1, 0.2, 0.3)
+    std = (0.5, 1.0, 2.0)
+    batches = data.Batches(8, (mean, std), 2, CPU)
+    images, labels = zip(*batches.eval(data.Images(pixels, torch.arange(5)), 0.5), strict=True)
+    middle = pixels[:, :, 4:12, 6:14] / 255
+    expected = (middle - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert torch.allclose(torch.cat(images), expected, atol=1e-5)
+    assert torch.cat(labels).tolist() == [0, 1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------ folders of photos

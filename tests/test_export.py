@@ -9,8 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import runner, write_tiny
-from safetensors.torch import save_file
+from conftest import runner, write_backbone
 
 import adaptertune
 import data
@@ -283,20 +282,6 @@ RUNS = {
     "merged": "--method adaptformer --rank 6 --adapter-input ln --adapter-act gelu",
     "rotary": "--weights rotary.safetensors --rank 4",
 }
-
-
-def write_backbone(path, *, seed, **changes):
-    """Write a random ViT whose outputs differ from image to image: matrices from N(0, 1/inputs).
-
-    Those of the tiny one in conftest.py, from N(0, 0.02²), don't, and any graph would agree.
-    """
-    write_tiny(path, seed=seed, **changes)
-    tensors, meta = vit.read_tensors(path)
-    for name, tensor in tensors.items():
-        if name.startswith(("blocks", "patch_embed")) and tensor.ndim > 1:
-            tensors[name] = tensor / 0.02 * tensor[0].numel() ** -0.5
-    save_file(tensors, path, metadata={"adaptertune": json.dumps(meta)})
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -30,7 +31,7 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
 @pytest.fixture
-def handlers(monkeypatch):
+def handlers(monkeypatch, few_pictures):
     """Puts back the signal handlers that a run replaces, and forgets signals that came."""
     monkeypatch.setattr(train, "stop_asked", [])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -101,8 +102,9 @@ def test_what_a_run_says(run, tiny_weights, tmp_path):
         text = " ".join(row)
         table_part = r"\d \d\.\d{3} \d+\.\d\d \d+\.\d\d \d+ \d+:\d\d \d+:\d\d"
         assert re.fullmatch(table_part + r" \d+\.\d\d \d\S* \d\.\d{4}", text)
-    best = max(table[1:], key=lambda row: (float(row[3]), int(row[0])))
-    chosen = rf"^test     \d+\.\d\d %   \(epoch {best[0]}, chosen on val; test read once\)$"
+    result = json.loads(Path("runs/digits-adaptertune-r8-n200-s0/result.json").read_text())
+    how = rf"\(epoch {result['epoch']}, chosen on val; test read once\)"
+    chosen = rf"^test     {result['test_accuracy']:.2f} %   {how}$"
     assert re.search(chosen, out, re.M)
     cost = r"^cost     \d+:\d\d training, \d+:\d\d evaluation, peak \d+\.\d GiB$"
     assert re.search(cost, out, re.M)
@@ -127,6 +129,7 @@ def test_what_is_guessed_is_said(run, tmp_path):
     assert "4 heads (given), QuickGELU" in run("--eval", "runs/b")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_what_a_run_leaves(run, tiny_weights, tmp_path):
     """The folder holds the files of a finished run; adapters.safetensors holds what was trained."""
     out = run(*quick(tiny_weights))
@@ -168,8 +171,8 @@ def test_what_a_run_leaves(run, tiny_weights, tmp_path):
 
 def test_the_terminal_and_metrics_csv_have_the_same_rows(run, tiny_weights, tmp_path):
     """Every cell of the table of epochs is in metrics.csv, in the same order; after them seconds,
-    learning rate and validation loss."""
-    out = run(*quick(tiny_weights, "--name", "a"))
+    learning rate and validation loss (without smoothing and dropout)."""
+    out = run(*quick(tiny_weights, "--dropout", 0.3, "--name", "a"))
     table = read_table(tmp_path / "runs/a")
     assert [row[0] for row in table] == ["epoch", "1", "2", "3"]
     assert printed_rows(out) == [row[:7] for row in table]
@@ -181,7 +184,11 @@ def test_the_terminal_and_metrics_csv_have_the_same_rows(run, tiny_weights, tmp_
     assert [float(row[8]) for row in table[1:]] == pytest.approx(rates, rel=1e-2)
     (options,) = train.parse(["--eval", "runs/a"])
     opened = train.open_run(options)
-    loss = train.predict(opened, opened.dataset.val, "val").loss.mean().item()
+    opened.model.eval()
+    batches = list(opened.batches.eval(opened.dataset.val, 1.0))
+    logits = torch.cat([opened.model(images) for images, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
     chosen = json.loads((tmp_path / "runs/a/result.json").read_text())["epoch"]
     assert float(table[chosen][9]) == pytest.approx(loss, abs=1e-4)
 
@@ -247,11 +254,6 @@ def test_diverging_training_says_so(run, tiny_weights, tmp_path):
     diverging = ["--method", "full", "--lr", 1000, "--weight-decay", 900]
     assert "lower --lr (1000)" in run(*quick(tiny_weights, *diverging), status=1)
     assert not (tmp_path / "runs").exists()
-
-
-def test_bf16_trains(run, tiny_weights):
-    """--amp bf16 trains in bf16, and the terminal says so."""
-    assert "· bf16 · seed 0" in run(*quick(tiny_weights, "--amp", "bf16", "--epochs", 1))
 
 
 def test_every_method_trains_with_rotary_positions(run, tmp_path):
@@ -402,9 +404,60 @@ def test_schedule():
     assert len(set(falling)) == len(falling)
 
 
+@pytest.mark.usefixtures("handlers")
+def test_training_is_the_stated_recipe(tiny_weights, tmp_path, monkeypatch):
+    """Losses and weights are those of the loop that is written out here: label smoothing, weights
+    of the classes, gradients clipped to a norm of 1, AdamW that decays matrices alone, a peak rate
+    of the head's own, and the schedule for both."""
+    monkeypatch.chdir(tmp_path)
+    recipe = ["--lr", 0.02, "--head-lr", 0.05, "--weight-decay", 0.3, "--label-smoothing", 0.2]
+    command = quick(tiny_weights, *recipe, "--class-weights", "--epochs", 2, "--amp", "off")
+    (options,) = train.parse([str(each) for each in command])
+    twin = train.prepare(options, 3)
+    run = train.prepare(options, 3)
+    train.fit(run)
+
+    weights = adaptertune.trained(twin.model)
+    groups = []
+    for name, parameter in weights.items():
+        peak = 0.05 if name.startswith("head.") else 0.02
+        decay = 0.3 if parameter.ndim > 1 else 0.0
+        groups.append({"params": [parameter], "weight_decay": decay, "peak": peak})
+    optimizer = torch.optim.AdamW(groups)
+    sizes = torch.bincount(twin.dataset.train.labels)
+    class_weights = 200 / (10 * sizes)
+    norms = []
+    losses = []
+    after = []  # the weights at the end of each epoch
+    for epoch in (1, 2):
+        total = 0.0
+        for images, labels in twin.batches.train(twin.dataset, seed=3, epoch=epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * train.schedule(len(norms), 14)
+            logits = twin.model(images)
+            each = torch.nn.functional.cross_entropy(
+                logits, labels, label_smoothing=0.2, reduction="none"
+            )
+            loss = (each * class_weights[labels]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).item())
+            optimizer.step()
+            total += loss.item() * len(labels)
+        losses.append(total / 200)
+        after.append({name: value.detach().clone() for name, value in weights.items()})
+
+    assert max(norms) > 1.2  # else nothing was clipped
+    assert [float(row[1]) for row in run.state.rows] == pytest.approx(losses, abs=6e-4)
+    expected = after[run.state.chosen_epoch - 1]
+    for name, tensor in adaptertune.trained(run.model).items():
+        assert torch.allclose(tensor, expected[name], atol=1e-4), name
+
+
 # ------------------------------------------------------------------------------------- many runs
 
 
+@pytest.mark.usefixtures("pictures")
 def test_seeds(run, tiny_weights, tmp_path):
     """Several seeds end in a row of mean and standard deviation, a .csv and a picture. Each has a
     heading."""
@@ -415,6 +468,7 @@ def test_seeds(run, tiny_weights, tmp_path):
     again = run(*quick(tiny_weights, "--seeds", "0,1", "--method", "head"))
     assert re.search("^run      2 of 2: head, learning rate 0.01, seed 1$", again, re.M)  # kept
     first, second = map(float, stated_test(out))
+    assert first != second
     row = re.search(r"^head +330 +([\d.]+) ± ([\d.]+) ", out, re.M)
     assert float(row[1]) == pytest.approx((first + second) / 2, abs=0.011)
     assert float(row[2]) == pytest.approx(abs(first - second) / 2**0.5, abs=0.02)
@@ -470,15 +524,6 @@ def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
     assert error.startswith("error: --eval runs/a is one run; give each option one value;")
 
 
-def test_a_damaged_configuration_is_named(run, tiny_weights, tmp_path):
-    """A config.json that can't be read is one line of error, with --eval and for a new run."""
-    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
-    (tmp_path / "runs/a/config.json").write_text("{ cut")
-    message = "error: runs/a/config.json is damaged (Expecting property name enclosed in double"
-    assert run("--eval", "runs/a", status=2).startswith(message)
-    assert run(*quick(tiny_weights, "--epochs", 1, "--name", "a"), status=1).startswith(message)
-
-
 def test_another_backbone_is_refused_by_name(run, tiny_weights, tmp_path):
     """Adapters on another backbone are an error with both names and fingerprints."""
     other = write_tiny(tmp_path / "other.safetensors", seed=1)
@@ -498,22 +543,21 @@ def test_photos(run, photos, tiny_weights, tmp_path):
     assert len(set(names)) == 60
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
+def test_eval_with_what_the_run_was_not_trained_with(run, tiny_weights):
+    """An option that would change a finished run's network is refused by name."""
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    for changed, named in (
         (["--image-size", 32], "image size 16, not 32"),
+        (["--heads", 4], "heads 2, not 4"),
+        (["--mlp-act", "quick_gelu"], "mlp act gelu, not quick_gelu"),
         (["--scale", 2], "scale 1.0, not 2.0"),
         (["--adapter-act", "relu"], "act gelu, not relu"),
         (["--adapter-input", "mlp"], "reads block, not mlp"),
         (["--rank", 4], "rank 8, not 4"),
         (["--method", "vpt"], "method adaptertune, not vpt"),
-    ],
-)
-def test_eval_with_what_the_run_was_not_trained_with(changed, named, run, tiny_weights):
-    """An option that would change a finished run's network is refused by name."""
-    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
-    error = run("--eval", "runs/a", *changed, status=1)
-    assert f"runs/a/adapters.safetensors was trained with {named}" in error
+    ):
+        error = run("--eval", "runs/a", *changed, status=1)
+        assert f"runs/a/adapters.safetensors was trained with {named}" in error
 
 
 @pytest.mark.parametrize("dataset", ["photos", "digits"])
@@ -541,20 +585,23 @@ def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
 
 
 def test_the_same_command_again(run, tiny_weights, tmp_path):
-    """The same command again leaves every file as it is, and says so with the result."""
+    """The same command again, with --resume or without, leaves every file as it is, and says so
+    with the result."""
     command = quick(tiny_weights, "--epochs", 1, "--name", "a")
     (accuracy,) = re.findall(r"test     ([\d.]+) %", run(*command))
     files = {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
-    out = run(*command)
-    assert f"finished before with test accuracy {accuracy} %; to train it again, delete" in out
-    assert "epoch" not in out
-    assert {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()} == files
+    for again in (command, [*command, "--resume"]):
+        out = run(*again)
+        assert "kept     runs/a/adapters.safetensors, finished before with" in out
+        assert f"with test accuracy {accuracy} %; to train it again, delete" in out
+        assert "epoch" not in out
+        assert {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()} == files
 
 
 @pytest.mark.parametrize("option", [["--epochs", 2], ["--batch", 16], ["--min-scale", 0.5]])
 def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
     """What the data decide isn't what was given by hand before: that run isn't passed off as it."""
-    command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--name", "a"]
+    command = ["--weights", tiny_weights, "--limit", 40, "--method", "head", "--name", "a"]
     run(*command, *option)
     assert "kept" in run(*command, *option)
     error = run(*command, status=1)
@@ -747,21 +794,6 @@ def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
     assert "it has zebra, which the run doesn't know" in error
 
 
-def test_load_run_gives_the_network_of_the_run(run, photos, tiny_weights):
-    """load_run's network and preprocessing give the logits that the run has of its test photos."""
-    run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--name", "a"))
-    model = train.load_run("runs/a")
-    assert model.classes == ["apple", "leaf", "sky"]
-    assert not model.network.training
-    opened = train.open_folder("runs/a")
-    test = opened.dataset.test
-    images = torch.cat([model.preprocess(photos / name) for name in test.names])
-    prepared, _ = next(opened.batches.eval(test, opened.dataset.center))
-    assert torch.equal(images, prepared)
-    with torch.no_grad():
-        assert torch.equal(model.network(images), opened.model.eval()(prepared))
-
-
 # ------------------------------------------------------------------- looking at the result
 
 
@@ -771,9 +803,13 @@ def read_predictions(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_predictions_of_every_image(run, photos, tiny_weights, tmp_path):
     """predictions.csv has each image of val and test once; its mistakes are the accuracy's, and the
     worst classes are named."""
+    for i in range(6):  # which are in the wrong folder, and so will be mistaken
+        (photos / f"leaf/{i:02}.png").rename(photos / f"sky/leaf{i:02}.png")
+        (photos / f"sky/{i:02}.png").rename(photos / f"leaf/sky{i:02}.png")
     command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a")
     out = run("--dataset", photos, *command)
     folder = tmp_path / "runs/a"
@@ -1002,6 +1038,7 @@ def test_a_finished_run_gets_more_epochs(
         assert all(torch.equal(tensors[name], undisturbed[name]) for name in tensors)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_picture_without_mistakes_goes(run, tiny_weights, tmp_path):
     """mistakes.png is never that of an earlier reading."""
     pytest.importorskip("matplotlib")
@@ -1160,18 +1197,20 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
 
 
 def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, handlers):
-    """What had config.json open before it is written again reads the old one, whole."""
+    """What had a file open before it is written again reads the old one, whole."""
     monkeypatch.chdir(tmp_path)
     (options,) = train.parse([str(each) for each in quick(tiny_weights, "--name", "a")])
     prepared = train.prepare(options, 0)
-    train.write_records(prepared)
+    prepared.folder.mkdir(parents=True)
     names = ("config.json", "split.json", "metrics.csv")
+    for name in names:
+        (prepared.folder / name).write_text("old")
     opened = [(prepared.folder / name).open() for name in names]
-    before = [(prepared.folder / name).read_text() for name in names]
     train.write_records(prepared)
-    for file, text in zip(opened, before, strict=True):
+    for name, file in zip(names, opened, strict=True):
         with file:
-            assert file.read() == text
+            assert file.read() == "old"
+        assert (prepared.folder / name).read_text() != "old"
     assert {path.name for path in prepared.folder.iterdir()} == set(names)
 
 
@@ -1223,17 +1262,6 @@ def test_a_resumed_run_shows_the_rows_before(tiny_weights, tmp_path, monkeypatch
     assert rows[:3] == before
 
 
-def test_a_finished_run_is_kept(run, tiny_weights, tmp_path):
-    """--resume leaves a finished run as it is, and says so."""
-    arguments = quick(tiny_weights, "--name", "a")
-    run(*arguments)
-    adapters = tmp_path / "runs/a/adapters.safetensors"
-    written = adapters.stat().st_mtime_ns
-    out = run(*arguments, "--resume")
-    assert "kept     runs/a/adapters.safetensors, finished before" in out
-    assert adapters.stat().st_mtime_ns == written
-
-
 def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
     """Ctrl-C ends a process with status 130 and the command to go on with."""
     arguments = quick(tiny_weights, "--epochs", 40, "--name", "cut")
@@ -1270,6 +1298,25 @@ def torchrun(arguments, folder):
     return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
 
 
+def pair_of_processes(arguments, folder):
+    """Two started processes that train, in the environment of torchrun, whose own start takes two
+    seconds more."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    pair = []
+    for rank in ("0", "1"):
+        given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        each = subprocess.Popen(
+            command, cwd=folder, env=os.environ | given, stdout=pipe, stderr=pipe, text=True
+        )
+        pair.append(each)
+    return pair
+
+
 def in_pairs(weights, name, *more):
     """Options for 206 images in steps of 5, of which the two processes have 3 and 2; in the last
     step there is one image alone."""
@@ -1280,11 +1327,14 @@ def in_pairs(weights, name, *more):
 def test_two_processes_train_what_one_does(run, tiny_weights, tmp_path):
     """Half of each batch in each process gives one process's adapters and metrics, said once."""
     run(*in_pairs(tiny_weights, "one", "--epochs", "2"))
-    with torchrun(in_pairs(tiny_weights, "two", "--epochs", "2"), tmp_path) as pair:
-        out, error = pair.communicate(timeout=120)
-    assert pair.returncode == 0, error
+    pair = pair_of_processes(in_pairs(tiny_weights, "two", "--epochs", "2"), tmp_path)
+    ends = [each.communicate(timeout=120) for each in pair]
+    assert [each.returncode for each in pair] == [0, 0], ends
+    out, _ = ends[0]
     assert "2 processes, each cpu" in out
     assert out.count("\ntest ") == 1
+    out_of_second, _ = ends[1]
+    assert "test " not in out_of_second
     one, _ = adaptertune.read(tmp_path / "runs/one/adapters.safetensors")
     two, _ = adaptertune.read(tmp_path / "runs/two/adapters.safetensors")
     for name, value in one.items():
@@ -1299,7 +1349,8 @@ def test_two_processes_train_what_one_does(run, tiny_weights, tmp_path):
 
 
 def test_two_processes_that_are_stopped_or_killed(tiny_weights, tmp_path):
-    """A signal leaves a state to go on with. When one is killed the other ends, with a line."""
+    """A signal to torchrun leaves a state to go on with. When one process is killed the other ends
+    by itself, with a line."""
     arguments = in_pairs(tiny_weights, "cut", "--epochs", "400")
     with torchrun(arguments, tmp_path) as pair:
         for line in pair.stdout:
@@ -1312,14 +1363,14 @@ def test_two_processes_that_are_stopped_or_killed(tiny_weights, tmp_path):
     state = torch.load(tmp_path / "runs/cut/state.pt", weights_only=True)
     assert (state["epoch"], state["step"]) > (1, 0)
 
-    with torchrun([*arguments, "--resume"], tmp_path) as pair:
-        for line in pair.stdout:
-            if re.match(r" +\d+ ", line):
-                children = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
-                os.kill(int(children[-1]), signal.SIGKILL)
-                break
-        _, error = pair.communicate(timeout=120)
-    assert pair.returncode == 1
+    first, second = pair_of_processes([*arguments, "--resume"], tmp_path)
+    for line in first.stdout:
+        if re.match(r" +\d+ ", line):
+            second.kill()
+            break
+    second.communicate(timeout=60)
+    _, error = first.communicate(timeout=120)
+    assert (first.returncode, second.returncode) == (1, -signal.SIGKILL)
     assert "error: another process ended" in error
 
 
@@ -1351,6 +1402,7 @@ def test_evaluation_wants_one_process(run, tiny_weights, monkeypatch):
 # ---------------------------------------------------------------------------- optional packages
 
 
+@pytest.mark.usefixtures("pictures")
 def test_curves(run, tiny_weights, tmp_path):
     """Where matplotlib is installed a run draws its loss and accuracy."""
     pytest.importorskip("matplotlib")
@@ -1375,24 +1427,6 @@ def test_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
     names = {"adapters.safetensors", "metrics.csv", "config.json", "result.json", "split.json"}
     names |= {"predictions.csv", "README.md"}
     assert {path.name for path in (tmp_path / "runs/a").iterdir()} == names
-
-
-def test_comparison_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
-    """Without matplotlib a comparison and --plot write their .csv and no picture."""
-    for package in ("matplotlib", "sklearn", "sklearn.manifold"):
-        monkeypatch.setitem(sys.modules, package, None)
-    methods = ["--method", "adaptertune", "head", "--plot", "features", "--name", "a"]
-    out = run(*quick(tiny_weights, *methods, "--epochs", 1))
-    left_out = [line.split(" left out;")[0] for line in re.findall("^pictures.*", out, re.M)]
-    assert left_out == [
-        "pictures runs/a-adaptertune/curves.svg, runs/a-adaptertune/mistakes.png",
-        "pictures runs/a-head/curves.svg, runs/a-head/mistakes.png",
-        "pictures runs/a-comparison.svg",
-        "pictures runs/a-features.svg, runs/a-confusion.svg",
-    ]
-    assert list(tmp_path.rglob("*.svg")) == []
-    assert (tmp_path / "runs/a-comparison.csv").exists()
-    assert (tmp_path / "runs/a-features.csv").exists()
 
 
 def test_a_process_without_pillow_and_matplotlib(tiny_weights, tmp_path):
@@ -1548,15 +1582,6 @@ def test_bad_input(run, tiny_weights, tmp_path, arguments, message):
     assert set(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("change", [["--heads", "4"], ["--mlp-act", "quick_gelu"]])
-def test_a_run_is_opened_as_it_was_trained(run, tiny_weights, change):
-    """Another number of heads or activation is refused, as other settings are."""
-    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
-    assert "runs/a/adapters.safetensors was trained with" in run(
-        "--eval", "runs/a", *change, status=1
-    )
-
-
 def test_init_from_a_run_without_adapters(run, tiny_weights):
     """The error names the file and says what it lacks."""
     run(*quick(tiny_weights, "--epochs", 1, "--method", "head", "--name", "a"))
@@ -1574,6 +1599,7 @@ def test_output_that_nobody_reads(tiny_weights, tmp_path):
     )
     assert done.stdout.startswith("env ")
     assert done.stderr == ""
+    assert not list(tmp_path.rglob("result.json"))  # of a run that went on to its end
 
 
 def test_a_share_of_a_test_set_that_is_there(run, photos, tiny_weights):
@@ -1583,14 +1609,6 @@ def test_a_share_of_a_test_set_that_is_there(run, photos, tiny_weights):
     shutil.copytree(photos, parts / "test")
     error = run("--dataset", parts, *quick(tiny_weights, "--test-share", "0.3"), status=1)
     assert "--test-share: parts has a test set of its own" in error
-
-
-def test_a_folder_that_can_not_be_written(run, tiny_weights, tmp_path):
-    """It is found out before anything is trained."""
-    (tmp_path / "runs").write_text("a file in the way")
-    error = run(*quick(tiny_weights), status=1)
-    assert re.match(rf"error: can't write to {tmp_path}/runs \(Not a directory\)", error)
-    assert (tmp_path / "runs").read_text() == "a file in the way"
 
 
 def test_a_folder_named_like_a_built_in_set(run, tiny_weights, tmp_path):
@@ -1616,7 +1634,7 @@ def test_terminals_that_can_not_show_a_name(photos, tiny_weights, tmp_path, enco
     )
     assert done.returncode == 0, done.stderr
     shown = done.stdout.decode(encoding)
-    assert ("· seed 0" in shown) == (encoding != "ascii")
+    assert ("? seed 0" if encoding == "ascii" else "· seed 0") in shown
     written = json.loads((tmp_path / "runs/a/result.json").read_text(encoding="utf-8"))
     assert "葉 · leaf" in written["classes"]
     for picture in (tmp_path / "runs/a").glob("*.svg"):
@@ -1856,37 +1874,41 @@ def test_the_recipe_is_printed_and_kept(tiny_weights, run):
 
 @pytest.mark.usefixtures("handlers")
 def test_images_that_have_a_side(tiny_weights, tmp_path, monkeypatch):
-    """--no-flip: no training image is mirrored, which half of them are otherwise."""
+    """--no-flip: no training image is mirrored, which about half of them are otherwise. With
+    --min-scale 1 a crop loses what its aspect takes alone."""
     write_cifar10(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     command = ["--weights", str(tiny_weights), "--dataset", "cifar10", "--min-scale", "1"]
     mirrored = []
+    areas = []
 
     def crop_resize(pixels, boxes, size, *, flip=None):
-        mirrored.append(0 if flip is None else int(flip.sum()))
+        mirrored.append(torch.zeros(len(boxes)) if flip is None else flip.float())
+        areas.append(boxes[:, 2] * boxes[:, 3] / (32 * 32))
         return plain(pixels, boxes, size, flip=flip)
 
     plain = data.crop_resize
     monkeypatch.setattr(data, "crop_resize", crop_resize)
-    for more, some in (([], True), (["--no-flip"], False)):
+    for more, low, high in (([], 0.3, 0.7), (["--no-flip"], 0, 0)):
         (options,) = train.parse([*command, *more])
         run = train.prepare(options, 0)
         mirrored.clear()
         list(run.batches.train(run.dataset, 0, 1))
-        assert (sum(mirrored) > 0) == some
+        assert low <= torch.cat(mirrored).mean() <= high
+    assert torch.cat(areas).min() > 0.8
 
 
 def test_what_is_left_to_the_data_resumes(tiny_weights, run):
     """A finished run is found again by a command that leaves epochs and batch to the data."""
-    command = ["--weights", tiny_weights, "--limit", 600, "--method", "head", "--test-share", 0.1]
+    command = ["--weights", tiny_weights, "--limit", 40, "--method", "head", "--test-share", 0.1]
     run(*command)
     assert "kept" in run(*command, "--resume")
-    assert "saved    runs/digits-head-n600-s0-2/adapters" in run(*command, "--epochs", 3)
-    assert "kept     runs/digits-head-n600-s0-2/" in run(*command, "--epochs", 3, "--resume")
+    assert "saved    runs/digits-head-n40-s0-2/adapters" in run(*command, "--epochs", 3)
+    assert "kept     runs/digits-head-n40-s0-2/" in run(*command, "--epochs", 3, "--resume")
 
 
 def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch):
-    """A step's dropout has a seed of its own."""
+    """A step's dropout has a seed of its own; both are drawn by the run's seed."""
     monkeypatch.chdir(tmp_path)
     keys = []
 
@@ -1896,11 +1918,11 @@ def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch
 
     command = ["--weights", str(tiny_weights), "--limit", "64", "--epochs", "1"]
     (options,) = train.parse(command)
-    prepared = train.prepare(options, 0)
+    prepared = train.prepare(options, 3)
     monkeypatch.setattr(data, "seed_from", seed_from)
     groups = adaptertune.parameter_groups(prepared.model, 0.0, 1e-3)
     train.train_epochs(prepared, torch.optim.AdamW(groups))
-    assert set(keys) == {"0/1", "0/1/0", "0/1/1", "dropout/0/1/0", "dropout/0/1/1"}
+    assert set(keys) == {"3/1", "3/1/0", "3/1/1", "dropout/3/1/0", "dropout/3/1/1"}
 
 
 @pytest.mark.parametrize(
@@ -1908,8 +1930,8 @@ def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch
     [
         ([10, 50, 30], 2),
         ([50, 50, 30], 2),
-        ([70, 50, 30], 1),
-        ([50, 46, 30], 2),  # of 50 images: 4 points are less than one standard error, 10 points
+        ([50, 38, 30], 1),  # of 50 images one standard error is 10 points
+        ([50, 42, 34], 2),  # of the best one, not of the one before
         ([30, 50, 46], 3),
     ],
 )
