@@ -206,7 +206,7 @@ print([process.exitcode for process in three])
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     error = re.sub("waiting for another process that writes .*\n", "", done.stderr)
-    assert (done.stdout, error) == ("[0, 0, 0]\n", "")
+    assert (done.stdout, error.strip()) == ("[0, 0, 0]\n", "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -300,7 +300,7 @@ def test_help_on_any_terminal(place, encoding):
 
 def test_names_do_not_steer_the_terminal(run, photos, tiny_weights, place):
     """Control characters in names of classes and files are shown as a mark."""
-    for file in sorted((photos / "leaf").iterdir())[10:]:
+    for file in sorted((photos / "leaf").iterdir())[5:]:
         file.unlink()  # so that it is named as the smallest class
     (photos / "leaf").rename(photos / "le\x1b[31maf")
     out = run("--dataset", photos, "--weights", tiny_weights, "--epochs", 1, "--class-weights")
