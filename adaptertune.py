@@ -765,19 +765,37 @@ def shape_text(tensors: dict[str, Tensor], name: str) -> str:
     return str(list(tensors[name].shape)) if name in tensors else "missing"
 
 
+def check_adapter(path: str | Path, saved: dict, block: nn.Module) -> None:
+    """Compare what the shapes of a block's Adapter don't show with the metadata of a file: `reads`,
+    a fixed `scale`, and `act`.
+
+    Raises:
+        ValueError: as `check_same`.
+    """
+    adapter = block.adapter
+    present = {"reads": adapter.reads}
+    if not isinstance(adapter.scale, nn.Parameter):  # else it is one of the tensors
+        present["scale"] = adapter.scale
+    names = [name for name, kind in ACTS.items() if type(adapter.act) is kind]
+    if type(adapter.act) is type(block.mlp.act):
+        names.append("mlp")
+    if saved.get("act") not in names:
+        present["act"] = names[0] if names else type(adapter.act).__name__
+    check_same(path, saved, present)
+
+
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
     """Copy a file's tensors into a model that has the same adapters and head; return its metadata.
 
-    Names and shapes of tensors are compared. What shapes don't show (the settings `reads`, `act`
-    and `scale`) is only in the metadata, if `save` got there what `adapt` returns: `check_same`
-    compares it.
+    Names and shapes of tensors are compared; the adapters' settings too, if the metadata have them:
+    `save` wants what `adapt` returned.
 
     Args:
         name: what an error calls the model's backbone.
 
     Raises:
-        ValueError: the file isn't ours, was trained on another backbone (fingerprints differ), or
-            its tensors aren't the model's.
+        ValueError: the file isn't ours, was trained on another backbone (fingerprints differ) or
+            with other settings, or its tensors aren't the model's.
     """
     tensors, meta = read(path, ("fingerprint",))
     trained_on = meta["fingerprint"]
@@ -800,6 +818,9 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         raise ValueError(
             f"the model's adapters or head differ from the file's: {'; '.join(wrong[:3])}"
         )
+    for block in model.blocks:
+        if isinstance(block.adapter, Adapter):
+            check_adapter(path, meta, block)
     odd = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if odd:
         raise ValueError(f"{path} has values that aren't finite: {', '.join(odd[:3])}")

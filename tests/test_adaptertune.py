@@ -522,6 +522,30 @@ def test_another_backbone_is_refused_by_name(tiny_weights, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        ({"method": "adaptformer"}, "reads block, not raw"),
+        ({"reads": "ln"}, "reads block, not ln"),
+        ({"scale": 3.0}, "scale 1.0, not 3.0"),
+        ({"act": "relu"}, "act gelu, not relu"),
+    ],
+)
+def test_other_settings_of_the_same_shape_are_refused(tiny_weights, tmp_path, options, differs):
+    """Adapters that compute something else, though their tensors have the same shapes."""
+    model, _ = vit.load(tiny_weights)
+    settings = adaptertune.adapt(model, "adaptertune", 5, rank=4)
+    adaptertune.save(tmp_path / "a.safetensors", model, settings)
+    options = {"method": "adaptertune", "rank": 4} | options
+    other, _ = vit.load(tiny_weights)
+    adaptertune.adapt(other, options.pop("method"), 5, **options)
+    with pytest.raises(ValueError, match=f"a.safetensors was trained with {differs}; leave out"):
+        adaptertune.load(tmp_path / "a.safetensors", other)
+    alike, _ = vit.load(tiny_weights)
+    adaptertune.adapt(alike, "adaptertune", 5, rank=4, act="mlp")  # GELU, too
+    adaptertune.load(tmp_path / "a.safetensors", alike)
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"rank": 8}, "blocks.0.adapter.down.bias is [4] in the file, [8] in the model"),
