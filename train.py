@@ -197,6 +197,7 @@ def make_parser(prog: str = "train.py") -> Parser:
     )
     add_options(parser)
     add_training_options(parser)
+    add_run_options(parser)
     add_method_options(parser)
     return parser
 
@@ -324,7 +325,7 @@ def add_options(parser: Parser) -> None:
 
 
 def add_training_options(parser: Parser) -> None:
-    """The options of training, and of what else is done with a run."""
+    """The options of training."""
     add = parser.value
 
     parser.section("training")
@@ -378,6 +379,11 @@ def add_training_options(parser: Parser) -> None:
         "torch.compile the network: a minute at first, then faster steps on a GPU, but a run "
     )
     parser.switch("--compile", compiled + "no longer repeats to the bit")
+
+
+def add_run_options(parser: Parser) -> None:
+    """The options of a run's folder, and of what else is done with a run."""
+    add = parser.value
 
     parser.section("run")
     folder = "the run's folder in runs/; a finished run is never overwritten "
