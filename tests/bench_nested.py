@@ -98,6 +98,9 @@ def least_sufficient(losses: Tensor) -> int:
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     options, *_ = train.parse([*sys.argv[1:], "--rank", str(RANKS[-1])])
     titles = [f"rank {rank}" for rank in RANKS]
     print("seed", *(f"{title:>8}" for title in titles), "  within a standard error")
