@@ -971,7 +971,7 @@ def decode(
     return Images(photos, torch.tensor(labels), names, torch.tensor(rows)), sums
 
 
-DECODER = 1  # another number for another outcome of `read_photo`: then all is decoded anew
+DECODER = 2  # another number for another outcome of `read_photo`: then all is decoded anew
 PHOTOS_AT_A_TIME = 256  # in memory while they are decoded; fewer of more than 256 MiB
 
 
@@ -1251,6 +1251,7 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
     """
     from PIL import Image
 
+    image.load()  # of a TIFF, Pillow turns the pixels here, and says so in its EXIF data
     orientation = image.getexif().get(0x0112)
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("32 bits a pixel, whose white may be 1, 255 or more; save it in 8 bits")

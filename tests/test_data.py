@@ -287,6 +287,19 @@ def test_orientation_beside_an_odd_tag(orientation, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", TURNS)
+def test_a_tiff_is_turned_once(orientation, tmp_path):
+    """Pillow turns the pixels of a TIFF while it decodes them."""
+    image = pytest.importorskip("PIL.Image")
+    upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    photo = image.fromarray(np.ascontiguousarray(TURNS[orientation](upright)))
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    photo.save(tmp_path / "a.tif", exif=exif)
+    read = data.read_photo(tmp_path / "a.tif", side=16)
+    assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)
+
+
+@pytest.mark.parametrize("orientation", TURNS)
 def test_photos_of_a_phone(orientation, tmp_path):
     """HEIC, by pillow-heif, upright, whatever the file is called."""
     image = pytest.importorskip("PIL.Image")

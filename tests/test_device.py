@@ -99,6 +99,7 @@ def save_odd_photos(folder):
         image.resize((9, 7)).save(folder / f"{kind}, small.png")
         image.resize((300, 5)).save(folder / f"{kind}, wide.png")
         save_turned(image, folder / f"{kind}, turned.jpg", 8)
+        save_turned(image, folder / f"{kind}, turned.tif", 3)
 
 
 def save_turned(image, path, orientation):
@@ -106,7 +107,8 @@ def save_turned(image, path, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     turned = image.transpose(TURNS[orientation])
-    turned.save(path, quality=100, subsampling=0, exif=exif)
+    options = {"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {}
+    turned.save(path, exif=exif, **options)
 
 
 # ------------------------------------------------------------------------------------- processes
