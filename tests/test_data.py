@@ -330,6 +330,34 @@ def test_photos_of_a_phone_without_pillow_heif(name, tmp_path, monkeypatch):
         data.read_photo(tmp_path / name, side=16)
 
 
+@pytest.mark.parametrize("brand", ("heic", "heim", "hevc", "mif1", "msf1"))
+def test_photos_of_a_phone_without_a_suffix(brand, tmp_path):
+    """Every kind of HEIC that can be read is found."""
+    (tmp_path / "a").write_bytes(b"\0\0\0\x24ftyp" + brand.encode())
+    assert data.is_photo(tmp_path / "a")
+    assert data.is_heif(tmp_path / "a")
+
+
+def test_a_link_in_a_circle_without_pillow_heif(tmp_path, monkeypatch):
+    """A file that can't be opened is reported as one that can't be read."""
+    pytest.importorskip("PIL")
+    monkeypatch.setattr(data, "add_heif", lambda: False)
+    (tmp_path / "a.heic").symlink_to("a.heic")
+    with pytest.raises(ValueError, match="can't read .*a.heic as an image .*symbolic links"):
+        data.read_photo(tmp_path / "a.heic", side=16)
+
+
+def test_a_photo_of_a_phone_that_is_cut_short(tmp_path):
+    """The error is one line, though pillow-heif's has two."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    image.new("RGB", (64, 64), "red").save(tmp_path / "a.heic")
+    whole = (tmp_path / "a.heic").read_bytes()
+    (tmp_path / "a.heic").write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match=r"^can't read [^\n]+; repair or remove it$"):
+        data.read_photo(tmp_path / "a.heic", side=16)
+
+
 def grey_twins(image, pixels):
     """A grey photo [H, W], 8 bits, and the same in other forms."""
     plain = image.fromarray(pixels)
