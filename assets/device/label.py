@@ -34,7 +34,7 @@ with contextlib.suppress(ImportError):  # without it HEIC is reported and skippe
 # What Pillow decodes by itself: PostScript by another name would start Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA", "HEIF")
-HEIC = (".heic", ".heif")
+HEIC = (".heic", ".heif", ".hif")
 # In folders:
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIC)
 
