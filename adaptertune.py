@@ -276,32 +276,28 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             ("blocks.0.adaptmlp.down_proj.weight", "blocks.0.adaptmlp.scale").
 
     Raises:
-        ValueError: adapters that are missing or of another shape.
+        ValueError: adapters that are missing, of another shape, or not in the model; values that
+            aren't finite numbers.
     """
     found = {}
     for name, value in tensors.items():
         name = re.sub(r"\.adaptmlp\.(down|up)_proj\.", r".adapter.\1.", name)
-        found[name.replace(".adaptmlp.", ".adapter.")] = value
-    wanted = {}
-    wrong = []
-    for name, parameter in model.named_parameters():
-        if ".adapter." not in name:
-            continue
-        value = found.get(name)
-        if value is not None and value.shape == (1,) and parameter.ndim == 0:
-            value = value[0]  # AdaptFormer's scale
-        if value is None or value.shape != parameter.shape:
-            wrong.append(name)
-        else:
-            wanted[name] = value
-    if not any(".adapter." in name for name in found):
+        name = name.replace(".adaptmlp.", ".adapter.")
+        if name.endswith(".adapter.scale") and value.shape == (1,):
+            value = value[0]  # AdaptFormer's
+        if ".adapter." in name:
+            found[name] = value
+    if not found:
         raise ValueError("the file holds no adapters")
+    wanted = {name: each for name, each in model.named_parameters() if ".adapter." in name}
+    wrong = differences(found, wanted)
     if wrong:
         raise ValueError(
-            f"the file has no {', '.join(wrong[:3])} of the right shape; "
-            "is it of another rank or placement?"
+            f"the model's adapters differ from the file's: {'; '.join(wrong[:3])}; "
+            "was it made with another --rank, --blocks or --learn-scale?"
         )
-    model.load_state_dict(wanted, strict=False)
+    check_values(found)
+    model.load_state_dict(found, strict=False)
 
 
 # --------------------------------------------------------------------------------------- prompts

@@ -685,8 +685,27 @@ def test_a_missing_or_damaged_file_is_refused(tiny_weights, tmp_path):
 
 def test_start_from_names_what_is_missing(tiny_weights):
     """A file with one tensor of four: the first that it lacks is named."""
-    with pytest.raises(ValueError, match="no blocks.0.adapter.down.weight"):
+    with pytest.raises(ValueError, match="blocks.0.adapter.down.bias is missing in the file, "):
         adaptertune.start_from(adapted(tiny_weights), {"blocks.0.adapter.up.bias": torch.zeros(D)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("blocks.1.adapter.scale", torch.ones(()), r"scale is \[\] in the file, missing in the"),
+        ("blocks.2.adapter.up.bias", torch.ones(D), "blocks.2.adapter.up.bias is .* missing in"),
+        ("blocks.0.adaptmlp.adapter_layer_norm_before.bias", torch.ones(D), "missing in the model"),
+        ("blocks.0.adapter.up.bias", torch.full((D,), torch.nan), "values that aren't finite"),
+        ("blocks.0.adapter.up.bias", torch.ones(D, dtype=torch.int8), "is of torch.int8; save"),
+    ],
+)
+def test_start_from_takes_all_or_nothing(tiny_weights, name, value, reason):
+    """What a file has besides would be left out, and the adapters compute something else."""
+    tensors = randomise(adapted(tiny_weights)).state_dict()
+    model = adapted(tiny_weights)
+    with pytest.raises(ValueError, match=reason):
+        adaptertune.start_from(model, tensors | {name: value})
+    assert not model.blocks[0].adapter.up.weight.any()
 
 
 def test_fingerprint(tiny_weights):
