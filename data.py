@@ -1092,6 +1092,7 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
         except OSError as error:  # gone by now
             return ValueError(f"can't read {missing[file]} as an image ({error.strerror})")
 
+    add_heif()  # not in the threads: a second one gets the module whose import fails in the first
     bad = []
     files = list(missing)
     at_a_time = max(os.cpu_count(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))

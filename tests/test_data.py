@@ -347,6 +347,19 @@ def test_a_link_in_a_circle_without_pillow_heif(tmp_path, monkeypatch):
         data.read_photo(tmp_path / "a.heic", side=16)
 
 
+def test_pillow_heif_that_cannot_be_imported(photos, tmp_path, monkeypatch):
+    """A package that is broken is as good as none, in the threads that decode a folder too."""
+    (tmp_path / "pillow_heif.py").write_text("import time; time.sleep(0.5); raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+    data.add_heif.cache_clear()
+    try:
+        assert len(data.read(str(photos), image_size=28).train) == 60
+        assert not data.add_heif()
+    finally:
+        data.add_heif.cache_clear()
+
+
 def test_a_photo_of_a_phone_that_is_cut_short(tmp_path):
     """The error is one line, though pillow-heif's has two."""
     image = pytest.importorskip("PIL.Image")
