@@ -276,32 +276,28 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             ("blocks.0.adaptmlp.down_proj.weight", "blocks.0.adaptmlp.scale").
 
     Raises:
-        ValueError: adapters that are missing or of another shape.
+        ValueError: adapters that are missing, of another shape, or not in the model; values that
+            aren't finite numbers.
     """
     found = {}
     for name, value in tensors.items():
         name = re.sub(r"\.adaptmlp\.(down|up)_proj\.", r".adapter.\1.", name)
-        found[name.replace(".adaptmlp.", ".adapter.")] = value
-    wanted = {}
-    wrong = []
-    for name, parameter in model.named_parameters():
-        if ".adapter." not in name:
-            continue
-        value = found.get(name)
-        if value is not None and value.shape == (1,) and parameter.ndim == 0:
-            value = value[0]  # AdaptFormer's scale
-        if value is None or value.shape != parameter.shape:
-            wrong.append(name)
-        else:
-            wanted[name] = value
-    if not any(".adapter." in name for name in found):
+        name = name.replace(".adaptmlp.", ".adapter.")
+        if name.endswith(".adapter.scale") and value.shape == (1,):
+            value = value[0]  # AdaptFormer's
+        if ".adapter." in name:
+            found[name] = value
+    if not found:
         raise ValueError("the file holds no adapters")
+    wanted = {name: each for name, each in model.named_parameters() if ".adapter." in name}
+    wrong = differences(found, wanted)
     if wrong:
         raise ValueError(
-            f"the file has no {', '.join(wrong[:3])} of the right shape; "
-            "is it of another rank or placement?"
+            f"the model's adapters differ from the file's: {'; '.join(wrong[:3])}; "
+            "was it made with another --rank, --blocks or --learn-scale?"
         )
-    model.load_state_dict(wanted, strict=False)
+    check_values(found)
+    model.load_state_dict(found, strict=False)
 
 
 # --------------------------------------------------------------------------------------- prompts
@@ -581,7 +577,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-# What a value of JSON may be. A file of another one's may hold anything.
+# What a value of JSON may be: a file that somebody else made may hold anything.
 
 
 def text(value: object) -> bool:
@@ -628,7 +624,7 @@ def by_name(kind: Callable) -> Callable:
 
 def check_types(content: object, table: dict[str, Callable], required: Sequence[str] = ()) -> None:
     """Raise a ValueError unless `content` is a dictionary that has what is required, with values
-    that the table allows; keys that aren't in it may have any."""
+    that the table allows; other keys may have any."""
     if not isinstance(content, dict):
         raise ValueError("no dictionary")
     missing = [key for key in required if key not in content]
@@ -697,16 +693,23 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
 
     Args:
         path: a file's name, or what bytes can be written to.
-        meta: what a reader should know. Its "fingerprint", that of the backbone before training,
-            is computed if it isn't given; that is right as long as the backbone was frozen.
+        meta: what a reader should know. Its "fingerprint" is that of the backbone before training.
+            If it isn't given, it is computed, which is right as long as the backbone was frozen;
+            it is empty if the file holds the whole backbone.
+
+    Raises:
+        ValueError: metadata that `read` would refuse.
     """
-    meta = {"version": VERSION, **(meta or {})}
-    if "fingerprint" not in meta:
-        meta["fingerprint"] = fingerprint(model)
     tensors = {}
     for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor.detach().cpu().contiguous()
-    content = to_bytes(tensors, {"adaptertune": json.dumps(meta)})
+    meta = {"version": VERSION, **backbone_settings(model), **(meta or {})}
+    if "fingerprint" not in meta:
+        is_whole = len(tensors) == len(model.state_dict())
+        meta["fingerprint"] = "" if is_whole else fingerprint(model)
+    header = json.dumps(meta)
+    check_types(json.loads(header), META)  # a file that `read` would refuse isn't written
+    content = to_bytes(tensors, {"adaptertune": header})
     if isinstance(path, str | Path):
         Path(path).write_bytes(content)
     else:
@@ -730,6 +733,7 @@ def read(path: str | Path, required: Sequence[str] = ()) -> tuple[dict[str, Tens
             meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
             check_types(meta, META)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            check_values(tensors)
     except Exception as error:  # safetensors has an error type of its own
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
     if meta.get("version") != VERSION:
@@ -747,7 +751,7 @@ def check_same(path: str | Path, saved: dict, present: dict) -> None:
     """Compare the metadata of a file with those of the model that takes it up.
 
     Args:
-        present: what the model has; a key that isn't in `saved` is left out.
+        present: what the model has; a key that isn't in `saved` isn't compared.
 
     Raises:
         ValueError: a value differs; names the first such.
@@ -760,9 +764,30 @@ def check_same(path: str | Path, saved: dict, present: dict) -> None:
             )
 
 
-def shape_text(tensors: dict[str, Tensor], name: str) -> str:
-    """A tensor's shape for an error, such as "[4, 128]", or "missing"."""
-    return str(list(tensors[name].shape)) if name in tensors else "missing"
+def differences(saved: dict[str, Tensor], present: dict[str, Tensor]) -> list[str]:
+    """What a file's tensors and a model's have of other names or shapes, a text for each."""
+    found = []
+    for name in sorted(set(saved) | set(present)):
+        there = list(saved[name].shape) if name in saved else "missing"
+        here = list(present[name].shape) if name in present else "missing"
+        if there != here:
+            found.append(f"{name} is {there} in the file, {here} in the model")
+    return found
+
+
+def check_values(tensors: dict[str, Tensor]) -> None:
+    """Raise a ValueError for integers, such as quantised weights, and for what isn't finite."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype}; save it as floats")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{name} has values that aren't finite")
+
+
+def backbone_settings(model: nn.Module) -> dict:
+    """What a backbone computes with and its tensors don't show, for a file's metadata."""
+    mlp_act = "quick_gelu" if model.config.quick_gelu else "gelu"
+    return {"heads": model.config.heads, "mlp_act": mlp_act}
 
 
 def check_adapter(path: str | Path, saved: dict, block: nn.Module) -> None:
@@ -784,11 +809,22 @@ def check_adapter(path: str | Path, saved: dict, block: nn.Module) -> None:
     check_same(path, saved, present)
 
 
+def check_clip_head(path: str | Path, saved: dict, head: ClipHead) -> None:
+    """Compare the fixed ratios of a ClipHead with the metadata of a file.
+
+    Raises:
+        ValueError: as `check_same`.
+    """
+    for name, ratio in {"ratio": head.image_ratio, "text_ratio": head.text_ratio}.items():
+        if not isinstance(ratio, nn.Parameter):  # else it is one of the tensors
+            check_same(path, saved, {name: ratio})
+
+
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
     """Copy a file's tensors into a model that has the same adapters and head; return its metadata.
 
-    Names and shapes of tensors are compared; the adapters' settings too, if the metadata have them:
-    `save` wants what `adapt` returned.
+    Names and shapes of tensors are compared, and the settings that don't show in them, as far as
+    the metadata have them: give `save` what `adapt` returned.
 
     Args:
         name: what an error calls the model's backbone.
@@ -800,29 +836,23 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
     tensors, meta = read(path, ("fingerprint",))
     trained_on = meta["fingerprint"]
     present = fingerprint(model)
-    if trained_on and trained_on != present:  # empty if all was trained from random weights
+    if trained_on and trained_on != present:  # empty if the file has the whole backbone
         raise ValueError(
             f"the adapters were trained on {meta.get('backbone', 'another backbone')} "
             f"({trained_on}), not on {name} ({present}); "
             "give that backbone by --backbone or --weights"
         )
     wanted = model.state_dict()
-    added = {key for key in wanted if is_added(key)}
-    wrong = []
-    for key in sorted(added | set(tensors)):
-        saved = shape_text(tensors, key)
-        present = shape_text(wanted, key)
-        if saved != present:
-            wrong.append(f"{key} is {saved} in the file, {present} in the model")
+    if trained_on and meta.get("method") not in WHOLE_METHODS:  # else the file has the backbone
+        wanted = {key: each for key, each in wanted.items() if is_added(key) or key in tensors}
+    wrong = differences(tensors, wanted)
     if wrong:
-        raise ValueError(
-            f"the model's adapters or head differ from the file's: {'; '.join(wrong[:3])}"
-        )
+        raise ValueError(f"the model's tensors differ from the file's: {'; '.join(wrong[:3])}")
+    check_same(path, meta, backbone_settings(model))
+    if isinstance(model.head, ClipHead):
+        check_clip_head(path, meta, model.head)
     for block in model.blocks:
         if isinstance(block.adapter, Adapter):
             check_adapter(path, meta, block)
-    odd = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if odd:
-        raise ValueError(f"{path} has values that aren't finite: {', '.join(odd[:3])}")
     model.load_state_dict(tensors, strict=False)
     return meta

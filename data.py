@@ -70,10 +70,11 @@ PHOTOS |= {".dib", ".dds", ".ico", ".icns", ".pcx", ".qoi", ".sgi", ".tga"}
 PHOTOS |= {".heic", ".heif", ".hif"}  # a phone's, by the package pillow-heif
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA", "HEIF")
-# How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF, HEIC.
+# How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF; HEIC.
 BEGINNINGS = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM|II\*\0|MM\0\*|.{4}ftyp(?:avif|hei[cx]|mif1)", re.DOTALL
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM|II\*\0|MM\0\*|.{4}ftypavi[fs]", re.DOTALL
 )
+HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 # Names of the folders that hold a part of the data, in any case.
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 PARTS |= {"dev": "val", "test": "test", "testing": "test"}
@@ -918,7 +919,8 @@ def is_photo(file: Path) -> bool:
     if file.suffix:
         return file.suffix.lower() in PHOTOS
     with file.open("rb") as opened:
-        return bool(BEGINNINGS.match(opened.read(12)))
+        beginning = opened.read(12)
+    return bool(BEGINNINGS.match(beginning) or HEIC.match(beginning))
 
 
 def decode(
@@ -971,7 +973,7 @@ def decode(
     return Images(photos, torch.tensor(labels), names, torch.tensor(rows)), sums
 
 
-DECODER = 1  # another number for another outcome of `read_photo`: then all is decoded anew
+DECODER = 2  # another number for another outcome of `read_photo`: then all is decoded anew
 PHOTOS_AT_A_TIME = 256  # in memory while they are decoded; fewer of more than 256 MiB
 
 
@@ -1090,6 +1092,7 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
         except OSError as error:  # gone by now
             return ValueError(f"can't read {missing[file]} as an image ({error.strerror})")
 
+    add_heif()  # not in the threads: a second one gets the module whose import fails in the first
     bad = []
     files = list(missing)
     at_a_time = max(os.cpu_count(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))
@@ -1189,7 +1192,7 @@ def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa:
 def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
     """A photo as 8-bit RGB, upright; a JPEG perhaps smaller than it is, but enough for `side`."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
@@ -1209,11 +1212,14 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         reason = str(error) or "not enough memory"
         raise ValueError(f"{path} is too large to be decoded ({reason}); shrink it") from error
     except Exception as error:  # Pillow's decoders raise many kinds
-        if not has_heif and is_heif(path):
+        if isinstance(error, UnidentifiedImageError) and not has_heif and is_heif(path):
             raise ValueError(
                 f"can't read {path} as an image without pillow-heif: pip install pillow-heif"
             ) from error
-        raise ValueError(f"can't read {path} as an image ({error}); repair or remove it") from error
+        reason = " ".join(str(error).split())  # pillow-heif's has two lines
+        raise ValueError(
+            f"can't read {path} as an image ({reason}); repair or remove it"
+        ) from error
 
 
 @functools.cache
@@ -1230,7 +1236,7 @@ def add_heif() -> bool:
 def is_heif(path: str | Path) -> bool:
     """Whether a file begins as HEIC does, whatever its suffix."""
     with Path(path).open("rb") as file:
-        return bool(re.match(rb".{4}ftyp(hei|hev|mif1|msf1)", file.read(12), re.DOTALL))
+        return bool(HEIC.match(file.read(12)))
 
 
 def square(height: int, width: int) -> tuple[int, int, int, int]:
@@ -1251,6 +1257,7 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
     """
     from PIL import Image
 
+    image.load()  # of a TIFF, Pillow turns the pixels here, and says so in its EXIF data
     orientation = image.getexif().get(0x0112)
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("32 bits a pixel, whose white may be 1, 255 or more; save it in 8 bits")

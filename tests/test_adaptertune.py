@@ -491,17 +491,18 @@ def test_round_trip(clip, tiny_weights, tmp_path, method):
     again.eval()
     with torch.no_grad():
         assert not torch.equal(again(IMAGES), model(IMAGES))
-        assert adaptertune.load(tmp_path / "a.safetensors", again) == meta
+        assert adaptertune.load(tmp_path / "a.safetensors", again).items() >= meta.items()
         assert torch.equal(again(IMAGES), model(IMAGES))
 
 
 def test_save_without_meta(tiny_weights, tmp_path):
-    """The fingerprint is worked out, so that another backbone is refused even then."""
+    """What the backbone is gets worked out, so that another one is refused even then."""
     model = randomise(adapted(tiny_weights))
     adaptertune.save(tmp_path / "a.safetensors", model)
     again = adapted(tiny_weights)
     meta = adaptertune.load(str(tmp_path / "a.safetensors"), again)
-    assert meta == {"version": 1, "fingerprint": adaptertune.fingerprint(model)}
+    known = {"version": 1, "fingerprint": adaptertune.fingerprint(model)}
+    assert meta == known | {"heads": 2, "mlp_act": "gelu"}
     assert torch.equal(again(IMAGES), model(IMAGES))
 
     other = adapted(write_tiny(tmp_path / "other.safetensors", seed=1))
@@ -545,6 +546,101 @@ def test_other_settings_of_the_same_shape_are_refused(tiny_weights, tmp_path, op
     adaptertune.load(tmp_path / "a.safetensors", alike)
 
 
+@pytest.mark.parametrize("ratio", ["ratio", "text_ratio"])
+def test_another_ratio_is_refused(clip, tiny_weights, tmp_path, ratio):
+    """A CLIP-Adapter's ratio, which no tensor shows; a learnt one is a tensor."""
+    settings = {"ratio": 0.2, "text_ratio": 0.2}
+    model, meta = adapt(clip, tiny_weights, "clip-adapter", **settings)
+    adaptertune.save(tmp_path / "a.safetensors", model, meta)
+    other, _ = adapt(clip, tiny_weights, "clip-adapter", **settings | {ratio: 0.6})
+    with pytest.raises(ValueError, match=f"with {ratio.replace('_', ' ')} 0.2, not 0.6"):
+        adaptertune.load(tmp_path / "a.safetensors", other)
+
+    learnt, meta = adapt(clip, tiny_weights, "clip-adapter", **settings, learn_ratio=True)
+    adaptertune.save(tmp_path / "a.safetensors", learnt, meta)
+    other, _ = adapt(
+        clip, tiny_weights, "clip-adapter", **settings | {ratio: 0.6}, learn_ratio=True
+    )
+    adaptertune.load(tmp_path / "a.safetensors", other)
+    assert other.head.image_ratio == other.head.text_ratio == torch.tensor(0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [({"heads": 4}, "heads 2, not 4"), ({"quick_gelu": True}, "mlp act gelu, not quick_gelu")],
+)
+def test_a_backbone_that_is_used_otherwise_is_refused(tiny_weights, tmp_path, options, differs):
+    """The fingerprint is of the tensors only."""
+    adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
+    other, _ = vit.load(tiny_weights, **options)
+    adaptertune.adapt(other, "adaptertune", 5, rank=4)
+    with pytest.raises(ValueError, match=f"trained with {differs}"):
+        adaptertune.load(tmp_path / "a.safetensors", other)
+
+
+@pytest.mark.parametrize(
+    ("method", "fingerprint", "missing"),
+    [("adaptertune", False, "blocks.0.attn.proj.bias"), ("full", True, "blocks.1.norm2.bias")],
+)
+def test_a_backbone_that_the_file_lacks(clip, tiny_weights, tmp_path, method, fingerprint, missing):
+    """A file that says it has the whole backbone must have it: any other would pass as its own."""
+    model, _ = adapt(clip, tiny_weights, method)
+    tensors = adaptertune.saved_tensors(model)
+    tensors.pop(missing, None)
+    known = adaptertune.fingerprint(model) if fingerprint else ""
+    header = json.dumps({"version": 1, "method": method, "fingerprint": known})
+    save_file(tensors, tmp_path / "a.safetensors", {"adaptertune": header})
+    with pytest.raises(ValueError, match=f"from the file's: {missing} is missing in the file"):
+        adaptertune.load(tmp_path / "a.safetensors", model)
+
+
+def test_a_whole_network_comes_back(clip, tiny_weights, tmp_path):
+    """Saved after training without a fingerprint, it is loaded onto any backbone of its shape."""
+    model, settings = adapt(clip, tiny_weights, "full")
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight.add_(0.1)
+    adaptertune.save(tmp_path / "a.safetensors", model, settings)
+    again, _ = adapt(clip, tiny_weights, "full")
+    adaptertune.load(tmp_path / "a.safetensors", again)
+    assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64], ids=str)
+def test_values_that_are_no_floats_are_refused(tiny_weights, tmp_path, kind):
+    """Quantised weights, say: they would be taken for the weights themselves."""
+    model = adapted(tiny_weights)
+    tensors = {name: each.to(kind) for name, each in adaptertune.saved_tensors(model).items()}
+    header = json.dumps({"version": 1, "fingerprint": adaptertune.fingerprint(model)})
+    save_file(tensors, tmp_path / "a.safetensors", {"adaptertune": header})
+    with pytest.raises(ValueError, match=f"is of {kind}; save it as floats"):
+        adaptertune.load(tmp_path / "a.safetensors", model)
+
+
+def test_float8_and_float64(tiny_weights, tmp_path):
+    """Eight bits are taken as they are; what overflows the model's 32 is refused."""
+    model = adapted(tiny_weights)
+    tensors = adaptertune.saved_tensors(randomise(model))
+    header = json.dumps({"version": 1, "fingerprint": adaptertune.fingerprint(model)})
+    eight = {name: each.to(torch.float8_e4m3fn) for name, each in tensors.items()}
+    save_file(eight, tmp_path / "a.safetensors", {"adaptertune": header})
+    adaptertune.load(tmp_path / "a.safetensors", model)
+    assert torch.equal(model.head.weight, eight["head.weight"].float())
+
+    large = {name: each.double() * 1e300 for name, each in tensors.items()}
+    save_file(large, tmp_path / "a.safetensors", {"adaptertune": header})
+    with pytest.raises(ValueError, match="has values that aren't finite"):
+        adaptertune.load(tmp_path / "a.safetensors", model)
+
+
+@pytest.mark.parametrize("meta", [{"scale": float("nan")}, {"rank": None}, {"ratio": 5}], ids=str)
+def test_what_could_not_be_read_is_not_saved(tiny_weights, tmp_path, meta):
+    """Metadata that `read` refuses would cost what was trained."""
+    (name,) = meta
+    with pytest.raises(ValueError, match=f"^{name} is {meta[name]}$"):
+        adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights), meta)
+    assert not any(tmp_path.glob("a.*"))
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -560,7 +656,7 @@ def test_other_adapters_are_refused(tiny_weights, tmp_path, options, named):
     """Adapters of another shape, placement or kind: the error names the tensors."""
     adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
     model = adapted(tiny_weights, **options)
-    message = re.escape(f"adapters or head differ from the file's: {named}")
+    message = re.escape(f"the model's tensors differ from the file's: {named}")
     with pytest.raises(ValueError, match=message):
         adaptertune.load(tmp_path / "a.safetensors", model)
 
@@ -589,8 +685,27 @@ def test_a_missing_or_damaged_file_is_refused(tiny_weights, tmp_path):
 
 def test_start_from_names_what_is_missing(tiny_weights):
     """A file with one tensor of four: the first that it lacks is named."""
-    with pytest.raises(ValueError, match="no blocks.0.adapter.down.weight"):
+    with pytest.raises(ValueError, match="blocks.0.adapter.down.bias is missing in the file, "):
         adaptertune.start_from(adapted(tiny_weights), {"blocks.0.adapter.up.bias": torch.zeros(D)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("blocks.1.adapter.scale", torch.ones(()), r"scale is \[\] in the file, missing in the"),
+        ("blocks.2.adapter.up.bias", torch.ones(D), "blocks.2.adapter.up.bias is .* missing in"),
+        ("blocks.0.adaptmlp.adapter_layer_norm_before.bias", torch.ones(D), "missing in the model"),
+        ("blocks.0.adapter.up.bias", torch.full((D,), torch.nan), "values that aren't finite"),
+        ("blocks.0.adapter.up.bias", torch.ones(D, dtype=torch.int8), "is of torch.int8; save"),
+    ],
+)
+def test_start_from_takes_all_or_nothing(tiny_weights, name, value, reason):
+    """What a file has besides would be left out, and the adapters compute something else."""
+    tensors = randomise(adapted(tiny_weights)).state_dict()
+    model = adapted(tiny_weights)
+    with pytest.raises(ValueError, match=reason):
+        adaptertune.start_from(model, tensors | {name: value})
+    assert not model.blocks[0].adapter.up.weight.any()
 
 
 def test_fingerprint(tiny_weights):

@@ -287,6 +287,19 @@ def test_orientation_beside_an_odd_tag(orientation, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", TURNS)
+def test_a_tiff_is_turned_once(orientation, tmp_path):
+    """Pillow turns the pixels of a TIFF while it decodes them."""
+    image = pytest.importorskip("PIL.Image")
+    upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    photo = image.fromarray(np.ascontiguousarray(TURNS[orientation](upright)))
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    photo.save(tmp_path / "a.tif", exif=exif)
+    read = data.read_photo(tmp_path / "a.tif", side=16)
+    assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)
+
+
+@pytest.mark.parametrize("orientation", TURNS)
 def test_photos_of_a_phone(orientation, tmp_path):
     """HEIC, by pillow-heif, upright, whatever the file is called."""
     image = pytest.importorskip("PIL.Image")
@@ -315,6 +328,47 @@ def test_photos_of_a_phone_without_pillow_heif(name, tmp_path, monkeypatch):
     message = f"^can't read {tmp_path / name} as an image without pillow-heif: pip install pillow-"
     with pytest.raises(ValueError, match=message):
         data.read_photo(tmp_path / name, side=16)
+
+
+@pytest.mark.parametrize("brand", ("heic", "heim", "hevc", "mif1", "msf1"))
+def test_photos_of_a_phone_without_a_suffix(brand, tmp_path):
+    """Every kind of HEIC that can be read is found."""
+    (tmp_path / "a").write_bytes(b"\0\0\0\x24ftyp" + brand.encode())
+    assert data.is_photo(tmp_path / "a")
+    assert data.is_heif(tmp_path / "a")
+
+
+def test_a_link_in_a_circle_without_pillow_heif(tmp_path, monkeypatch):
+    """A file that can't be opened is reported as one that can't be read."""
+    pytest.importorskip("PIL")
+    monkeypatch.setattr(data, "add_heif", lambda: False)
+    (tmp_path / "a.heic").symlink_to("a.heic")
+    with pytest.raises(ValueError, match="can't read .*a.heic as an image .*symbolic links"):
+        data.read_photo(tmp_path / "a.heic", side=16)
+
+
+def test_pillow_heif_that_cannot_be_imported(photos, tmp_path, monkeypatch):
+    """A package that is broken is as good as none, in the threads that decode a folder too."""
+    (tmp_path / "pillow_heif.py").write_text("import time; time.sleep(0.5); raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+    data.add_heif.cache_clear()
+    try:
+        assert len(data.read(str(photos), image_size=28).train) == 60
+        assert not data.add_heif()
+    finally:
+        data.add_heif.cache_clear()
+
+
+def test_a_photo_of_a_phone_that_is_cut_short(tmp_path):
+    """The error is one line, though pillow-heif's has two."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    image.new("RGB", (64, 64), "red").save(tmp_path / "a.heic")
+    whole = (tmp_path / "a.heic").read_bytes()
+    (tmp_path / "a.heic").write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match=r"^can't read [^\n]+; repair or remove it$"):
+        data.read_photo(tmp_path / "a.heic", side=16)
 
 
 def grey_twins(image, pixels):

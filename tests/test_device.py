@@ -99,6 +99,7 @@ def save_odd_photos(folder):
         image.resize((9, 7)).save(folder / f"{kind}, small.png")
         image.resize((300, 5)).save(folder / f"{kind}, wide.png")
         save_turned(image, folder / f"{kind}, turned.jpg", 8)
+        save_turned(image, folder / f"{kind}, turned.tif", 3)
 
 
 def save_turned(image, path, orientation):
@@ -106,7 +107,8 @@ def save_turned(image, path, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     turned = image.transpose(TURNS[orientation])
-    turned.save(path, quality=100, subsampling=0, exif=exif)
+    options = {"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {}
+    turned.save(path, exif=exif, **options)
 
 
 # ------------------------------------------------------------------------------------- processes
@@ -220,12 +222,14 @@ def test_packages_are_absent(python):
 def test_heic_without_its_package(python, run_export, absent, tmp_path):
     """A phone's photo is reported with what to install, and skipped."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx")
-    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
+    for name in ("a.heic", "b.heif", "c.hif"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
     (absent / "pillow_heif.py").write_text("raise ImportError")
-    done = python(LABEL, tmp_path / "model.onnx", tmp_path / "a.heic", "odd/dark.bmp")
+    done = python(LABEL, tmp_path / "model.onnx", tmp_path, "odd/dark.bmp")
     (absent / "pillow_heif.py").unlink()
     assert done.returncode == 1
-    assert "HEIC needs a package to be decoded: pip install pillow-heif" in done.stderr
+    reason = "HEIC needs a package to be decoded: pip install pillow-heif"
+    assert done.stderr.count(reason) == 3
     assert "odd/dark.bmp  " in done.stdout
 
 

@@ -479,7 +479,8 @@ def test_init_from_a_file(run, tiny_weights, published, tmp_path):
     assert torch.allclose(second["blocks.1.adapter.up.weight"], expected, atol=1e-6)
 
     wrong = ["--rank", 8, "--init", tmp_path / "published.pth", "--name", "c"]
-    assert "of the right shape" in run(*common, *wrong, status=1)
+    error = run(*common, *wrong, status=1)
+    assert "blocks.0.adapter.down.bias is [4] in the file, [8] in the model" in error
 
     ours = ["--rank", 4, "--init", tmp_path / "runs/a/adapters.safetensors", "--name", "d"]
     assert "with scale 0.1, not 0.5" in run(*common, *ours, "--scale", 0.5, status=1)

@@ -34,7 +34,7 @@ with contextlib.suppress(ImportError):  # without it HEIC is reported and skippe
 # What Pillow decodes by itself: PostScript by another name would start Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA", "HEIF")
-HEIC = (".heic", ".heif")
+HEIC = (".heic", ".heif", ".hif")
 # In folders:
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIC)
 
@@ -58,6 +58,7 @@ def reason(error):
 def upright_rgb(image):
     """An opened photo as 8-bit RGB: 16-bit grey scaled, transparency over white, turned as its
     EXIF orientation says."""
+    image.load()  # of a TIFF, Pillow turns the pixels here, and says so in its EXIF data
     orientation = image.getexif().get(0x0112)
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("32 bits a pixel, whose white may be 1, 255 or more; save it in 8 bits")
