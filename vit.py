@@ -583,6 +583,27 @@ BACKBONES = {
 # -------------------------------------------------------------------- reading published weights
 
 
+# Keys known not to belong to the backbone, which are left out; "../" is explained at `Layout`.
+IGNORED = (
+    r"(embeddings\.)?mask_token$",  # DINOv2, BEiT; HF embeddings.mask_token
+    r"embeddings\.position_ids$",  # HF CLIP
+    r"rope_embed\.periods$",  # DINOv3's, which Rotary computes
+    r"pooler\.dense\.",  # HF ViT
+    r"(\.\./(.*\.)?decoder\.)?(decoder_|mask_token$)",  # MAE decoder_embed.weight
+    r"head_dist\.|\.\./(.*\.)?(cls|distillation)_classifier\.",  # DeiT's second head
+    r"(\.\./)?head\.(mlp|last_layer)",  # DINO's projection head
+    # CLIP's text tower, and what stands beside both towers
+    r"\.\./(.*\.)?(text(\.|_model\.|_projection)|transformer\.resblocks\.|token_embedding\.)",
+    r"\.\./(.*\.)?(positional_embedding$|ln_final\.)",
+    r"\.\./(.*\.)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
+)
+TEXT_IGNORED = (
+    r"embeddings\.position_ids$",
+    r"(\.\./(.*\.)?)?(visual|vision_model\.)",  # the image tower
+    r"(\.\./(.*\.)?)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
+)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A family of published files. All patterns are regular expressions.
@@ -590,87 +611,48 @@ class Layout:
     What precedes the match of `tell` is the prefix of the backbone's keys; it is stripped. A key
     without the prefix isn't the backbone's and gets "../" in front, so that patterns can tell the
     two. In a CLIP of Hugging Face `tell` matches "vision_model.embeddings.class_embedding": the
-    prefix is "vision_model.", and "text_model.x" becomes "../text_model.x". Without a prefix all
-    keys count as the backbone's, and one too many is an error.
+    prefix is "vision_model.", and "text_model.x" becomes "../text_model.x"; if it isn't in
+    `ignored`, a note names it. Without a prefix all keys count as the backbone's, and one too many
+    is an error.
     """
 
     name: str  # for users
     tell: str  # matches the end of a key that only this family has
     eps: float  # of the LayerNorms, which no file states
-    # Keys known not to belong to the backbone. Others without the prefix are named in a note.
-    ignored: tuple[str, ...]
     norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
+    ignored: tuple[str, ...] = IGNORED
 
 
 LAYOUTS = (  # the first one that fits is taken
-    Layout(
-        "OpenAI CLIP, open_clip",
-        r"\bconv1\.weight$",
-        1e-5,
-        (
-            r"\.\./(.*\.)?transformer\.",  # the text tower
-            r"\.\./(.*\.)?(token_embedding\.|positional_embedding$|ln_final\.|text)",
-            r"\.\./(.*\.)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
-        ),
-    ),
+    Layout("OpenAI CLIP, open_clip", r"\bconv1\.weight$", 1e-5),
     Layout(
         "Hugging Face CLIP",
         r"\bembeddings\.class_embedding$",
         1e-5,
-        (
-            r"(.*\.)?embeddings\.position_ids$",
-            r"\.\./(.*\.)?(text_|logit_scale$)",
-            r"\.\./classifier\.",  # reads the mean of the patches without the last norm
-        ),
+        ignored=(*IGNORED, r"\.\./classifier\."),  # reads the mean of patches without the norm
     ),
     Layout(
         "Hugging Face Dinov2",
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
         1e-6,
-        (
-            r"embeddings\.mask_token$",
-            r"\.\./classifier\.",  # reads the class token beside the mean of the patches
-        ),
+        ignored=(*IGNORED, r"\.\./classifier\."),  # reads the class token beside that mean
     ),
-    Layout(
-        "Hugging Face DINOv3",
-        r"\bembeddings\.patch_embeddings\.weight$",
-        1e-5,
-        (r"embeddings\.mask_token$",),
-    ),
+    Layout("Hugging Face DINOv3", r"\bembeddings\.patch_embeddings\.weight$", 1e-5),
     Layout(
         "Hugging Face ViT, DeiT",
         r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
         1e-12,
-        (
-            r"pooler\.|embeddings\.mask_token$",
-            r"\.\./(.*\.)?(decoder\.|(cls|distillation)_classifier\.)",  # MAE, DeiT's second head
-        ),
     ),
-    Layout(
-        "timm, DeiT, DINO, DINOv2, DINOv3, MAE",
-        r"\bpatch_embed\.proj\.weight$",
-        1e-6,
-        (
-            r"mask_token$|decoder_|head_dist\.",
-            r"rope_embed\.periods$",  # DINOv3's, which Rotary computes
-            r"(\.\./)?head\.(mlp|last_layer)",  # DINO's projection head
-            r"\.\./(.*\.)?(text|logit_)",  # open_clip around a timm tower
-        ),
-    ),
-    Layout("torchvision", r"\bconv_proj\.weight$", 1e-6, ()),
-    Layout("Google's .npz", r"\bembedding/kernel$", 1e-6, (), "Inception"),
+    Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$", 1e-6),
+    Layout("torchvision", r"\bconv_proj\.weight$", 1e-6),
+    Layout("Google's .npz", r"\bembedding/kernel$", 1e-6, "Inception"),
 )
 TEXT_LAYOUTS = (
     Layout(
         "OpenAI, open_clip, Hugging Face CLIP",
         r"\b(embeddings\.)?token_embedding\.weight$",
         1e-5,
-        (
-            r"(\.\./(.*\.)?)?(visual|vision_model\.)",  # the image tower
-            r"(\.\./(.*\.)?)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
-            r"embeddings\.position_ids$",
-        ),
+        ignored=TEXT_IGNORED,
     ),
 )
 
