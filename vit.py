@@ -677,50 +677,41 @@ RENAMES = (
     (r"^pre_logits/", "head.pre_logits."),  # a layer of the head
     (r"^head/", "head."),
     # tokens and positions
-    (r"^(embeddings\.)?class_embedding$", "cls_token"),  # OpenAI class_embedding
-    (r"^class_token$", "cls_token"),  # torchvision
-    (r"^embeddings\.cls_token$", "cls_token"),  # HF ViT embeddings.cls_token
-    (r"^(embeddings\.)?register_tokens$", "reg_token"),  # DINOv2 register_tokens
-    (r"^storage_tokens$", "reg_token"),  # DINOv3 storage_tokens
-    (r"^embeddings\.distillation_token$", "reg_token"),  # HF DeiT
-    (r"^dist_token$", "reg_token"),  # DeiT, timm
+    (r"^embeddings\.", ""),  # HF embeddings.cls_token
+    (r"^class_(embedding|token)$", "cls_token"),  # OpenAI class_embedding, torchvision class_token
+    (r"^(register|storage)_tokens$", "reg_token"),  # DINOv2 register_tokens, DINOv3 storage_tokens
+    (r"^(distillation|dist)_token$", "reg_token"),  # HF DeiT, timm's DeiT dist_token
     (r"^positional_embedding$", "pos_embed"),  # OpenAI
     (r"^encoder\.pos_embedding$", "pos_embed"),  # torchvision
-    (r"^embeddings\.position_embeddings$", "pos_embed"),  # HF ViT
-    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),  # HF CLIP
-    (r"^(embeddings\.)?token_embedding\.", "token_embed."),  # OpenAI token_embedding.weight
+    (r"^position_embeddings$", "pos_embed"),  # HF ViT
+    (r"^position_embedding\.weight$", "pos_embed"),  # HF CLIP
+    (r"^token_embedding\.", "token_embed."),  # OpenAI token_embedding.weight
     # patches
     (r"^(conv1|conv_proj)\.", "patch_embed.proj."),  # OpenAI conv1.weight, torchvision
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),  # HF ViT
-    # HF DINOv3 embeddings.patch_embeddings.weight
-    (r"^embeddings\.patch_embeddings\.(weight|bias)$", r"patch_embed.proj.\1"),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),  # HF CLIP
+    (r"^patch_embedding\.", "patch_embed.proj."),  # HF CLIP
+    (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),  # HF ViT; HF DINOv3 without
     # norms outside the blocks
     (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF spells it so
     (r"^(ln_post|ln_final|encoder\.ln)\.", "norm."),  # OpenAI ln_post.weight, torchvision
     (r"^(post_layernorm|final_layer_norm|layernorm)\.", "norm."),  # HF layernorm.weight
-    # inside the blocks
-    # HF DINOv3 layer.0.attention.q_proj.bias; there is none of k
-    (r"^(model\.)?layer\.(\d+)\.attention\.([qv])_proj\.bias$", r"blocks.\2.attn.\3_bias"),
-    (r"^(model\.)?layer\.", "blocks."),  # HF DINOv3 layer.0.…
-    (r"^(encoder\.layers?|layers)\.", "blocks."),  # HF encoder.layer.0.…
+    # blocks
+    (r"^(encoder\.layers?|layers|(model\.)?layer)\.", "blocks."),  # HF encoder.layer.0.…
     (r"^blocks\.encoder_layer_", "blocks."),  # torchvision encoder.layers.encoder_layer_0.…
     (r"^transformer\.resblocks\.", "blocks."),  # OpenAI transformer.resblocks.0.…
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks: blocks.CHUNK.BLOCK.…
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # HF Dinov2 ….layer_scale1.lambda1
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III ….gamma_1
-    (r"\.ln_([12])\.", r".norm\1."),  # OpenAI ….ln_1.weight
-    (r"\.layer_norm([12])\.", r".norm\1."),  # HF CLIP ….layer_norm1.weight
+    (r"\.(ln_|layer_norm)([12])\.", r".norm\2."),  # OpenAI ….ln_1.weight, HF CLIP
     (r"\.layernorm_before\.", ".norm1."),  # HF ViT
     (r"\.layernorm_after\.", ".norm2."),  # HF ViT
-    (r"\.(attn|self_attention)\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),  # HF CLIP ….self_attn.q_proj.weight
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),  # HF ViT of transformers 5
-    # HF ….attention.attention.query.weight
-    (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),
-    # OpenAI ….attn.out_proj.weight; HF CLIP, torchvision
-    (r"\.(self_attn|attn|self_attention)\.out_proj\.", ".attn.proj."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # HF ….attention.output.dense.weight
+    # attention
+    (r"\.(self_attn|self_attention|attention)\.", ".attn."),  # HF CLIP, torchvision, HF ViT
+    (r"\.attn\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),  # HF ViT ….query.weight
+    (r"\.attn\.([qkv])_proj\.", r".attn.\1."),  # HF CLIP ….q_proj.weight
+    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),  # BEiT
+    (r"\.attn\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
+    (r"\.attn\.(out_proj|o_proj|output\.dense)\.", ".attn.proj."),  # OpenAI ….attn.out_proj.weight
+    # MLP
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
     (r"\.mlp\.up_proj\.", ".mlp.fc1."),  # HF DINOv3 ….mlp.up_proj.weight
@@ -1161,19 +1152,16 @@ def some(keys: list[str]) -> str:
 
 def stack_qkv(found: dict[str, Tensor]) -> None:
     """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases, which
-    are [D], or [H, d] in an .npz."""
+    are [D], or [H, d] in an .npz. Where no key has a bias (BEiT, DINOv3), zeros stand for it."""
+    key_bias = any(name.endswith(".attn.k.bias") for name in found)
     for q in [name for name in found if ".attn.q." in name]:
         k = q.replace(".q.", ".k.")
         v = q.replace(".q.", ".v.")
+        if q.endswith("bias") and v in found and not key_bias:
+            found[k] = torch.zeros_like(found[v])
         if k in found and v in found:
-            parts = [found.pop(q), found.pop(k), found.pop(v)]
-            joined = torch.cat(parts)
+            joined = torch.cat([found.pop(q), found.pop(k), found.pop(v)])
             found[q.replace(".q.", ".qkv.")] = joined.flatten() if q.endswith("bias") else joined
-    for q in [name for name in found if name.endswith(".attn.q_bias")]:  # BEiT, DINOv3: none of k
-        v = q.replace("q_bias", "v_bias")
-        if v in found:
-            parts = [found.pop(q), torch.zeros_like(found[v]), found.pop(v)]
-            found[q.replace("q_bias", "qkv.bias")] = torch.cat(parts)
     for mask in [name for name in found if name.endswith(".attn.qkv.bias_mask")]:  # Meta's DINOv3
         bias = mask.removesuffix("_mask")
         if bias in found:
