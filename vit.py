@@ -1373,7 +1373,7 @@ def read_beside(path: Path, width: int) -> dict:
             raise ValueError(
                 f"{file}, beside the weights, can't be used ({error}); correct or remove it"
             ) from error
-        strange = "" if "note" in found else strange_statement(content)
+        strange = "" if "note" in found else strange_statement(content, width)
         if strange:
             raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
         stated |= found
@@ -1382,40 +1382,50 @@ def read_beside(path: Path, width: int) -> dict:
 
 def read_description(content: dict, width: int) -> dict:
     """What one such file states (see `read_beside`)."""
-    open_clip = content.get("model_cfg") or {}
-    vision = open_clip.get("vision_cfg") or {}
-    timm = content.get("model_args") or {}
-    tower = image_tower(content)
-    widths = (vision.get("width"), tower.get("hidden_size"), timm.get("embed_dim"))
-    for other in widths:
-        if other is not None and type(other) is not int:
-            raise ValueError(f"it states the width {other!r}")
-        if other not in (None, width):
-            return {"note": f"the description beside it is of width {other}, and was left out"}
-    stated = {"eps": tower.get("layer_norm_eps")}
-    stated["heads"] = tower.get("num_attention_heads", timm.get("num_heads"))
-    stated["quick_gelu"] = read_quick_gelu(content)
-    if open_clip and "timm_model_name" not in vision:
-        stated["heads"] = width // vision.get("head_width", 64)
-    heads = stated["heads"]
+    tower = image_tower(content, width)
+    other = tower.get("hidden_size")
+    if other is not None and type(other) is not int:
+        raise ValueError(f"it states the width {other!r}")
+    if other not in (None, width):
+        return {"note": f"the description beside it is of width {other}, and was left out"}
+    heads = tower.get("num_attention_heads")
     if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
         raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
+    stated = {"heads": heads, "eps": tower.get("layer_norm_eps")}
+    if "hidden_act" in tower:
+        stated["quick_gelu"] = tower["hidden_act"] == "quick_gelu"
     stated |= read_norm(content)
     return {key: value for key, value in stated.items() if value is not None}
 
 
-def image_tower(content: dict) -> dict:
-    """The part of a description that is of the image tower. A CLIP of transformers leaves its
-    defaults out."""
-    if "vision_config" not in content:
-        return content
-    defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-    return defaults | content["vision_config"]
+def image_tower(content: dict, width: int) -> dict:
+    """What a description states of the image tower, in the words of transformers' config.json."""
+    if "vision_config" in content:  # a CLIP of transformers, which leaves its defaults out
+        defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+        return defaults | content["vision_config"]
+    open_clip = content.get("model_cfg")
+    if open_clip:
+        vision = open_clip.get("vision_cfg") or {}
+        tower = {"hidden_size": vision.get("width")}
+        tower["hidden_act"] = "quick_gelu" if open_clip.get("quick_gelu") else "gelu"
+        if "timm_model_name" not in vision:
+            tower["num_attention_heads"] = width // vision.get("head_width", 64)
+        return tower
+    timm = content.get("model_args") or {}
+    tower = {"hidden_size": timm.get("embed_dim"), "num_attention_heads": timm.get("num_heads")}
+    # timm's names of CLIPs state the activation. It has OpenAI's weights by the other name too.
+    architecture = str(content.get("architecture", ""))
+    tag = (content.get("pretrained_cfg") or {}).get("tag")
+    if "_clip_quickgelu_" in architecture:
+        tower["hidden_act"] = "quick_gelu"
+    elif "_clip_" in architecture and tag != "openai":
+        tower["hidden_act"] = "gelu"
+    return tower | content
 
 
-def strange_statement(content: dict) -> str:
+def strange_statement(content: dict, width: int) -> str:
     """What a description states that vit.py doesn't have and no tensor tells; "" for nothing."""
-    tower = image_tower(content)
+    tower = image_tower(content, width)
     act = tower.get("hidden_act", "gelu")
     if act not in ("gelu", "quick_gelu"):
         return f"the activation {act!r}, not gelu or quick_gelu"
@@ -1427,23 +1437,6 @@ def strange_statement(content: dict) -> str:
     if "_rope_" in architecture:
         return f"the architecture {architecture}, whose rotary positions aren't DINOv3's"
     return ""
-
-
-def read_quick_gelu(content: dict) -> bool | None:
-    """Whether a description states QuickGELU for the MLPs; None if it states nothing on it."""
-    tower = image_tower(content)
-    if content.get("model_cfg"):  # open_clip's
-        return content["model_cfg"].get("quick_gelu", False)
-    if "hidden_act" in tower:
-        return tower["hidden_act"] == "quick_gelu"
-    # timm's names of CLIPs state it. It has OpenAI's weights by the other name too.
-    architecture = str(content.get("architecture", ""))
-    tag = (content.get("pretrained_cfg") or {}).get("tag")
-    if "_clip_quickgelu_" in architecture:
-        return True
-    if "_clip_" in architecture and tag != "openai":
-        return False
-    return None
 
 
 def read_norm(content: dict) -> dict:
