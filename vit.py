@@ -580,8 +580,7 @@ BACKBONES = {
     "vit_micro": Backbone("", _vit(128, 4, 32, **_MICRO), CIFAR100, "MIT"),
 }
 
-# -------------------------------------------------------------------- reading published weights
-
+# -------------------------------------------------------------------- layouts of published files
 
 # Keys known not to belong to the backbone, which are left out; "../" is explained at `Layout`.
 IGNORED = (
@@ -725,6 +724,9 @@ RENAMES = (
     (r"^\.\./(.*\.)?(visual_projection|visual\.head\.proj)\.", "head."),  # HF CLIP, open_clip
     (r"^(proj|text_projection)$", "head.weight.T"),  # OpenAI proj [D, E]
 )
+
+
+# --------------------------------------------------------------------------------- opening files
 
 
 class ScriptModule(dict):
@@ -1020,12 +1022,11 @@ def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
 
 
-def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
-    """The layout that the keys belong to, and their prefix.
+# ------------------------------------------------------------------- translation to timm's names
 
-    Raises:
-        ValueError: no layout fits.
-    """
+
+def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
+    """The layout that the keys belong to, and their prefix."""
     if any(".base_layer." in key for key in tensors):
         raise ValueError(
             "its LoRA adapters aren't merged into it: peft's merge_and_unload() does it"
@@ -1057,7 +1058,7 @@ class Translated:
     tensors: dict[str, Tensor]
     names: dict[str, str]  # the file's own, by timm's
     ignored: list[str]  # the file's tensors that are known and not the backbone's
-    heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
+    kernel_heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
     note: str  # which others were left out
     lora: str  # what was merged (`merge_lora`)
 
@@ -1065,18 +1066,13 @@ class Translated:
 def to_timm(
     tensors: dict[str, Tensor], layouts: tuple[Layout, ...] = LAYOUTS, lora: str | Path = ""
 ) -> Translated:
-    """Translate a published state dict, and merge a LoRA of it, if one is given.
-
-    Raises:
-        ValueError: no layout fits; a tensor is of a network that this file doesn't have, or two
-            are the same one; as `arrange_positions` and `merge_lora`.
-    """
+    """Translate a published state dict, and merge a LoRA of it, if one is given."""
     layout, prefix = find_layout(tensors, layouts)
     found = {}
     names = {}
     ignored = []
     others = []
-    heads = set()
+    kernel_heads = set()
     for key, value in unstack_blocks(tensors):
         name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
         if any(re.match(pattern, name) for pattern in layout.ignored):
@@ -1089,7 +1085,7 @@ def to_timm(
         check_usable(key, value)
         value = value.float()
         if name.endswith(".attn.q.weight.T") and value.ndim == 3:
-            heads.add(value.shape[1])
+            kernel_heads.add(value.shape[1])
         if name.endswith(".T"):
             name = name.removesuffix(".T")
             value = transpose(value, name).contiguous()
@@ -1101,8 +1097,8 @@ def to_timm(
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
-    note = f"left out: {some(others)}" if others else ""
-    return Translated(layout, found, names, ignored, heads, note, lora_note)
+    note = f"left out: {first_few(others)}" if others else ""
+    return Translated(layout, found, names, ignored, kernel_heads, note, lora_note)
 
 
 def check_usable(key: str, value: Tensor) -> None:
@@ -1145,7 +1141,7 @@ def transpose(kernel: Tensor, name: str) -> Tensor:
     return kernel.flatten(1).T  # of a query, key or value from [D, H, d]
 
 
-def some(keys: list[str]) -> str:
+def first_few(keys: list[str]) -> str:
     """A few names, and whether there are more."""
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
@@ -1173,9 +1169,6 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
 
     A position that a file has for its registers, or for DeiT's distillation token, is added to
     those tokens, which leaves the function unchanged.
-
-    Raises:
-        ValueError: the patches form no square.
     """
     D = found["cls_token"].shape[-1]
     found["cls_token"] = found["cls_token"].reshape(1, 1, D)
@@ -1203,6 +1196,8 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     found["pos_embed"] = positions
 
 
+# ----------------------------------------------------------------- the architecture, from shapes
+
 # Image towers whose heads haven't 64 channels, by width: SO400M; ViT-H, g, bigG in open_clip's
 # registry.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
@@ -1210,11 +1205,7 @@ HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 
 def usual_heads(width: int, text: bool) -> int:
     """The number of heads in published towers of this width: all text towers, bigG's of width 1280
-    too, have heads of 64 channels.
-
-    Raises:
-        ValueError: there is none.
-    """
+    too, have heads of 64 channels."""
     if width in HEADS and not text:
         return HEADS[width]
     if width % 64:
@@ -1238,7 +1229,7 @@ def is_dinov3(found: dict[str, Tensor]) -> bool:
     return not bias[D : 2 * D].any()
 
 
-def has_bias(found: dict[str, Tensor]) -> bool:
+def has_nonzero_bias(found: dict[str, Tensor]) -> bool:
     """Is any bias of query, key and value other than 0? DINOv3's all came out of training as
     zeros (timm's model cards); Meta's and transformers' files have them, timm's don't."""
     return any(value.any() for key, value in found.items() if key.endswith(".attn.qkv.bias"))
@@ -1254,9 +1245,6 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     Args:
         eps: the layout's; CLIP and DINOv3 have their own in any.
         heads: their number; 0 to guess it.
-
-    Raises:
-        ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
     text = "token_embed.weight" in found
     rope = is_dinov3(found)
@@ -1270,14 +1258,15 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         grid = 224 // patch
         if not rope:
             grid = math.isqrt(found["pos_embed"].shape[1] - 1)
+    blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
     hidden = len(found["blocks.0.mlp.fc1.weight"])
     norm_pre = "norm_pre.weight" in found
     qkv_bias = "blocks.0.attn.qkv.bias" in found
     if rope:
-        qkv_bias = has_bias(found)
+        qkv_bias = has_nonzero_bias(found)
     return Config(
         width=width,
-        depth=count_blocks(found),
+        depth=len(blocks),
         heads=heads or usual_heads(width, text),
         patch=patch,
         image_size=patch * grid,
@@ -1316,16 +1305,6 @@ def check_whole(found: dict[str, Tensor], text: bool, rope: bool) -> None:
     )
 
 
-def count_blocks(found: dict[str, Tensor]) -> int:
-    """How many blocks there are. Raises a ValueError unless they are numbered from 0 on."""
-    blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
-    depth = len(blocks)
-    odd = sorted(blocks - set(map(str, range(depth))))
-    if odd:
-        raise ValueError(f"it has {depth} blocks, which aren't numbered from 0 on: {some(odd)}")
-    return depth
-
-
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
     """Positions [1, 1+g², D] for another grid: bicubic, antialiased, in fp32; the class token's
     is kept."""
@@ -1340,6 +1319,8 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([positions[:, :1], patches], dim=1)
 
 
+# ----------------------------------------------------------- the architecture, from descriptions
+
 # Files that stand beside weights and describe them; a later one overrides an earlier.
 BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
@@ -1351,9 +1332,6 @@ def read_beside(path: Path, width: int) -> dict:
     Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
     open_clip_config.json. A file that states another width is another network's: "note" says that
     it was left out.
-
-    Raises:
-        ValueError: such a file is damaged, or states what vit.py doesn't have or what can't be.
     """
     stated = {}
     for name in BESIDE:
@@ -1365,10 +1343,6 @@ def read_beside(path: Path, width: int) -> dict:
             if not isinstance(content, dict):
                 raise ValueError("it is no dictionary")
             found = read_description(content, width)
-            if "heads" in found:
-                found["heads_from"] = name
-            if "mean" in found or "std" in found:
-                found["norm_from"] = name
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{file}, beside the weights, can't be used ({error}); correct or remove it"
@@ -1376,7 +1350,17 @@ def read_beside(path: Path, width: int) -> dict:
         strange = "" if "note" in found else strange_statement(content, width)
         if strange:
             raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
-        stated |= found
+        stated |= with_source(found, name)
+    return stated
+
+
+def with_source(stated: dict, source: str) -> dict:
+    """What is stated, and where: "heads_from" if it states heads, "norm_from" if mean or std."""
+    stated = dict(stated)
+    if "heads" in stated:
+        stated["heads_from"] = source
+    if "mean" in stated or "std" in stated:
+        stated["norm_from"] = source
     return stated
 
 
@@ -1467,17 +1451,16 @@ def read_norm(content: dict) -> dict:
     return norm
 
 
+# --------------------------------------------------------------------------------------- loading
+
+
 def choose_backbone(
     name: str, path: Path, translated: Translated, meta: dict, given: dict
 ) -> Backbone:
     """The named backbone, else the one that the file describes, else what its shapes suggest; what
     stands beside a file that has neither overrides that, and what is `given` by hand everything
     (both as `read_beside` has it)."""
-    known = dict(given)
-    if "heads" in given:
-        known["heads_from"] = "given"
-    if "mean" in given or "std" in given:
-        known["norm_from"] = "given"
+    known = with_source(given, "given")
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
@@ -1489,8 +1472,9 @@ def choose_backbone(
         found = translated.tensors
         if "cls_token" in found:  # else guess_backbone says what is missing
             known = read_beside(path, found["cls_token"].shape[-1]) | known
-        if translated.heads:
-            known = {"heads": max(translated.heads), "heads_from": "its kernels' shape"} | known
+        if translated.kernel_heads:
+            heads = max(translated.kernel_heads)
+            known = with_source({"heads": heads}, "its kernels' shape") | known
         backbone = guess_backbone(translated, known)
     changes = {key: known[key] for key in ("heads", "quick_gelu", "eps") if key in known}
     mean, std = backbone.norm
@@ -1506,11 +1490,7 @@ def choose_backbone(
 
 
 def guess_backbone(translated: Translated, known: dict) -> Backbone:
-    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on.
-
-    Raises:
-        ValueError: as `infer_config`; or the head of such a network can't be told.
-    """
+    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
     heads = known.get("heads", 0)
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
     if "open_clip" in translated.layout.name and not config.norm_pre:
@@ -1581,7 +1561,7 @@ def load(
         backbone = choose_backbone(name, Path(path), translated, meta, given)
         backbone = replace(backbone.at(image_size), lora=translated.lora)
         config = backbone.config
-        others = translated.heads - {config.heads}
+        others = translated.kernel_heads - {config.heads}
         if others:
             raise ValueError(f"its kernels have {min(others)} heads, not {config.heads}")
         found = take_tensors(translated.tensors, config, head)
@@ -1591,11 +1571,10 @@ def load(
             if "head.weight" in found:
                 classes = len(found["head.weight"])
                 model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
-        check_tensors(model.state_dict(), found, translated.names)
-    model.load_state_dict(found, assign=True)
+        fill(model, found, translated.names)
     if config.rope:
         model.build_rotary()
-    return model.eval(), backbone
+    return model, backbone
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
@@ -1605,7 +1584,7 @@ def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[s
         found = {key: value for key, value in found.items() if not key.startswith("head.")}
     if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
         found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
-    if config.rope and not config.qkv_bias and not has_bias(found):
+    if config.rope and not config.qkv_bias and not has_nonzero_bias(found):
         found = {key: value for key, value in found.items() if not key.endswith(".qkv.bias")}
     if "pos_embed" in found:
         found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
@@ -1638,13 +1617,12 @@ def load_text(
         config = replace(config, quick_gelu=quick_gelu)
         with torch.device("meta"):
             model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
-        check_tensors(model.state_dict(), found, translated.names)
+        fill(model, found, translated.names)
         scale = None
         for key, value in tensors.items():
             if key.rpartition(".")[2] == "logit_scale":
                 scale = math.exp(value.item())
-    model.load_state_dict(found, assign=True)
-    return model.eval(), scale
+    return model, scale
 
 
 def check_causal(path: Path) -> None:
@@ -1665,14 +1643,14 @@ def check_causal(path: Path) -> None:
         )
 
 
-def check_tensors(
-    wanted: dict[str, Tensor], found: dict[str, Tensor], names: dict[str, str]
-) -> None:
-    """Raise a ValueError that names what is missing, left over, of another shape or not finite.
+def fill(model: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Give a network built without memory its tensors, and put it in eval mode. Raise a ValueError
+    that names what is missing, left over, of another shape or not finite.
 
     Args:
         names: the file's own, which its user knows, by ours.
     """
+    wanted = model.state_dict()
     misshapen = []
     for key in wanted:
         if key in found and found[key].shape != wanted[key].shape:
@@ -1687,13 +1665,14 @@ def check_tensors(
     texts = []
     for fault, keys in faults.items():
         if keys:
-            more = " …" if len(keys) > 3 else ""
-            texts.append(f"{len(keys)} {fault}: {', '.join(keys[:3])}{more}")
+            texts.append(f"{len(keys)} {fault}: {first_few(keys)}")
     if texts:
         raise ValueError("; ".join(texts))
+    model.load_state_dict(found, assign=True)
+    model.eval()
 
 
-# ------------------------------------------------------------------------------- a LoRA of peft
+# -------------------------------------------------------------------------------- a LoRA of peft
 
 IS_LORA = (
     "these are LoRA adapters, not a network: give that by --weights or --backbone and, if peft "
@@ -1748,12 +1727,7 @@ def is_lora(path: str | Path) -> bool:
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and LORA_SETTINGS of a LoRA.
-
-    Raises:
-        ValueError: a file is missing or damaged; it isn't a LoRA, or of a kind that isn't merged
-            here.
-    """
+    """The tensors and LORA_SETTINGS of a LoRA."""
     if not path.exists():
         raise ValueError(f"no LoRA at {path}; say where it is by --init-lora")
     folder = path if path.is_dir() else path.parent
@@ -1832,16 +1806,12 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
 
     Returns:
         What was done, for the terminal.
-
-    Raises:
-        ValueError: as `read_lora`; a tensor has no place, another shape or values that aren't
-            finite.
     """
     tensors, settings = read_lora(path)
     merged = {}
     towers = set()
     left_out = []
-    try:
+    with naming(path):
         changes = sort_lora(tensors)
         for name, parts in changes.items():
             if re.search(r"(^|\.)(pooler\.|mask_token)", name):  # which features don't depend on
@@ -1858,13 +1828,11 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
             alpha = alpha_of(name, settings)
             merged[place] = merge_parts(found.get(place), parts, alpha, settings)
         check_tower(towers, changes, settings, clip="norm_pre.weight" in found)
-    except (ValueError, RuntimeError, LookupError) as error:
-        raise ValueError(f"{path}: {first_line(error)}") from error
     found |= merged
     for name in left_out:
         del changes[name]
     text = describe_lora(changes, settings)
-    return text + (f"; left out: {some(left_out)}" if left_out else "")
+    return text + (f"; left out: {first_few(left_out)}" if left_out else "")
 
 
 def check_tower(towers: set[str], names: Iterable[str], settings: dict, clip: bool) -> None:
@@ -1933,9 +1901,6 @@ def merge_parts(
 
     DoRA's magnitudes m [out] are the lengths of the merged rows: m · W' / |W'|
     (https://arxiv.org/abs/2402.09353, equation 5).
-
-    Raises:
-        ValueError: the parts aren't of these shapes.
     """
     if parts.keys() == {"whole"}:
         return parts["whole"]  # whose shape is checked with all others
@@ -1990,7 +1955,7 @@ def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
     return text + "; it states no normalisation: the backbone's is used"
 
 
-# ------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------ the command line
 
 ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the table of backbones
 
@@ -2047,11 +2012,7 @@ def shape_of(config: Config) -> Config:
 
 
 def describe_file(path: str) -> list[str]:
-    """What a file of weights holds, as lines; what is needed to use it last.
-
-    Raises:
-        ValueError: `load` can't load it.
-    """
+    """What a file of weights holds, as lines; what is needed to use it last."""
     model, backbone = load(path)
     source = to_timm(read_tensors(path)[0])  # with what `load` leaves out
     otherwise = "guessed" if backbone.guessed else "stated in the file"
@@ -2073,7 +2034,7 @@ def describe_file(path: str) -> list[str]:
     if has_text_tower(source.ignored):
         lines.append("text     CLIP's other tower: --method zero-shot or clip-adapter can use it")
     elif source.ignored:
-        lines.append(f"unused   {some(source.ignored)}")
+        lines.append(f"unused   {first_few(source.ignored)}")
     if backbone.note:
         lines.append(f"note     {backbone.note}")
     lines += describe_guesses(backbone)
