@@ -736,7 +736,7 @@ class ScriptModule(dict):
         self.update(state)
 
 
-class Ignored:
+class Placeholder:
     """Stands for what files hold beside tensors and isn't needed: training arguments, numbers."""
 
     def __init__(self, *arguments, **more):
@@ -746,7 +746,7 @@ class Ignored:
         pass
 
 
-# Names in a pickle that become Ignored, whatever they are given. Others are refused.
+# Names in a pickle that become a Placeholder, whatever they are given. Others are refused.
 HARMLESS = [
     "argparse.Namespace",
     "collections.defaultdict",
@@ -831,7 +831,7 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
     # TorchScript, as OpenAI publishes CLIP: it holds code too, and torch.load would run it.
     if any(name.endswith("/constants.pkl") for name in names):
         return script_tensors(read_torchscript(path)), {}
-    harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
+    harmless = torch.serialization.safe_globals([(Placeholder, name) for name in HARMLESS])
     # Opened here, since torch.load goes by the suffix.
     with path.open("rb") as file, warnings.catch_warnings(), harmless:
         warnings.simplefilter("ignore")  # of a pickle that is refused anyway
@@ -1681,6 +1681,7 @@ IS_LORA = (
     "these are LoRA adapters, not a network: give that by --weights or --backbone and, if peft "
     "made them, these by --init-lora; else merge them with the program that made them"
 )
+MERGE_BY_PEFT = "merge it with peft's merge_and_unload() and give the result by --weights"
 LORA_CONFIG = "adapter_config.json"
 LORA_FILE = "adapter_model.safetensors"
 # A factor's key, perhaps with the adapter's name behind it:
@@ -1751,10 +1752,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
         ) from error
     strange = strange_setting(settings)
     if strange:
-        raise ValueError(
-            f"{stated} states {strange[:100]}; merge it with peft's merge_and_unload() and "
-            "give the result by --weights"
-        )
+        raise ValueError(f"{stated} states {strange[:100]}; {MERGE_BY_PEFT}")
     if not path.is_file():
         raise ValueError(f"no LoRA at {path}; give the folder that peft's save_pretrained wrote")
     tensors, _ = read_tensors(path)
@@ -1812,8 +1810,9 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
     """
     tensors, settings = read_lora(path)
     merged = {}
-    towers = set()
+    used = {}
     left_out = []
+    towers = set()
     with naming(path):
         changes = sort_lora(tensors)
         for name, parts in changes.items():
@@ -1830,11 +1829,10 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
                 continue
             alpha = alpha_of(name, settings)
             merged[place] = merge_parts(found.get(place), parts, alpha, settings)
+            used[name] = parts
         check_tower(towers, changes, settings, clip="norm_pre.weight" in found)
     found |= merged
-    for name in left_out:
-        del changes[name]
-    text = describe_lora(changes, settings)
+    text = describe_lora(used, settings)
     return text + (f"; left out: {first_few(left_out)}" if left_out else "")
 
 
@@ -1847,17 +1845,15 @@ def check_tower(towers: set[str], names: Iterable[str], settings: dict, clip: bo
         clip: the weights are a CLIP's, whose text tower has tensors of the same names.
     """
     if len(towers) > 1 or re.search(r"text|decoder|bert", "".join(towers)):
-        raise ValueError(
-            f"it is for {' and '.join(map(repr, sorted(towers)))}, not the image tower alone; "
-            "merge it with peft's merge_and_unload() and give the result by --weights"
-        )
+        known = " and ".join(map(repr, sorted(towers)))
+        raise ValueError(f"it is for {known}, not the image tower alone; {MERGE_BY_PEFT}")
     mapping = settings.get("auto_mapping")
     made_of = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
     timm = all(re.match(r"blocks\.|patch_embed\.|norm|head\.", name) for name in names)
     if clip and not timm and "vis" not in "".join(towers) and "Vision" not in made_of:
         raise ValueError(
-            "nothing says whether it is of CLIP's image tower or of its text tower; merge it with "
-            "peft's merge_and_unload() and give the result by --weights"
+            "nothing says whether it is of CLIP's image tower or of its text tower; "
+            + MERGE_BY_PEFT
         )
 
 
@@ -2023,17 +2019,17 @@ def describe_file(path: str) -> list[str]:
     norm_from = backbone.norm_from or otherwise
     mean = " ".join(f"{value:.3g}" for value in backbone.norm[0])
     std = " ".join(f"{value:.3g}" for value in backbone.norm[1])
+    weights = f"{count_parameters(model):,} parameters"
+    if "head.weight" in source.tensors:
+        weights += f", and a head of {len(source.tensors['head.weight']):,} outputs"
     lines = [
         f"file     {path}",
         f"layout   {source.layout.name}",
         f"network  {describe_config(backbone.config)}",
         f"heads    {backbone.config.heads} ({heads_from})",
-        f"weights  {count_parameters(model):,} parameters",
+        f"weights  {weights}",
         f"pixels   mean {mean}, std {std} ({norm_from})",
     ]
-    if "head.weight" in source.tensors:
-        outputs = len(source.tensors["head.weight"])
-        lines[4] += f", and a head of {outputs:,} outputs"
     if has_text_tower(source.ignored):
         lines.append("text     CLIP's other tower: --method zero-shot or clip-adapter can use it")
     elif source.ignored:
