@@ -1151,7 +1151,11 @@ def first_few(keys: list[str]) -> str:
 
 def stack_qkv(found: dict[str, Tensor]) -> None:
     """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases, which
-    are [D], or [H, d] in an .npz. Where no key has a bias (BEiT, DINOv3), zeros stand for it."""
+    are [D], or [H, d] in an .npz.
+
+    Where no key has a bias (BEiT, DINOv3), zeros stand for it: without rotary positions it adds the
+    same to all scores of a query, which the softmax ignores.
+    """
     key_bias = any(name.endswith(".attn.k.bias") for name in found)
     for q in [name for name in found if ".attn.q." in name]:
         k = q.replace(".q.", ".k.")
