@@ -18,7 +18,7 @@ d = D / H, L blocks; T token ids of a text, K texts, E CLIP's embedding width.
 Module names are timm's (https://github.com/huggingface/pytorch-image-models), because most
 published files use them; other layouts are translated by LAYOUTS and RENAMES. Loading is strict:
 every tensor must be found with its right shape and none may be left over. So loading gives the
-pretrained network or an error.
+pretrained network or a ValueError: of one line, which says what is wrong with which file.
 
     python vit.py           list the backbones
     python vit.py FILE …    say what files of weights hold
@@ -580,7 +580,27 @@ BACKBONES = {
     "vit_micro": Backbone("", _vit(128, 4, 32, **_MICRO), CIFAR100, "MIT"),
 }
 
-# -------------------------------------------------------------------- reading published weights
+# -------------------------------------------------------------------- layouts of published files
+
+# Keys known not to belong to the backbone, which are left out; "../" is explained at `Layout`.
+IGNORED = (
+    r"(embeddings\.)?mask_token$",  # DINOv2, BEiT; HF embeddings.mask_token
+    r"embeddings\.position_ids$",  # HF CLIP
+    r"rope_embed\.periods$",  # DINOv3's, which Rotary computes
+    r"pooler\.dense\.",  # HF ViT
+    r"(\.\./(.*\.)?decoder\.)?(decoder_|mask_token$)",  # MAE decoder_embed.weight
+    r"head_dist\.|\.\./(.*\.)?(cls|distillation)_classifier\.",  # DeiT's second head
+    r"(\.\./)?head\.(mlp|last_layer)",  # DINO's projection head
+    # CLIP's text tower, and what stands beside both towers
+    r"\.\./(.*\.)?(text(\.|_model\.|_projection)|transformer\.resblocks\.|token_embedding\.)",
+    r"\.\./(.*\.)?(positional_embedding$|ln_final\.)",
+    r"\.\./(.*\.)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
+)
+TEXT_IGNORED = (
+    r"embeddings\.position_ids$",
+    r"(\.\./(.*\.)?)?(visual|vision_model\.)",  # the image tower
+    r"(\.\./(.*\.)?)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
+)
 
 
 @dataclass(frozen=True)
@@ -590,87 +610,48 @@ class Layout:
     What precedes the match of `tell` is the prefix of the backbone's keys; it is stripped. A key
     without the prefix isn't the backbone's and gets "../" in front, so that patterns can tell the
     two. In a CLIP of Hugging Face `tell` matches "vision_model.embeddings.class_embedding": the
-    prefix is "vision_model.", and "text_model.x" becomes "../text_model.x". Without a prefix all
-    keys count as the backbone's, and one too many is an error.
+    prefix is "vision_model.", and "text_model.x" becomes "../text_model.x"; if it isn't in
+    `ignored`, a note names it. Without a prefix all keys count as the backbone's, and one too many
+    is an error.
     """
 
     name: str  # for users
     tell: str  # matches the end of a key that only this family has
     eps: float  # of the LayerNorms, which no file states
-    # Keys known not to belong to the backbone. Others without the prefix are named in a note.
-    ignored: tuple[str, ...]
     norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
+    ignored: tuple[str, ...] = IGNORED
 
 
 LAYOUTS = (  # the first one that fits is taken
-    Layout(
-        "OpenAI CLIP, open_clip",
-        r"\bconv1\.weight$",
-        1e-5,
-        (
-            r"\.\./(.*\.)?transformer\.",  # the text tower
-            r"\.\./(.*\.)?(token_embedding\.|positional_embedding$|ln_final\.|text)",
-            r"\.\./(.*\.)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
-        ),
-    ),
+    Layout("OpenAI CLIP, open_clip", r"\bconv1\.weight$", 1e-5),
     Layout(
         "Hugging Face CLIP",
         r"\bembeddings\.class_embedding$",
         1e-5,
-        (
-            r"(.*\.)?embeddings\.position_ids$",
-            r"\.\./(.*\.)?(text_|logit_scale$)",
-            r"\.\./classifier\.",  # reads the mean of the patches without the last norm
-        ),
+        ignored=(*IGNORED, r"\.\./classifier\."),  # reads the mean of patches without the norm
     ),
     Layout(
         "Hugging Face Dinov2",
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
         1e-6,
-        (
-            r"embeddings\.mask_token$",
-            r"\.\./classifier\.",  # reads the class token beside the mean of the patches
-        ),
+        ignored=(*IGNORED, r"\.\./classifier\."),  # reads the class token beside that mean
     ),
-    Layout(
-        "Hugging Face DINOv3",
-        r"\bembeddings\.patch_embeddings\.weight$",
-        1e-5,
-        (r"embeddings\.mask_token$",),
-    ),
+    Layout("Hugging Face DINOv3", r"\bembeddings\.patch_embeddings\.weight$", 1e-5),
     Layout(
         "Hugging Face ViT, DeiT",
         r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
         1e-12,
-        (
-            r"pooler\.|embeddings\.mask_token$",
-            r"\.\./(.*\.)?(decoder\.|(cls|distillation)_classifier\.)",  # MAE, DeiT's second head
-        ),
     ),
-    Layout(
-        "timm, DeiT, DINO, DINOv2, DINOv3, MAE",
-        r"\bpatch_embed\.proj\.weight$",
-        1e-6,
-        (
-            r"mask_token$|decoder_|head_dist\.",
-            r"rope_embed\.periods$",  # DINOv3's, which Rotary computes
-            r"(\.\./)?head\.(mlp|last_layer)",  # DINO's projection head
-            r"\.\./(.*\.)?(text|logit_)",  # open_clip around a timm tower
-        ),
-    ),
-    Layout("torchvision", r"\bconv_proj\.weight$", 1e-6, ()),
-    Layout("Google's .npz", r"\bembedding/kernel$", 1e-6, (), "Inception"),
+    Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$", 1e-6),
+    Layout("torchvision", r"\bconv_proj\.weight$", 1e-6),
+    Layout("Google's .npz", r"\bembedding/kernel$", 1e-6, "Inception"),
 )
 TEXT_LAYOUTS = (
     Layout(
         "OpenAI, open_clip, Hugging Face CLIP",
         r"\b(embeddings\.)?token_embedding\.weight$",
         1e-5,
-        (
-            r"(\.\./(.*\.)?)?(visual|vision_model\.)",  # the image tower
-            r"(\.\./(.*\.)?)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
-            r"embeddings\.position_ids$",
-        ),
+        ignored=TEXT_IGNORED,
     ),
 )
 
@@ -695,50 +676,41 @@ RENAMES = (
     (r"^pre_logits/", "head.pre_logits."),  # a layer of the head
     (r"^head/", "head."),
     # tokens and positions
-    (r"^(embeddings\.)?class_embedding$", "cls_token"),  # OpenAI class_embedding
-    (r"^class_token$", "cls_token"),  # torchvision
-    (r"^embeddings\.cls_token$", "cls_token"),  # HF ViT embeddings.cls_token
-    (r"^(embeddings\.)?register_tokens$", "reg_token"),  # DINOv2 register_tokens
-    (r"^storage_tokens$", "reg_token"),  # DINOv3 storage_tokens
-    (r"^embeddings\.distillation_token$", "reg_token"),  # HF DeiT
-    (r"^dist_token$", "reg_token"),  # DeiT, timm
+    (r"^embeddings\.", ""),  # HF embeddings.cls_token
+    (r"^class_(embedding|token)$", "cls_token"),  # OpenAI class_embedding, torchvision class_token
+    (r"^(register|storage)_tokens$", "reg_token"),  # DINOv2 register_tokens, DINOv3 storage_tokens
+    (r"^(distillation|dist)_token$", "reg_token"),  # HF DeiT, timm's DeiT dist_token
     (r"^positional_embedding$", "pos_embed"),  # OpenAI
     (r"^encoder\.pos_embedding$", "pos_embed"),  # torchvision
-    (r"^embeddings\.position_embeddings$", "pos_embed"),  # HF ViT
-    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),  # HF CLIP
-    (r"^(embeddings\.)?token_embedding\.", "token_embed."),  # OpenAI token_embedding.weight
+    (r"^position_embeddings$", "pos_embed"),  # HF ViT
+    (r"^position_embedding\.weight$", "pos_embed"),  # HF CLIP
+    (r"^token_embedding\.", "token_embed."),  # OpenAI token_embedding.weight
     # patches
     (r"^(conv1|conv_proj)\.", "patch_embed.proj."),  # OpenAI conv1.weight, torchvision
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),  # HF ViT
-    # HF DINOv3 embeddings.patch_embeddings.weight
-    (r"^embeddings\.patch_embeddings\.(weight|bias)$", r"patch_embed.proj.\1"),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),  # HF CLIP
+    (r"^patch_embedding\.", "patch_embed.proj."),  # HF CLIP
+    (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),  # HF ViT; HF DINOv3 without
     # norms outside the blocks
     (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF spells it so
     (r"^(ln_post|ln_final|encoder\.ln)\.", "norm."),  # OpenAI ln_post.weight, torchvision
     (r"^(post_layernorm|final_layer_norm|layernorm)\.", "norm."),  # HF layernorm.weight
-    # inside the blocks
-    # HF DINOv3 layer.0.attention.q_proj.bias; there is none of k
-    (r"^(model\.)?layer\.(\d+)\.attention\.([qv])_proj\.bias$", r"blocks.\2.attn.\3_bias"),
-    (r"^(model\.)?layer\.", "blocks."),  # HF DINOv3 layer.0.…
-    (r"^(encoder\.layers?|layers)\.", "blocks."),  # HF encoder.layer.0.…
+    # blocks
+    (r"^(encoder\.layers?|layers|(model\.)?layer)\.", "blocks."),  # HF encoder.layer.0.…
     (r"^blocks\.encoder_layer_", "blocks."),  # torchvision encoder.layers.encoder_layer_0.…
     (r"^transformer\.resblocks\.", "blocks."),  # OpenAI transformer.resblocks.0.…
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks: blocks.CHUNK.BLOCK.…
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # HF Dinov2 ….layer_scale1.lambda1
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III ….gamma_1
-    (r"\.ln_([12])\.", r".norm\1."),  # OpenAI ….ln_1.weight
-    (r"\.layer_norm([12])\.", r".norm\1."),  # HF CLIP ….layer_norm1.weight
+    (r"\.(ln_|layer_norm)([12])\.", r".norm\2."),  # OpenAI ….ln_1.weight, HF CLIP
     (r"\.layernorm_before\.", ".norm1."),  # HF ViT
     (r"\.layernorm_after\.", ".norm2."),  # HF ViT
-    (r"\.(attn|self_attention)\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),  # HF CLIP ….self_attn.q_proj.weight
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),  # HF ViT of transformers 5
-    # HF ….attention.attention.query.weight
-    (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),
-    # OpenAI ….attn.out_proj.weight; HF CLIP, torchvision
-    (r"\.(self_attn|attn|self_attention)\.out_proj\.", ".attn.proj."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # HF ….attention.output.dense.weight
+    # attention
+    (r"\.(self_attn|self_attention|attention)\.", ".attn."),  # HF CLIP, torchvision, HF ViT
+    (r"\.attn\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),  # HF ViT ….query.weight
+    (r"\.attn\.([qkv])_proj\.", r".attn.\1."),  # HF CLIP ….q_proj.weight
+    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),  # BEiT
+    (r"\.attn\.in_proj_", ".attn.qkv."),  # OpenAI ….attn.in_proj_weight
+    (r"\.attn\.(out_proj|o_proj|output\.dense)\.", ".attn.proj."),  # OpenAI ….attn.out_proj.weight
+    # MLP
     (r"\.(mlp\.c_fc|intermediate\.dense)\.", ".mlp.fc1."),  # OpenAI ….mlp.c_fc.weight, HF ViT
     (r"\.(mlp\.c_proj|output\.dense)\.", ".mlp.fc2."),  # OpenAI ….mlp.c_proj.weight, HF ViT
     (r"\.mlp\.up_proj\.", ".mlp.fc1."),  # HF DINOv3 ….mlp.up_proj.weight
@@ -754,6 +726,9 @@ RENAMES = (
 )
 
 
+# --------------------------------------------------------------------------------- opening files
+
+
 class ScriptModule(dict):
     """Stands for the modules of a TorchScript archive: a dictionary of their attributes."""
 
@@ -761,7 +736,7 @@ class ScriptModule(dict):
         self.update(state)
 
 
-class Ignored:
+class Placeholder:
     """Stands for what files hold beside tensors and isn't needed: training arguments, numbers."""
 
     def __init__(self, *arguments, **more):
@@ -771,7 +746,7 @@ class Ignored:
         pass
 
 
-# Names in a pickle that become Ignored, whatever they are given. Others are refused.
+# Names in a pickle that become a Placeholder, whatever they are given. Others are refused.
 HARMLESS = [
     "argparse.Namespace",
     "collections.defaultdict",
@@ -856,7 +831,7 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
     # TorchScript, as OpenAI publishes CLIP: it holds code too, and torch.load would run it.
     if any(name.endswith("/constants.pkl") for name in names):
         return script_tensors(read_torchscript(path)), {}
-    harmless = torch.serialization.safe_globals([(Ignored, name) for name in HARMLESS])
+    harmless = torch.serialization.safe_globals([(Placeholder, name) for name in HARMLESS])
     # Opened here, since torch.load goes by the suffix.
     with path.open("rb") as file, warnings.catch_warnings(), harmless:
         warnings.simplefilter("ignore")  # of a pickle that is refused anyway
@@ -1047,12 +1022,11 @@ def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
 
 
-def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
-    """The layout that the keys belong to, and their prefix.
+# ------------------------------------------------------------------- translation to timm's names
 
-    Raises:
-        ValueError: no layout fits.
-    """
+
+def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
+    """The layout that the keys belong to, and their prefix."""
     if any(".base_layer." in key for key in tensors):
         raise ValueError(
             "its LoRA adapters aren't merged into it: peft's merge_and_unload() does it"
@@ -1084,7 +1058,7 @@ class Translated:
     tensors: dict[str, Tensor]
     names: dict[str, str]  # the file's own, by timm's
     ignored: list[str]  # the file's tensors that are known and not the backbone's
-    heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
+    kernel_heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
     note: str  # which others were left out
     lora: str  # what was merged (`merge_lora`)
 
@@ -1092,18 +1066,13 @@ class Translated:
 def to_timm(
     tensors: dict[str, Tensor], layouts: tuple[Layout, ...] = LAYOUTS, lora: str | Path = ""
 ) -> Translated:
-    """Translate a published state dict, and merge a LoRA of it, if one is given.
-
-    Raises:
-        ValueError: no layout fits; a tensor is of a network that this file doesn't have, or two
-            are the same one; as `arrange_positions` and `merge_lora`.
-    """
+    """Translate a published state dict, and merge a LoRA of it, if one is given."""
     layout, prefix = find_layout(tensors, layouts)
     found = {}
     names = {}
     ignored = []
     others = []
-    heads = set()
+    kernel_heads = set()
     for key, value in unstack_blocks(tensors):
         name = key.removeprefix(prefix) if key.startswith(prefix) else f"../{key}"
         if any(re.match(pattern, name) for pattern in layout.ignored):
@@ -1116,7 +1085,7 @@ def to_timm(
         check_usable(key, value)
         value = value.float()
         if name.endswith(".attn.q.weight.T") and value.ndim == 3:
-            heads.add(value.shape[1])
+            kernel_heads.add(value.shape[1])
         if name.endswith(".T"):
             name = name.removesuffix(".T")
             value = transpose(value, name).contiguous()
@@ -1128,8 +1097,8 @@ def to_timm(
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
         arrange_positions(found)
-    note = f"left out: {some(others)}" if others else ""
-    return Translated(layout, found, names, ignored, heads, note, lora_note)
+    note = f"left out: {first_few(others)}" if others else ""
+    return Translated(layout, found, names, ignored, kernel_heads, note, lora_note)
 
 
 def check_usable(key: str, value: Tensor) -> None:
@@ -1139,7 +1108,10 @@ def check_usable(key: str, value: Tensor) -> None:
     if key.endswith("num_batches_tracked"):
         raise ValueError(f"{key}: a ViT with batch norms (a hybrid) can't be used")
     if not value.is_floating_point():
-        raise ValueError(f"{key} holds {value.dtype}: quantised weights can't be used")
+        raise ValueError(
+            f"{key} holds {value.dtype}, not floating-point numbers; "
+            "quantised weights can't be used"
+        )
 
 
 def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -1172,26 +1144,27 @@ def transpose(kernel: Tensor, name: str) -> Tensor:
     return kernel.flatten(1).T  # of a query, key or value from [D, H, d]
 
 
-def some(keys: list[str]) -> str:
+def first_few(keys: list[str]) -> str:
     """A few names, and whether there are more."""
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def stack_qkv(found: dict[str, Tensor]) -> None:
     """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases, which
-    are [D], or [H, d] in an .npz."""
+    are [D], or [H, d] in an .npz.
+
+    Where no key has a bias (BEiT, DINOv3), zeros stand for it: without rotary positions it adds the
+    same to all scores of a query, which the softmax ignores.
+    """
+    key_bias = any(name.endswith(".attn.k.bias") for name in found)
     for q in [name for name in found if ".attn.q." in name]:
         k = q.replace(".q.", ".k.")
         v = q.replace(".q.", ".v.")
+        if q.endswith("bias") and v in found and not key_bias:
+            found[k] = torch.zeros_like(found[v])
         if k in found and v in found:
-            parts = [found.pop(q), found.pop(k), found.pop(v)]
-            joined = torch.cat(parts)
+            joined = torch.cat([found.pop(q), found.pop(k), found.pop(v)])
             found[q.replace(".q.", ".qkv.")] = joined.flatten() if q.endswith("bias") else joined
-    for q in [name for name in found if name.endswith(".attn.q_bias")]:  # BEiT, DINOv3: none of k
-        v = q.replace("q_bias", "v_bias")
-        if v in found:
-            parts = [found.pop(q), torch.zeros_like(found[v]), found.pop(v)]
-            found[q.replace("q_bias", "qkv.bias")] = torch.cat(parts)
     for mask in [name for name in found if name.endswith(".attn.qkv.bias_mask")]:  # Meta's DINOv3
         bias = mask.removesuffix("_mask")
         if bias in found:
@@ -1203,9 +1176,6 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
 
     A position that a file has for its registers, or for DeiT's distillation token, is added to
     those tokens, which leaves the function unchanged.
-
-    Raises:
-        ValueError: the patches form no square.
     """
     D = found["cls_token"].shape[-1]
     found["cls_token"] = found["cls_token"].reshape(1, 1, D)
@@ -1233,6 +1203,8 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     found["pos_embed"] = positions
 
 
+# ----------------------------------------------------------------- the architecture, from shapes
+
 # Image towers whose heads haven't 64 channels, by width: SO400M; ViT-H, g, bigG in open_clip's
 # registry.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
@@ -1240,11 +1212,7 @@ HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 
 def usual_heads(width: int, text: bool) -> int:
     """The number of heads in published towers of this width: all text towers, bigG's of width 1280
-    too, have heads of 64 channels.
-
-    Raises:
-        ValueError: there is none.
-    """
+    too, have heads of 64 channels."""
     if width in HEADS and not text:
         return HEADS[width]
     if width % 64:
@@ -1268,7 +1236,7 @@ def is_dinov3(found: dict[str, Tensor]) -> bool:
     return not bias[D : 2 * D].any()
 
 
-def has_bias(found: dict[str, Tensor]) -> bool:
+def has_nonzero_bias(found: dict[str, Tensor]) -> bool:
     """Is any bias of query, key and value other than 0? DINOv3's all came out of training as
     zeros (timm's model cards); Meta's and transformers' files have them, timm's don't."""
     return any(value.any() for key, value in found.items() if key.endswith(".attn.qkv.bias"))
@@ -1284,9 +1252,6 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
     Args:
         eps: the layout's; CLIP and DINOv3 have their own in any.
         heads: their number; 0 to guess it.
-
-    Raises:
-        ValueError: a tensor that every ViT has is missing, or the number of heads can't be guessed.
     """
     text = "token_embed.weight" in found
     rope = is_dinov3(found)
@@ -1300,14 +1265,15 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         grid = 224 // patch
         if not rope:
             grid = math.isqrt(found["pos_embed"].shape[1] - 1)
+    blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
     hidden = len(found["blocks.0.mlp.fc1.weight"])
     norm_pre = "norm_pre.weight" in found
     qkv_bias = "blocks.0.attn.qkv.bias" in found
     if rope:
-        qkv_bias = has_bias(found)
+        qkv_bias = has_nonzero_bias(found)
     return Config(
         width=width,
-        depth=count_blocks(found),
+        depth=len(blocks),
         heads=heads or usual_heads(width, text),
         patch=patch,
         image_size=patch * grid,
@@ -1346,16 +1312,6 @@ def check_whole(found: dict[str, Tensor], text: bool, rope: bool) -> None:
     )
 
 
-def count_blocks(found: dict[str, Tensor]) -> int:
-    """How many blocks there are. Raises a ValueError unless they are numbered from 0 on."""
-    blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
-    depth = len(blocks)
-    odd = sorted(blocks - set(map(str, range(depth))))
-    if odd:
-        raise ValueError(f"it has {depth} blocks, which aren't numbered from 0 on: {some(odd)}")
-    return depth
-
-
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
     """Positions [1, 1+g², D] for another grid: bicubic, antialiased, in fp32; the class token's
     is kept."""
@@ -1370,6 +1326,8 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([positions[:, :1], patches], dim=1)
 
 
+# ----------------------------------------------------------- the architecture, from descriptions
+
 # Files that stand beside weights and describe them; a later one overrides an earlier.
 BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
@@ -1381,9 +1339,6 @@ def read_beside(path: Path, width: int) -> dict:
     Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
     open_clip_config.json. A file that states another width is another network's: "note" says that
     it was left out.
-
-    Raises:
-        ValueError: such a file is damaged, or states what vit.py doesn't have or what can't be.
     """
     stated = {}
     for name in BESIDE:
@@ -1395,57 +1350,73 @@ def read_beside(path: Path, width: int) -> dict:
             if not isinstance(content, dict):
                 raise ValueError("it is no dictionary")
             found = read_description(content, width)
-            if "heads" in found:
-                found["heads_from"] = name
-            if "mean" in found or "std" in found:
-                found["norm_from"] = name
-        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except Exception as error:  # of JSON that may hold anything
             raise ValueError(
                 f"{file}, beside the weights, can't be used ({error}); correct or remove it"
             ) from error
-        strange = "" if "note" in found else strange_statement(content)
+        strange = "" if "note" in found else strange_statement(content, width)
         if strange:
             raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
-        stated |= found
+        stated |= with_source(found, name)
+    return stated
+
+
+def with_source(stated: dict, source: str) -> dict:
+    """What is stated, and where: "heads_from" if it states heads, "norm_from" if mean or std."""
+    stated = dict(stated)
+    if "heads" in stated:
+        stated["heads_from"] = source
+    if "mean" in stated or "std" in stated:
+        stated["norm_from"] = source
     return stated
 
 
 def read_description(content: dict, width: int) -> dict:
     """What one such file states (see `read_beside`)."""
-    open_clip = content.get("model_cfg") or {}
-    vision = open_clip.get("vision_cfg") or {}
-    timm = content.get("model_args") or {}
-    tower = image_tower(content)
-    widths = (vision.get("width"), tower.get("hidden_size"), timm.get("embed_dim"))
-    for other in widths:
-        if other is not None and type(other) is not int:
-            raise ValueError(f"it states the width {other!r}")
-        if other not in (None, width):
-            return {"note": f"the description beside it is of width {other}, and was left out"}
-    stated = {"eps": tower.get("layer_norm_eps")}
-    stated["heads"] = tower.get("num_attention_heads", timm.get("num_heads"))
-    stated["quick_gelu"] = read_quick_gelu(content)
-    if open_clip and "timm_model_name" not in vision:
-        stated["heads"] = width // vision.get("head_width", 64)
-    heads = stated["heads"]
+    tower = image_tower(content, width)
+    other = tower.get("hidden_size")
+    if other is not None and type(other) is not int:
+        raise ValueError(f"it states the width {other!r}")
+    if other not in (None, width):
+        return {"note": f"the description beside it is of width {other}, and was left out"}
+    heads = tower.get("num_attention_heads")
     if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
         raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
+    stated = {"heads": heads, "eps": tower.get("layer_norm_eps")}
+    if "hidden_act" in tower:
+        stated["quick_gelu"] = tower["hidden_act"] == "quick_gelu"
     stated |= read_norm(content)
     return {key: value for key, value in stated.items() if value is not None}
 
 
-def image_tower(content: dict) -> dict:
-    """The part of a description that is of the image tower. A CLIP of transformers leaves its
-    defaults out."""
-    if "vision_config" not in content:
-        return content
-    defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-    return defaults | content["vision_config"]
+def image_tower(content: dict, width: int) -> dict:
+    """What a description states of the image tower, in the words of transformers' config.json."""
+    if "vision_config" in content:  # a CLIP of transformers, which leaves its defaults out
+        defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+        return defaults | content["vision_config"]
+    open_clip = content.get("model_cfg")
+    if open_clip:
+        vision = open_clip.get("vision_cfg") or {}
+        tower = {"hidden_size": vision.get("width")}
+        tower["hidden_act"] = "quick_gelu" if open_clip.get("quick_gelu") else "gelu"
+        if "timm_model_name" not in vision:
+            tower["num_attention_heads"] = width // vision.get("head_width", 64)
+        return tower
+    timm = content.get("model_args") or {}
+    tower = {"hidden_size": timm.get("embed_dim"), "num_attention_heads": timm.get("num_heads")}
+    # timm's names of CLIPs state the activation. It has OpenAI's weights by the other name too.
+    architecture = str(content.get("architecture", ""))
+    tag = (content.get("pretrained_cfg") or {}).get("tag")
+    if "_clip_quickgelu_" in architecture:
+        tower["hidden_act"] = "quick_gelu"
+    elif "_clip_" in architecture and tag != "openai":
+        tower["hidden_act"] = "gelu"
+    return tower | content
 
 
-def strange_statement(content: dict) -> str:
+def strange_statement(content: dict, width: int) -> str:
     """What a description states that vit.py doesn't have and no tensor tells; "" for nothing."""
-    tower = image_tower(content)
+    tower = image_tower(content, width)
     act = tower.get("hidden_act", "gelu")
     if act not in ("gelu", "quick_gelu"):
         return f"the activation {act!r}, not gelu or quick_gelu"
@@ -1457,23 +1428,6 @@ def strange_statement(content: dict) -> str:
     if "_rope_" in architecture:
         return f"the architecture {architecture}, whose rotary positions aren't DINOv3's"
     return ""
-
-
-def read_quick_gelu(content: dict) -> bool | None:
-    """Whether a description states QuickGELU for the MLPs; None if it states nothing on it."""
-    tower = image_tower(content)
-    if content.get("model_cfg"):  # open_clip's
-        return content["model_cfg"].get("quick_gelu", False)
-    if "hidden_act" in tower:
-        return tower["hidden_act"] == "quick_gelu"
-    # timm's names of CLIPs state it. It has OpenAI's weights by the other name too.
-    architecture = str(content.get("architecture", ""))
-    tag = (content.get("pretrained_cfg") or {}).get("tag")
-    if "_clip_quickgelu_" in architecture:
-        return True
-    if "_clip_" in architecture and tag != "openai":
-        return False
-    return None
 
 
 def read_norm(content: dict) -> dict:
@@ -1504,17 +1458,16 @@ def read_norm(content: dict) -> dict:
     return norm
 
 
+# --------------------------------------------------------------------------------------- loading
+
+
 def choose_backbone(
     name: str, path: Path, translated: Translated, meta: dict, given: dict
 ) -> Backbone:
     """The named backbone, else the one that the file describes, else what its shapes suggest; what
     stands beside a file that has neither overrides that, and what is `given` by hand everything
     (both as `read_beside` has it)."""
-    known = dict(given)
-    if "heads" in given:
-        known["heads_from"] = "given"
-    if "mean" in given or "std" in given:
-        known["norm_from"] = "given"
+    known = with_source(given, "given")
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
@@ -1526,8 +1479,9 @@ def choose_backbone(
         found = translated.tensors
         if "cls_token" in found:  # else guess_backbone says what is missing
             known = read_beside(path, found["cls_token"].shape[-1]) | known
-        if translated.heads:
-            known = {"heads": max(translated.heads), "heads_from": "its kernels' shape"} | known
+        if translated.kernel_heads:
+            heads = max(translated.kernel_heads)
+            known = with_source({"heads": heads}, "its kernels' shape") | known
         backbone = guess_backbone(translated, known)
     changes = {key: known[key] for key in ("heads", "quick_gelu", "eps") if key in known}
     mean, std = backbone.norm
@@ -1543,11 +1497,7 @@ def choose_backbone(
 
 
 def guess_backbone(translated: Translated, known: dict) -> Backbone:
-    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on.
-
-    Raises:
-        ValueError: as `infer_config`; or the head of such a network can't be told.
-    """
+    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
     heads = known.get("heads", 0)
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
     if "open_clip" in translated.layout.name and not config.norm_pre:
@@ -1618,7 +1568,7 @@ def load(
         backbone = choose_backbone(name, Path(path), translated, meta, given)
         backbone = replace(backbone.at(image_size), lora=translated.lora)
         config = backbone.config
-        others = translated.heads - {config.heads}
+        others = translated.kernel_heads - {config.heads}
         if others:
             raise ValueError(f"its kernels have {min(others)} heads, not {config.heads}")
         found = take_tensors(translated.tensors, config, head)
@@ -1628,11 +1578,10 @@ def load(
             if "head.weight" in found:
                 classes = len(found["head.weight"])
                 model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
-        check_tensors(model.state_dict(), found, translated.names)
-    model.load_state_dict(found, assign=True)
+        fill(model, found, translated.names)
     if config.rope:
         model.build_rotary()
-    return model.eval(), backbone
+    return model, backbone
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
@@ -1642,7 +1591,7 @@ def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[s
         found = {key: value for key, value in found.items() if not key.startswith("head.")}
     if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
         found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
-    if config.rope and not config.qkv_bias and not has_bias(found):
+    if config.rope and not config.qkv_bias and not has_nonzero_bias(found):
         found = {key: value for key, value in found.items() if not key.endswith(".qkv.bias")}
     if "pos_embed" in found:
         found["pos_embed"] = resize_positions(found["pos_embed"], config.grid)
@@ -1675,13 +1624,12 @@ def load_text(
         config = replace(config, quick_gelu=quick_gelu)
         with torch.device("meta"):
             model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
-        check_tensors(model.state_dict(), found, translated.names)
+        fill(model, found, translated.names)
         scale = None
         for key, value in tensors.items():
             if key.rpartition(".")[2] == "logit_scale":
                 scale = math.exp(value.item())
-    model.load_state_dict(found, assign=True)
-    return model.eval(), scale
+    return model, scale
 
 
 def check_causal(path: Path) -> None:
@@ -1693,7 +1641,7 @@ def check_causal(path: Path) -> None:
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
         every_token = content["model_cfg"]["text_cfg"].get("no_causal_mask", False)
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    except Exception as error:  # of JSON that may hold anything
         raise ValueError(f"{file}, beside the weights, is damaged; correct or remove it") from error
     if every_token:
         raise ValueError(
@@ -1702,14 +1650,14 @@ def check_causal(path: Path) -> None:
         )
 
 
-def check_tensors(
-    wanted: dict[str, Tensor], found: dict[str, Tensor], names: dict[str, str]
-) -> None:
-    """Raise a ValueError that names what is missing, left over, of another shape or not finite.
+def fill(model: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Give a network built without memory its tensors, and put it in eval mode. Raise a ValueError
+    that names what is missing, left over, of another shape or not finite.
 
     Args:
         names: the file's own, which its user knows, by ours.
     """
+    wanted = model.state_dict()
     misshapen = []
     for key in wanted:
         if key in found and found[key].shape != wanted[key].shape:
@@ -1724,18 +1672,20 @@ def check_tensors(
     texts = []
     for fault, keys in faults.items():
         if keys:
-            more = " …" if len(keys) > 3 else ""
-            texts.append(f"{len(keys)} {fault}: {', '.join(keys[:3])}{more}")
+            texts.append(f"{len(keys)} {fault}: {first_few(keys)}")
     if texts:
         raise ValueError("; ".join(texts))
+    model.load_state_dict(found, assign=True)
+    model.eval()
 
 
-# ------------------------------------------------------------------------------- a LoRA of peft
+# -------------------------------------------------------------------------------- a LoRA of peft
 
 IS_LORA = (
     "these are LoRA adapters, not a network: give that by --weights or --backbone and, if peft "
     "made them, these by --init-lora; else merge them with the program that made them"
 )
+MERGE_BY_PEFT = "merge it with peft's merge_and_unload() and give the result by --weights"
 LORA_CONFIG = "adapter_config.json"
 LORA_FILE = "adapter_model.safetensors"
 # A factor's key, perhaps with the adapter's name behind it:
@@ -1785,12 +1735,7 @@ def is_lora(path: str | Path) -> bool:
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and LORA_SETTINGS of a LoRA.
-
-    Raises:
-        ValueError: a file is missing or damaged; it isn't a LoRA, or of a kind that isn't merged
-            here.
-    """
+    """The tensors and LORA_SETTINGS of a LoRA."""
     if not path.exists():
         raise ValueError(f"no LoRA at {path}; say where it is by --init-lora")
     folder = path if path.is_dir() else path.parent
@@ -1804,17 +1749,14 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
         given = {name: value for name, value in content.items() if value is not None}
         settings = LORA_SETTINGS | given
         check_settings(settings)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # of JSON that may hold anything
         raise ValueError(
             f"{stated} is missing or damaged ({first_line(error)}); give the folder that peft's "
             "save_pretrained wrote"
         ) from error
     strange = strange_setting(settings)
     if strange:
-        raise ValueError(
-            f"{stated} states {strange[:100]}; merge it with peft's merge_and_unload() and "
-            "give the result by --weights"
-        )
+        raise ValueError(f"{stated} states {strange[:100]}; {MERGE_BY_PEFT}")
     if not path.is_file():
         raise ValueError(f"no LoRA at {path}; give the folder that peft's save_pretrained wrote")
     tensors, _ = read_tensors(path)
@@ -1869,16 +1811,13 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
 
     Returns:
         What was done, for the terminal.
-
-    Raises:
-        ValueError: as `read_lora`; a tensor has no place, another shape or values that aren't
-            finite.
     """
     tensors, settings = read_lora(path)
     merged = {}
-    towers = set()
+    used = {}
     left_out = []
-    try:
+    towers = set()
+    with naming(path):
         changes = sort_lora(tensors)
         for name, parts in changes.items():
             if re.search(r"(^|\.)(pooler\.|mask_token)", name):  # which features don't depend on
@@ -1894,14 +1833,11 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
                 continue
             alpha = alpha_of(name, settings)
             merged[place] = merge_parts(found.get(place), parts, alpha, settings)
+            used[name] = parts
         check_tower(towers, changes, settings, clip="norm_pre.weight" in found)
-    except (ValueError, RuntimeError, LookupError) as error:
-        raise ValueError(f"{path}: {first_line(error)}") from error
     found |= merged
-    for name in left_out:
-        del changes[name]
-    text = describe_lora(changes, settings)
-    return text + (f"; left out: {some(left_out)}" if left_out else "")
+    text = describe_lora(used, settings)
+    return text + (f"; left out: {first_few(left_out)}" if left_out else "")
 
 
 def check_tower(towers: set[str], names: Iterable[str], settings: dict, clip: bool) -> None:
@@ -1913,17 +1849,15 @@ def check_tower(towers: set[str], names: Iterable[str], settings: dict, clip: bo
         clip: the weights are a CLIP's, whose text tower has tensors of the same names.
     """
     if len(towers) > 1 or re.search(r"text|decoder|bert", "".join(towers)):
-        raise ValueError(
-            f"it is for {' and '.join(map(repr, sorted(towers)))}, not the image tower alone; "
-            "merge it with peft's merge_and_unload() and give the result by --weights"
-        )
+        known = " and ".join(map(repr, sorted(towers)))
+        raise ValueError(f"it is for {known}, not the image tower alone; {MERGE_BY_PEFT}")
     mapping = settings.get("auto_mapping")
     made_of = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
     timm = all(re.match(r"blocks\.|patch_embed\.|norm|head\.", name) for name in names)
     if clip and not timm and "vis" not in "".join(towers) and "Vision" not in made_of:
         raise ValueError(
-            "nothing says whether it is of CLIP's image tower or of its text tower; merge it with "
-            "peft's merge_and_unload() and give the result by --weights"
+            "nothing says whether it is of CLIP's image tower or of its text tower; "
+            + MERGE_BY_PEFT
         )
 
 
@@ -1970,9 +1904,6 @@ def merge_parts(
 
     DoRA's magnitudes m [out] are the lengths of the merged rows: m · W' / |W'|
     (https://arxiv.org/abs/2402.09353, equation 5).
-
-    Raises:
-        ValueError: the parts aren't of these shapes.
     """
     if parts.keys() == {"whole"}:
         return parts["whole"]  # whose shape is checked with all others
@@ -2027,7 +1958,7 @@ def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
     return text + "; it states no normalisation: the backbone's is used"
 
 
-# ------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------ the command line
 
 ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the table of backbones
 
@@ -2084,11 +2015,7 @@ def shape_of(config: Config) -> Config:
 
 
 def describe_file(path: str) -> list[str]:
-    """What a file of weights holds, as lines; what is needed to use it last.
-
-    Raises:
-        ValueError: `load` can't load it.
-    """
+    """What a file of weights holds, as lines; what is needed to use it last."""
     model, backbone = load(path)
     source = to_timm(read_tensors(path)[0])  # with what `load` leaves out
     otherwise = "guessed" if backbone.guessed else "stated in the file"
@@ -2096,21 +2023,21 @@ def describe_file(path: str) -> list[str]:
     norm_from = backbone.norm_from or otherwise
     mean = " ".join(f"{value:.3g}" for value in backbone.norm[0])
     std = " ".join(f"{value:.3g}" for value in backbone.norm[1])
+    weights = f"{count_parameters(model):,} parameters"
+    if "head.weight" in source.tensors:
+        weights += f", and a head of {len(source.tensors['head.weight']):,} outputs"
     lines = [
         f"file     {path}",
         f"layout   {source.layout.name}",
         f"network  {describe_config(backbone.config)}",
         f"heads    {backbone.config.heads} ({heads_from})",
-        f"weights  {count_parameters(model):,} parameters",
+        f"weights  {weights}",
         f"pixels   mean {mean}, std {std} ({norm_from})",
     ]
-    if "head.weight" in source.tensors:
-        outputs = len(source.tensors["head.weight"])
-        lines[4] += f", and a head of {outputs:,} outputs"
     if has_text_tower(source.ignored):
         lines.append("text     CLIP's other tower: --method zero-shot or clip-adapter can use it")
     elif source.ignored:
-        lines.append(f"unused   {some(source.ignored)}")
+        lines.append(f"unused   {first_few(source.ignored)}")
     if backbone.note:
         lines.append(f"note     {backbone.note}")
     lines += describe_guesses(backbone)
