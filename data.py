@@ -153,6 +153,15 @@ class Dataset:
     folder: Path | None = None  # where the photos are; None for a built-in set
     sums: dict[str, str] = field(default_factory=dict)  # checksum (CRC-32) of each photo, by name
 
+    @property
+    def everything(self) -> Images:
+        """The images of all parts, which share a table."""
+        parts = [images for images in (self.train, self.val, self.test) if images is not None]
+        names = [name for images in parts for name in images.names]
+        labels = torch.cat([images.labels for images in parts])
+        rows = torch.cat([images.rows for images in parts])
+        return Images(self.train.table, labels, names, rows)
+
 
 def read(
     name: str, data_dir: str = "data", image_size: int = 224, offline: bool = False
@@ -267,46 +276,23 @@ def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Da
     twice = [name for name, n in Counter(itertools.chain(*names.values())).items() if n > 1]
     if twice:
         raise ValueError(f"the run's split.json lists {twice[0]} twice; it was changed by hand")
-    sources = [images for images in (data.train, data.val, data.test) if images is not None]
-    places = {}  # which source, and where in it
-    for number, source in enumerate(sources):
-        places |= {name: (number, i) for i, name in enumerate(source.names)}
+    everything = data.everything
+    places = {name: i for i, name in enumerate(everything.names)}
     changed = {name for name in places if name in sums and sums[name] != data.sums.get(name)}
-    for name in changed:
-        del places[name]
-    moved = Moved([], sorted(changed), 0)
+    moved = Moved([], sorted(changed), new=len(places) - len(changed))
     parts = {}
-    known = 0
     for part, wanted in names.items():
-        rows = [[] for _ in sources]
-        for name in wanted:
-            if name in places:
-                number, i = places[name]
-                rows[number].append(i)
-                known += 1
-            elif name not in changed:
-                moved.missing.append(name)
-        found = []
-        for source, chosen in zip(sources, rows, strict=True):
-            found.append(source[torch.tensor(chosen, dtype=torch.long)])
-        parts[part] = join(found)
-    moved.new = len(places) - known
+        found = [places[name] for name in wanted if name in places and name not in changed]
+        parts[part] = everything[torch.tensor(found, dtype=torch.long)]
+        moved.missing += [name for name in wanted if name not in places]
+        moved.new -= len(found)
     sizes = (len(parts["train"]), len(parts["val"]))
     return replace(data, **parts, whole=sizes), moved
 
 
-def join(parts: list[Images]) -> Images:
-    """Several sets of one table as one set."""
-    names = [name for images in parts for name in images.names]
-    labels = torch.cat([images.labels for images in parts])
-    return Images(parts[0].table, labels, names, torch.cat([images.rows for images in parts]))
-
-
 def all_as_test(data: Dataset) -> Dataset:
     """The data set with nothing to train on: its test set, or everything if it has none."""
-    test = data.test
-    if test is None:
-        test = join([data.train] if data.val is None else [data.train, data.val])
+    test = data.everything if data.test is None else data.test
     none = data.train[torch.zeros(0, dtype=torch.long)]
     return replace(data, train=none, val=none, test=test)
 
