@@ -368,26 +368,27 @@ def split_off(images: Images, share: float, key: str) -> tuple[Images, Images]:
 def sample_shots(images: Images, shots: int, key: str) -> tuple[Images, Images]:
     """At most `shots` images of each class, drawn by `key`, and the rest."""
     order = stratified_order(images.labels, key)
-    labels = images.labels[order]
-    position = torch.empty_like(labels)  # 1 for the first of its class, 2 for the second, …
-    for label in labels.unique():
-        members = labels == label
-        position[members] = torch.arange(1, int(members.sum()) + 1)
-    chosen = position <= shots
+    chosen = number_in_class(images.labels[order]) < shots
     return images[order[chosen]], images[order[~chosen]]
 
 
 def stratified_order(labels: Tensor, key: str) -> Tensor:
     """A random order [n], fixed by `key`, every prefix of which is stratified."""
     shuffled = torch.randperm(len(labels), generator=generator(key))
-    shuffled_labels = labels[shuffled]
-    position = torch.empty(len(labels))  # of each shuffled image within its class, 0..1
-    for label in labels.unique():
-        members = shuffled_labels == label
-        size = int(members.sum())
-        position[members] = (torch.arange(size) + 0.5) / size
+    labels = labels[shuffled]
+    sizes = torch.bincount(labels)[labels]  # of each image's class
+    position = (number_in_class(labels) + 0.5) / sizes  # within its class, 0..1
     # By position, the classes alternate; of equal ones the one that was shuffled first comes first.
     return shuffled[position.argsort(stable=True)]
+
+
+def number_in_class(labels: Tensor) -> Tensor:
+    """0 for the first of each class, 1 for the second and so on, [n]."""
+    numbers = torch.empty_like(labels)
+    for label in labels.unique():
+        members = labels == label
+        numbers[members] = torch.arange(int(members.sum()))
+    return numbers
 
 
 def generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
