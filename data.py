@@ -1809,7 +1809,7 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         if attempt:
             time.sleep(0.2 * 2**attempt)
         try:
-            size, stated = request_rest(url, part, token)
+            stated = request_rest(url, part, token)
         except urllib.error.HTTPError as error:
             reason = without_secrets(f"{error.code} {error.reason}", url, token)
             if error.code == 416:  # the part is as long as the file, or longer: once more
@@ -1827,19 +1827,11 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
             reason = str(getattr(error, "reason", error) or type(error).__name__)
             reason = without_secrets(reason, url, token)
             continue
-        have = part.stat().st_size
-        if size and have < size:
-            reason = f"the connection was cut at {have:,} of {size:,} bytes"
-            continue
-        check_hash(part, *(checksum or ("sha256", stated)))
+        kind, digest = checksum or ("sha256", stated)
+        if digest and file_hash(part, kind) != digest:
+            raise DownloadError(f"arrived with a wrong {kind}")
         return
     raise ValueError(f"could not fetch {shown}: {reason}; run again to go on")
-
-
-def check_hash(path: Path, kind: str, digest: str) -> None:
-    """Raise DownloadError if a file has another md5 or sha256 than was stated, if one was."""
-    if digest and file_hash(path, kind) != digest:
-        raise DownloadError(f"arrived with a wrong {kind}")
 
 
 def check_content(path: Path, name: str) -> None:
@@ -1881,11 +1873,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def request_rest(url: str, part: Path, token: str) -> tuple[int, str]:
+def request_rest(url: str, part: Path, token: str) -> str:
     """One request for what `part` lacks, which is appended to it.
 
     Returns:
-        The file's whole size and SHA-256 as stated (0 and "" if they aren't).
+        The whole file's SHA-256 as stated; "" if it isn't.
 
     Raises:
         OSError, http.client.HTTPException: anything that another try may mend.
@@ -1905,35 +1897,49 @@ def request_rest(url: str, part: Path, token: str) -> tuple[int, str]:
             os.truncate(part, 0)
             raise OSError(f"the server sent another part than the one from byte {have:,} on")
         if answer.status != 206:  # a server that ignores Range sends the whole file again
+            os.truncate(part, 0)
             have = 0
         size = to_integer(headers.get("x-linked-size"))
         length = to_integer(headers.get("content-length"))
         if not size and length:
             size = have + length
-        etag = headers.get("x-linked-etag") or headers.get("etag") or ""
-        etag = etag.removeprefix("W/").strip('"').lower()
-        what = f"fetching {part.name.removesuffix('.part')}, MB"
-        first = have >> 20
-        started = time.perf_counter()
-        moment = started
-        arrived = 0
-        with part.open("ab" if have else "wb") as file:
-            while block := answer.read1(1 << 20):
-                file.write(block)
-                have += len(block)
-                if size and have > size:
-                    raise DownloadError(
-                        f"arrived with more than the {size:,} bytes that it should have"
-                    )
-                arrived += len(block)
-                now = time.perf_counter()
-                if now - moment > PATIENCE:
-                    if arrived < SLOWEST * PATIENCE:
-                        raise OSError(f"too slow, {arrived:,} bytes in {now - moment:.0f} seconds")
-                    moment = now
-                    arrived = 0
-                progress(what, have >> 20, size >> 20, started, first)
-    return size, etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+        receive(answer, part, size)
+    etag = headers.get("x-linked-etag") or headers.get("etag") or ""
+    etag = etag.removeprefix("W/").strip('"').lower()
+    return etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+
+
+def receive(answer: http.client.HTTPResponse, part: Path, size: int) -> None:
+    """Append what arrives to `part`, which then has `size` bytes; 0 if that isn't stated.
+
+    Raises:
+        OSError: it is slower than SLOWEST, or ends before.
+        DownloadError: more arrives.
+    """
+    have = part.stat().st_size
+    what = f"fetching {part.name.removesuffix('.part')}, MB"
+    first = have >> 20
+    started = time.perf_counter()
+    moment = started
+    arrived = 0  # since then
+    with part.open("ab") as file:
+        while block := answer.read1(1 << 20):
+            file.write(block)
+            have += len(block)
+            if size and have > size:
+                raise DownloadError(
+                    f"arrived with more than the {size:,} bytes that it should have"
+                )
+            arrived += len(block)
+            now = time.perf_counter()
+            if now - moment > PATIENCE:
+                if arrived < SLOWEST * PATIENCE:
+                    raise OSError(f"too slow, {arrived:,} bytes in {now - moment:.0f} seconds")
+                moment = now
+                arrived = 0
+            progress(what, have >> 20, size >> 20, started, first)
+    if size and have < size:
+        raise OSError(f"the connection was cut at {have:,} of {size:,} bytes")
 
 
 def open_in_time(
