@@ -42,7 +42,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -735,11 +735,9 @@ def read_folder(root: Path, side: int) -> Dataset:
     photos = {part: list_photos(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
     if len(classes) < 2:
-        hint = ""
-        if classes and find_folders(parts["train"] / classes[0]):
-            hint = f"; do you mean {parts['train'] / classes[0]}?"
         raise ValueError(
-            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed{hint}"
+            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed"
+            f"{one_level_down(parts['train'], classes)}"
         )
     labelled = {}
     for part, by_class in photos.items():
@@ -751,7 +749,7 @@ def read_folder(root: Path, side: int) -> Dataset:
             )
         labelled[part] = with_labels(by_class, classes)
     named = name_classes(root / "README.txt", classes)
-    return from_photos(root.resolve().name, named, labelled, side, root, skipped=skipped)
+    return replace(from_photos(root.resolve().name, named, labelled, side, root), skipped=skipped)
 
 
 def with_labels(by_class: dict[str, list[Path]], classes: list[str]) -> list[tuple[Path, int]]:
@@ -771,20 +769,20 @@ def read_tiny_imagenet(root: Path, side: int) -> Dataset:
     """
     by_class = list_photos(root / "train", [])
     classes = list(by_class)
+    found, _ = sort_files(root / "val" / "images")
+    photos = {path.name: path for path in found}
     listed = root / "val" / "val_annotations.txt"
     test = []
     for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
         if "\t" not in line:
             continue
         file, wnid, *_ = line.split("\t")
-        path = root / "val" / "images" / file
-        if wnid not in by_class or file != path.name or not path.is_file():
+        if wnid not in by_class or file not in photos:
             raise ValueError(
                 f"{listed} lists {file} of {wnid}, but there is no such photo or no folder "
                 f"train/{wnid}; unpack the archive again"
             )
-        test.append((path, classes.index(wnid)))
-    photos, _ = sort_files(root / "val" / "images")
+        test.append((photos[file], classes.index(wnid)))
     if not test or len(test) != len(photos):
         raise ValueError(
             f"{listed} lists {len(test):,} photos, beside it are {len(photos):,}; unpack the "
@@ -817,7 +815,6 @@ def from_photos(
     parts: dict[str, list[tuple[Path, int]]],
     side: int,
     root: Path,
-    skipped: Sequence[str] = (),
 ) -> Dataset:
     """A data set of photos.
 
@@ -835,8 +832,7 @@ def from_photos(
     images = {"val": None, "test": None}
     for part, place in zip(parts, places, strict=True):
         images[part] = everything[place]
-    data = Dataset(name, classes, **images, center=7 / 8, folder=root)
-    return replace(data, skipped=list(skipped), sums=sums)
+    return Dataset(name, classes, **images, center=7 / 8, folder=root, sums=sums)
 
 
 def find_folders(folder: Path) -> list[Path]:
@@ -880,15 +876,19 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
         else:
             empty.append(class_folder)
     if empty:
-        hint = ""
-        if len(photos) == 1:  # perhaps photos one level down, beside a folder of something else
-            (name,) = photos
-            if find_folders(folder / name):
-                hint = f"; do you mean {folder / name}?"
+        advice = "put some there, or remove that folder"
         if any(empty[0].iterdir()):
-            raise ValueError(f"no images in {empty[0]}{hint}; {', '.join(sorted(PHOTOS))} are read")
-        raise ValueError(f"no images in {empty[0]}{hint}; put some there, or remove that folder")
+            advice = f"{', '.join(sorted(PHOTOS))} are read"
+        hint = one_level_down(folder, list(photos))
+        raise ValueError(f"no images in {empty[0]}{hint}; {advice}")
     return photos
+
+
+def one_level_down(folder: Path, classes: list[str]) -> str:
+    """What to say of a folder that holds a single class: perhaps its folders are the classes."""
+    if len(classes) == 1 and find_folders(folder / classes[0]):
+        return f"; do you mean {folder / classes[0]}?"
+    return ""
 
 
 def as_utf8(name: str) -> str:
