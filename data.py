@@ -923,37 +923,38 @@ def decode(
     Raises:
         ValueError: no Pillow; photos that can't be read, of which some are named; no room.
     """
-    files = []
+    path_of = {}
     for path in paths:
         stat = path.stat()
         name = "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
         # The later time: one is the content's, which comes along with a file that is moved.
-        files.append((name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)))
-    whole = as_utf8(str(root.resolve()))
+        path_of[name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)] = path
+    root = root.resolve()
+    number = seed_from(as_utf8(str(root)))
     kept = photo_folder() if keep else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        folder = kept or Path(temporary)
-        place = folder / f"{as_utf8(root.resolve().name)[:50]}-{side}-{seed_from(whole):08x}"
+        place = (kept or Path(temporary)) / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
         with locked(place, folder=True):
             # Its files only grow: once over half of the rows are of photos that are gone or were
             # changed, they are made anew.
-            photos = open_photos(place, side, most=2 * len(files))
-            pairs = zip(files, paths, strict=True)
-            missing = {file: path for file, path in pairs if file not in photos.row_of}
+            photos = open_photos(place, side, most=2 * len(paths))
+            missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
             if missing:
                 try:
+                    check_room(place, len(missing), side)
                     fill_photos(place, photos, missing)
                 except OSError as error:
+                    setting = "ADAPTERTUNE_CACHE" if kept else "TMPDIR"
                     raise ValueError(
-                        f"can't write {place} ({error.strerror}); mend that, or set "
-                        "ADAPTERTUNE_CACHE to another folder; what is decoded is kept"
+                        f"can't write {place} ({error.strerror}); mend that, set {setting} to "
+                        "another folder, or give a smaller --image-size"
                     ) from error
                 photos = Photos(place, side)
         if missing and kept:
             size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
             print(f"photos   {len(missing):,} decoded to {place} ({size}), for later runs too")
-    names = [name for name, _, _ in files]
-    rows = [photos.row_of[file] for file in files]
+    names = [name for name, _, _ in path_of]
+    rows = [photos.row_of[key] for key in path_of]
     sums = {name: f"{photos.sums[row]:08x}" for name, row in zip(names, rows, strict=True)}
     return Images(photos, torch.tensor(labels), names, torch.tensor(rows)), sums
 
@@ -1045,14 +1046,14 @@ def photo_folder() -> Path | None:
 
 
 def check_room(folder: Path, count: int, side: int) -> None:
-    """Raise a ValueError if so many decoded photos don't fit onto the disk."""
+    """Raise an OSError if so many decoded photos don't fit onto the disk."""
     needed = count * 3 * side**2
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
+        raise OSError(
+            errno.ENOSPC,
             f"{count:,} photos of {side} x {side} pixels take {needed / 1e6:,.0f} MB, "
-            f"{folder} has {free / 1e6:,.0f} MB free; make room, set ADAPTERTUNE_CACHE to a "
-            "folder on another disk, or give a smaller --image-size"
+            f"the disk has {free / 1e6:,.0f} MB free",
         )
 
 
@@ -1063,22 +1064,22 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
         missing: their paths, by name, size and time.
 
     Raises:
-        ValueError: the disk is too full; photos that can't be read, after all others were.
+        ValueError: photos that can't be read, after all others were.
+        OSError: the disk is full.
     """
     rows, _, _, side = photos.shape
-    check_room(folder, len(missing), side)
 
-    def read(file: tuple[str, int, int]) -> tuple[Tensor, str] | ValueError:
+    def read(path: Path) -> tuple[Tensor, str] | ValueError:
         """A photo's pixels and its file's CRC-32; or why there are none."""
         try:
-            return read_photo(missing[file], side), file_crc(missing[file])
+            return read_photo(path, side), file_crc(path)
         except ValueError as error:
             return error
         except OSError as error:  # gone by now
-            return ValueError(f"can't read {missing[file]} as an image ({error.strerror})")
+            return ValueError(f"can't read {path} as an image ({error.strerror})")
 
     bad = []
-    files = list(missing)
+    keys = list(missing)
     at_a_time = max(os.cpu_count(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))
     started = time.perf_counter()
     with (
@@ -1090,21 +1091,22 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
         pixels.seek(rows * 3 * side**2)
         index.truncate(photos.end)
         index.seek(photos.end)
-        for first in range(0, len(files), at_a_time):
-            part = files[first : first + at_a_time]
+        for first in range(0, len(keys), at_a_time):
+            part = keys[first : first + at_a_time]
+            paths = [missing[key] for key in part]
             lines = ""
-            for file, found in zip(part, pool.map(read, part), strict=True):
+            for key, found in zip(part, pool.map(read, paths), strict=True):
                 if isinstance(found, ValueError):
                     bad.append(found)
                     continue
                 image, crc = found
                 pixels.write(image.numpy().tobytes())
-                lines += json.dumps([*file, crc]) + "\n"
+                lines += json.dumps([*key, crc]) + "\n"
             pixels.flush()
             os.fsync(pixels.fileno())  # the pixels are there before their lines say so
             index.write(lines.encode())
             index.flush()
-            progress("decoding, photo", first + len(part), len(files), started)
+            progress("decoding, photo", first + len(part), len(keys), started)
     if bad:
         raise ValueError(list_unread(bad)) from bad[0]
 

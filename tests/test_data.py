@@ -657,11 +657,15 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
 
 
 def test_photos_that_the_disk_can_not_hold(photos, monkeypatch):
-    """Their size is stated before any is decoded."""
+    """Their size is stated before any is decoded, and what moves them to another disk."""
     usage = shutil.disk_usage(photos)._replace(free=10**6)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="60 photos of 256 x 256 pixels take 12 MB, .* 1 MB free"):
+    message = "60 photos of 256 x 256 pixels take 12 MB, .* 1 MB free.*set ADAPTERTUNE_CACHE to"
+    with pytest.raises(ValueError, match=message):
         data.read(str(photos))
+    paths = data.find_photos([photos])
+    with pytest.raises(ValueError, match="60 photos .* 1 MB free.*set TMPDIR to another folder"):
+        data.decode(paths, [0] * 60, 256, photos, keep=False)
 
 
 def test_large_photos(photos, monkeypatch):
