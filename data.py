@@ -1122,9 +1122,13 @@ def list_unread(bad: list[ValueError]) -> str:
 
 def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
+
+    def refuse(error: OSError) -> None:  # os.walk itself passes over a folder that it can't read
+        raise error
+
     photos = []
     others = []
-    for place, inside, names in os.walk(folder):
+    for place, inside, names in os.walk(folder, onerror=refuse):
         inside[:] = [name for name in inside if not name.startswith(".")]
         # Links to folders may lead in circles: os.walk leaves them out.
         names += [name for name in inside if Path(place, name).is_symlink()]

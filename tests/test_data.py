@@ -446,6 +446,23 @@ def test_what_is_left_out_is_named(photos):
     assert set(dataset.skipped) == set(map(str, left_out))
 
 
+def test_a_folder_that_can_not_be_read(photos, monkeypatch):
+    """Its photos aren't left out without a word."""
+    hidden = photos / "leaf" / "more"
+    hidden.mkdir()
+    (photos / "leaf/00.png").rename(hidden / "00.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(hidden):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: .*leaf/more"):
+        data.read(str(photos), image_size=14)
+
+
 def test_copies_in_the_test_set(photos):
     """Files that are the same in train and test; not those that share a checksum by chance."""
     root = photos.parent / "parts"
