@@ -13,6 +13,9 @@ Crop, flip and antialiased resize are linear and separable: two small matrices p
 with the weights of Pillow's bicubic resize in them (Keys' cubic, a = -1/2). A flip reverses the
 order of the rows of `cols`.
 
+From the top: splits, the published data sets, folders of photos, photos as they are kept decoded,
+one photo, data sets by name, batches, files, downloads.
+
 Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels along a side that the
 network sees, K classes.
 """
@@ -401,7 +404,7 @@ def seed_from(key: str) -> int:
     return zlib.crc32(key.encode())
 
 
-# ----------------------------------------------------------------------------- reading data sets
+# --------------------------------------------------------------------------- published data sets
 
 
 def read_digits(name: str, data_dir: Path, offline: bool, side: int) -> Dataset:
@@ -720,6 +723,9 @@ def read_archive(
     return replace(read_folder(root, side), name=name)
 
 
+# ----------------------------------------------------------------------------- folders of photos
+
+
 def read_folder(root: Path, side: int) -> Dataset:
     """Photos in class folders, each decoded once to a centre square of `side` pixels."""
     val = root / "val"  # which many sort into class folders, with the list still beside them
@@ -891,6 +897,50 @@ def one_level_down(folder: Path, classes: list[str]) -> str:
     return ""
 
 
+def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
+
+    def refuse(error: OSError) -> None:  # os.walk itself passes over a folder that it can't read
+        raise error
+
+    photos = []
+    others = []
+    for place, inside, names in os.walk(folder, onerror=refuse):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        # Links to folders may lead in circles: os.walk leaves them out.
+        names += [name for name in inside if Path(place, name).is_symlink()]
+        for name in names:
+            file = Path(place, name)
+            if not name.startswith("."):
+                kind = photos if is_photo(file) else others
+                kind.append(file)
+    # As paths compare themselves, but in half the time.
+    return sorted(photos, key=attrgetter("parts")), sorted(others)
+
+
+def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
+    """Files as they are given, and of folders all photos inside, sorted, without hidden ones.
+
+    Args:
+        others: gets the other files in those folders.
+
+    Raises:
+        ValueError: a folder without photos.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside, odd = sort_files(path)
+        if others is not None:
+            others += odd
+        if not inside:
+            raise ValueError(f"no photos in {path}; {', '.join(sorted(PHOTOS))} are read")
+        found += inside
+    return found
+
+
 def as_utf8(name: str) -> str:
     """A file's name as UTF-8 has it, whatever the locale; other bytes become "\ufffd", and so do
     halves of characters, which JSON may hold."""
@@ -906,6 +956,9 @@ def is_photo(file: Path) -> bool:
         return file.suffix.lower() in PHOTOS
     with file.open("rb") as opened:
         return bool(BEGINNINGS.match(opened.read(12)))
+
+
+# -------------------------------------------------------------------------------- decoded photos
 
 
 def decode(
@@ -1120,48 +1173,7 @@ def list_unread(bad: list[ValueError]) -> str:
     return text
 
 
-def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
-
-    def refuse(error: OSError) -> None:  # os.walk itself passes over a folder that it can't read
-        raise error
-
-    photos = []
-    others = []
-    for place, inside, names in os.walk(folder, onerror=refuse):
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        # Links to folders may lead in circles: os.walk leaves them out.
-        names += [name for name in inside if Path(place, name).is_symlink()]
-        for name in names:
-            file = Path(place, name)
-            if not name.startswith("."):
-                kind = photos if is_photo(file) else others
-                kind.append(file)
-    # As paths compare themselves, but in half the time.
-    return sorted(photos, key=attrgetter("parts")), sorted(others)
-
-
-def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
-    """Files as they are given, and of folders all photos inside, sorted, without hidden ones.
-
-    Args:
-        others: gets the other files in those folders.
-
-    Raises:
-        ValueError: a folder without photos.
-    """
-    found = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside, odd = sort_files(path)
-        if others is not None:
-            others += odd
-        if not inside:
-            raise ValueError(f"no photos in {path}; {', '.join(sorted(PHOTOS))} are read")
-        found += inside
-    return found
+# ------------------------------------------------------------------------------------- one photo
 
 
 def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa: F821
@@ -1261,6 +1273,8 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
         image = image.transpose(turns[orientation])
     return image.convert("RGB")
 
+
+# ----------------------------------------------------------------------------- data sets by name
 
 # A sentence for each class, by a data set's name without the number that it may end in:
 # CLIP-Adapter's and CoOp's (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits and SVHN
