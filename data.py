@@ -988,9 +988,7 @@ def decode(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         place = (kept or Path(temporary)) / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
         with locked(place, folder=True):
-            # Its files only grow: once over half of the rows are of photos that are gone or were
-            # changed, they are made anew.
-            photos = open_photos(place, side, most=2 * len(paths))
+            photos = open_photos(place, side, wanted=len(paths))
             missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
             if missing:
                 try:
@@ -1073,12 +1071,13 @@ def made_by() -> str:
     return f"Pillow {PIL.__version__}, decoder {DECODER}"
 
 
-def open_photos(folder: Path, side: int, most: int) -> Photos:
-    """What a folder of the cache has; nothing, if it is new, damaged, of another decoder, or has
-    more than `most` photos. Then its files are made anew: other processes may have the old open."""
+def open_photos(folder: Path, side: int, wanted: int) -> Photos:
+    """What a folder of the cache has; nothing, if it is new, damaged, of another decoder, or over
+    half of its rows are of photos that are gone or were changed, since only `wanted` are there.
+    Then its files are made anew: other processes may have the old open."""
     with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
         photos = Photos(folder, side)
-        if len(photos.sums) <= most:
+        if len(photos.sums) <= 2 * wanted:
             return photos
     for name, content in {"pixels": "", "index": f"{made_by()}\n"}.items():
         (folder / name).unlink(missing_ok=True)
@@ -1461,11 +1460,11 @@ class Batches:
         images = data.train
         order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}"))
         order = order.to(images.labels.device)  # once an epoch: each copy makes a GPU wait
-        own = slice(self.rank, None, self.world)
+        mine = slice(self.rank, None, self.world)  # this process's images of a batch
         for step, index in enumerate(order.split(self.batch)):
             if step < first:
                 continue
-            pixels, labels = images.take(index[own], self.device)
+            pixels, labels = images.take(index[mine], self.device)
             if pixels.ndim == 2:  # features [B, D] in the place of images
                 yield pixels, labels
                 continue
@@ -1473,15 +1472,15 @@ class Batches:
             boxes = random_boxes(len(index), *pixels.shape[-2:], data.min_scale, rng)
             flip = None
             if data.flip:
-                flip = (torch.rand(len(index), generator=rng, device=self.device) < 0.5)[own]
-            yield self.finish(pixels, boxes[own], flip), labels
+                flip = (torch.rand(len(index), generator=rng, device=self.device) < 0.5)[mine]
+            yield self.finish(pixels, boxes[mine], flip), labels
 
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the central part of each."""
         for first in range(0, max(1, len(images)), self.batch):  # without images one empty batch
             end = min(first + self.batch, len(images))
-            own = slice(first + self.rank, end, self.world)
-            pixels, labels = images.take(own, self.device)
+            mine = slice(first + self.rank, end, self.world)
+            pixels, labels = images.take(mine, self.device)
             if pixels.ndim > 2:
                 boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, self.device)
                 pixels = self.finish(pixels, boxes)
