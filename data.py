@@ -1865,7 +1865,8 @@ def check_content(path: Path, name: str) -> None:
             # The length of a header, the header, the tensors to where it says that the last ends.
             length = int.from_bytes(beginning, "little")
             whole = 0
-            with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
+            damaged = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+            with contextlib.suppress(*damaged):
                 if length < min(size, 100_000_000):
                     header = json.loads(file.read(length))
                     header.pop("__metadata__", None)
