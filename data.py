@@ -733,12 +733,12 @@ def read_folder(root: Path, side: int) -> Dataset:
         return read_tiny_imagenet(root, side)
     parts = find_parts(root)
     skipped = []
-    if root not in parts.values():  # the photos beside train/
+    if parts["train"] != root:  # the photos beside train/
         skipped += [str(file) for file in sorted(root.glob("[!.]*")) if is_photo(file)]
         for folder in find_folders(root):
             if folder not in parts.values():
-                skipped += map(str, sort_files(folder)[0])
-    photos = {part: list_photos(folder, skipped) for part, folder in parts.items()}
+                skipped += map(str, photos_and_others(folder)[0])
+    photos = {part: photos_by_class(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
     if len(classes) < 2:
         raise ValueError(
@@ -773,9 +773,9 @@ def read_tiny_imagenet(root: Path, side: int) -> Dataset:
     Raises:
         ValueError: the annotations don't belong to the folders.
     """
-    by_class = list_photos(root / "train", [])
+    by_class = photos_by_class(root / "train", [])
     classes = list(by_class)
-    found, _ = sort_files(root / "val" / "images")
+    found, _ = photos_and_others(root / "val" / "images")
     photos = {path.name: path for path in found}
     listed = root / "val" / "val_annotations.txt"
     test = []
@@ -864,7 +864,7 @@ def find_parts(root: Path) -> dict[str, Path]:
     return parts or {"train": root}
 
 
-def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
+def photos_by_class(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     """The photos of each class folder inside and of its sub-folders, sorted, without hidden ones.
     Other files, links to nothing or to folders, and photos outside of class folders are added to
     `skipped`."""
@@ -872,7 +872,7 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     empty = []
     skipped += [str(file) for file in sorted(folder.glob("[!.]*")) if is_photo(file)]
     for class_folder in find_folders(folder):
-        found, others = sort_files(class_folder)
+        found, others = photos_and_others(class_folder)
         skipped += map(str, others)
         name = as_utf8(class_folder.name)
         if name in photos:
@@ -897,7 +897,7 @@ def one_level_down(folder: Path, classes: list[str]) -> str:
     return ""
 
 
-def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
+def photos_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
     """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
 
     def refuse(error: OSError) -> None:  # os.walk itself passes over a folder that it can't read
@@ -932,7 +932,7 @@ def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path
         if not path.is_dir():
             found.append(path)
             continue
-        inside, odd = sort_files(path)
+        inside, odd = photos_and_others(path)
         if others is not None:
             others += odd
         if not inside:
