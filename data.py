@@ -816,11 +816,7 @@ def name_classes(listed: Path, classes: list[str]) -> list[str]:
 
 
 def from_photos(
-    name: str,
-    classes: list[str],
-    parts: dict[str, list[tuple[Path, int]]],
-    side: int,
-    root: Path,
+    name: str, classes: list[str], parts: dict[str, list[tuple[Path, int]]], side: int, root: Path
 ) -> Dataset:
     """A data set of photos.
 
@@ -1161,6 +1157,11 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
             progress("decoding, photo", first + len(part), len(keys), started)
     if bad:
         raise ValueError(list_unread(bad)) from bad[0]
+
+
+def file_crc(path: Path) -> str:
+    """A photo's CRC-32 in hexadecimal."""
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 def list_unread(bad: list[ValueError]) -> str:
@@ -1681,15 +1682,6 @@ def wipe_progress() -> None:
         progress_lines.clear()
         terminal = getattr(sys.stderr, "stream", sys.stderr)  # past train.Printable
         print(NEW_LINE, end="", file=terminal, flush=True)
-
-
-def file_crc(path: Path) -> str:
-    """A file's CRC-32 in hexadecimal."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
 
 
 def file_hash(path: Path, kind: str) -> str:
