@@ -13,6 +13,9 @@ Crop, flip and antialiased resize are linear and separable: two small matrices p
 with the weights of Pillow's bicubic resize in them (Keys' cubic, a = -1/2). A flip reverses the
 order of the rows of `cols`.
 
+From the top: splits, the published data sets, folders of photos, photos as they are kept decoded,
+one photo, data sets by name, batches, files, downloads.
+
 Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels along a side that the
 network sees, K classes.
 """
@@ -42,7 +45,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -53,6 +56,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 try:
@@ -153,6 +157,15 @@ class Dataset:
     skipped: list[str] = field(default_factory=list)  # files that aren't photos
     folder: Path | None = None  # where the photos are; None for a built-in set
     sums: dict[str, str] = field(default_factory=dict)  # checksum (CRC-32) of each photo, by name
+
+    @property
+    def everything(self) -> Images:
+        """The images of all parts, which share a table."""
+        parts = [images for images in (self.train, self.val, self.test) if images is not None]
+        names = [name for images in parts for name in images.names]
+        labels = torch.cat([images.labels for images in parts])
+        rows = torch.cat([images.rows for images in parts])
+        return Images(self.train.table, labels, names, rows)
 
 
 def read(
@@ -268,46 +281,23 @@ def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Da
     twice = [name for name, n in Counter(itertools.chain(*names.values())).items() if n > 1]
     if twice:
         raise ValueError(f"the run's split.json lists {twice[0]} twice; it was changed by hand")
-    sources = [images for images in (data.train, data.val, data.test) if images is not None]
-    places = {}  # which source, and where in it
-    for number, source in enumerate(sources):
-        places |= {name: (number, i) for i, name in enumerate(source.names)}
+    everything = data.everything
+    places = {name: i for i, name in enumerate(everything.names)}
     changed = {name for name in places if name in sums and sums[name] != data.sums.get(name)}
-    for name in changed:
-        del places[name]
-    moved = Moved([], sorted(changed), 0)
+    moved = Moved([], sorted(changed), new=len(places) - len(changed))
     parts = {}
-    known = 0
     for part, wanted in names.items():
-        rows = [[] for _ in sources]
-        for name in wanted:
-            if name in places:
-                number, i = places[name]
-                rows[number].append(i)
-                known += 1
-            elif name not in changed:
-                moved.missing.append(name)
-        found = []
-        for source, chosen in zip(sources, rows, strict=True):
-            found.append(source[torch.tensor(chosen, dtype=torch.long)])
-        parts[part] = join(found)
-    moved.new = len(places) - known
+        found = [places[name] for name in wanted if name in places and name not in changed]
+        parts[part] = everything[torch.tensor(found, dtype=torch.long)]
+        moved.missing += [name for name in wanted if name not in places]
+        moved.new -= len(found)
     sizes = (len(parts["train"]), len(parts["val"]))
     return replace(data, **parts, whole=sizes), moved
 
 
-def join(parts: list[Images]) -> Images:
-    """Several sets of one table as one set."""
-    names = [name for images in parts for name in images.names]
-    labels = torch.cat([images.labels for images in parts])
-    return Images(parts[0].table, labels, names, torch.cat([images.rows for images in parts]))
-
-
 def all_as_test(data: Dataset) -> Dataset:
     """The data set with nothing to train on: its test set, or everything if it has none."""
-    test = data.test
-    if test is None:
-        test = join([data.train] if data.val is None else [data.train, data.val])
+    test = data.everything if data.test is None else data.test
     none = data.train[torch.zeros(0, dtype=torch.long)]
     return replace(data, train=none, val=none, test=test)
 
@@ -383,26 +373,27 @@ def split_off(images: Images, share: float, key: str) -> tuple[Images, Images]:
 def sample_shots(images: Images, shots: int, key: str) -> tuple[Images, Images]:
     """At most `shots` images of each class, drawn by `key`, and the rest."""
     order = stratified_order(images.labels, key)
-    labels = images.labels[order]
-    position = torch.empty_like(labels)  # 1 for the first of its class, 2 for the second, …
-    for label in labels.unique():
-        members = labels == label
-        position[members] = torch.arange(1, int(members.sum()) + 1)
-    chosen = position <= shots
+    chosen = number_in_class(images.labels[order]) < shots
     return images[order[chosen]], images[order[~chosen]]
 
 
 def stratified_order(labels: Tensor, key: str) -> Tensor:
     """A random order [n], fixed by `key`, every prefix of which is stratified."""
     shuffled = torch.randperm(len(labels), generator=generator(key))
-    shuffled_labels = labels[shuffled]
-    position = torch.empty(len(labels))  # of each shuffled image within its class, 0..1
-    for label in labels.unique():
-        members = shuffled_labels == label
-        size = int(members.sum())
-        position[members] = (torch.arange(size) + 0.5) / size
+    labels = labels[shuffled]
+    sizes = torch.bincount(labels)[labels]  # of each image's class
+    position = (number_in_class(labels) + 0.5) / sizes  # within its class, 0..1
     # By position, the classes alternate; of equal ones the one that was shuffled first comes first.
     return shuffled[position.argsort(stable=True)]
+
+
+def number_in_class(labels: Tensor) -> Tensor:
+    """0 for the first of each class, 1 for the second and so on, [n]."""
+    numbers = torch.empty_like(labels)
+    for label in labels.unique():
+        members = labels == label
+        numbers[members] = torch.arange(int(members.sum()))
+    return numbers
 
 
 def generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -415,7 +406,7 @@ def seed_from(key: str) -> int:
     return zlib.crc32(key.encode())
 
 
-# ----------------------------------------------------------------------------- reading data sets
+# --------------------------------------------------------------------------- published data sets
 
 
 def read_digits(name: str, data_dir: Path, offline: bool, side: int) -> Dataset:
@@ -734,6 +725,9 @@ def read_archive(
     return replace(read_folder(root, side), name=name)
 
 
+# ----------------------------------------------------------------------------- folders of photos
+
+
 def read_folder(root: Path, side: int) -> Dataset:
     """Photos in class folders, each decoded once to a centre square of `side` pixels."""
     val = root / "val"  # which many sort into class folders, with the list still beside them
@@ -741,19 +735,17 @@ def read_folder(root: Path, side: int) -> Dataset:
         return read_tiny_imagenet(root, side)
     parts = find_parts(root)
     skipped = []
-    if root not in parts.values():  # the photos beside train/
+    if parts["train"] != root:  # the photos beside train/
         skipped += [str(file) for file in sorted(root.glob("[!.]*")) if is_photo(file)]
         for folder in find_folders(root):
             if folder not in parts.values():
-                skipped += map(str, sort_files(folder)[0])
-    photos = {part: list_photos(folder, skipped) for part, folder in parts.items()}
+                skipped += map(str, photos_and_others(folder)[0])
+    photos = {part: photos_by_class(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
     if len(classes) < 2:
-        hint = ""
-        if classes and find_folders(parts["train"] / classes[0]):
-            hint = f"; do you mean {parts['train'] / classes[0]}?"
         raise ValueError(
-            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed{hint}"
+            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed"
+            f"{one_level_down(parts['train'], classes)}"
         )
     labelled = {}
     for part, by_class in photos.items():
@@ -765,7 +757,7 @@ def read_folder(root: Path, side: int) -> Dataset:
             )
         labelled[part] = with_labels(by_class, classes)
     named = name_classes(root / "README.txt", classes)
-    return from_photos(root.resolve().name, named, labelled, side, root, skipped=skipped)
+    return replace(from_photos(root.resolve().name, named, labelled, side, root), skipped=skipped)
 
 
 def with_labels(by_class: dict[str, list[Path]], classes: list[str]) -> list[tuple[Path, int]]:
@@ -783,22 +775,22 @@ def read_tiny_imagenet(root: Path, side: int) -> Dataset:
     Raises:
         ValueError: the annotations don't belong to the folders.
     """
-    by_class = list_photos(root / "train", [])
+    by_class = photos_by_class(root / "train", [])
     classes = list(by_class)
+    found, _ = photos_and_others(root / "val" / "images")
+    photos = {path.name: path for path in found}
     listed = root / "val" / "val_annotations.txt"
     test = []
     for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
         if "\t" not in line:
             continue
         file, wnid, *_ = line.split("\t")
-        path = root / "val" / "images" / file
-        if wnid not in by_class or file != path.name or not path.is_file():
+        if wnid not in by_class or file not in photos:
             raise ValueError(
                 f"{listed} lists {file} of {wnid}, but there is no such photo or no folder "
                 f"train/{wnid}; unpack the archive again"
             )
-        test.append((path, classes.index(wnid)))
-    photos, _ = sort_files(root / "val" / "images")
+        test.append((photos[file], classes.index(wnid)))
     if not test or len(test) != len(photos):
         raise ValueError(
             f"{listed} lists {len(test):,} photos, beside it are {len(photos):,}; unpack the "
@@ -826,12 +818,7 @@ def name_classes(listed: Path, classes: list[str]) -> list[str]:
 
 
 def from_photos(
-    name: str,
-    classes: list[str],
-    parts: dict[str, list[tuple[Path, int]]],
-    side: int,
-    root: Path,
-    skipped: Sequence[str] = (),
+    name: str, classes: list[str], parts: dict[str, list[tuple[Path, int]]], side: int, root: Path
 ) -> Dataset:
     """A data set of photos.
 
@@ -849,8 +836,7 @@ def from_photos(
     images = {"val": None, "test": None}
     for part, place in zip(parts, places, strict=True):
         images[part] = everything[place]
-    data = Dataset(name, classes, **images, center=7 / 8, folder=root)
-    return replace(data, skipped=list(skipped), sums=sums)
+    return Dataset(name, classes, **images, center=7 / 8, folder=root, sums=sums)
 
 
 def find_folders(folder: Path) -> list[Path]:
@@ -876,7 +862,7 @@ def find_parts(root: Path) -> dict[str, Path]:
     return parts or {"train": root}
 
 
-def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
+def photos_by_class(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     """The photos of each class folder inside and of its sub-folders, sorted, without hidden ones.
     Other files, links to nothing or to folders, and photos outside of class folders are added to
     `skipped`."""
@@ -884,7 +870,7 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     empty = []
     skipped += [str(file) for file in sorted(folder.glob("[!.]*")) if is_photo(file)]
     for class_folder in find_folders(folder):
-        found, others = sort_files(class_folder)
+        found, others = photos_and_others(class_folder)
         skipped += map(str, others)
         name = as_utf8(class_folder.name)
         if name in photos:
@@ -894,15 +880,63 @@ def list_photos(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
         else:
             empty.append(class_folder)
     if empty:
-        hint = ""
-        if len(photos) == 1:  # perhaps photos one level down, beside a folder of something else
-            (name,) = photos
-            if find_folders(folder / name):
-                hint = f"; do you mean {folder / name}?"
+        advice = "put some there, or remove that folder"
         if any(empty[0].iterdir()):
-            raise ValueError(f"no images in {empty[0]}{hint}; {', '.join(sorted(PHOTOS))} are read")
-        raise ValueError(f"no images in {empty[0]}{hint}; put some there, or remove that folder")
+            advice = f"{', '.join(sorted(PHOTOS))} are read"
+        hint = one_level_down(folder, list(photos))
+        raise ValueError(f"no images in {empty[0]}{hint}; {advice}")
     return photos
+
+
+def one_level_down(folder: Path, classes: list[str]) -> str:
+    """What to say of a folder that holds a single class: perhaps its folders are the classes."""
+    if len(classes) == 1 and find_folders(folder / classes[0]):
+        return f"; do you mean {folder / classes[0]}?"
+    return ""
+
+
+def photos_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
+
+    def refuse(error: OSError) -> None:  # os.walk itself passes over a folder that it can't read
+        raise error
+
+    photos = []
+    others = []
+    for place, inside, names in os.walk(folder, onerror=refuse):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        # Links to folders may lead in circles: os.walk leaves them out.
+        names += [name for name in inside if Path(place, name).is_symlink()]
+        for name in names:
+            file = Path(place, name)
+            if not name.startswith("."):
+                kind = photos if is_photo(file) else others
+                kind.append(file)
+    # As paths compare themselves, but in half the time.
+    return sorted(photos, key=attrgetter("parts")), sorted(others)
+
+
+def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
+    """Files as they are given, and of folders all photos inside, sorted, without hidden ones.
+
+    Args:
+        others: gets the other files in those folders.
+
+    Raises:
+        ValueError: a folder without photos.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside, odd = photos_and_others(path)
+        if others is not None:
+            others += odd
+        if not inside:
+            raise ValueError(f"no photos in {path}; {', '.join(sorted(PHOTOS))} are read")
+        found += inside
+    return found
 
 
 def as_utf8(name: str) -> str:
@@ -923,6 +957,9 @@ def is_photo(file: Path) -> bool:
     return bool(BEGINNINGS.match(beginning) or HEIC.match(beginning))
 
 
+# -------------------------------------------------------------------------------- decoded photos
+
+
 def decode(
     paths: list[Path], labels: list[int], side: int, root: Path, *, keep: bool = True
 ) -> tuple[Images, dict[str, str]]:
@@ -938,37 +975,36 @@ def decode(
     Raises:
         ValueError: no Pillow; photos that can't be read, of which some are named; no room.
     """
-    files = []
+    path_of = {}
     for path in paths:
         stat = path.stat()
         name = "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
         # The later time: one is the content's, which comes along with a file that is moved.
-        files.append((name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)))
-    whole = as_utf8(str(root.resolve()))
+        path_of[name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)] = path
+    root = root.resolve()
+    number = seed_from(as_utf8(str(root)))
     kept = photo_folder() if keep else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        folder = kept or Path(temporary)
-        place = folder / f"{as_utf8(root.resolve().name)[:50]}-{side}-{seed_from(whole):08x}"
+        place = (kept or Path(temporary)) / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
         with locked(place, folder=True):
-            # Its files only grow: once over half of the rows are of photos that are gone or were
-            # changed, they are made anew.
-            photos = open_photos(place, side, most=2 * len(files))
-            pairs = zip(files, paths, strict=True)
-            missing = {file: path for file, path in pairs if file not in photos.row_of}
+            photos = open_photos(place, side, wanted=len(paths))
+            missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
             if missing:
                 try:
+                    check_room(place, len(missing), side)
                     fill_photos(place, photos, missing)
                 except OSError as error:
+                    setting = "ADAPTERTUNE_CACHE" if kept else "TMPDIR"
                     raise ValueError(
-                        f"can't write {place} ({error.strerror}); mend that, or set "
-                        "ADAPTERTUNE_CACHE to another folder; what is decoded is kept"
+                        f"can't write {place} ({error.strerror}); mend that, set {setting} to "
+                        "another folder, or give a smaller --image-size"
                     ) from error
                 photos = Photos(place, side)
         if missing and kept:
             size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
             print(f"photos   {len(missing):,} decoded to {place} ({size}), for later runs too")
-    names = [name for name, _, _ in files]
-    rows = [photos.row_of[file] for file in files]
+    names = [name for name, _, _ in path_of]
+    rows = [photos.row_of[key] for key in path_of]
     sums = {name: f"{photos.sums[row]:08x}" for name, row in zip(names, rows, strict=True)}
     return Images(photos, torch.tensor(labels), names, torch.tensor(rows)), sums
 
@@ -1034,12 +1070,13 @@ def made_by() -> str:
     return f"Pillow {PIL.__version__}, decoder {DECODER}"
 
 
-def open_photos(folder: Path, side: int, most: int) -> Photos:
-    """What a folder of the cache has; nothing, if it is new, damaged, of another decoder, or has
-    more than `most` photos. Then its files are made anew: other processes may have the old open."""
+def open_photos(folder: Path, side: int, wanted: int) -> Photos:
+    """What a folder of the cache has; nothing, if it is new, damaged, of another decoder, or over
+    half of its rows are of photos that are gone or were changed, since only `wanted` are there.
+    Then its files are made anew: other processes may have the old open."""
     with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
         photos = Photos(folder, side)
-        if len(photos.sums) <= most:
+        if len(photos.sums) <= 2 * wanted:
             return photos
     for name, content in {"pixels": "", "index": f"{made_by()}\n"}.items():
         (folder / name).unlink(missing_ok=True)
@@ -1060,14 +1097,14 @@ def photo_folder() -> Path | None:
 
 
 def check_room(folder: Path, count: int, side: int) -> None:
-    """Raise a ValueError if so many decoded photos don't fit onto the disk."""
+    """Raise an OSError if so many decoded photos don't fit onto the disk."""
     needed = count * 3 * side**2
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
+        raise OSError(
+            errno.ENOSPC,
             f"{count:,} photos of {side} x {side} pixels take {needed / 1e6:,.0f} MB, "
-            f"{folder} has {free / 1e6:,.0f} MB free; make room, set ADAPTERTUNE_CACHE to a "
-            "folder on another disk, or give a smaller --image-size"
+            f"the disk has {free / 1e6:,.0f} MB free",
         )
 
 
@@ -1078,23 +1115,23 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
         missing: their paths, by name, size and time.
 
     Raises:
-        ValueError: the disk is too full; photos that can't be read, after all others were.
+        ValueError: photos that can't be read, after all others were.
+        OSError: the disk is full.
     """
     rows, _, _, side = photos.shape
-    check_room(folder, len(missing), side)
 
-    def read(file: tuple[str, int, int]) -> tuple[Tensor, str] | ValueError:
+    def read(path: Path) -> tuple[Tensor, str] | ValueError:
         """A photo's pixels and its file's CRC-32; or why there are none."""
         try:
-            return read_photo(missing[file], side), file_crc(missing[file])
+            return read_photo(path, side), file_crc(path)
         except ValueError as error:
             return error
         except OSError as error:  # gone by now
-            return ValueError(f"can't read {missing[file]} as an image ({error.strerror})")
+            return ValueError(f"can't read {path} as an image ({error.strerror})")
 
     add_heif()  # not in the threads: a second one gets the module whose import fails in the first
     bad = []
-    files = list(missing)
+    keys = list(missing)
     at_a_time = max(os.cpu_count(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))
     started = time.perf_counter()
     with (
@@ -1106,23 +1143,29 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
         pixels.seek(rows * 3 * side**2)
         index.truncate(photos.end)
         index.seek(photos.end)
-        for first in range(0, len(files), at_a_time):
-            part = files[first : first + at_a_time]
+        for first in range(0, len(keys), at_a_time):
+            part = keys[first : first + at_a_time]
+            paths = [missing[key] for key in part]
             lines = ""
-            for file, found in zip(part, pool.map(read, part), strict=True):
+            for key, found in zip(part, pool.map(read, paths), strict=True):
                 if isinstance(found, ValueError):
                     bad.append(found)
                     continue
                 image, crc = found
                 pixels.write(image.numpy().tobytes())
-                lines += json.dumps([*file, crc]) + "\n"
+                lines += json.dumps([*key, crc]) + "\n"
             pixels.flush()
             os.fsync(pixels.fileno())  # the pixels are there before their lines say so
             index.write(lines.encode())
             index.flush()
-            progress("decoding, photo", first + len(part), len(files), started)
+            progress("decoding, photo", first + len(part), len(keys), started)
     if bad:
         raise ValueError(list_unread(bad)) from bad[0]
+
+
+def file_crc(path: Path) -> str:
+    """A photo's CRC-32 in hexadecimal."""
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 def list_unread(bad: list[ValueError]) -> str:
@@ -1134,44 +1177,7 @@ def list_unread(bad: list[ValueError]) -> str:
     return text
 
 
-def sort_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
-    photos = []
-    others = []
-    for place, inside, names in os.walk(folder):
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        # Links to folders may lead in circles: os.walk leaves them out.
-        names += [name for name in inside if Path(place, name).is_symlink()]
-        for name in names:
-            file = Path(place, name)
-            if not name.startswith("."):
-                kind = photos if is_photo(file) else others
-                kind.append(file)
-    # As paths compare themselves, but in half the time.
-    return sorted(photos, key=attrgetter("parts")), sorted(others)
-
-
-def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
-    """Files as they are given, and of folders all photos inside, sorted, without hidden ones.
-
-    Args:
-        others: gets the other files in those folders.
-
-    Raises:
-        ValueError: a folder without photos.
-    """
-    found = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside, odd = sort_files(path)
-        if others is not None:
-            others += odd
-        if not inside:
-            raise ValueError(f"no photos in {path}; {', '.join(sorted(PHOTOS))} are read")
-        found += inside
-    return found
+# ------------------------------------------------------------------------------------- one photo
 
 
 def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa: F821
@@ -1275,6 +1281,8 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
         image = image.transpose(turns[orientation])
     return image.convert("RGB")
 
+
+# ----------------------------------------------------------------------------- data sets by name
 
 # A sentence for each class, by a data set's name without the number that it may end in:
 # CLIP-Adapter's and CoOp's (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits and SVHN
@@ -1461,11 +1469,11 @@ class Batches:
         images = data.train
         order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}"))
         order = order.to(images.labels.device)  # once an epoch: each copy makes a GPU wait
-        own = slice(self.rank, None, self.world)
+        mine = slice(self.rank, None, self.world)  # this process's images of a batch
         for step, index in enumerate(order.split(self.batch)):
             if step < first:
                 continue
-            pixels, labels = images.take(index[own], self.device)
+            pixels, labels = images.take(index[mine], self.device)
             if pixels.ndim == 2:  # features [B, D] in the place of images
                 yield pixels, labels
                 continue
@@ -1473,15 +1481,15 @@ class Batches:
             boxes = random_boxes(len(index), *pixels.shape[-2:], data.min_scale, rng)
             flip = None
             if data.flip:
-                flip = (torch.rand(len(index), generator=rng, device=self.device) < 0.5)[own]
-            yield self.finish(pixels, boxes[own], flip), labels
+                flip = (torch.rand(len(index), generator=rng, device=self.device) < 0.5)[mine]
+            yield self.finish(pixels, boxes[mine], flip), labels
 
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the central part of each."""
         for first in range(0, max(1, len(images)), self.batch):  # without images one empty batch
             end = min(first + self.batch, len(images))
-            own = slice(first + self.rank, end, self.world)
-            pixels, labels = images.take(own, self.device)
+            mine = slice(first + self.rank, end, self.world)
+            pixels, labels = images.take(mine, self.device)
             if pixels.ndim > 2:
                 boxes = center_boxes(len(pixels), *pixels.shape[-2:], center, self.device)
                 pixels = self.finish(pixels, boxes)
@@ -1684,15 +1692,6 @@ def wipe_progress() -> None:
         print(NEW_LINE, end="", file=terminal, flush=True)
 
 
-def file_crc(path: Path) -> str:
-    """A file's CRC-32 in hexadecimal."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
-
-
 def file_hash(path: Path, kind: str) -> str:
     """A file's md5 or sha256 in hexadecimal."""
     with path.open("rb") as file:
@@ -1829,7 +1828,7 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         if attempt:
             time.sleep(0.2 * 2**attempt)
         try:
-            size, stated = request_rest(url, part, token)
+            stated = request_rest(url, part, token)
         except urllib.error.HTTPError as error:
             reason = without_secrets(f"{error.code} {error.reason}", url, token)
             if error.code == 416:  # the part is as long as the file, or longer: once more
@@ -1847,45 +1846,30 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
             reason = str(getattr(error, "reason", error) or type(error).__name__)
             reason = without_secrets(reason, url, token)
             continue
-        have = part.stat().st_size
-        if size and have < size:
-            reason = f"the connection was cut at {have:,} of {size:,} bytes"
-            continue
-        check_hash(part, *(checksum or ("sha256", stated)))
+        kind, digest = checksum or ("sha256", stated)
+        if digest and file_hash(part, kind) != digest:
+            raise DownloadError(f"arrived with a wrong {kind}")
         return
     raise ValueError(f"could not fetch {shown}: {reason}; run again to go on")
-
-
-def check_hash(path: Path, kind: str, digest: str) -> None:
-    """Raise DownloadError if a file has another md5 or sha256 than was stated, if one was."""
-    if digest and file_hash(path, kind) != digest:
-        raise DownloadError(f"arrived with a wrong {kind}")
 
 
 def check_content(path: Path, name: str) -> None:
     """Raise DownloadError unless a file is what its `name` says: no page that a portal answers,
     not compressed, not cut short where no size was stated."""
-    size = path.stat().st_size
+    if not path.stat().st_size:
+        raise DownloadError("arrived empty")
+    if name.endswith(".safetensors"):
+        try:
+            with safe_open(path, "pt"):  # its header says how long the file is
+                return
+        except SafetensorError as error:
+            raise DownloadError("isn't a whole safetensors file") from error
     with path.open("rb") as file:
         beginning = file.read(8)
-        if not size:
-            raise DownloadError("arrived empty")
-        if name.endswith(".safetensors"):
-            # The length of a header, the header, the tensors to where it says that the last ends.
-            length = int.from_bytes(beginning, "little")
-            whole = 0
-            with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
-                if length < min(size, 100_000_000):
-                    header = json.loads(file.read(length))
-                    header.pop("__metadata__", None)
-                    ends = [tensor["data_offsets"][1] for tensor in header.values()]
-                    whole = 8 + length + max(ends)
-            if whole != size:
-                raise DownloadError("isn't a whole safetensors file")
-        elif name.endswith(".txt") and not beginning.startswith(b"#version"):
-            raise DownloadError("isn't a vocabulary")
-        elif name.endswith(".gz") and not beginning.startswith(b"\x1f\x8b"):
-            raise DownloadError("isn't a gzip archive")
+    if name.endswith(".txt") and not beginning.startswith(b"#version"):
+        raise DownloadError("isn't a vocabulary")
+    if name.endswith(".gz") and not beginning.startswith(b"\x1f\x8b"):
+        raise DownloadError("isn't a gzip archive")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -1901,11 +1885,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def request_rest(url: str, part: Path, token: str) -> tuple[int, str]:
+def request_rest(url: str, part: Path, token: str) -> str:
     """One request for what `part` lacks, which is appended to it.
 
     Returns:
-        The file's whole size and SHA-256 as stated (0 and "" if they aren't).
+        The whole file's SHA-256 as stated; "" if it isn't.
 
     Raises:
         OSError, http.client.HTTPException: anything that another try may mend.
@@ -1925,35 +1909,49 @@ def request_rest(url: str, part: Path, token: str) -> tuple[int, str]:
             os.truncate(part, 0)
             raise OSError(f"the server sent another part than the one from byte {have:,} on")
         if answer.status != 206:  # a server that ignores Range sends the whole file again
+            os.truncate(part, 0)
             have = 0
         size = to_integer(headers.get("x-linked-size"))
         length = to_integer(headers.get("content-length"))
         if not size and length:
             size = have + length
-        etag = headers.get("x-linked-etag") or headers.get("etag") or ""
-        etag = etag.removeprefix("W/").strip('"').lower()
-        what = f"fetching {part.name.removesuffix('.part')}, MB"
-        first = have >> 20
-        started = time.perf_counter()
-        moment = started
-        arrived = 0
-        with part.open("ab" if have else "wb") as file:
-            while block := answer.read1(1 << 20):
-                file.write(block)
-                have += len(block)
-                if size and have > size:
-                    raise DownloadError(
-                        f"arrived with more than the {size:,} bytes that it should have"
-                    )
-                arrived += len(block)
-                now = time.perf_counter()
-                if now - moment > PATIENCE:
-                    if arrived < SLOWEST * PATIENCE:
-                        raise OSError(f"too slow, {arrived:,} bytes in {now - moment:.0f} seconds")
-                    moment = now
-                    arrived = 0
-                progress(what, have >> 20, size >> 20, started, first)
-    return size, etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+        receive(answer, part, size)
+    etag = headers.get("x-linked-etag") or headers.get("etag") or ""
+    etag = etag.removeprefix("W/").strip('"').lower()
+    return etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+
+
+def receive(answer: http.client.HTTPResponse, part: Path, size: int) -> None:
+    """Append what arrives to `part`, which then has `size` bytes; 0 if that isn't stated.
+
+    Raises:
+        OSError: it is slower than SLOWEST, or ends before.
+        DownloadError: more arrives.
+    """
+    have = part.stat().st_size
+    what = f"fetching {part.name.removesuffix('.part')}, MB"
+    first = have >> 20
+    started = time.perf_counter()
+    moment = started
+    arrived = 0  # since then
+    with part.open("ab") as file:
+        while block := answer.read1(1 << 20):
+            file.write(block)
+            have += len(block)
+            if size and have > size:
+                raise DownloadError(
+                    f"arrived with more than the {size:,} bytes that it should have"
+                )
+            arrived += len(block)
+            now = time.perf_counter()
+            if now - moment > PATIENCE:
+                if arrived < SLOWEST * PATIENCE:
+                    raise OSError(f"too slow, {arrived:,} bytes in {now - moment:.0f} seconds")
+                moment = now
+                arrived = 0
+            progress(what, have >> 20, size >> 20, started, first)
+    if size and have < size:
+        raise OSError(f"the connection was cut at {have:,} of {size:,} bytes")
 
 
 def open_in_time(

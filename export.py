@@ -791,9 +791,8 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
     """Put what to check with into the place of the run's data: --check's photos, the run's own test
     images, or noise. The data set's name becomes what the check line calls them."""
     if options.check:
-        halves = 2 if options.precision == "int8" or options.hub else 1
-        rounded = options.precision != "fp32" or bool(options.hub)
-        count = halves * images_wanted(options, rounded)
+        halves = 2 if options.precision == "int8" else 1
+        count = halves * images_wanted(options, options.precision != "fp32")
         run.dataset = read_photos(run, Path(options.check), count)
         images = run.dataset.test
         if halves == 2 and len(images) > 1:  # what calibrates int8 doesn't check it
@@ -1163,8 +1162,8 @@ def export_rounded(
     run: train.Run, options: argparse.Namespace, path: Path, fp32: Callable, size: int
 ) -> None:
     """Write the graph in fp16 or int8 and compare it with the one in fp32, of `size` bytes."""
-    precision = "int8" if options.hub else options.precision
-    meta = run.meta | {"precision": precision}
+    precision = options.precision
+    meta = dict(run.meta)
     for name in run.meta:
         if name.endswith("_accuracy"):
             meta[f"fp32_{name}"] = meta.pop(name)  # of the run, not of this file
@@ -1453,6 +1452,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     check_usage(options, parser)
     options.input = options.input or ("uint8" if options.resize else "float")
+    if options.hub:
+        options.precision = "int8"  # of the graph beside the one in fp32
     return options
 
 
@@ -1499,10 +1500,8 @@ def describe(run: train.Run) -> None:
 
 def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
     """Refuse options of a graph that what loads --hub's folder couldn't use."""
-    wanted = {"o": "", "input": "", "resize": False, "output": "logits"}
-    wanted |= {"precision": "fp32", "swappable": False}
-    for name, value in wanted.items():
-        if getattr(options, name) != value:
+    for name in ("o", "input", "resize", "output", "precision", "swappable"):
+        if getattr(options, name) != parser.get_default(name):
             flag = "-o" if name == "o" else f"--{name}"
             parser.error(f"--hub settles what its folder holds; leave out {flag}")
     if options.batch > 1:

@@ -500,6 +500,23 @@ def test_what_is_left_out_is_named(photos):
     assert set(dataset.skipped) == set(map(str, left_out))
 
 
+def test_a_folder_that_can_not_be_read(photos, monkeypatch):
+    """Its photos aren't left out without a word."""
+    hidden = photos / "leaf" / "more"
+    hidden.mkdir()
+    (photos / "leaf/00.png").rename(hidden / "00.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(hidden):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: .*leaf/more"):
+        data.read(str(photos), image_size=14)
+
+
 def test_copies_in_the_test_set(photos):
     """Files that are the same in train and test; not those that share a checksum by chance."""
     root = photos.parent / "parts"
@@ -711,11 +728,15 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
 
 
 def test_photos_that_the_disk_can_not_hold(photos, monkeypatch):
-    """Their size is stated before any is decoded."""
+    """Their size is stated before any is decoded, and what moves them to another disk."""
     usage = shutil.disk_usage(photos)._replace(free=10**6)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="60 photos of 256 x 256 pixels take 12 MB, .* 1 MB free"):
+    message = "60 photos of 256 x 256 pixels take 12 MB, .* 1 MB free.*set ADAPTERTUNE_CACHE to"
+    with pytest.raises(ValueError, match=message):
         data.read(str(photos))
+    paths = data.find_photos([photos])
+    with pytest.raises(ValueError, match="60 photos .* 1 MB free.*set TMPDIR to another folder"):
+        data.decode(paths, [0] * 60, 256, photos, keep=False)
 
 
 def test_large_photos(photos, monkeypatch):

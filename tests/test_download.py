@@ -215,6 +215,7 @@ POISON = {
     "cut without a length": answer(WEIGHTS[:-1000]),
     "gzip": answer(gzip.compress(WEIGHTS), Content_Encoding="gzip"),
     "a header alone": answer(WEIGHTS[:80]),
+    "a nested header": answer((100_000).to_bytes(8, "little") + b"[" * 100_001),
     "another JSON": answer(b"{\0\0\0\0\0\0\0" + b'["data_offsets", 1, 2]' * 10),
 }
 
