@@ -449,6 +449,7 @@ def adapt(
     **settings,
 ) -> dict:
     """Turn a pretrained vit.ViT into what a method trains: added parts, a new head, frozen rest.
+    Adapters and prompts of an earlier call go.
 
     Args:
         placement: the adapted blocks; every block if left out.
@@ -463,6 +464,9 @@ def adapt(
     check_choice("method", method, METHODS)
     check_settings(method, settings)
     settings = METHODS[method] | settings
+    for block in model.blocks:
+        block.adapter = None
+        block.prompts = None
     if method in ADAPTER_METHODS:
         add_adapters(model, method=method, placement=placement, **settings)
         add_head(model, classes)

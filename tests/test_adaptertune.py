@@ -406,6 +406,25 @@ def test_adapt_trains_what_the_method_trains(clip, tiny_weights, method):
         assert 0.01 < model.head.weight.std() < 0.03  # timm's 0.02
 
 
+@pytest.mark.parametrize("before", ["adaptertune", "vpt"])
+def test_adapt_begins_from_the_backbone(tiny_weights, before):
+    """The adapters or prompts of an earlier call would be trained along without a word."""
+    model, _ = vit.load(tiny_weights)
+    adaptertune.adapt(model, before, 5)
+    adaptertune.adapt(model, "head", 5)
+    assert list(adaptertune.trained(model)) == ["head.weight", "head.bias"]
+    adaptertune.adapt(model, before, 5)
+    adaptertune.adapt(model, "adaptertune", 5, placement=[0])
+    assert sorted(adaptertune.trained(model)) == [
+        "blocks.0.adapter.down.bias",
+        "blocks.0.adapter.down.weight",
+        "blocks.0.adapter.up.bias",
+        "blocks.0.adapter.up.weight",
+        "head.bias",
+        "head.weight",
+    ]
+
+
 @pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_adapt_returns_the_settings_in_force(clip, tiny_weights, method):
     """The method's defaults, what was given instead, and what was worked out."""
