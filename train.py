@@ -1082,7 +1082,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     """
     folder = folder or run_folder(options, seed)
     data.check_name(options.dataset)  # before a backbone is downloaded
-    compiled = options.compile and not options.eval and not options.cached
+    compiled = options.compile and not options.cached
     device = choose_device(options.device, repeatable=not compiled)
     if compiled:
         check_compiler(device)
@@ -1096,8 +1096,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     if not rank:
         wait_for_all()
     dataset = split_dataset(dataset, options, seed, folder)
-    if not options.eval:
-        data.check_split(dataset)
+    data.check_split(dataset)
     options = argparse.Namespace(**vars(options))  # of this run alone
     fit_to_data(options, dataset)
     if "amp" in options.auto:
@@ -1180,29 +1179,20 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     """runs/NAME of these options; where others have that name, runs/NAME-2 and so on.
 
     Raises:
-        ValueError: another run has the --name, or is unfinished and --resume was given, or this
-            one is unfinished and it wasn't.
+        ValueError: another run has the --name; or with --resume, is unfinished or has no fewer
+            epochs.
     """
-    if options.eval:
-        return Path(options.eval)
     first = Path("runs") / run_name(options, seed)
     folder = first
     number = 1
     fewer = ""
     while (folder / "config.json").exists():
         difference = find_difference(folder, options, seed)
-        unfinished = is_unfinished(folder)
-        if not difference and unfinished and not options.resume:
-            with data.locked(folder, folder=True, wait=False):  # it may be running
-                pass
-            raise ValueError(
-                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
-            )
         if not difference:
             return folder
         if options.resume and difference.startswith("epochs "):
             fewer = f"{folder} has {difference}; give --resume more epochs than it has, to add some"
-        if options.name or (unfinished and options.resume):
+        if options.name or (options.resume and is_unfinished(folder)):
             raise ValueError(
                 f"{folder} holds a run with other options ({difference}); "
                 "give this one another --name, or delete that folder"
@@ -1224,27 +1214,24 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
-    """In what the run of a folder differs from these options; "" if it is theirs."""
+    """In what the run of a folder differs from these options; "" if it is theirs. With --resume it
+    is theirs too if it is finished and they have more epochs."""
     saved = read_config(folder)
     kept = kept_options(options, seed)
+    if options.resume and (options.epochs or 0) > saved["epochs"] and not is_unfinished(folder):
+        del kept["epochs"]
     derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
     for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
         value = kept[key]
-        auto = key in saved.get("auto", []) and value == AUTO[key]
+        before = saved.get(key)
+        default = key in AUTO and value == AUTO[key]
+        auto = default and key in saved.get("auto", [])
         new = key not in saved and not value  # an option that came later, and is off
-        more = key == "epochs" and options.resume and (value or 0) > saved.get(key, 0)
-        if more and not is_unfinished(folder):  # a finished run goes on
+        if before == value or key in MAY_DIFFER or auto or new:
             continue
-        if key in MAY_DIFFER or auto or new:
-            continue
-        if key in PATHS:  # earlier runs kept them as they were typed
-            saved[key] = absolute(saved.get(key, ""))
-        if saved.get(key) != value:
-            before = "none" if saved.get(key) in ("", None) else saved[key]
-            now = "none" if value in ("", None) else value
-            if key in AUTO and value == AUTO[key]:
-                now = "the default"
-            return f"{key} {before}, not {now}"
+        before = "none" if before in ("", None) else before
+        now = "none" if value in ("", None) else value
+        return f"{key} {before}, not {'the default' if default else now}"
     return ""
 
 
@@ -1824,7 +1811,6 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
             f"({run.meta['fingerprint']}); give that one's --weights, or another --name"
         )
     with refusing(path):
-        saved.setdefault("first_epoch", 1)  # of before finished runs could go on
         weights = saved.pop("weights")
         load_optimizer(optimizer, saved.pop("optimizer"))
         check_state(saved, weights, run)
@@ -1973,6 +1959,10 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
     with at_work(folder):
         if run_folder(options, seed) != folder:
             raise ValueError(f"another process has begun a run in {folder}; run this again")
+        if is_unfinished(folder) and not options.resume:
+            raise ValueError(
+                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
+            )
         finished = find_finished(options, folder)
         if finished:
             return finished | {"folder": folder, "kept": True}
@@ -2000,13 +1990,18 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
 
 def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> None:
     """Say where a run goes, if that may surprise."""
-    if options.resume and not (folder / "config.json").exists():
+    if (folder / "config.json").exists():
+        return
+    if options.resume:
         print(f"note     there is nothing to resume at {folder}: it begins")
     first = Path("runs") / run_name(options, seed)
-    if folder != first and not (folder / "config.json").exists():
+    if folder != first:
         difference = find_difference(first, options, seed)
-        hint = "; --resume would add epochs to it" if difference.startswith("epochs ") else ""
-        print(f"note     {first} holds a run with {difference}; this one goes to {folder}{hint}")
+        text = f"note     {first} holds a run with {difference}; this one goes to {folder}"
+        resumed = argparse.Namespace(**vars(options) | {"resume": True})
+        if not find_difference(first, resumed, seed):
+            text += "; --resume would add epochs to it"
+        print(text)
 
 
 def set_up_and_fit(run: Run) -> dict:

@@ -1027,7 +1027,9 @@ def test_a_finished_run_gets_more_epochs(
     assert "kept" in run(*command, "--epochs", 4)
     assert "has epochs 4, not 2; give --resume more" in run(*command, "--resume", status=1)
     again = run(*command)  # two epochs alone are another run
-    assert "runs/digits-adaptertune-r8-n200-s0-2\n" in again  # the note
+    assert "with epochs 4, not 2; this one goes to runs/digits-adaptertune-r8-n200-s0-2\n" in again
+    assert "-3; --resume would add epochs to it\n" in run(*command, "--epochs", 5)
+    assert "would add" not in run(*command, "--epochs", 6, "--batch", 16)
     if stopped:  # the other end
         tensors = load_file(folder / "adapters.safetensors")
         shutil.rmtree(folder)
