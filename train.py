@@ -1272,6 +1272,21 @@ def at_work(folder: Path) -> Iterator[None]:
                 os.removedirs(folder)
 
 
+@contextlib.contextmanager
+def refusing(path: Path, advice: str) -> Iterator[None]:
+    """Make one ValueError of all that reading a damaged file can raise, which is nearly anything.
+
+    Args:
+        advice: what to do about it.
+    """
+    try:
+        yield
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # it may be whole
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({vit.first_line(error)}); {advice}") from error
+
+
 def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
     """A run's file of JSON.
 
@@ -1282,19 +1297,13 @@ def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -
     Raises:
         ValueError: it is missing or damaged, or a value can't be.
     """
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device, which may have no end
+    if not path.exists():
+        raise ValueError(f"no run in {path.parent}: {path} is missing")
+    with refusing(path, "restore it, or delete that folder and train again"):
+        if not path.is_file():  # a pipe or a device, which may have no end
             raise ValueError("it is no file")
         content = json.loads(path.read_text(encoding="utf-8"))
         adaptertune.check_types(content, table, required)
-    except OSError as error:
-        raise ValueError(
-            f"no run in {path.parent}: {path} is missing ({error.strerror})"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); restore it, or delete that folder and train again"
-        ) from error
     return content
 
 
@@ -1314,7 +1323,7 @@ def read_config(folder: Path) -> dict:
     table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
     table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
     table["epochs"] = adaptertune.whole(0)  # never left open, as on the command line
-    required = ("method", "seeds", "dataset", "data_dir", "epochs")
+    required = ("method", "seeds", "dataset", "data_dir", "epochs", "amp")
     saved = read_json(folder / "config.json", table, required)
     return {name: saved[name] for name in table if name in saved}
 
@@ -1344,7 +1353,7 @@ def read_result(folder: Path) -> dict:
     number = adaptertune.real(0)
     table = adaptertune.META | {"trained": number, "seconds": number, "memory": number}
     required = ("trained", "seconds", "memory", "test_accuracy", "val_accuracy", "lr")
-    required += ("fingerprint", "method", "dataset", "backbone", "epochs")
+    required += ("fingerprint", "method", "dataset", "backbone", "epochs", "epoch")
     return read_json(folder / "result.json", table, required)
 
 
@@ -1713,15 +1722,15 @@ def extend(run: Run) -> None:
     a schedule and an optimiser of their own, and the weights of the epoch that was chosen."""
     state = run.state
     path = run.folder / "adapters.safetensors"
-    meta = adaptertune.load(path, run.model, name=run.meta["backbone"])
+    adaptertune.load(path, run.model, name=run.meta["backbone"])
     result = read_result(run.folder)
     epochs = result["epochs"]
     state.rows = read_metrics(run.folder / "metrics.csv", epochs)
     state.epoch = epochs + 1
     state.first_epoch = state.epoch
     state.train_time = result["seconds"]
-    state.chosen_epoch = meta["epoch"]
-    state.chosen_val = math.nan if meta["val_accuracy"] is None else meta["val_accuracy"]
+    state.chosen_epoch = result["epoch"]
+    state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
     vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
     state.best_val = max(vals, default=state.chosen_val)  # of 0 epochs: of what it began with
     trained = adaptertune.trained(run.model)
@@ -1739,17 +1748,12 @@ def read_metrics(path: Path, epochs: int) -> list[list[str]]:
     Raises:
         ValueError: it is missing or damaged.
     """
-    try:
+    with refusing(path, "without it no epochs can be added: train anew with another --name"):
         if not path.is_file():
-            raise ValueError("no file")
+            raise ValueError("it is missing, or no file")
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))[1 : 1 + epochs]
         check_rows(rows, epochs)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{path} is missing or damaged; without it no epochs can be added: train anew with "
-            "another --name"
-        ) from error
     return rows
 
 
@@ -1797,7 +1801,8 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Restore an interrupted run: all of it, or a ValueError."""
     path = run.folder / "state.pt"
-    with refusing(path):
+    advice = "delete that folder and train again"
+    with refusing(path, advice):
         vit.check_archive(path)
         with zipfile.ZipFile(path) as archive:  # torch.save writes one, with a checksum a member
             if archive.testzip():
@@ -1810,26 +1815,13 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
             f"{path} was trained on another backbone ({fingerprint}) than this one "
             f"({run.meta['fingerprint']}); give that one's --weights, or another --name"
         )
-    with refusing(path):
+    with refusing(path, advice):
         weights = saved.pop("weights")
         load_optimizer(optimizer, saved.pop("optimizer"))
         check_state(saved, weights, run)
         run.model.load_state_dict(weights, strict=False)
     for name, value in saved.items():
         setattr(run.state, name, value)
-
-
-@contextlib.contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Make one ValueError of all that a damaged state can raise, which is nearly anything."""
-    try:
-        yield
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # it may be whole
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path} is damaged ({vit.first_line(error)}); delete that folder and train again"
-        ) from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -527,6 +527,16 @@ def test_wrong_types(run, finished, file, changes):
     assert re.fullmatch(rf"error: runs/a/{file} is damaged \({key} is .*\n", error)
 
 
+@pytest.mark.parametrize(("file", "key"), [("config.json", "amp"), ("result.json", "epoch")])
+def test_what_more_epochs_need(run, finished, tiny_weights, file, key):
+    """A run's file without what a run with more epochs reads is one line, too."""
+    values = json.loads((finished / file).read_text())
+    del values[key]
+    (finished / file).write_text(json.dumps(values))
+    more = ["--weights", tiny_weights, *QUICK[:-1], 2, "--name", "a", "--resume"]
+    assert f"runs/a/{file} is damaged (it lacks {key})" in run(*more, status=1)
+
+
 @pytest.mark.parametrize("name", ["config.json", "split.json", "result.json", "metrics.csv"])
 def test_a_pipe_in_a_run(run, finished, tiny_weights, name):
     """A pipe in the place of a run's file isn't waited for."""
