@@ -1006,11 +1006,19 @@ def split_dataset(
         ValueError: a run that was stopped lacks photos; or the classes aren't the run's.
     """
     path = folder / "split.json"
-    listed = read_split(path) if path.exists() else {}
-    if not listed and (options.eval or path.with_name("state.pt").exists()):
-        raise ValueError(
-            f"{path} is missing: nothing else says which images were trained on; restore it"
+    if not path.exists():
+        if (folder / "state.pt").exists() or (folder / "adapters.safetensors").exists():
+            raise ValueError(
+                f"{path} is missing: nothing else says which images were trained on; restore it"
+            )
+        return data.split(
+            dataset,
+            seed=seed,
+            limit=options.limit,
+            shots=options.shots,
+            test_share=options.test_share,
         )
+    listed = read_split(path)
     sums = listed.pop("checksums", {})
     classes = listed.pop("classes", dataset.classes)
     dataset = data.match_classes(dataset, classes, some=bool(options.eval))
@@ -1021,25 +1029,14 @@ def split_dataset(
     # (IMG_0001.jpg).
     if options.eval and len(in_folder.intersection(in_split)) < len(in_split) / 2:
         return take_as_test(dataset, listed, sums)
-    if not listed:
-        return data.split(
-            dataset,
-            seed=seed,
-            limit=options.limit,
-            shots=options.shots,
-            test_share=options.test_share,
-        )
     dataset, moved = data.split_by(dataset, listed, sums)
     for images, what in ((moved.missing, "gone"), (moved.changed, "other files by now")):
-        if images and not options.eval:
-            raise ValueError(
-                f"{counted(len(images), 'image')} that {path} lists are {what}, such as "
-                f"{images[0]}; put them back, or train anew with another --name"
-            )
-        if images:
-            print(
-                f"split    {what}: {counted(len(images), 'image')} of {path}, such as {images[0]}"
-            )
+        if not images:
+            continue
+        text = f"{counted(len(images), 'image')} of {path}, such as {images[0]}"
+        if not options.eval:
+            raise ValueError(f"{what}: {text}; put them back, or train anew with another --name")
+        print(f"split    {what}: {text}")
     if not len(dataset.test):
         raise ValueError(f"none of the test images that {path} lists is in {options.dataset}")
     if moved.new and not options.limit and not options.shots:  # which leave images out themselves

@@ -700,7 +700,7 @@ def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
     out = run("--eval", "runs/a")
     assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}" in out
     assert f"test     {accuracy} %" in out
-    message = f"1 image that runs/a/split.json lists are gone, such as {listed['train'][0]}"
+    message = f"gone: 1 image of runs/a/split.json, such as {listed['train'][0]}; put them back"
     (tmp_path / "runs/a/state.pt").touch()  # as if it had been stopped
     assert message in run(*command, "--resume", status=1)
 
@@ -750,14 +750,19 @@ def test_photos_whose_content_changed(run, photos, tiny_weights, tmp_path):
     line = f"split    other files by now: 1 image of runs/a/split.json, such as {listed['test'][0]}"
     assert line in out
     (tmp_path / "runs/a/state.pt").touch()  # as if it had been stopped
-    assert "are other files by now" in run(*arguments, "--name", "a", "--resume", status=1)
+    assert "error: other files by now: 1 image" in run(
+        *arguments, "--name", "a", "--resume", status=1
+    )
 
     path.write_text(json.dumps(listed | {"test": [*listed["test"], listed["train"][0]]}))
     error = run("--eval", "runs/a", status=1)
     assert f"split.json lists {listed['train'][0]} twice" in error
     path.unlink()
-    error = run("--eval", "runs/a", status=1)
-    assert "runs/a/split.json is missing: nothing else says which images were trained on" in error
+    (tmp_path / "runs/a/state.pt").unlink()
+    for again in (["--eval", "runs/a"], [*arguments, "--epochs", 2, "--name", "a", "--resume"]):
+        error = run(*again, status=1)
+        message = "runs/a/split.json is missing: nothing else says which images were trained on"
+        assert message in error
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", "/tmp/a"])
