@@ -1389,22 +1389,27 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     key.update(images.checksum().encode())
     path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
     if not path.exists():
-        features = []
-        total = run.batches.count(images)
-        started = time.perf_counter()
-        run.model.eval()
-        for x, _ in run.batches.eval(images, run.dataset.center):
-            stop_if_asked()
-            with torch.inference_mode():
-                features.append(in_parts(run.model.features, run.model, x).cpu())
-            data.progress(f"features of {what}, batch", len(features), total, started)
+        features = compute_features(run, images, what)
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_file(path, to_safetensors({"features": torch.cat(features)}))
+        data.write_file(path, to_safetensors({"features": features}))
     tensors, _ = vit.read_tensors(path)
     features = tensors.get("features")
     if features is None or features.shape != (len(images), run.model.config.width):
         raise ValueError(f"{path} is damaged; delete it, and it is computed again")
     return data.Images(features, images.labels, images.names)
+
+
+@torch.inference_mode()
+def compute_features(run: Run, images: data.Images, what: str) -> Tensor:
+    """What the head reads of images, without augmentation: [n, D], on the CPU."""
+    features = []
+    total = run.batches.count(images)
+    started = time.perf_counter()
+    run.model.eval()
+    for x, _ in run.batches.eval(images, run.dataset.center):
+        features.append(in_parts(run.model.features, run.model, x).cpu())
+        data.progress(f"features of {what}, batch", len(features), total, started)
+    return torch.cat(features)
 
 
 @torch.no_grad()
@@ -1651,9 +1656,12 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
     state.rows.append(row)
     if is_shown(state.epoch, epochs):
         print_row(row)
-    start = State(epoch=state.epoch + 1)
-    for name in ("epoch", "step", "seen", "hits", "loss", "epoch_time"):
-        setattr(state, name, getattr(start, name))
+    state.epoch += 1
+    state.step = 0
+    state.seen = 0
+    state.hits = torch.zeros((), dtype=torch.int64)
+    state.loss = torch.zeros((), dtype=torch.float64)
+    state.epoch_time = 0.0
 
 
 @torch.inference_mode()
@@ -1998,8 +2006,6 @@ def set_up_and_fit(run: Run) -> dict:
     returns result.json."""
     options = run.options
     wait_for_all()  # before the first one writes anything
-    signal.signal(signal.SIGINT, ask_stop)
-    signal.signal(signal.SIGTERM, ask_stop)
     peak_memory(run.device, reset=True)
     describe(run)
     describe_recipe(run)
@@ -2017,8 +2023,10 @@ def set_up_and_fit(run: Run) -> dict:
     if clip and options.classifier == "prototypes":
         average_class_images(run)
     run.dataset = place_images(run.dataset, run.device)
+    signal.signal(signal.SIGINT, ask_stop)  # a step is brought to its end
+    signal.signal(signal.SIGTERM, ask_stop)
     fit(run)
-    stop_at_once()  # there is nothing left to bring to an end
+    stop_at_once()
     return finish(run)
 
 
@@ -2722,21 +2730,13 @@ class Examined:
 @torch.inference_mode()
 def examine(run: Run) -> Examined:
     """Features and predictions of a finished run's test images."""
-    features = []
-    predictions = []
-    total = run.batches.count(run.dataset.test)
-    started = time.perf_counter()
-    run.model.eval()
-    for x, _ in run.batches.eval(run.dataset.test, run.dataset.center):
-        x = run.model.features(x)
-        predictions.append(run.model.head(x).argmax(dim=-1).cpu())
-        if run.meta["method"] in adaptertune.CLIP_METHODS:
-            x = run.model.head.embed(x)
-        features.append(x.cpu())
-        data.progress("test images, batch", len(features), total, started)
-    points, projection = to_two_dimensions(torch.cat(features))
     test = run.dataset.test
-    accuracy = 100 * (torch.cat(predictions) == test.labels.cpu()).double().mean().item()
+    features = compute_features(run, test, "test").to(run.device)
+    predictions = run.model.head(features).argmax(dim=-1).cpu()
+    accuracy = 100 * (predictions == test.labels).double().mean().item()
+    if run.meta["method"] in adaptertune.CLIP_METHODS:
+        features = run.model.head.embed(features)
+    points, projection = to_two_dimensions(features.cpu())
     name = run.meta["method"]
     if run.meta.get("rank"):
         name += f" rank {run.meta['rank']}"
@@ -2745,7 +2745,7 @@ def examine(run: Run) -> Examined:
         classes=[data.printable(each) for each in run.dataset.classes],
         names=test.names or [str(i) for i in range(len(test))],
         labels=test.labels,
-        predictions=torch.cat(predictions),
+        predictions=predictions,
         points=points,
         projection=projection,
     )
