@@ -168,12 +168,16 @@ def limited(kind: type, low: float, high: float, text: str) -> float:
     return value
 
 
-def channels(text: str, low: float = 0) -> list[float]:
+def channels(low: float) -> Callable:
     """Option type: three numbers from `low` to 1, with commas between."""
-    values = [limited(float, low, 1, part) for part in text.split(",")]
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers such as 0.5,0.5,0.5")
-    return values
+
+    def read(text: str) -> list[float]:
+        values = [limited(float, low, 1, part) for part in text.split(",")]
+        if len(values) != 3:
+            raise argparse.ArgumentTypeError(f"{text!r} is not three numbers such as 0.5,0.5,0.5")
+        return values
+
+    return read
 
 
 def placement(text: str) -> list[int]:
@@ -303,22 +307,11 @@ def add_options(parser: Parser) -> None:
     lora = "folder or file of a LoRA that peft made for this backbone; merged before all else"
     add("--init-lora", "PATH", str, lora, "")
     beside = "as the files beside --weights state, else"
-    add(
-        "--heads",
-        "N",
-        integer(0, 10_000),
-        f"attention heads (0: {beside} the usual of the width)",
-        0,
-    )
+    heads = f"attention heads (0: {beside} the usual of the width)"
+    add("--heads", "N", integer(0, 10_000), heads, 0)
     norm = f"per channel, 0 to 1 (by backbone; {beside} ImageNet's or CLIP's)"
-    add("--mean", "R,G,B", channels, f"mean of the pixels {norm}", [])
-    add(
-        "--std",
-        "R,G,B",
-        functools.partial(channels, low=0.001),
-        f"standard deviation of the pixels {norm}",
-        [],
-    )
+    add("--mean", "R,G,B", channels(0), f"mean of the pixels {norm}", [])
+    add("--std", "R,G,B", channels(0.001), f"standard deviation of the pixels {norm}", [])
     gelu = f"activation of the MLPs (by backbone; {beside} QuickGELU for a CLIP)"
     parser.choice("--mlp-act", ("gelu", "quick_gelu"), gelu, "")
     add("--image-size", "PIXELS", integer(0, 2048), "side of the backbone's input (0: its own)", 0)
@@ -329,56 +322,32 @@ def add_training_options(parser: Parser) -> None:
     add = parser.value
 
     parser.section("training")
-    add(
-        "--epochs",
-        "N",
-        integer(0),
-        "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 "
-        "evaluates the LoRA of --init-lora as it is, best with --method head",
-        None,
-    )
-    parser.switch(
-        "--cached", "for --method head: train on features computed once, without augmentation"
-    )
+    epochs = "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 "
+    epochs += "evaluates the LoRA of --init-lora as it is, best with --method head"
+    add("--epochs", "N", integer(0), epochs, None)
+    cached = "for --method head: train on features computed once, without augmentation"
+    parser.switch("--cached", cached)
     add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
     add("--lr", "LR", number(1e-12, 1000), "peak learning rate (by method and rank)", 0.0)
-    with_head = (
-        f"peak learning rate of the head ({HEAD_RATE:g}; as --lr for head, clip-adapter, scratch)"
-    )
-    add("--head-lr", "LR", number(1e-12, 1000), with_head, 0.0)
+    head = f"peak learning rate of the head ({HEAD_RATE:g}; as --lr for head, clip-adapter, "
+    add("--head-lr", "LR", number(1e-12, 1000), head + "scratch)", 0.0)
     decay = "weight decay of the weight matrices, 0 for off (0.05)"
     add("--weight-decay", "W", number(0, 1000), decay, 0.05)
     smoothing = "label smoothing of the loss, 0 for off (0.1; CLIP's methods 0)"
     add("--label-smoothing", "P", number(0, 1), smoothing, None)
-    add(
-        "--min-scale",
-        "A",
-        number(1e-6, 1),
-        "smallest share of the image in a training crop (0.08; digits 0.85)",
-        0.0,
-    )
+    crop = "smallest share of the image in a training crop (0.08; digits 0.85)"
+    add("--min-scale", "A", number(1e-6, 1), crop, 0.0)
     mirrored = "don't mirror training images: for text, signs, anything whose left and right differ"
     parser.switch("--no-flip", mirrored)
     weights = "weight the loss by the inverse of each class's size, as if all classes were equal"
     parser.switch("--class-weights", weights)
-    add(
-        "--seeds --seed",
-        "I,J,…",
-        integers(0),
-        "a run for each; at the end mean and standard deviation (0)",
-        [0],
-    )
-    parser.choice(
-        "--amp",
-        ("auto", "bf16", "off"),
-        "train in bf16; auto: only where it is faster (auto)",
-        "auto",
-    )
+    seeds = "a run for each; at the end mean and standard deviation (0)"
+    add("--seeds --seed", "I,J,…", integers(0), seeds, [0])
+    amp = "train in bf16; auto: only where it is faster (auto)"
+    parser.choice("--amp", ("auto", "bf16", "off"), amp, "auto")
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
-    compiled = (
-        "torch.compile the network: a minute at first, then faster steps on a GPU, but a run "
-    )
-    parser.switch("--compile", compiled + "no longer repeats to the bit")
+    compiled = "torch.compile the network: a minute at first, then faster steps on a GPU, but a "
+    parser.switch("--compile", compiled + "run no longer repeats to the bit")
 
 
 def add_run_options(parser: Parser) -> None:
@@ -391,10 +360,8 @@ def add_run_options(parser: Parser) -> None:
     add("--name", "NAME", str, folder, "")
     more = "continue a run that was stopped; or, with more --epochs, a finished one, in which "
     parser.switch("--resume", more + "warm-up and cosine begin again for the added epochs")
-    again = (
-        "don't train: test a finished run again, or with --dataset on other photos of its classes"
-    )
-    add("--eval", "runs/NAME", str, again, "")
+    again = "don't train: test a finished run again, or with --dataset on other photos of its "
+    add("--eval", "runs/NAME", str, again + "classes", "")
     photos = "don't train: label photos, or folders of photos, with a finished run"
     metavar = ("runs/NAME", "PHOTO")
     add("--predict", metavar, str, photos, [], nargs="+")
