@@ -207,7 +207,11 @@ def make_parser(prog: str = "train.py") -> Parser:
 
 
 def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[argparse.Namespace]:
-    """The options of each run, except its seed. Wrong usage prints one line and exits with 2."""
+    """The options of each run, except its seed. Wrong usage prints one line and exits with 2.
+
+    Raises:
+        ValueError: --eval or --predict names no run, or a damaged one.
+    """
     parser = make_parser(prog)
     options = parser.parse_args(arguments)
     if options.csv and not options.predict:
@@ -217,7 +221,7 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         parser.set_defaults(eval=options.predict[0])
         options.eval = options.predict[0]
     if options.eval:  # the run's own options, unless the command line says otherwise
-        parser.set_defaults(**saved_options(options, parser))
+        parser.set_defaults(**saved_options(options.eval))
         options = parser.parse_args(arguments)  # once more: the first time said which run
     grid = expand(options)
     if options.eval and len(grid) > 1:
@@ -229,14 +233,9 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
     return grid
 
 
-def saved_options(options: argparse.Namespace, parser: Parser) -> dict:
-    """The options of the run that --eval names, as defaults for the parser."""
-    try:
-        saved = read_config(Path(options.eval))
-    except ValueError as error:
-        if not (Path(options.eval) / "config.json").exists():  # the wrong folder was given
-            parser.error(str(error))
-        parser.exit(2, f"error: {error}\n")
+def saved_options(folder: str) -> dict:
+    """The options of a run, as defaults for the parser. Raises ValueError if there is none."""
+    saved = read_config(Path(folder))
     # Another one's run decides what is read, but not where a data set is downloaded to.
     if not data.is_there(saved["dataset"], saved["data_dir"]):
         del saved["data_dir"]
@@ -272,12 +271,11 @@ def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -
     for method, settings in adaptertune.METHODS.items():
         for name in settings:
             owners[name] = (*owners.get(name, ()), method)
-    flags = {"reads": "adapter-input", "act": "adapter-act", "deep": "shallow"}
-    for name, having in owners.items():
-        given = getattr(options, name) != parser.get_default(name)
-        if given and methods.isdisjoint(having):
-            flag = flags.get(name, name).replace("_", "-")
-            parser.error(f"--{flag} is for {', '.join(having)}, not {', '.join(sorted(methods))}")
+    for action in parser._actions:
+        having = owners.get(action.dest, methods)
+        if methods.isdisjoint(having) and getattr(options, action.dest) != action.default:
+            flag = action.option_strings[0]
+            parser.error(f"{flag} is for {', '.join(having)}, not {', '.join(sorted(methods))}")
 
 
 def add_options(parser: Parser) -> None:
@@ -828,17 +826,14 @@ def place_images(dataset: data.Dataset, device: torch.device) -> data.Dataset:
     return replace(dataset, **{part: images.to(device) for part, images in parts.items()})
 
 
-def choose_amp(folder: Path, device: torch.device) -> str:
-    """What --amp auto stands for, "bf16" or "off": the faster one, but a run that goes on in
-    `folder` keeps what it began with."""
-    kept = folder / "config.json"
-    if kept.exists():
-        return read_config(folder)["amp"]
+def choose_bf16(folder: Path, device: torch.device) -> bool:
+    """Whether --amp auto stands for bf16: where it is faster, but a run that goes on in `folder`
+    keeps what it began with."""
+    if (folder / "config.json").exists():
+        return read_config(folder)["amp"] == "bf16"
     if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        faster = time_bf16() < 0.7
-    return "bf16" if faster else "off"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return time_bf16() < 0.7
 
 
 @functools.cache
@@ -1063,9 +1058,10 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     data.check_split(dataset)
     options = argparse.Namespace(**vars(options))  # of this run alone
     fit_to_data(options, dataset)
-    if "amp" in options.auto:
-        bf16 = any_process(choose_amp(folder, device) == "bf16")  # the same for all
-        options.amp = "bf16" if bf16 else "off"
+    bf16 = options.amp == "bf16"
+    if options.amp == "auto":
+        bf16 = any_process(choose_bf16(folder, device))  # the same for all
+    options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     dataset.flip = dataset.flip and not options.no_flip
     meta = describe_network(options, model, backbone)
@@ -1087,7 +1083,6 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
         head = start_head(model, given, dataset.classes, options.epochs)
     batches = data.Batches(size, backbone.norm, options.batch, device, rank, world)
     model.to(device)
-    bf16 = options.amp == "bf16"
     return Run(
         options, seed, folder, dataset, model, batches, device, bf16, meta, backbone, head=head
     )
@@ -1877,9 +1872,8 @@ def write_records(run: Run) -> None:
 def finish(run: Run) -> dict:
     """Write the final files, report, remove what was only for --resume; one process does it.
     Returns result.json."""
-    counts = adaptertune.count(run.model)
     result = run.meta | {
-        "trained": sum(counts.values()) - counts["frozen"],
+        "trained": sum(parameter.numel() for parameter in run.parameters),
         "seconds": run.state.train_time,
         "memory": peak_memory(run.device),
     }
@@ -2001,17 +1995,8 @@ def set_up_and_fit(run: Run) -> dict:
 
 
 # What the adapters of a run say of it.
-REQUIRED_META = (
-    "method",
-    "backbone",
-    "license",
-    "fingerprint",
-    "image_size",
-    "mean",
-    "std",
-    "center",
-)
-REQUIRED_META += ("dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
+REQUIRED_META = ("method", "backbone", "license", "fingerprint", "image_size", "mean", "std")
+REQUIRED_META += ("center", "dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
 
 
 def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, dict]:

@@ -1513,9 +1513,9 @@ WRONG_USAGE = [
     (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
     (["--scratch"], "--scratch starts from random weights; leave out --weights"),
     (["--unknown"], "unrecognized arguments: --unknown"),
-    (["--eval", "runs/none"], "no run in runs/none: runs/none/config.json is missing"),
 ]
 REFUSED = [
+    (["--eval", "runs/none"], "no run in runs/none: runs/none/config.json is missing"),
     (["--dataset", "cifar99"], "no data set or folder 'cifar99': choose digits, cifar10, cifar100"),
     (["--dataset", "no/such/folder"], "no data set or folder 'no/such/folder'"),
     (["--dataset", "cifar100", "--offline"], "--offline given; put the published archive"),
