@@ -981,8 +981,8 @@ def split_dataset(
             test_share=options.test_share,
         )
     listed = read_split(path)
-    sums = listed.pop("checksums", {})
-    classes = listed.pop("classes", dataset.classes)
+    sums = listed.pop("checksums")
+    classes = listed.pop("classes")
     dataset = data.match_classes(dataset, classes, some=bool(options.eval))
     parts = (dataset.train, dataset.val, dataset.test)
     in_folder = {name for images in parts if images for name in images.names}
@@ -1320,10 +1320,10 @@ def read_split(path: Path) -> dict:
     """A run's split.json: the names of the images in train, val and test; their checksums; and the
     classes, in order."""
     names = adaptertune.several(adaptertune.text)
-    parts = {"train": names, "val": names, "test": names}
-    more = {"classes": names, "checksums": adaptertune.by_name(adaptertune.text)}
-    found = read_json(path, parts | more, tuple(parts))
-    return {name: found[name] for name in (*parts, *more) if name in found}
+    table = {"train": names, "val": names, "test": names, "classes": names}
+    table["checksums"] = adaptertune.by_name(adaptertune.text)
+    found = read_json(path, table, tuple(table))
+    return {name: found[name] for name in table}
 
 
 def kept_options(options: argparse.Namespace, seed: int) -> dict:
@@ -1777,11 +1777,7 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         saved = torch.load(path, map_location=run.device, weights_only=True)
         vit.check_size(saved, path)
         fingerprint = saved.pop("fingerprint")
-    if fingerprint != run.meta["fingerprint"]:
-        raise ValueError(
-            f"{path} was trained on another backbone ({fingerprint}) than this one "
-            f"({run.meta['fingerprint']}); give that one's --weights, or another --name"
-        )
+    check_backbone(path, fingerprint, run.meta["fingerprint"], run.options)
     with refusing(path, advice):
         weights = saved.pop("weights")
         load_optimizer(optimizer, saved.pop("optimizer"))
@@ -1890,21 +1886,14 @@ def finish(run: Run) -> dict:
     return result
 
 
-def check_weights(options: argparse.Namespace, result: dict, path: Path) -> None:
-    """Raise a ValueError if --weights has other tensors by now than a finished run was trained on.
-
-    Args:
-        result, path: the run's result.json, and its adapters, for the message.
-    """
-    if not options.weights and not options.init_lora:
-        return
-    model, _ = load_backbone(options)
-    present = adaptertune.fingerprint(model)
-    if present != result["fingerprint"]:
+def check_backbone(path: Path, trained_on: str, present: str, options: argparse.Namespace) -> None:
+    """Raise a ValueError if the backbone that the options name isn't the one that a run's file was
+    trained on, by their fingerprints."""
+    if present != trained_on:
         given = " with ".join(filter(None, (options.weights, options.init_lora)))
         raise ValueError(
-            f"{path} was trained on another backbone ({result['fingerprint']}) than {given} is "
-            f"({present}); give that one, or another --name"
+            f"{path} was trained on another backbone ({trained_on}) than "
+            f"{given or options.backbone} is ({present}); give that one, or another --name"
         )
 
 
@@ -1936,7 +1925,9 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
     if not path.exists() or (folder / "state.pt").exists():
         return {}
     result = read_result(folder)
-    check_weights(options, result, path)
+    if options.weights or options.init_lora:  # files, which may be others by now
+        model, _ = load_backbone(options)
+        check_backbone(path, result["fingerprint"], adaptertune.fingerprint(model), options)
     if options.resume and (options.epochs or 0) > result["epochs"]:
         return {}
     print(

@@ -1251,7 +1251,8 @@ def test_resume_on_another_backbone(run, tiny_weights, tmp_path, monkeypatch, ca
     capsys.readouterr()
     write_tiny(weights, seed=1)
     error = run(*command, "--resume", status=1)
-    assert re.search(r"trained on another backbone \([0-9a-f]{16}\) than this one", error)
+    message = r"trained on another backbone \([0-9a-f]{16}\) than \S+mine.safetensors is \("
+    assert re.search(message, error)
 
 
 def test_a_resumed_run_shows_the_rows_before(tiny_weights, tmp_path, monkeypatch, handlers, capsys):
