@@ -17,7 +17,7 @@ metrics.csv, predictions.csv, config.json, split.json, README.md and, where matp
 curves.svg and mistakes.png. Until it finishes, state.pt is kept there: --resume continues exactly
 where the run was stopped, on the same kind of device.
 
-From the top: options, setting up, training, opening a run, the terminal, pictures, main.
+In order: options, setting up, training, a run's folder, opening a run, the terminal, pictures.
 """
 
 import signal
@@ -1109,237 +1109,6 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
     return meta
 
 
-def run_name(options: argparse.Namespace, seed: int) -> str:
-    """A name such as digits-adaptertune-r8-s0, or the one given and what differs in the grid."""
-    if options.name:
-        parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
-        if len(options.seeds) > 1:
-            parts.append(f"s{seed}")
-        return "-".join(parts)
-    parts = [Path(options.dataset).resolve().name, options.method]
-    if options.rank:
-        parts.append(f"r{options.rank}")
-    if options.method == "vpt":
-        parts.append(f"p{options.prompts}")
-    if options.shots:
-        parts.append(f"k{options.shots}")
-    if options.limit:
-        parts.append(f"n{options.limit}")
-    if options.every > 1:
-        parts.append(f"every{options.every}")
-    if options.blocks:
-        parts.append("b" + ".".join(map(str, options.blocks))[:60])  # folders number themselves
-    if options.method in adaptertune.ADAPTER_METHODS and options.init != "zero":
-        parts.append(Path(options.init).stem)
-    return "-".join([*parts, f"s{seed}"])
-
-
-def run_folder(options: argparse.Namespace, seed: int) -> Path:
-    """runs/NAME of these options; where others have that name, runs/NAME-2 and so on.
-
-    Raises:
-        ValueError: another run has the --name; or with --resume, is unfinished or has no fewer
-            epochs.
-    """
-    first = Path("runs") / run_name(options, seed)
-    folder = first
-    number = 1
-    fewer = ""
-    while (folder / "config.json").exists():
-        difference = find_difference(folder, options, seed)
-        if not difference:
-            return folder
-        if options.resume and difference.startswith("epochs "):
-            fewer = f"{folder} has {difference}; give --resume more epochs than it has, to add some"
-        if options.name or (options.resume and is_unfinished(folder)):
-            raise ValueError(
-                f"{folder} holds a run with other options ({difference}); "
-                "give this one another --name, or delete that folder"
-            )
-        number += 1
-        folder = Path(f"{first}-{number}")
-    if fewer:
-        raise ValueError(fewer)
-    return folder
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Whether a folder's run was stopped: before its end, or when it was given more epochs."""
-    if (folder / "state.pt").exists():
-        return True
-    # config.json is written before state.pt: a kill between the two leaves more epochs there.
-    finished = (folder / "result.json").exists()
-    return finished and read_result(folder)["epochs"] < read_config(folder)["epochs"]
-
-
-def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
-    """In what the run of a folder differs from these options; "" if it is theirs. With --resume it
-    is theirs too if it is finished and they have more epochs."""
-    saved = read_config(folder)
-    kept = kept_options(options, seed)
-    if options.resume and (options.epochs or 0) > saved["epochs"] and not is_unfinished(folder):
-        del kept["epochs"]
-    derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
-    for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
-        value = kept[key]
-        before = saved.get(key)
-        default = key in AUTO and value == AUTO[key]
-        auto = default and key in saved.get("auto", [])
-        new = key not in saved and not value  # an option that came later, and is off
-        if before == value or key in MAY_DIFFER or auto or new:
-            continue
-        before = "none" if before in ("", None) else before
-        now = "none" if value in ("", None) else value
-        return f"{key} {before}, not {'the default' if default else now}"
-    return ""
-
-
-def check_writable(folder: Path) -> None:
-    """Raise a ValueError if files can't be written to a folder, made or not yet made."""
-    place = folder
-    while not place.exists():
-        if place.is_symlink():  # such as one to a disk that isn't mounted
-            raise ValueError(f"{place} is a link to nothing; mend it or remove it")
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        if not place.exists():  # another process has removed it, as it was empty
-            return check_writable(folder)
-        raise ValueError(
-            f"can't write to {place.resolve()} ({error.strerror}); change to another folder"
-        ) from error
-
-
-@contextlib.contextmanager
-def at_work(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, which is made if it isn't there, and removed if nothing came into it.
-
-    Raises:
-        ValueError: another process is at work in it, or nothing can be written there.
-    """
-    if rank_and_world()[0]:  # the first process holds it for all
-        yield
-        return
-    check_writable(folder)
-    with data.locked(folder, folder=True, wait=False):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # it isn't empty
-                os.removedirs(folder)
-
-
-@contextlib.contextmanager
-def refusing(path: Path, advice: str) -> Iterator[None]:
-    """Make one ValueError of all that reading a damaged file can raise, which is nearly anything.
-
-    Args:
-        advice: what to do about it.
-    """
-    try:
-        yield
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # it may be whole
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({vit.first_line(error)}); {advice}") from error
-
-
-def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
-    """A run's file of JSON.
-
-    Args:
-        table: what the values of its keys may be (see adaptertune.check_types).
-        required: keys that it must have.
-
-    Raises:
-        ValueError: it is missing or damaged, or a value can't be.
-    """
-    if not path.exists():
-        raise ValueError(f"no run in {path.parent}: {path} is missing")
-    with refusing(path, "restore it, or delete that folder and train again"):
-        if not path.is_file():  # a pipe or a device, which may have no end
-            raise ValueError("it is no file")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        adaptertune.check_types(content, table, required)
-    return content
-
-
-def read_config(folder: Path) -> dict:
-    """A run's options, as far as they are still options, with values that these can have.
-
-    Raises:
-        ValueError: as read_json.
-    """
-    if vit.is_lora(folder):
-        raise ValueError(f"{folder}: {vit.IS_LORA}")
-    table = {}
-    for action in make_parser()._actions:
-        if action.dest not in NOT_KEPT:
-            table[action.dest] = functools.partial(can_be, action)
-    table["method"] = adaptertune.choice(tuple(adaptertune.METHODS))
-    table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
-    table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
-    table["epochs"] = adaptertune.whole(0)  # never left open, as on the command line
-    required = ("method", "seeds", "dataset", "data_dir", "epochs", "amp")
-    saved = read_json(folder / "config.json", table, required)
-    return {name: saved[name] for name in table if name in saved}
-
-
-def can_be(action: argparse.Action, value: object) -> bool:
-    """Whether an option can have a value: it is what comes out when its text is read."""
-    if isinstance(value, bool) or action.nargs == 0:
-        return isinstance(value, bool | None) and action.nargs == 0
-    if value == action.default or [value] == action.default:  # options of GRID have lists
-        return True
-    if value is None:
-        return False
-    if action.choices:
-        return value in list(action.choices)
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    try:
-        found = action.type(text)
-    except (ValueError, argparse.ArgumentTypeError):
-        return False
-    if action.dest in GRID and action.dest != "blocks":  # several on the command line, one in a run
-        return [value] == found
-    return value == found
-
-
-def read_result(folder: Path) -> dict:
-    """A finished run's result.json: the metadata of its adapters, and what it cost."""
-    number = adaptertune.real(0)
-    table = adaptertune.META | {"trained": number, "seconds": number, "memory": number}
-    required = ("trained", "seconds", "memory", "test_accuracy", "val_accuracy", "lr")
-    required += ("fingerprint", "method", "dataset", "backbone", "epochs", "epoch")
-    return read_json(folder / "result.json", table, required)
-
-
-def read_split(path: Path) -> dict:
-    """A run's split.json: the names of the images in train, val and test; their checksums; and the
-    classes, in order."""
-    names = adaptertune.several(adaptertune.text)
-    table = {"train": names, "val": names, "test": names, "classes": names}
-    table["checksums"] = adaptertune.by_name(adaptertune.text)
-    found = read_json(path, table, tuple(table))
-    return {name: found[name] for name in table}
-
-
-def kept_options(options: argparse.Namespace, seed: int) -> dict:
-    """What config.json holds: every option that says what the run is, with paths that hold from
-    any folder."""
-    kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
-    for name in PATHS:
-        kept[name] = absolute(kept[name])
-    return kept | {"seeds": [seed]}
-
-
-def absolute(path: str) -> str:
-    """The whole path of a file or folder; names of data sets, and "", as they are."""
-    return os.path.abspath(path) if path and path not in data.DATASETS else path  # noqa: PTH100
-
-
 def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     """Images as the features [n, D] that the head reads, computed once, without augmentation.
 
@@ -1648,6 +1417,23 @@ def predict(run: Run, images: data.Images, what: str) -> Predictions:
     return Predictions(best.long(), second.long(), probability, loss, images.labels.cpu())
 
 
+def predict_all(run: Run) -> None:
+    """Set run.predictions: of validation, if there is any, and of test."""
+    for part in ("val", "test"):
+        images = getattr(run.dataset, part)
+        if len(images):
+            run.predictions[part] = predict(run, images, part)
+
+
+def validate_zero_shot(run: Run) -> None:
+    """Print validation accuracy of CLIP's class embeddings alone, and put it into the metadata."""
+    with run.model.head.zero_shot():
+        val = predict(run, run.dataset.val, "zero-shot").accuracy
+    if not math.isnan(val):
+        run.meta["zero_shot_val_accuracy"] = val
+        print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
+
+
 def fit(run: Run) -> None:
     """Train, or go on training; put back the weights that val chose; read the test set."""
     state = run.state
@@ -1684,29 +1470,355 @@ def fit(run: Run) -> None:
         raise
 
 
-def extend(run: Run) -> None:
-    """Set run.state and the weights to where a finished run ended, for it to get more epochs: with
-    a schedule and an optimiser of their own, and the weights of the epoch that was chosen."""
-    state = run.state
-    path = run.folder / "adapters.safetensors"
-    adaptertune.load(path, run.model, name=run.meta["backbone"])
-    result = read_result(run.folder)
-    epochs = result["epochs"]
-    state.rows = read_metrics(run.folder / "metrics.csv", epochs)
-    state.epoch = epochs + 1
-    state.first_epoch = state.epoch
-    state.train_time = result["seconds"]
-    state.chosen_epoch = result["epoch"]
-    state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
-    vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
-    state.best_val = max(vals, default=state.chosen_val)  # of 0 epochs: of what it began with
-    trained = adaptertune.trained(run.model)
-    state.chosen = {name: each.detach().clone() for name, each in trained.items()}
-    added = run.options.epochs - epochs
+def set_up_and_fit(run: Run) -> dict:
+    """Describe a prepared run, compute features if it uses them, train it and write its files;
+    returns result.json."""
+    options = run.options
+    wait_for_all()  # before the first one writes anything
+    peak_memory(run.device, reset=True)
+    describe(run)
+    describe_recipe(run)
+    clip = options.method in adaptertune.CLIP_METHODS
+    if clip and options.classifier == "text":  # before what takes long
+        embed_class_names(run)
+    if options.cached:
+        started = time.perf_counter()
+        features = {}
+        for part in ("train", "val", "test"):
+            features[part] = cache_features(run, getattr(run.dataset, part), part)
+        run.originals = run.dataset
+        run.dataset = replace(run.dataset, **features)
+        run.features_time = time.perf_counter() - started
+    if clip and options.classifier == "prototypes":
+        average_class_images(run)
+    run.dataset = place_images(run.dataset, run.device)
+    signal.signal(signal.SIGINT, ask_stop)  # a step is brought to its end
+    signal.signal(signal.SIGTERM, ask_stop)
+    fit(run)
+    stop_at_once()
+    return finish(run)
+
+
+def finish(run: Run) -> dict:
+    """Write the final files, report, remove what was only for --resume; one process does it.
+    Returns result.json."""
+    result = run.meta | {
+        "trained": sum(parameter.numel() for parameter in run.parameters),
+        "seconds": run.state.train_time,
+        "memory": peak_memory(run.device),
+    }
+    if not run.batches.rank:
+        write_records(run)
+        with data.replacing(run.folder / "adapters.safetensors") as file:
+            adaptertune.save(file, run.model, run.meta)
+        write_json(run.folder / "result.json", result)
+        write_predictions(run, run.folder / "predictions.csv")
+        data.write_file(run.folder / "README.md", model_card(run))
+        conclude(run)
+        (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
+    wait_for_all()
+    return result
+
+
+def train_run(options: argparse.Namespace, seed: int) -> dict:
+    """One run from loading to the report; returns its result.json, its folder, and whether it was
+    finished before."""
+    if options.cached and dist.is_initialized():
+        raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
+    folder = run_folder(options, seed)
+    with at_work(folder):
+        if run_folder(options, seed) != folder:
+            raise ValueError(f"another process has begun a run in {folder}; run this again")
+        if is_unfinished(folder) and not options.resume:
+            raise ValueError(
+                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
+            )
+        finished = find_finished(options, folder)
+        if finished:
+            return finished | {"folder": folder, "kept": True}
+        run = prepare(options, seed, folder)
+        describe_folder(options, seed, folder)
+        return set_up_and_fit(run) | {"folder": folder}
+
+
+# ----------------------------------------------------------------------------------- a run's folder
+
+
+def run_name(options: argparse.Namespace, seed: int) -> str:
+    """A name such as digits-adaptertune-r8-s0, or the one given and what differs in the grid."""
+    if options.name:
+        parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
+        if len(options.seeds) > 1:
+            parts.append(f"s{seed}")
+        return "-".join(parts)
+    parts = [Path(options.dataset).resolve().name, options.method]
+    if options.rank:
+        parts.append(f"r{options.rank}")
+    if options.method == "vpt":
+        parts.append(f"p{options.prompts}")
+    if options.shots:
+        parts.append(f"k{options.shots}")
+    if options.limit:
+        parts.append(f"n{options.limit}")
+    if options.every > 1:
+        parts.append(f"every{options.every}")
+    if options.blocks:
+        parts.append("b" + ".".join(map(str, options.blocks))[:60])  # folders number themselves
+    if options.method in adaptertune.ADAPTER_METHODS and options.init != "zero":
+        parts.append(Path(options.init).stem)
+    return "-".join([*parts, f"s{seed}"])
+
+
+def run_folder(options: argparse.Namespace, seed: int) -> Path:
+    """runs/NAME of these options; where others have that name, runs/NAME-2 and so on.
+
+    Raises:
+        ValueError: another run has the --name; or with --resume, is unfinished or has no fewer
+            epochs.
+    """
+    first = Path("runs") / run_name(options, seed)
+    folder = first
+    number = 1
+    fewer = ""
+    while (folder / "config.json").exists():
+        difference = find_difference(folder, options, seed)
+        if not difference:
+            return folder
+        if options.resume and difference.startswith("epochs "):
+            fewer = f"{folder} has {difference}; give --resume more epochs than it has, to add some"
+        if options.name or (options.resume and is_unfinished(folder)):
+            raise ValueError(
+                f"{folder} holds a run with other options ({difference}); "
+                "give this one another --name, or delete that folder"
+            )
+        number += 1
+        folder = Path(f"{first}-{number}")
+    if fewer:
+        raise ValueError(fewer)
+    return folder
+
+
+def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
+    """In what the run of a folder differs from these options; "" if it is theirs. With --resume it
+    is theirs too if it is finished and they have more epochs."""
+    saved = read_config(folder)
+    kept = kept_options(options, seed)
+    if options.resume and (options.epochs or 0) > saved["epochs"] and not is_unfinished(folder):
+        del kept["epochs"]
+    derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
+    for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
+        value = kept[key]
+        before = saved.get(key)
+        default = key in AUTO and value == AUTO[key]
+        auto = default and key in saved.get("auto", [])
+        new = key not in saved and not value  # an option that came later, and is off
+        if before == value or key in MAY_DIFFER or auto or new:
+            continue
+        before = "none" if before in ("", None) else before
+        now = "none" if value in ("", None) else value
+        return f"{key} {before}, not {'the default' if default else now}"
+    return ""
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder's run was stopped: before its end, or when it was given more epochs."""
+    if (folder / "state.pt").exists():
+        return True
+    # config.json is written before state.pt: a kill between the two leaves more epochs there.
+    finished = (folder / "result.json").exists()
+    return finished and read_result(folder)["epochs"] < read_config(folder)["epochs"]
+
+
+def find_finished(options: argparse.Namespace, folder: Path) -> dict:
+    """The result.json of a run that is done already, said on the terminal; {} if there is
+    something to train."""
+    path = folder / "adapters.safetensors"
+    if not path.exists() or (folder / "state.pt").exists():
+        return {}
+    result = read_result(folder)
+    if options.weights or options.init_lora:  # files, which may be others by now
+        model, _ = load_backbone(options)
+        check_backbone(path, result["fingerprint"], adaptertune.fingerprint(model), options)
+    if options.resume and (options.epochs or 0) > result["epochs"]:
+        return {}
     print(
-        f"more     {counted(added, 'epoch')} from the weights of epoch {state.chosen_epoch}; "
-        "warm-up and cosine begin again"
+        f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
+        "train it again, delete that folder or give a --name"
     )
+    return result
+
+
+def check_backbone(path: Path, trained_on: str, present: str, options: argparse.Namespace) -> None:
+    """Raise a ValueError if the backbone that the options name isn't the one that a run's file was
+    trained on, by their fingerprints."""
+    if present != trained_on:
+        given = " with ".join(filter(None, (options.weights, options.init_lora)))
+        raise ValueError(
+            f"{path} was trained on another backbone ({trained_on}) than "
+            f"{given or options.backbone} is ({present}); give that one, or another --name"
+        )
+
+
+def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> None:
+    """Say where a run goes, if that may surprise."""
+    if (folder / "config.json").exists():
+        return
+    if options.resume:
+        print(f"note     there is nothing to resume at {folder}: it begins")
+    first = Path("runs") / run_name(options, seed)
+    if folder != first:
+        difference = find_difference(first, options, seed)
+        text = f"note     {first} holds a run with {difference}; this one goes to {folder}"
+        resumed = argparse.Namespace(**vars(options) | {"resume": True})
+        if not find_difference(first, resumed, seed):
+            text += "; --resume would add epochs to it"
+        print(text)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a ValueError if files can't be written to a folder, made or not yet made."""
+    place = folder
+    while not place.exists():
+        if place.is_symlink():  # such as one to a disk that isn't mounted
+            raise ValueError(f"{place} is a link to nothing; mend it or remove it")
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        if not place.exists():  # another process has removed it, as it was empty
+            return check_writable(folder)
+        raise ValueError(
+            f"can't write to {place.resolve()} ({error.strerror}); change to another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if it isn't there, and removed if nothing came into it.
+
+    Raises:
+        ValueError: another process is at work in it, or nothing can be written there.
+    """
+    if rank_and_world()[0]:  # the first process holds it for all
+        yield
+        return
+    check_writable(folder)
+    with data.locked(folder, folder=True, wait=False):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it isn't empty
+                os.removedirs(folder)
+
+
+def kept_options(options: argparse.Namespace, seed: int) -> dict:
+    """What config.json holds: every option that says what the run is, with paths that hold from
+    any folder."""
+    kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
+    for name in PATHS:
+        kept[name] = absolute(kept[name])
+    return kept | {"seeds": [seed]}
+
+
+def absolute(path: str) -> str:
+    """The whole path of a file or folder; names of data sets, and "", as they are."""
+    return os.path.abspath(path) if path and path not in data.DATASETS else path  # noqa: PTH100
+
+
+@contextlib.contextmanager
+def refusing(path: Path, advice: str) -> Iterator[None]:
+    """Make one ValueError of all that reading a damaged file can raise, which is nearly anything.
+
+    Args:
+        advice: what to do about it.
+    """
+    try:
+        yield
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # it may be whole
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({vit.first_line(error)}); {advice}") from error
+
+
+def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
+    """A run's file of JSON.
+
+    Args:
+        table: what the values of its keys may be (see adaptertune.check_types).
+        required: keys that it must have.
+
+    Raises:
+        ValueError: it is missing or damaged, or a value can't be.
+    """
+    if not path.exists():
+        raise ValueError(f"no run in {path.parent}: {path} is missing")
+    with refusing(path, "restore it, or delete that folder and train again"):
+        if not path.is_file():  # a pipe or a device, which may have no end
+            raise ValueError("it is no file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        adaptertune.check_types(content, table, required)
+    return content
+
+
+def read_config(folder: Path) -> dict:
+    """A run's options, as far as they are still options, with values that these can have.
+
+    Raises:
+        ValueError: as read_json.
+    """
+    if vit.is_lora(folder):
+        raise ValueError(f"{folder}: {vit.IS_LORA}")
+    table = {}
+    for action in make_parser()._actions:
+        if action.dest not in NOT_KEPT:
+            table[action.dest] = functools.partial(can_be, action)
+    table["method"] = adaptertune.choice(tuple(adaptertune.METHODS))
+    table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
+    table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
+    table["epochs"] = adaptertune.whole(0)  # never left open, as on the command line
+    required = ("method", "seeds", "dataset", "data_dir", "epochs", "amp")
+    saved = read_json(folder / "config.json", table, required)
+    return {name: saved[name] for name in table if name in saved}
+
+
+def can_be(action: argparse.Action, value: object) -> bool:
+    """Whether an option can have a value: it is what comes out when its text is read."""
+    if isinstance(value, bool) or action.nargs == 0:
+        return isinstance(value, bool | None) and action.nargs == 0
+    if value == action.default or [value] == action.default:  # options of GRID have lists
+        return True
+    if value is None:
+        return False
+    if action.choices:
+        return value in list(action.choices)
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        found = action.type(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    if action.dest in GRID and action.dest != "blocks":  # several on the command line, one in a run
+        return [value] == found
+    return value == found
+
+
+def read_result(folder: Path) -> dict:
+    """A finished run's result.json: the metadata of its adapters, and what it cost."""
+    number = adaptertune.real(0)
+    table = adaptertune.META | {"trained": number, "seconds": number, "memory": number}
+    required = ("trained", "seconds", "memory", "test_accuracy", "val_accuracy", "lr")
+    required += ("fingerprint", "method", "dataset", "backbone", "epochs", "epoch")
+    return read_json(folder / "result.json", table, required)
+
+
+def read_split(path: Path) -> dict:
+    """A run's split.json: the names of the images in train, val and test; their checksums; and the
+    classes, in order."""
+    names = adaptertune.several(adaptertune.text)
+    table = {"train": names, "val": names, "test": names, "classes": names}
+    table["checksums"] = adaptertune.by_name(adaptertune.text)
+    found = read_json(path, table, tuple(table))
+    return {name: found[name] for name in table}
 
 
 def read_metrics(path: Path, epochs: int) -> list[list[str]]:
@@ -1736,21 +1848,40 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
         float(values["val%"])  # "nan" without validation images
 
 
-def predict_all(run: Run) -> None:
-    """Set run.predictions: of validation, if there is any, and of test."""
-    for part in ("val", "test"):
-        images = getattr(run.dataset, part)
-        if len(images):
-            run.predictions[part] = predict(run, images, part)
+def write_json(path: Path, content: dict) -> None:
+    """Write a file of JSON."""
+    data.write_file(path, json.dumps(content, indent=1) + "\n")
 
 
-def validate_zero_shot(run: Run) -> None:
-    """Print validation accuracy of CLIP's class embeddings alone, and put it into the metadata."""
-    with run.model.head.zero_shot():
-        val = predict(run, run.dataset.val, "zero-shot").accuracy
-    if not math.isnan(val):
-        run.meta["zero_shot_val_accuracy"] = val
-        print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
+def to_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
+    """A table as text."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    for row in (header, *rows):
+        writer.writerow(row)
+    return table.getvalue()
+
+
+def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
+    """Write a table."""
+    data.write_file(path, to_csv(header, rows))
+
+
+def write_records(run: Run) -> None:
+    """Write config.json, metrics.csv, and split.json: which image is in which part."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **versions}
+    config = kept_options(run.options, run.seed) | {"made": made}
+    write_json(run.folder / "config.json", config)
+    write_csv(run.folder / "metrics.csv", COLUMNS + FILE_COLUMNS, run.state.rows)
+    listed = {"classes": run.dataset.classes}
+    for part in ("train", "val", "test"):
+        listed[part] = getattr(run.dataset, part).names
+    used = itertools.chain(listed["train"], listed["val"], listed["test"])
+    sums = run.dataset.sums
+    listed["checksums"] = {name: sums[name] for name in used if name in sums}
+    write_json(run.folder / "split.json", listed)
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -1829,157 +1960,29 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
             raise ValueError("weights are missing, or of another shape")
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a file of JSON."""
-    data.write_file(path, json.dumps(content, indent=1) + "\n")
-
-
-def to_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
-    """A table as text."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    for row in (header, *rows):
-        writer.writerow(row)
-    return table.getvalue()
-
-
-def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
-    """Write a table."""
-    data.write_file(path, to_csv(header, rows))
-
-
-def write_records(run: Run) -> None:
-    """Write config.json, metrics.csv, and split.json: which image is in which part."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **versions}
-    config = kept_options(run.options, run.seed) | {"made": made}
-    write_json(run.folder / "config.json", config)
-    write_csv(run.folder / "metrics.csv", COLUMNS + FILE_COLUMNS, run.state.rows)
-    listed = {"classes": run.dataset.classes}
-    for part in ("train", "val", "test"):
-        listed[part] = getattr(run.dataset, part).names
-    used = itertools.chain(listed["train"], listed["val"], listed["test"])
-    sums = run.dataset.sums
-    listed["checksums"] = {name: sums[name] for name in used if name in sums}
-    write_json(run.folder / "split.json", listed)
-
-
-def finish(run: Run) -> dict:
-    """Write the final files, report, remove what was only for --resume; one process does it.
-    Returns result.json."""
-    result = run.meta | {
-        "trained": sum(parameter.numel() for parameter in run.parameters),
-        "seconds": run.state.train_time,
-        "memory": peak_memory(run.device),
-    }
-    if not run.batches.rank:
-        write_records(run)
-        with data.replacing(run.folder / "adapters.safetensors") as file:
-            adaptertune.save(file, run.model, run.meta)
-        write_json(run.folder / "result.json", result)
-        write_predictions(run, run.folder / "predictions.csv")
-        data.write_file(run.folder / "README.md", model_card(run))
-        conclude(run)
-        (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
-    wait_for_all()
-    return result
-
-
-def check_backbone(path: Path, trained_on: str, present: str, options: argparse.Namespace) -> None:
-    """Raise a ValueError if the backbone that the options name isn't the one that a run's file was
-    trained on, by their fingerprints."""
-    if present != trained_on:
-        given = " with ".join(filter(None, (options.weights, options.init_lora)))
-        raise ValueError(
-            f"{path} was trained on another backbone ({trained_on}) than "
-            f"{given or options.backbone} is ({present}); give that one, or another --name"
-        )
-
-
-def train_run(options: argparse.Namespace, seed: int) -> dict:
-    """One run from loading to the report; returns its result.json, its folder, and whether it was
-    finished before."""
-    if options.cached and dist.is_initialized():
-        raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
-    folder = run_folder(options, seed)
-    with at_work(folder):
-        if run_folder(options, seed) != folder:
-            raise ValueError(f"another process has begun a run in {folder}; run this again")
-        if is_unfinished(folder) and not options.resume:
-            raise ValueError(
-                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
-            )
-        finished = find_finished(options, folder)
-        if finished:
-            return finished | {"folder": folder, "kept": True}
-        run = prepare(options, seed, folder)
-        describe_folder(options, seed, folder)
-        return set_up_and_fit(run) | {"folder": folder}
-
-
-def find_finished(options: argparse.Namespace, folder: Path) -> dict:
-    """The result.json of a run that is done already, said on the terminal; {} if there is
-    something to train."""
-    path = folder / "adapters.safetensors"
-    if not path.exists() or (folder / "state.pt").exists():
-        return {}
-    result = read_result(folder)
-    if options.weights or options.init_lora:  # files, which may be others by now
-        model, _ = load_backbone(options)
-        check_backbone(path, result["fingerprint"], adaptertune.fingerprint(model), options)
-    if options.resume and (options.epochs or 0) > result["epochs"]:
-        return {}
+def extend(run: Run) -> None:
+    """Set run.state and the weights to where a finished run ended, for it to get more epochs: with
+    a schedule and an optimiser of their own, and the weights of the epoch that was chosen."""
+    state = run.state
+    path = run.folder / "adapters.safetensors"
+    adaptertune.load(path, run.model, name=run.meta["backbone"])
+    result = read_result(run.folder)
+    epochs = result["epochs"]
+    state.rows = read_metrics(run.folder / "metrics.csv", epochs)
+    state.epoch = epochs + 1
+    state.first_epoch = state.epoch
+    state.train_time = result["seconds"]
+    state.chosen_epoch = result["epoch"]
+    state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
+    vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
+    state.best_val = max(vals, default=state.chosen_val)  # of 0 epochs: of what it began with
+    trained = adaptertune.trained(run.model)
+    state.chosen = {name: each.detach().clone() for name, each in trained.items()}
+    added = run.options.epochs - epochs
     print(
-        f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
-        "train it again, delete that folder or give a --name"
+        f"more     {counted(added, 'epoch')} from the weights of epoch {state.chosen_epoch}; "
+        "warm-up and cosine begin again"
     )
-    return result
-
-
-def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> None:
-    """Say where a run goes, if that may surprise."""
-    if (folder / "config.json").exists():
-        return
-    if options.resume:
-        print(f"note     there is nothing to resume at {folder}: it begins")
-    first = Path("runs") / run_name(options, seed)
-    if folder != first:
-        difference = find_difference(first, options, seed)
-        text = f"note     {first} holds a run with {difference}; this one goes to {folder}"
-        resumed = argparse.Namespace(**vars(options) | {"resume": True})
-        if not find_difference(first, resumed, seed):
-            text += "; --resume would add epochs to it"
-        print(text)
-
-
-def set_up_and_fit(run: Run) -> dict:
-    """Describe a prepared run, compute features if it uses them, train it and write its files;
-    returns result.json."""
-    options = run.options
-    wait_for_all()  # before the first one writes anything
-    peak_memory(run.device, reset=True)
-    describe(run)
-    describe_recipe(run)
-    clip = options.method in adaptertune.CLIP_METHODS
-    if clip and options.classifier == "text":  # before what takes long
-        embed_class_names(run)
-    if options.cached:
-        started = time.perf_counter()
-        features = {}
-        for part in ("train", "val", "test"):
-            features[part] = cache_features(run, getattr(run.dataset, part), part)
-        run.originals = run.dataset
-        run.dataset = replace(run.dataset, **features)
-        run.features_time = time.perf_counter() - started
-    if clip and options.classifier == "prototypes":
-        average_class_images(run)
-    run.dataset = place_images(run.dataset, run.device)
-    signal.signal(signal.SIGINT, ask_stop)  # a step is brought to its end
-    signal.signal(signal.SIGTERM, ask_stop)
-    fit(run)
-    stop_at_once()
-    return finish(run)
 
 
 # --------------------------------------------------------------------------------- opening a run
