@@ -513,7 +513,7 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(f"--init {options.init}: {vit.IS_LORA}")
     if adapters and not options.eval and not known and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
-    check_lora(options, parser)
+    check_no_epochs(options, parser)
     if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
         parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
     if options.name and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name):
@@ -524,15 +524,13 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error("--every and --blocks both say where the adapters go; give one")
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
-    if options.method == "scratch" and options.weights:
-        parser.error("--scratch starts from random weights; leave out --weights")
+    if options.method == "scratch" and (options.weights or options.init_lora):
+        given = "--weights" if options.weights else "--init-lora"
+        parser.error(f"--scratch starts from random weights; leave out {given}")
 
 
-def check_lora(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse --init-lora without a network, and --epochs 0 where something untrained would be
-    evaluated."""
-    if options.method == "scratch" and options.init_lora:
-        parser.error("--scratch starts from random weights; leave out --init-lora")
+def check_no_epochs(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse --epochs 0 where something untrained would be evaluated."""
     if options.epochs != 0 or options.method == "zero-shot" or options.eval:
         return
     if not options.init_lora:
@@ -1408,8 +1406,8 @@ def predict(run: Run, images: data.Images, what: str) -> Predictions:
         logits = in_parts(run.logits, run.model, x)
         probabilities, classes = logits.softmax(dim=-1).topk(2)
         loss = F.cross_entropy(logits, labels, reduction="none")
-        own = part[run.batches.rank :: run.batches.world]
-        table[:, own] = torch.stack([*classes.T, probabilities[:, 0], loss]).double()
+        here = part[run.batches.rank :: run.batches.world]
+        table[:, here] = torch.stack([*classes.T, probabilities[:, 0], loss]).double()
         seen = min(seen + run.batches.batch, len(images))
         data.progress(what, seen, len(images), started)
     best, second, probability, loss = sum_over_processes(table).cpu()
@@ -2023,13 +2021,13 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    path = Path(options.eval) / "adapters.safetensors"
-    device = choose_device(options.device)
-    model, backbone, meta = open_network(options)
-    batches = data.Batches(meta["image_size"], backbone.norm, options.batch or 128, device)
-    model.to(device)
     folder = Path(options.eval)
     seed = options.seeds[0]
+    device = choose_device(options.device)
+    model, backbone, meta = open_network(options)
+    model.to(device)
+    size = meta["image_size"]
+    batches = data.Batches(size, backbone.norm, options.batch or 128, device)
     run = Run(options, seed, folder, None, model, batches, device, False, meta, backbone)
     try:
         if not Path(options.dataset).is_dir() and options.dataset not in data.DATASETS:
@@ -2037,10 +2035,9 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
                 f"no folder {options.dataset}; if the run's photos are elsewhere now, give that "
                 "--dataset FOLDER"
             )
-        dataset = read_dataset(
-            options.dataset, options.data_dir, meta["image_size"], options.offline
-        )
+        dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
         run.dataset = split_dataset(dataset, options, seed, folder)
+        path = folder / "adapters.safetensors"
         adaptertune.check_same(path, meta, {"classes": run.dataset.classes})
     except ValueError as error:
         if need_data:
@@ -2489,13 +2486,8 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
         print(
             f"{seeds} seeds: mean ± standard deviation of the test accuracy; mean time of training"
         )
-    elbow = None
-    if (
-        len(summaries) > 2
-        and seeds > 1
-        and all(re.fullmatch(r"rank \d+", label) for label in by_label)
-    ):
-        elbow = find_elbow(summaries)
+    only_ranks = all(re.fullmatch(r"rank \d+", label) for label in by_label)
+    elbow = find_elbow(summaries) if only_ranks and len(summaries) > 2 and seeds > 1 else None
 
     columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
     columns += ("epoch", "lr", "seconds", "memory")
