@@ -136,17 +136,17 @@ class Parser(argparse.ArgumentParser):
 
 def integer(low: int, high: int = 10**9) -> Callable:
     """Option type: an integer within limits."""
-    return functools.partial(limited, int, low, high)
+    return functools.partial(read_number, int, low, high)
 
 
 def number(low: float, high: float) -> Callable:
     """Option type: a number within limits."""
-    return functools.partial(limited, float, low, high)
+    return functools.partial(read_number, float, low, high)
 
 
 def integers(low: int, high: int = 10**9) -> Callable:
     """Option type: integers within limits, with commas between."""
-    return lambda text: distinct([limited(int, low, high, part) for part in text.split(",")])
+    return lambda text: distinct([read_number(int, low, high, part) for part in text.split(",")])
 
 
 def distinct(values: list) -> list:
@@ -157,7 +157,7 @@ def distinct(values: list) -> list:
     return values
 
 
-def limited(kind: type, low: float, high: float, text: str) -> float:
+def read_number(kind: type, low: float, high: float, text: str) -> float:
     """Parse a number and check that it is within the limits."""
     try:
         value = kind(text)
@@ -172,7 +172,7 @@ def channels(low: float) -> Callable:
     """Option type: three numbers from `low` to 1, with commas between."""
 
     def read(text: str) -> list[float]:
-        values = [limited(float, low, 1, part) for part in text.split(",")]
+        values = [read_number(float, low, 1, part) for part in text.split(",")]
         if len(values) != 3:
             raise argparse.ArgumentTypeError(f"{text!r} is not three numbers such as 0.5,0.5,0.5")
         return values
@@ -1444,7 +1444,7 @@ def fit(run: Run) -> None:
     if found:
         load_state(run, optimizer)
     elif (run.folder / "adapters.safetensors").exists():
-        extend(run)
+        add_epochs(run)
     if any_process(found) != found:
         raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
     try:
@@ -1770,7 +1770,7 @@ def read_config(folder: Path) -> dict:
     table = {}
     for action in make_parser()._actions:
         if action.dest not in NOT_KEPT:
-            table[action.dest] = functools.partial(can_be, action)
+            table[action.dest] = functools.partial(option_allows, action)
     table["method"] = adaptertune.choice(tuple(adaptertune.METHODS))
     table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
     table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
@@ -1780,7 +1780,7 @@ def read_config(folder: Path) -> dict:
     return {name: saved[name] for name in table if name in saved}
 
 
-def can_be(action: argparse.Action, value: object) -> bool:
+def option_allows(action: argparse.Action, value: object) -> bool:
     """Whether an option can have a value: it is what comes out when its text is read."""
     if isinstance(value, bool) or action.nargs == 0:
         return isinstance(value, bool | None) and action.nargs == 0
@@ -1958,7 +1958,7 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
             raise ValueError("weights are missing, or of another shape")
 
 
-def extend(run: Run) -> None:
+def add_epochs(run: Run) -> None:
     """Set run.state and the weights to where a finished run ended, for it to get more epochs: with
     a schedule and an optimiser of their own, and the weights of the epoch that was chosen."""
     state = run.state
@@ -2322,11 +2322,10 @@ def write_predictions(run: Run, path: Path) -> None:
     rows = []
     for part, found in run.predictions.items():
         images = getattr(run.dataset, part)
-        names = images.names or range(len(images))
-        columns = (found.labels, found.best, found.probability, found.second)
-        for name, label, best, probability, second in zip(names, *columns, strict=True):
+        columns = (images.names, found.labels, found.best, found.probability, found.second)
+        for name, label, best, probability, second in zip(*columns, strict=True):
             row = (classes[label], classes[best], f"{probability:.4f}", classes[second])
-            rows.append((str(name), part, *row))
+            rows.append((name, part, *row))
     header = ("file", "split", "label", "prediction", "probability", "runner-up")
     write_csv(path, header, rows)
 
@@ -2597,11 +2596,10 @@ def draw_mistakes(run: Run, path: Path) -> None:
     for axes, i in zip(panels, wrong, strict=True):
         axes.imshow(images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy())
         axes.axis("off")
-        name = images.names[i] if images.names else str(i)
         lines = [shorten(classes[found.labels[i]])]
         best = shorten(classes[found.best[i]], 18)
         lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
-        lines.append(shorten(data.as_utf8(name)))
+        lines.append(shorten(images.names[i]))
         axes.set_title("\n".join(lines), fontsize=8)
     figure.suptitle("the most confident mistakes on test: label, prediction, file")
     save_figure(figure, path)
@@ -2646,7 +2644,7 @@ class Examined:
 
     title: str
     classes: list[str]
-    names: list[str]  # of the images; their numbers, if they weren't files
+    names: list[str]  # of the images
     labels: Tensor  # [n]
     predictions: Tensor  # [n]
     points: Tensor  # [n, 2], the features in two dimensions
@@ -2681,7 +2679,7 @@ def examine(run: Run) -> Examined:
     return Examined(
         title=f"{name}, {accuracy:.2f} %",
         classes=[data.printable(each) for each in run.dataset.classes],
-        names=test.names or [str(i) for i in range(len(test))],
+        names=test.names,
         labels=test.labels,
         predictions=predictions,
         points=points,
