@@ -252,6 +252,8 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
     if options.eval:
         parser.error("--predict and --eval are two things; give one")
+    if options.plot:
+        parser.error("--plot is for training and --eval, not --predict")
     if (Path(folder) / "state.pt").exists():
         parser.error(f"--predict {folder}: that run is unfinished; go on with it by --resume")
     table = Path(options.csv)
@@ -2269,8 +2271,8 @@ def describe_classes(run: Run) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """Such as "1 thread", "2 threads"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """Such as "1 thread", "2,000 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def of_all(part: int, whole: int) -> str:
