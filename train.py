@@ -17,7 +17,7 @@ metrics.csv, predictions.csv, config.json, split.json, README.md and, where matp
 curves.svg and mistakes.png. Until it finishes, state.pt is kept there: --resume continues exactly
 where the run was stopped, on the same kind of device.
 
-From the top: options, setting up, training, opening a run, the terminal, pictures, main.
+In order: options, setting up, training, a run's folder, opening a run, the terminal, pictures.
 """
 
 import signal
@@ -136,17 +136,17 @@ class Parser(argparse.ArgumentParser):
 
 def integer(low: int, high: int = 10**9) -> Callable:
     """Option type: an integer within limits."""
-    return functools.partial(limited, int, low, high)
+    return functools.partial(read_number, int, low, high)
 
 
 def number(low: float, high: float) -> Callable:
     """Option type: a number within limits."""
-    return functools.partial(limited, float, low, high)
+    return functools.partial(read_number, float, low, high)
 
 
 def integers(low: int, high: int = 10**9) -> Callable:
     """Option type: integers within limits, with commas between."""
-    return lambda text: distinct([limited(int, low, high, part) for part in text.split(",")])
+    return lambda text: distinct([read_number(int, low, high, part) for part in text.split(",")])
 
 
 def distinct(values: list) -> list:
@@ -157,7 +157,7 @@ def distinct(values: list) -> list:
     return values
 
 
-def limited(kind: type, low: float, high: float, text: str) -> float:
+def read_number(kind: type, low: float, high: float, text: str) -> float:
     """Parse a number and check that it is within the limits."""
     try:
         value = kind(text)
@@ -168,12 +168,16 @@ def limited(kind: type, low: float, high: float, text: str) -> float:
     return value
 
 
-def channels(text: str, low: float = 0) -> list[float]:
+def channels(low: float) -> Callable:
     """Option type: three numbers from `low` to 1, with commas between."""
-    values = [limited(float, low, 1, part) for part in text.split(",")]
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers such as 0.5,0.5,0.5")
-    return values
+
+    def read(text: str) -> list[float]:
+        values = [read_number(float, low, 1, part) for part in text.split(",")]
+        if len(values) != 3:
+            raise argparse.ArgumentTypeError(f"{text!r} is not three numbers such as 0.5,0.5,0.5")
+        return values
+
+    return read
 
 
 def placement(text: str) -> list[int]:
@@ -203,7 +207,11 @@ def make_parser(prog: str = "train.py") -> Parser:
 
 
 def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[argparse.Namespace]:
-    """The options of each run, except its seed. Wrong usage prints one line and exits with 2."""
+    """The options of each run, except its seed. Wrong usage prints one line and exits with 2.
+
+    Raises:
+        ValueError: --eval or --predict names no run, or a damaged one.
+    """
     parser = make_parser(prog)
     options = parser.parse_args(arguments)
     if options.csv and not options.predict:
@@ -213,7 +221,7 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         parser.set_defaults(eval=options.predict[0])
         options.eval = options.predict[0]
     if options.eval:  # the run's own options, unless the command line says otherwise
-        parser.set_defaults(**saved_options(options, parser))
+        parser.set_defaults(**saved_options(options.eval))
         options = parser.parse_args(arguments)  # once more: the first time said which run
     grid = expand(options)
     if options.eval and len(grid) > 1:
@@ -225,14 +233,9 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
     return grid
 
 
-def saved_options(options: argparse.Namespace, parser: Parser) -> dict:
-    """The options of the run that --eval names, as defaults for the parser."""
-    try:
-        saved = read_config(Path(options.eval))
-    except ValueError as error:
-        if not (Path(options.eval) / "config.json").exists():  # the wrong folder was given
-            parser.error(str(error))
-        parser.exit(2, f"error: {error}\n")
+def saved_options(folder: str) -> dict:
+    """The options of a run, as defaults for the parser. Raises ValueError if there is none."""
+    saved = read_config(Path(folder))
     # Another one's run decides what is read, but not where a data set is downloaded to.
     if not data.is_there(saved["dataset"], saved["data_dir"]):
         del saved["data_dir"]
@@ -249,6 +252,8 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
     if options.eval:
         parser.error("--predict and --eval are two things; give one")
+    if options.plot:
+        parser.error("--plot is for training and --eval, not --predict")
     if (Path(folder) / "state.pt").exists():
         parser.error(f"--predict {folder}: that run is unfinished; go on with it by --resume")
     table = Path(options.csv)
@@ -268,12 +273,11 @@ def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -
     for method, settings in adaptertune.METHODS.items():
         for name in settings:
             owners[name] = (*owners.get(name, ()), method)
-    flags = {"reads": "adapter-input", "act": "adapter-act", "deep": "shallow"}
-    for name, having in owners.items():
-        given = getattr(options, name) != parser.get_default(name)
-        if given and methods.isdisjoint(having):
-            flag = flags.get(name, name).replace("_", "-")
-            parser.error(f"--{flag} is for {', '.join(having)}, not {', '.join(sorted(methods))}")
+    for action in parser._actions:
+        having = owners.get(action.dest, methods)
+        if methods.isdisjoint(having) and getattr(options, action.dest) != action.default:
+            flag = action.option_strings[0]
+            parser.error(f"{flag} is for {', '.join(having)}, not {', '.join(sorted(methods))}")
 
 
 def add_options(parser: Parser) -> None:
@@ -303,22 +307,11 @@ def add_options(parser: Parser) -> None:
     lora = "folder or file of a LoRA that peft made for this backbone; merged before all else"
     add("--init-lora", "PATH", str, lora, "")
     beside = "as the files beside --weights state, else"
-    add(
-        "--heads",
-        "N",
-        integer(0, 10_000),
-        f"attention heads (0: {beside} the usual of the width)",
-        0,
-    )
+    heads = f"attention heads (0: {beside} the usual of the width)"
+    add("--heads", "N", integer(0, 10_000), heads, 0)
     norm = f"per channel, 0 to 1 (by backbone; {beside} ImageNet's or CLIP's)"
-    add("--mean", "R,G,B", channels, f"mean of the pixels {norm}", [])
-    add(
-        "--std",
-        "R,G,B",
-        functools.partial(channels, low=0.001),
-        f"standard deviation of the pixels {norm}",
-        [],
-    )
+    add("--mean", "R,G,B", channels(0), f"mean of the pixels {norm}", [])
+    add("--std", "R,G,B", channels(0.001), f"standard deviation of the pixels {norm}", [])
     gelu = f"activation of the MLPs (by backbone; {beside} QuickGELU for a CLIP)"
     parser.choice("--mlp-act", ("gelu", "quick_gelu"), gelu, "")
     add("--image-size", "PIXELS", integer(0, 2048), "side of the backbone's input (0: its own)", 0)
@@ -329,56 +322,32 @@ def add_training_options(parser: Parser) -> None:
     add = parser.value
 
     parser.section("training")
-    add(
-        "--epochs",
-        "N",
-        integer(0),
-        "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 "
-        "evaluates the LoRA of --init-lora as it is, best with --method head",
-        None,
-    )
-    parser.switch(
-        "--cached", "for --method head: train on features computed once, without augmentation"
-    )
+    epochs = "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 "
+    epochs += "evaluates the LoRA of --init-lora as it is, best with --method head"
+    add("--epochs", "N", integer(0), epochs, None)
+    cached = "for --method head: train on features computed once, without augmentation"
+    parser.switch("--cached", cached)
     add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
     add("--lr", "LR", number(1e-12, 1000), "peak learning rate (by method and rank)", 0.0)
-    with_head = (
-        f"peak learning rate of the head ({HEAD_RATE:g}; as --lr for head, clip-adapter, scratch)"
-    )
-    add("--head-lr", "LR", number(1e-12, 1000), with_head, 0.0)
+    head = f"peak learning rate of the head ({HEAD_RATE:g}; as --lr for head, clip-adapter, "
+    add("--head-lr", "LR", number(1e-12, 1000), head + "scratch)", 0.0)
     decay = "weight decay of the weight matrices, 0 for off (0.05)"
     add("--weight-decay", "W", number(0, 1000), decay, 0.05)
     smoothing = "label smoothing of the loss, 0 for off (0.1; CLIP's methods 0)"
     add("--label-smoothing", "P", number(0, 1), smoothing, None)
-    add(
-        "--min-scale",
-        "A",
-        number(1e-6, 1),
-        "smallest share of the image in a training crop (0.08; digits 0.85)",
-        0.0,
-    )
+    crop = "smallest share of the image in a training crop (0.08; digits 0.85)"
+    add("--min-scale", "A", number(1e-6, 1), crop, 0.0)
     mirrored = "don't mirror training images: for text, signs, anything whose left and right differ"
     parser.switch("--no-flip", mirrored)
     weights = "weight the loss by the inverse of each class's size, as if all classes were equal"
     parser.switch("--class-weights", weights)
-    add(
-        "--seeds --seed",
-        "I,J,…",
-        integers(0),
-        "a run for each; at the end mean and standard deviation (0)",
-        [0],
-    )
-    parser.choice(
-        "--amp",
-        ("auto", "bf16", "off"),
-        "train in bf16; auto: only where it is faster (auto)",
-        "auto",
-    )
+    seeds = "a run for each; at the end mean and standard deviation (0)"
+    add("--seeds --seed", "I,J,…", integers(0), seeds, [0])
+    amp = "train in bf16; auto: only where it is faster (auto)"
+    parser.choice("--amp", ("auto", "bf16", "off"), amp, "auto")
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
-    compiled = (
-        "torch.compile the network: a minute at first, then faster steps on a GPU, but a run "
-    )
-    parser.switch("--compile", compiled + "no longer repeats to the bit")
+    compiled = "torch.compile the network: a minute at first, then faster steps on a GPU, but a "
+    parser.switch("--compile", compiled + "run no longer repeats to the bit")
 
 
 def add_run_options(parser: Parser) -> None:
@@ -391,10 +360,8 @@ def add_run_options(parser: Parser) -> None:
     add("--name", "NAME", str, folder, "")
     more = "continue a run that was stopped; or, with more --epochs, a finished one, in which "
     parser.switch("--resume", more + "warm-up and cosine begin again for the added epochs")
-    again = (
-        "don't train: test a finished run again, or with --dataset on other photos of its classes"
-    )
-    add("--eval", "runs/NAME", str, again, "")
+    again = "don't train: test a finished run again, or with --dataset on other photos of its "
+    add("--eval", "runs/NAME", str, again + "classes", "")
     photos = "don't train: label photos, or folders of photos, with a finished run"
     metavar = ("runs/NAME", "PHOTO")
     add("--predict", metavar, str, photos, [], nargs="+")
@@ -548,7 +515,7 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(f"--init {options.init}: {vit.IS_LORA}")
     if adapters and not options.eval and not known and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
-    check_lora(options, parser)
+    check_no_epochs(options, parser)
     if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
         parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
     if options.name and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name):
@@ -559,15 +526,13 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error("--every and --blocks both say where the adapters go; give one")
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
-    if options.method == "scratch" and options.weights:
-        parser.error("--scratch starts from random weights; leave out --weights")
+    if options.method == "scratch" and (options.weights or options.init_lora):
+        given = "--weights" if options.weights else "--init-lora"
+        parser.error(f"--scratch starts from random weights; leave out {given}")
 
 
-def check_lora(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse --init-lora without a network, and --epochs 0 where something untrained would be
-    evaluated."""
-    if options.method == "scratch" and options.init_lora:
-        parser.error("--scratch starts from random weights; leave out --init-lora")
+def check_no_epochs(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse --epochs 0 where something untrained would be evaluated."""
     if options.epochs != 0 or options.method == "zero-shot" or options.eval:
         return
     if not options.init_lora:
@@ -861,17 +826,14 @@ def place_images(dataset: data.Dataset, device: torch.device) -> data.Dataset:
     return replace(dataset, **{part: images.to(device) for part, images in parts.items()})
 
 
-def choose_amp(folder: Path, device: torch.device) -> str:
-    """What --amp auto stands for, "bf16" or "off": the faster one, but a run that goes on in
-    `folder` keeps what it began with."""
-    kept = folder / "config.json"
-    if kept.exists():
-        return read_config(folder)["amp"]
+def choose_bf16(folder: Path, device: torch.device) -> bool:
+    """Whether --amp auto stands for bf16: where it is faster, but a run that goes on in `folder`
+    keeps what it began with."""
+    if (folder / "config.json").exists():
+        return read_config(folder)["amp"] == "bf16"
     if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        faster = time_bf16() < 0.7
-    return "bf16" if faster else "off"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return time_bf16() < 0.7
 
 
 @functools.cache
@@ -1006,13 +968,21 @@ def split_dataset(
         ValueError: a run that was stopped lacks photos; or the classes aren't the run's.
     """
     path = folder / "split.json"
-    listed = read_split(path) if path.exists() else {}
-    if not listed and (options.eval or path.with_name("state.pt").exists()):
-        raise ValueError(
-            f"{path} is missing: nothing else says which images were trained on; restore it"
+    if not path.exists():
+        if (folder / "state.pt").exists() or (folder / "adapters.safetensors").exists():
+            raise ValueError(
+                f"{path} is missing: nothing else says which images were trained on; restore it"
+            )
+        return data.split(
+            dataset,
+            seed=seed,
+            limit=options.limit,
+            shots=options.shots,
+            test_share=options.test_share,
         )
-    sums = listed.pop("checksums", {})
-    classes = listed.pop("classes", dataset.classes)
+    listed = read_split(path)
+    sums = listed.pop("checksums")
+    classes = listed.pop("classes")
     dataset = data.match_classes(dataset, classes, some=bool(options.eval))
     parts = (dataset.train, dataset.val, dataset.test)
     in_folder = {name for images in parts if images for name in images.names}
@@ -1021,25 +991,14 @@ def split_dataset(
     # (IMG_0001.jpg).
     if options.eval and len(in_folder.intersection(in_split)) < len(in_split) / 2:
         return take_as_test(dataset, listed, sums)
-    if not listed:
-        return data.split(
-            dataset,
-            seed=seed,
-            limit=options.limit,
-            shots=options.shots,
-            test_share=options.test_share,
-        )
     dataset, moved = data.split_by(dataset, listed, sums)
     for images, what in ((moved.missing, "gone"), (moved.changed, "other files by now")):
-        if images and not options.eval:
-            raise ValueError(
-                f"{counted(len(images), 'image')} that {path} lists are {what}, such as "
-                f"{images[0]}; put them back, or train anew with another --name"
-            )
-        if images:
-            print(
-                f"split    {what}: {counted(len(images), 'image')} of {path}, such as {images[0]}"
-            )
+        if not images:
+            continue
+        text = f"{counted(len(images), 'image')} of {path}, such as {images[0]}"
+        if not options.eval:
+            raise ValueError(f"{what}: {text}; put them back, or train anew with another --name")
+        print(f"split    {what}: {text}")
     if not len(dataset.test):
         raise ValueError(f"none of the test images that {path} lists is in {options.dataset}")
     if moved.new and not options.limit and not options.shots:  # which leave images out themselves
@@ -1082,7 +1041,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     """
     folder = folder or run_folder(options, seed)
     data.check_name(options.dataset)  # before a backbone is downloaded
-    compiled = options.compile and not options.eval and not options.cached
+    compiled = options.compile and not options.cached
     device = choose_device(options.device, repeatable=not compiled)
     if compiled:
         check_compiler(device)
@@ -1096,13 +1055,13 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     if not rank:
         wait_for_all()
     dataset = split_dataset(dataset, options, seed, folder)
-    if not options.eval:
-        data.check_split(dataset)
+    data.check_split(dataset)
     options = argparse.Namespace(**vars(options))  # of this run alone
     fit_to_data(options, dataset)
-    if "amp" in options.auto:
-        bf16 = any_process(choose_amp(folder, device) == "bf16")  # the same for all
-        options.amp = "bf16" if bf16 else "off"
+    bf16 = options.amp == "bf16"
+    if options.amp == "auto":
+        bf16 = any_process(choose_bf16(folder, device))  # the same for all
+    options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     dataset.flip = dataset.flip and not options.no_flip
     meta = describe_network(options, model, backbone)
@@ -1124,7 +1083,6 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
         head = start_head(model, given, dataset.classes, options.epochs)
     batches = data.Batches(size, backbone.norm, options.batch, device, rank, world)
     model.to(device)
-    bf16 = options.amp == "bf16"
     return Run(
         options, seed, folder, dataset, model, batches, device, bf16, meta, backbone, head=head
     )
@@ -1151,240 +1109,6 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
     return meta
 
 
-def run_name(options: argparse.Namespace, seed: int) -> str:
-    """A name such as digits-adaptertune-r8-s0, or the one given and what differs in the grid."""
-    if options.name:
-        parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
-        if len(options.seeds) > 1:
-            parts.append(f"s{seed}")
-        return "-".join(parts)
-    parts = [Path(options.dataset).resolve().name, options.method]
-    if options.rank:
-        parts.append(f"r{options.rank}")
-    if options.method == "vpt":
-        parts.append(f"p{options.prompts}")
-    if options.shots:
-        parts.append(f"k{options.shots}")
-    if options.limit:
-        parts.append(f"n{options.limit}")
-    if options.every > 1:
-        parts.append(f"every{options.every}")
-    if options.blocks:
-        parts.append("b" + ".".join(map(str, options.blocks))[:60])  # folders number themselves
-    if options.method in adaptertune.ADAPTER_METHODS and options.init != "zero":
-        parts.append(Path(options.init).stem)
-    return "-".join([*parts, f"s{seed}"])
-
-
-def run_folder(options: argparse.Namespace, seed: int) -> Path:
-    """runs/NAME of these options; where others have that name, runs/NAME-2 and so on.
-
-    Raises:
-        ValueError: another run has the --name, or is unfinished and --resume was given, or this
-            one is unfinished and it wasn't.
-    """
-    if options.eval:
-        return Path(options.eval)
-    first = Path("runs") / run_name(options, seed)
-    folder = first
-    number = 1
-    fewer = ""
-    while (folder / "config.json").exists():
-        difference = find_difference(folder, options, seed)
-        unfinished = is_unfinished(folder)
-        if not difference and unfinished and not options.resume:
-            with data.locked(folder, folder=True, wait=False):  # it may be running
-                pass
-            raise ValueError(
-                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
-            )
-        if not difference:
-            return folder
-        if options.resume and difference.startswith("epochs "):
-            fewer = f"{folder} has {difference}; give --resume more epochs than it has, to add some"
-        if options.name or (unfinished and options.resume):
-            raise ValueError(
-                f"{folder} holds a run with other options ({difference}); "
-                "give this one another --name, or delete that folder"
-            )
-        number += 1
-        folder = Path(f"{first}-{number}")
-    if fewer:
-        raise ValueError(fewer)
-    return folder
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Whether a folder's run was stopped: before its end, or when it was given more epochs."""
-    if (folder / "state.pt").exists():
-        return True
-    # config.json is written before state.pt: a kill between the two leaves more epochs there.
-    finished = (folder / "result.json").exists()
-    return finished and read_result(folder)["epochs"] < read_config(folder)["epochs"]
-
-
-def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
-    """In what the run of a folder differs from these options; "" if it is theirs."""
-    saved = read_config(folder)
-    kept = kept_options(options, seed)
-    derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
-    for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
-        value = kept[key]
-        auto = key in saved.get("auto", []) and value == AUTO[key]
-        new = key not in saved and not value  # an option that came later, and is off
-        more = key == "epochs" and options.resume and (value or 0) > saved.get(key, 0)
-        if more and not is_unfinished(folder):  # a finished run goes on
-            continue
-        if key in MAY_DIFFER or auto or new:
-            continue
-        if key in PATHS:  # earlier runs kept them as they were typed
-            saved[key] = absolute(saved.get(key, ""))
-        if saved.get(key) != value:
-            before = "none" if saved.get(key) in ("", None) else saved[key]
-            now = "none" if value in ("", None) else value
-            if key in AUTO and value == AUTO[key]:
-                now = "the default"
-            return f"{key} {before}, not {now}"
-    return ""
-
-
-def check_writable(folder: Path) -> None:
-    """Raise a ValueError if files can't be written to a folder, made or not yet made."""
-    place = folder
-    while not place.exists():
-        if place.is_symlink():  # such as one to a disk that isn't mounted
-            raise ValueError(f"{place} is a link to nothing; mend it or remove it")
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        if not place.exists():  # another process has removed it, as it was empty
-            return check_writable(folder)
-        raise ValueError(
-            f"can't write to {place.resolve()} ({error.strerror}); change to another folder"
-        ) from error
-
-
-@contextlib.contextmanager
-def at_work(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, which is made if it isn't there, and removed if nothing came into it.
-
-    Raises:
-        ValueError: another process is at work in it, or nothing can be written there.
-    """
-    if rank_and_world()[0]:  # the first process holds it for all
-        yield
-        return
-    check_writable(folder)
-    with data.locked(folder, folder=True, wait=False):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # it isn't empty
-                os.removedirs(folder)
-
-
-def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
-    """A run's file of JSON.
-
-    Args:
-        table: what the values of its keys may be (see adaptertune.check_types).
-        required: keys that it must have.
-
-    Raises:
-        ValueError: it is missing or damaged, or a value can't be.
-    """
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device, which may have no end
-            raise ValueError("it is no file")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        adaptertune.check_types(content, table, required)
-    except OSError as error:
-        raise ValueError(
-            f"no run in {path.parent}: {path} is missing ({error.strerror})"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); restore it, or delete that folder and train again"
-        ) from error
-    return content
-
-
-def read_config(folder: Path) -> dict:
-    """A run's options, as far as they are still options, with values that these can have.
-
-    Raises:
-        ValueError: as read_json.
-    """
-    if vit.is_lora(folder):
-        raise ValueError(f"{folder}: {vit.IS_LORA}")
-    table = {}
-    for action in make_parser()._actions:
-        if action.dest not in NOT_KEPT:
-            table[action.dest] = functools.partial(can_be, action)
-    table["method"] = adaptertune.choice(tuple(adaptertune.METHODS))
-    table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
-    table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
-    table["epochs"] = adaptertune.whole(0)  # never left open, as on the command line
-    required = ("method", "seeds", "dataset", "data_dir", "epochs")
-    saved = read_json(folder / "config.json", table, required)
-    return {name: saved[name] for name in table if name in saved}
-
-
-def can_be(action: argparse.Action, value: object) -> bool:
-    """Whether an option can have a value: it is what comes out when its text is read."""
-    if isinstance(value, bool) or action.nargs == 0:
-        return isinstance(value, bool | None) and action.nargs == 0
-    if value == action.default or [value] == action.default:  # options of GRID have lists
-        return True
-    if value is None:
-        return False
-    if action.choices:
-        return value in list(action.choices)
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    try:
-        found = action.type(text)
-    except (ValueError, argparse.ArgumentTypeError):
-        return False
-    if action.dest in GRID and action.dest != "blocks":  # several on the command line, one in a run
-        return [value] == found
-    return value == found
-
-
-def read_result(folder: Path) -> dict:
-    """A finished run's result.json: the metadata of its adapters, and what it cost."""
-    number = adaptertune.real(0)
-    table = adaptertune.META | {"trained": number, "seconds": number, "memory": number}
-    required = ("trained", "seconds", "memory", "test_accuracy", "val_accuracy", "lr")
-    required += ("fingerprint", "method", "dataset", "backbone", "epochs")
-    return read_json(folder / "result.json", table, required)
-
-
-def read_split(path: Path) -> dict:
-    """A run's split.json: the names of the images in train, val and test; their checksums; and the
-    classes, in order."""
-    names = adaptertune.several(adaptertune.text)
-    parts = {"train": names, "val": names, "test": names}
-    more = {"classes": names, "checksums": adaptertune.by_name(adaptertune.text)}
-    found = read_json(path, parts | more, tuple(parts))
-    return {name: found[name] for name in (*parts, *more) if name in found}
-
-
-def kept_options(options: argparse.Namespace, seed: int) -> dict:
-    """What config.json holds: every option that says what the run is, with paths that hold from
-    any folder."""
-    kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
-    for name in PATHS:
-        kept[name] = absolute(kept[name])
-    return kept | {"seeds": [seed]}
-
-
-def absolute(path: str) -> str:
-    """The whole path of a file or folder; names of data sets, and "", as they are."""
-    return os.path.abspath(path) if path and path not in data.DATASETS else path  # noqa: PTH100
-
-
 def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     """Images as the features [n, D] that the head reads, computed once, without augmentation.
 
@@ -1396,22 +1120,27 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     key.update(images.checksum().encode())
     path = data.cache_folder() / "features" / f"{key.hexdigest()[:24]}.safetensors"
     if not path.exists():
-        features = []
-        total = run.batches.count(images)
-        started = time.perf_counter()
-        run.model.eval()
-        for x, _ in run.batches.eval(images, run.dataset.center):
-            stop_if_asked()
-            with torch.inference_mode():
-                features.append(in_parts(run.model.features, run.model, x).cpu())
-            data.progress(f"features of {what}, batch", len(features), total, started)
+        features = compute_features(run, images, what)
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_file(path, to_safetensors({"features": torch.cat(features)}))
+        data.write_file(path, to_safetensors({"features": features}))
     tensors, _ = vit.read_tensors(path)
     features = tensors.get("features")
     if features is None or features.shape != (len(images), run.model.config.width):
         raise ValueError(f"{path} is damaged; delete it, and it is computed again")
     return data.Images(features, images.labels, images.names)
+
+
+@torch.inference_mode()
+def compute_features(run: Run, images: data.Images, what: str) -> Tensor:
+    """What the head reads of images, without augmentation: [n, D], on the CPU."""
+    features = []
+    total = run.batches.count(images)
+    started = time.perf_counter()
+    run.model.eval()
+    for x, _ in run.batches.eval(images, run.dataset.center):
+        features.append(in_parts(run.model.features, run.model, x).cpu())
+        data.progress(f"features of {what}, batch", len(features), total, started)
+    return torch.cat(features)
 
 
 @torch.no_grad()
@@ -1658,9 +1387,12 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
     state.rows.append(row)
     if is_shown(state.epoch, epochs):
         print_row(row)
-    start = State(epoch=state.epoch + 1)
-    for name in ("epoch", "step", "seen", "hits", "loss", "epoch_time"):
-        setattr(state, name, getattr(start, name))
+    state.epoch += 1
+    state.step = 0
+    state.seen = 0
+    state.hits = torch.zeros((), dtype=torch.int64)
+    state.loss = torch.zeros((), dtype=torch.float64)
+    state.epoch_time = 0.0
 
 
 @torch.inference_mode()
@@ -1676,13 +1408,30 @@ def predict(run: Run, images: data.Images, what: str) -> Predictions:
         logits = in_parts(run.logits, run.model, x)
         probabilities, classes = logits.softmax(dim=-1).topk(2)
         loss = F.cross_entropy(logits, labels, reduction="none")
-        own = part[run.batches.rank :: run.batches.world]
-        table[:, own] = torch.stack([*classes.T, probabilities[:, 0], loss]).double()
+        here = part[run.batches.rank :: run.batches.world]
+        table[:, here] = torch.stack([*classes.T, probabilities[:, 0], loss]).double()
         seen = min(seen + run.batches.batch, len(images))
         data.progress(what, seen, len(images), started)
     best, second, probability, loss = sum_over_processes(table).cpu()
     run.state.eval_time += time.perf_counter() - started
     return Predictions(best.long(), second.long(), probability, loss, images.labels.cpu())
+
+
+def predict_all(run: Run) -> None:
+    """Set run.predictions: of validation, if there is any, and of test."""
+    for part in ("val", "test"):
+        images = getattr(run.dataset, part)
+        if len(images):
+            run.predictions[part] = predict(run, images, part)
+
+
+def validate_zero_shot(run: Run) -> None:
+    """Print validation accuracy of CLIP's class embeddings alone, and put it into the metadata."""
+    with run.model.head.zero_shot():
+        val = predict(run, run.dataset.val, "zero-shot").accuracy
+    if not math.isnan(val):
+        run.meta["zero_shot_val_accuracy"] = val
+        print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
 
 
 def fit(run: Run) -> None:
@@ -1697,7 +1446,7 @@ def fit(run: Run) -> None:
     if found:
         load_state(run, optimizer)
     elif (run.folder / "adapters.safetensors").exists():
-        extend(run)
+        add_epochs(run)
     if any_process(found) != found:
         raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
     try:
@@ -1721,29 +1470,355 @@ def fit(run: Run) -> None:
         raise
 
 
-def extend(run: Run) -> None:
-    """Set run.state and the weights to where a finished run ended, for it to get more epochs: with
-    a schedule and an optimiser of their own, and the weights of the epoch that was chosen."""
-    state = run.state
-    path = run.folder / "adapters.safetensors"
-    meta = adaptertune.load(path, run.model, name=run.meta["backbone"])
-    result = read_result(run.folder)
-    epochs = result["epochs"]
-    state.rows = read_metrics(run.folder / "metrics.csv", epochs)
-    state.epoch = epochs + 1
-    state.first_epoch = state.epoch
-    state.train_time = result["seconds"]
-    state.chosen_epoch = meta["epoch"]
-    state.chosen_val = math.nan if meta["val_accuracy"] is None else meta["val_accuracy"]
-    vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
-    state.best_val = max(vals, default=state.chosen_val)  # of 0 epochs: of what it began with
-    trained = adaptertune.trained(run.model)
-    state.chosen = {name: each.detach().clone() for name, each in trained.items()}
-    added = run.options.epochs - epochs
+def set_up_and_fit(run: Run) -> dict:
+    """Describe a prepared run, compute features if it uses them, train it and write its files;
+    returns result.json."""
+    options = run.options
+    wait_for_all()  # before the first one writes anything
+    peak_memory(run.device, reset=True)
+    describe(run)
+    describe_recipe(run)
+    clip = options.method in adaptertune.CLIP_METHODS
+    if clip and options.classifier == "text":  # before what takes long
+        embed_class_names(run)
+    if options.cached:
+        started = time.perf_counter()
+        features = {}
+        for part in ("train", "val", "test"):
+            features[part] = cache_features(run, getattr(run.dataset, part), part)
+        run.originals = run.dataset
+        run.dataset = replace(run.dataset, **features)
+        run.features_time = time.perf_counter() - started
+    if clip and options.classifier == "prototypes":
+        average_class_images(run)
+    run.dataset = place_images(run.dataset, run.device)
+    signal.signal(signal.SIGINT, ask_stop)  # a step is brought to its end
+    signal.signal(signal.SIGTERM, ask_stop)
+    fit(run)
+    stop_at_once()
+    return finish(run)
+
+
+def finish(run: Run) -> dict:
+    """Write the final files, report, remove what was only for --resume; one process does it.
+    Returns result.json."""
+    result = run.meta | {
+        "trained": sum(parameter.numel() for parameter in run.parameters),
+        "seconds": run.state.train_time,
+        "memory": peak_memory(run.device),
+    }
+    if not run.batches.rank:
+        write_records(run)
+        with data.replacing(run.folder / "adapters.safetensors") as file:
+            adaptertune.save(file, run.model, run.meta)
+        write_json(run.folder / "result.json", result)
+        write_predictions(run, run.folder / "predictions.csv")
+        data.write_file(run.folder / "README.md", model_card(run))
+        conclude(run)
+        (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
+    wait_for_all()
+    return result
+
+
+def train_run(options: argparse.Namespace, seed: int) -> dict:
+    """One run from loading to the report; returns its result.json, its folder, and whether it was
+    finished before."""
+    if options.cached and dist.is_initialized():
+        raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
+    folder = run_folder(options, seed)
+    with at_work(folder):
+        if run_folder(options, seed) != folder:
+            raise ValueError(f"another process has begun a run in {folder}; run this again")
+        if is_unfinished(folder) and not options.resume:
+            raise ValueError(
+                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
+            )
+        finished = find_finished(options, folder)
+        if finished:
+            return finished | {"folder": folder, "kept": True}
+        run = prepare(options, seed, folder)
+        describe_folder(options, seed, folder)
+        return set_up_and_fit(run) | {"folder": folder}
+
+
+# ----------------------------------------------------------------------------------- a run's folder
+
+
+def run_name(options: argparse.Namespace, seed: int) -> str:
+    """A name such as digits-adaptertune-r8-s0, or the one given and what differs in the grid."""
+    if options.name:
+        parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
+        if len(options.seeds) > 1:
+            parts.append(f"s{seed}")
+        return "-".join(parts)
+    parts = [Path(options.dataset).resolve().name, options.method]
+    if options.rank:
+        parts.append(f"r{options.rank}")
+    if options.method == "vpt":
+        parts.append(f"p{options.prompts}")
+    if options.shots:
+        parts.append(f"k{options.shots}")
+    if options.limit:
+        parts.append(f"n{options.limit}")
+    if options.every > 1:
+        parts.append(f"every{options.every}")
+    if options.blocks:
+        parts.append("b" + ".".join(map(str, options.blocks))[:60])  # folders number themselves
+    if options.method in adaptertune.ADAPTER_METHODS and options.init != "zero":
+        parts.append(Path(options.init).stem)
+    return "-".join([*parts, f"s{seed}"])
+
+
+def run_folder(options: argparse.Namespace, seed: int) -> Path:
+    """runs/NAME of these options; where others have that name, runs/NAME-2 and so on.
+
+    Raises:
+        ValueError: another run has the --name; or with --resume, is unfinished or has no fewer
+            epochs.
+    """
+    first = Path("runs") / run_name(options, seed)
+    folder = first
+    number = 1
+    fewer = ""
+    while (folder / "config.json").exists():
+        difference = find_difference(folder, options, seed)
+        if not difference:
+            return folder
+        if options.resume and difference.startswith("epochs "):
+            fewer = f"{folder} has {difference}; give --resume more epochs than it has, to add some"
+        if options.name or (options.resume and is_unfinished(folder)):
+            raise ValueError(
+                f"{folder} holds a run with other options ({difference}); "
+                "give this one another --name, or delete that folder"
+            )
+        number += 1
+        folder = Path(f"{first}-{number}")
+    if fewer:
+        raise ValueError(fewer)
+    return folder
+
+
+def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
+    """In what the run of a folder differs from these options; "" if it is theirs. With --resume it
+    is theirs too if it is finished and they have more epochs."""
+    saved = read_config(folder)
+    kept = kept_options(options, seed)
+    if options.resume and (options.epochs or 0) > saved["epochs"] and not is_unfinished(folder):
+        del kept["epochs"]
+    derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
+    for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
+        value = kept[key]
+        before = saved.get(key)
+        default = key in AUTO and value == AUTO[key]
+        auto = default and key in saved.get("auto", [])
+        new = key not in saved and not value  # an option that came later, and is off
+        if before == value or key in MAY_DIFFER or auto or new:
+            continue
+        before = "none" if before in ("", None) else before
+        now = "none" if value in ("", None) else value
+        return f"{key} {before}, not {'the default' if default else now}"
+    return ""
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder's run was stopped: before its end, or when it was given more epochs."""
+    if (folder / "state.pt").exists():
+        return True
+    # config.json is written before state.pt: a kill between the two leaves more epochs there.
+    finished = (folder / "result.json").exists()
+    return finished and read_result(folder)["epochs"] < read_config(folder)["epochs"]
+
+
+def find_finished(options: argparse.Namespace, folder: Path) -> dict:
+    """The result.json of a run that is done already, said on the terminal; {} if there is
+    something to train."""
+    path = folder / "adapters.safetensors"
+    if not path.exists() or (folder / "state.pt").exists():
+        return {}
+    result = read_result(folder)
+    if options.weights or options.init_lora:  # files, which may be others by now
+        model, _ = load_backbone(options)
+        check_backbone(path, result["fingerprint"], adaptertune.fingerprint(model), options)
+    if options.resume and (options.epochs or 0) > result["epochs"]:
+        return {}
     print(
-        f"more     {counted(added, 'epoch')} from the weights of epoch {state.chosen_epoch}; "
-        "warm-up and cosine begin again"
+        f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
+        "train it again, delete that folder or give a --name"
     )
+    return result
+
+
+def check_backbone(path: Path, trained_on: str, present: str, options: argparse.Namespace) -> None:
+    """Raise a ValueError if the backbone that the options name isn't the one that a run's file was
+    trained on, by their fingerprints."""
+    if present != trained_on:
+        given = " with ".join(filter(None, (options.weights, options.init_lora)))
+        raise ValueError(
+            f"{path} was trained on another backbone ({trained_on}) than "
+            f"{given or options.backbone} is ({present}); give that one, or another --name"
+        )
+
+
+def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> None:
+    """Say where a run goes, if that may surprise."""
+    if (folder / "config.json").exists():
+        return
+    if options.resume:
+        print(f"note     there is nothing to resume at {folder}: it begins")
+    first = Path("runs") / run_name(options, seed)
+    if folder != first:
+        difference = find_difference(first, options, seed)
+        text = f"note     {first} holds a run with {difference}; this one goes to {folder}"
+        resumed = argparse.Namespace(**vars(options) | {"resume": True})
+        if not find_difference(first, resumed, seed):
+            text += "; --resume would add epochs to it"
+        print(text)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a ValueError if files can't be written to a folder, made or not yet made."""
+    place = folder
+    while not place.exists():
+        if place.is_symlink():  # such as one to a disk that isn't mounted
+            raise ValueError(f"{place} is a link to nothing; mend it or remove it")
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        if not place.exists():  # another process has removed it, as it was empty
+            return check_writable(folder)
+        raise ValueError(
+            f"can't write to {place.resolve()} ({error.strerror}); change to another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if it isn't there, and removed if nothing came into it.
+
+    Raises:
+        ValueError: another process is at work in it, or nothing can be written there.
+    """
+    if rank_and_world()[0]:  # the first process holds it for all
+        yield
+        return
+    check_writable(folder)
+    with data.locked(folder, folder=True, wait=False):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it isn't empty
+                os.removedirs(folder)
+
+
+def kept_options(options: argparse.Namespace, seed: int) -> dict:
+    """What config.json holds: every option that says what the run is, with paths that hold from
+    any folder."""
+    kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
+    for name in PATHS:
+        kept[name] = absolute(kept[name])
+    return kept | {"seeds": [seed]}
+
+
+def absolute(path: str) -> str:
+    """The whole path of a file or folder; names of data sets, and "", as they are."""
+    return os.path.abspath(path) if path and path not in data.DATASETS else path  # noqa: PTH100
+
+
+@contextlib.contextmanager
+def refusing(path: Path, advice: str) -> Iterator[None]:
+    """Make one ValueError of all that reading a damaged file can raise, which is nearly anything.
+
+    Args:
+        advice: what to do about it.
+    """
+    try:
+        yield
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # it may be whole
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({vit.first_line(error)}); {advice}") from error
+
+
+def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
+    """A run's file of JSON.
+
+    Args:
+        table: what the values of its keys may be (see adaptertune.check_types).
+        required: keys that it must have.
+
+    Raises:
+        ValueError: it is missing or damaged, or a value can't be.
+    """
+    if not path.exists():
+        raise ValueError(f"no run in {path.parent}: {path} is missing")
+    with refusing(path, "restore it, or delete that folder and train again"):
+        if not path.is_file():  # a pipe or a device, which may have no end
+            raise ValueError("it is no file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        adaptertune.check_types(content, table, required)
+    return content
+
+
+def read_config(folder: Path) -> dict:
+    """A run's options, as far as they are still options, with values that these can have.
+
+    Raises:
+        ValueError: as read_json.
+    """
+    if vit.is_lora(folder):
+        raise ValueError(f"{folder}: {vit.IS_LORA}")
+    table = {}
+    for action in make_parser()._actions:
+        if action.dest not in NOT_KEPT:
+            table[action.dest] = functools.partial(option_allows, action)
+    table["method"] = adaptertune.choice(tuple(adaptertune.METHODS))
+    table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
+    table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
+    table["epochs"] = adaptertune.whole(0)  # never left open, as on the command line
+    required = ("method", "seeds", "dataset", "data_dir", "epochs", "amp")
+    saved = read_json(folder / "config.json", table, required)
+    return {name: saved[name] for name in table if name in saved}
+
+
+def option_allows(action: argparse.Action, value: object) -> bool:
+    """Whether an option can have a value: it is what comes out when its text is read."""
+    if isinstance(value, bool) or action.nargs == 0:
+        return isinstance(value, bool | None) and action.nargs == 0
+    if value == action.default or [value] == action.default:  # options of GRID have lists
+        return True
+    if value is None:
+        return False
+    if action.choices:
+        return value in list(action.choices)
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        found = action.type(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    if action.dest in GRID and action.dest != "blocks":  # several on the command line, one in a run
+        return [value] == found
+    return value == found
+
+
+def read_result(folder: Path) -> dict:
+    """A finished run's result.json: the metadata of its adapters, and what it cost."""
+    number = adaptertune.real(0)
+    table = adaptertune.META | {"trained": number, "seconds": number, "memory": number}
+    required = ("trained", "seconds", "memory", "test_accuracy", "val_accuracy", "lr")
+    required += ("fingerprint", "method", "dataset", "backbone", "epochs", "epoch")
+    return read_json(folder / "result.json", table, required)
+
+
+def read_split(path: Path) -> dict:
+    """A run's split.json: the names of the images in train, val and test; their checksums; and the
+    classes, in order."""
+    names = adaptertune.several(adaptertune.text)
+    table = {"train": names, "val": names, "test": names, "classes": names}
+    table["checksums"] = adaptertune.by_name(adaptertune.text)
+    found = read_json(path, table, tuple(table))
+    return {name: found[name] for name in table}
 
 
 def read_metrics(path: Path, epochs: int) -> list[list[str]]:
@@ -1752,17 +1827,12 @@ def read_metrics(path: Path, epochs: int) -> list[list[str]]:
     Raises:
         ValueError: it is missing or damaged.
     """
-    try:
+    with refusing(path, "without it no epochs can be added: train anew with another --name"):
         if not path.is_file():
-            raise ValueError("no file")
+            raise ValueError("it is missing, or no file")
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))[1 : 1 + epochs]
         check_rows(rows, epochs)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{path} is missing or damaged; without it no epochs can be added: train anew with "
-            "another --name"
-        ) from error
     return rows
 
 
@@ -1778,21 +1848,40 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
         float(values["val%"])  # "nan" without validation images
 
 
-def predict_all(run: Run) -> None:
-    """Set run.predictions: of validation, if there is any, and of test."""
-    for part in ("val", "test"):
-        images = getattr(run.dataset, part)
-        if len(images):
-            run.predictions[part] = predict(run, images, part)
+def write_json(path: Path, content: dict) -> None:
+    """Write a file of JSON."""
+    data.write_file(path, json.dumps(content, indent=1) + "\n")
 
 
-def validate_zero_shot(run: Run) -> None:
-    """Print validation accuracy of CLIP's class embeddings alone, and put it into the metadata."""
-    with run.model.head.zero_shot():
-        val = predict(run, run.dataset.val, "zero-shot").accuracy
-    if not math.isnan(val):
-        run.meta["zero_shot_val_accuracy"] = val
-        print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
+def to_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
+    """A table as text."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    for row in (header, *rows):
+        writer.writerow(row)
+    return table.getvalue()
+
+
+def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
+    """Write a table."""
+    data.write_file(path, to_csv(header, rows))
+
+
+def write_records(run: Run) -> None:
+    """Write config.json, metrics.csv, and split.json: which image is in which part."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **versions}
+    config = kept_options(run.options, run.seed) | {"made": made}
+    write_json(run.folder / "config.json", config)
+    write_csv(run.folder / "metrics.csv", COLUMNS + FILE_COLUMNS, run.state.rows)
+    listed = {"classes": run.dataset.classes}
+    for part in ("train", "val", "test"):
+        listed[part] = getattr(run.dataset, part).names
+    used = itertools.chain(listed["train"], listed["val"], listed["test"])
+    sums = run.dataset.sums
+    listed["checksums"] = {name: sums[name] for name in used if name in sums}
+    write_json(run.folder / "split.json", listed)
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -1810,7 +1899,8 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Restore an interrupted run: all of it, or a ValueError."""
     path = run.folder / "state.pt"
-    with refusing(path):
+    advice = "delete that folder and train again"
+    with refusing(path, advice):
         vit.check_archive(path)
         with zipfile.ZipFile(path) as archive:  # torch.save writes one, with a checksum a member
             if archive.testzip():
@@ -1818,32 +1908,14 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         saved = torch.load(path, map_location=run.device, weights_only=True)
         vit.check_size(saved, path)
         fingerprint = saved.pop("fingerprint")
-    if fingerprint != run.meta["fingerprint"]:
-        raise ValueError(
-            f"{path} was trained on another backbone ({fingerprint}) than this one "
-            f"({run.meta['fingerprint']}); give that one's --weights, or another --name"
-        )
-    with refusing(path):
-        saved.setdefault("first_epoch", 1)  # of before finished runs could go on
+    check_backbone(path, fingerprint, run.meta["fingerprint"], run.options)
+    with refusing(path, advice):
         weights = saved.pop("weights")
         load_optimizer(optimizer, saved.pop("optimizer"))
         check_state(saved, weights, run)
         run.model.load_state_dict(weights, strict=False)
     for name, value in saved.items():
         setattr(run.state, name, value)
-
-
-@contextlib.contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Make one ValueError of all that a damaged state can raise, which is nearly anything."""
-    try:
-        yield
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # it may be whole
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path} is damaged ({vit.first_line(error)}); delete that folder and train again"
-        ) from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -1888,171 +1960,37 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
             raise ValueError("weights are missing, or of another shape")
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a file of JSON."""
-    data.write_file(path, json.dumps(content, indent=1) + "\n")
-
-
-def to_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
-    """A table as text."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    for row in (header, *rows):
-        writer.writerow(row)
-    return table.getvalue()
-
-
-def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
-    """Write a table."""
-    data.write_file(path, to_csv(header, rows))
-
-
-def write_records(run: Run) -> None:
-    """Write config.json, metrics.csv, and split.json: which image is in which part."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **versions}
-    config = kept_options(run.options, run.seed) | {"made": made}
-    write_json(run.folder / "config.json", config)
-    write_csv(run.folder / "metrics.csv", COLUMNS + FILE_COLUMNS, run.state.rows)
-    listed = {"classes": run.dataset.classes}
-    for part in ("train", "val", "test"):
-        listed[part] = getattr(run.dataset, part).names
-    used = itertools.chain(listed["train"], listed["val"], listed["test"])
-    sums = run.dataset.sums
-    listed["checksums"] = {name: sums[name] for name in used if name in sums}
-    write_json(run.folder / "split.json", listed)
-
-
-def finish(run: Run) -> dict:
-    """Write the final files, report, remove what was only for --resume; one process does it.
-    Returns result.json."""
-    counts = adaptertune.count(run.model)
-    result = run.meta | {
-        "trained": sum(counts.values()) - counts["frozen"],
-        "seconds": run.state.train_time,
-        "memory": peak_memory(run.device),
-    }
-    if not run.batches.rank:
-        write_records(run)
-        with data.replacing(run.folder / "adapters.safetensors") as file:
-            adaptertune.save(file, run.model, run.meta)
-        write_json(run.folder / "result.json", result)
-        write_predictions(run, run.folder / "predictions.csv")
-        data.write_file(run.folder / "README.md", model_card(run))
-        conclude(run)
-        (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
-    wait_for_all()
-    return result
-
-
-def check_weights(options: argparse.Namespace, result: dict, path: Path) -> None:
-    """Raise a ValueError if --weights has other tensors by now than a finished run was trained on.
-
-    Args:
-        result, path: the run's result.json, and its adapters, for the message.
-    """
-    if not options.weights and not options.init_lora:
-        return
-    model, _ = load_backbone(options)
-    present = adaptertune.fingerprint(model)
-    if present != result["fingerprint"]:
-        given = " with ".join(filter(None, (options.weights, options.init_lora)))
-        raise ValueError(
-            f"{path} was trained on another backbone ({result['fingerprint']}) than {given} is "
-            f"({present}); give that one, or another --name"
-        )
-
-
-def train_run(options: argparse.Namespace, seed: int) -> dict:
-    """One run from loading to the report; returns its result.json, its folder, and whether it was
-    finished before."""
-    if options.cached and dist.is_initialized():
-        raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
-    folder = run_folder(options, seed)
-    with at_work(folder):
-        if run_folder(options, seed) != folder:
-            raise ValueError(f"another process has begun a run in {folder}; run this again")
-        finished = find_finished(options, folder)
-        if finished:
-            return finished | {"folder": folder, "kept": True}
-        run = prepare(options, seed, folder)
-        describe_folder(options, seed, folder)
-        return set_up_and_fit(run) | {"folder": folder}
-
-
-def find_finished(options: argparse.Namespace, folder: Path) -> dict:
-    """The result.json of a run that is done already, said on the terminal; {} if there is
-    something to train."""
-    path = folder / "adapters.safetensors"
-    if not path.exists() or (folder / "state.pt").exists():
-        return {}
-    result = read_result(folder)
-    check_weights(options, result, path)
-    if options.resume and (options.epochs or 0) > result["epochs"]:
-        return {}
+def add_epochs(run: Run) -> None:
+    """Set run.state and the weights to where a finished run ended, for it to get more epochs: with
+    a schedule and an optimiser of their own, and the weights of the epoch that was chosen."""
+    state = run.state
+    path = run.folder / "adapters.safetensors"
+    adaptertune.load(path, run.model, name=run.meta["backbone"])
+    result = read_result(run.folder)
+    epochs = result["epochs"]
+    state.rows = read_metrics(run.folder / "metrics.csv", epochs)
+    state.epoch = epochs + 1
+    state.first_epoch = state.epoch
+    state.train_time = result["seconds"]
+    state.chosen_epoch = result["epoch"]
+    state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
+    vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
+    state.best_val = max(vals, default=state.chosen_val)  # of 0 epochs: of what it began with
+    trained = adaptertune.trained(run.model)
+    state.chosen = {name: each.detach().clone() for name, each in trained.items()}
+    added = run.options.epochs - epochs
     print(
-        f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
-        "train it again, delete that folder or give a --name"
+        f"more     {counted(added, 'epoch')} from the weights of epoch {state.chosen_epoch}; "
+        "warm-up and cosine begin again"
     )
-    return result
-
-
-def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> None:
-    """Say where a run goes, if that may surprise."""
-    if options.resume and not (folder / "config.json").exists():
-        print(f"note     there is nothing to resume at {folder}: it begins")
-    first = Path("runs") / run_name(options, seed)
-    if folder != first and not (folder / "config.json").exists():
-        difference = find_difference(first, options, seed)
-        hint = "; --resume would add epochs to it" if difference.startswith("epochs ") else ""
-        print(f"note     {first} holds a run with {difference}; this one goes to {folder}{hint}")
-
-
-def set_up_and_fit(run: Run) -> dict:
-    """Describe a prepared run, compute features if it uses them, train it and write its files;
-    returns result.json."""
-    options = run.options
-    wait_for_all()  # before the first one writes anything
-    signal.signal(signal.SIGINT, ask_stop)
-    signal.signal(signal.SIGTERM, ask_stop)
-    peak_memory(run.device, reset=True)
-    describe(run)
-    describe_recipe(run)
-    clip = options.method in adaptertune.CLIP_METHODS
-    if clip and options.classifier == "text":  # before what takes long
-        embed_class_names(run)
-    if options.cached:
-        started = time.perf_counter()
-        features = {}
-        for part in ("train", "val", "test"):
-            features[part] = cache_features(run, getattr(run.dataset, part), part)
-        run.originals = run.dataset
-        run.dataset = replace(run.dataset, **features)
-        run.features_time = time.perf_counter() - started
-    if clip and options.classifier == "prototypes":
-        average_class_images(run)
-    run.dataset = place_images(run.dataset, run.device)
-    fit(run)
-    stop_at_once()  # there is nothing left to bring to an end
-    return finish(run)
 
 
 # --------------------------------------------------------------------------------- opening a run
 
 
 # What the adapters of a run say of it.
-REQUIRED_META = (
-    "method",
-    "backbone",
-    "license",
-    "fingerprint",
-    "image_size",
-    "mean",
-    "std",
-    "center",
-)
-REQUIRED_META += ("dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
+REQUIRED_META = ("method", "backbone", "license", "fingerprint", "image_size", "mean", "std")
+REQUIRED_META += ("center", "dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
 
 
 def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, dict]:
@@ -2085,13 +2023,13 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    path = Path(options.eval) / "adapters.safetensors"
-    device = choose_device(options.device)
-    model, backbone, meta = open_network(options)
-    batches = data.Batches(meta["image_size"], backbone.norm, options.batch or 128, device)
-    model.to(device)
     folder = Path(options.eval)
     seed = options.seeds[0]
+    device = choose_device(options.device)
+    model, backbone, meta = open_network(options)
+    model.to(device)
+    size = meta["image_size"]
+    batches = data.Batches(size, backbone.norm, options.batch or 128, device)
     run = Run(options, seed, folder, None, model, batches, device, False, meta, backbone)
     try:
         if not Path(options.dataset).is_dir() and options.dataset not in data.DATASETS:
@@ -2099,10 +2037,9 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
                 f"no folder {options.dataset}; if the run's photos are elsewhere now, give that "
                 "--dataset FOLDER"
             )
-        dataset = read_dataset(
-            options.dataset, options.data_dir, meta["image_size"], options.offline
-        )
+        dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
         run.dataset = split_dataset(dataset, options, seed, folder)
+        path = folder / "adapters.safetensors"
         adaptertune.check_same(path, meta, {"classes": run.dataset.classes})
     except ValueError as error:
         if need_data:
@@ -2334,8 +2271,8 @@ def describe_classes(run: Run) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """Such as "1 thread", "2 threads"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """Such as "1 thread", "2,000 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def of_all(part: int, whole: int) -> str:
@@ -2387,11 +2324,10 @@ def write_predictions(run: Run, path: Path) -> None:
     rows = []
     for part, found in run.predictions.items():
         images = getattr(run.dataset, part)
-        names = images.names or range(len(images))
-        columns = (found.labels, found.best, found.probability, found.second)
-        for name, label, best, probability, second in zip(names, *columns, strict=True):
+        columns = (images.names, found.labels, found.best, found.probability, found.second)
+        for name, label, best, probability, second in zip(*columns, strict=True):
             row = (classes[label], classes[best], f"{probability:.4f}", classes[second])
-            rows.append((str(name), part, *row))
+            rows.append((name, part, *row))
     header = ("file", "split", "label", "prediction", "probability", "runner-up")
     write_csv(path, header, rows)
 
@@ -2551,13 +2487,8 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
         print(
             f"{seeds} seeds: mean ± standard deviation of the test accuracy; mean time of training"
         )
-    elbow = None
-    if (
-        len(summaries) > 2
-        and seeds > 1
-        and all(re.fullmatch(r"rank \d+", label) for label in by_label)
-    ):
-        elbow = find_elbow(summaries)
+    only_ranks = all(re.fullmatch(r"rank \d+", label) for label in by_label)
+    elbow = find_elbow(summaries) if only_ranks and len(summaries) > 2 and seeds > 1 else None
 
     columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
     columns += ("epoch", "lr", "seconds", "memory")
@@ -2667,11 +2598,10 @@ def draw_mistakes(run: Run, path: Path) -> None:
     for axes, i in zip(panels, wrong, strict=True):
         axes.imshow(images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy())
         axes.axis("off")
-        name = images.names[i] if images.names else str(i)
         lines = [shorten(classes[found.labels[i]])]
         best = shorten(classes[found.best[i]], 18)
         lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
-        lines.append(shorten(data.as_utf8(name)))
+        lines.append(shorten(images.names[i]))
         axes.set_title("\n".join(lines), fontsize=8)
     figure.suptitle("the most confident mistakes on test: label, prediction, file")
     save_figure(figure, path)
@@ -2716,7 +2646,7 @@ class Examined:
 
     title: str
     classes: list[str]
-    names: list[str]  # of the images; their numbers, if they weren't files
+    names: list[str]  # of the images
     labels: Tensor  # [n]
     predictions: Tensor  # [n]
     points: Tensor  # [n, 2], the features in two dimensions
@@ -2738,30 +2668,22 @@ class Examined:
 @torch.inference_mode()
 def examine(run: Run) -> Examined:
     """Features and predictions of a finished run's test images."""
-    features = []
-    predictions = []
-    total = run.batches.count(run.dataset.test)
-    started = time.perf_counter()
-    run.model.eval()
-    for x, _ in run.batches.eval(run.dataset.test, run.dataset.center):
-        x = run.model.features(x)
-        predictions.append(run.model.head(x).argmax(dim=-1).cpu())
-        if run.meta["method"] in adaptertune.CLIP_METHODS:
-            x = run.model.head.embed(x)
-        features.append(x.cpu())
-        data.progress("test images, batch", len(features), total, started)
-    points, projection = to_two_dimensions(torch.cat(features))
     test = run.dataset.test
-    accuracy = 100 * (torch.cat(predictions) == test.labels.cpu()).double().mean().item()
+    features = compute_features(run, test, "test").to(run.device)
+    predictions = run.model.head(features).argmax(dim=-1).cpu()
+    accuracy = 100 * (predictions == test.labels).double().mean().item()
+    if run.meta["method"] in adaptertune.CLIP_METHODS:
+        features = run.model.head.embed(features)
+    points, projection = to_two_dimensions(features.cpu())
     name = run.meta["method"]
     if run.meta.get("rank"):
         name += f" rank {run.meta['rank']}"
     return Examined(
         title=f"{name}, {accuracy:.2f} %",
         classes=[data.printable(each) for each in run.dataset.classes],
-        names=test.names or [str(i) for i in range(len(test))],
+        names=test.names,
         labels=test.labels,
-        predictions=torch.cat(predictions),
+        predictions=predictions,
         points=points,
         projection=projection,
     )

@@ -700,7 +700,7 @@ def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
     out = run("--eval", "runs/a")
     assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}" in out
     assert f"test     {accuracy} %" in out
-    message = f"1 image that runs/a/split.json lists are gone, such as {listed['train'][0]}"
+    message = f"gone: 1 image of runs/a/split.json, such as {listed['train'][0]}; put them back"
     (tmp_path / "runs/a/state.pt").touch()  # as if it had been stopped
     assert message in run(*command, "--resume", status=1)
 
@@ -750,14 +750,19 @@ def test_photos_whose_content_changed(run, photos, tiny_weights, tmp_path):
     line = f"split    other files by now: 1 image of runs/a/split.json, such as {listed['test'][0]}"
     assert line in out
     (tmp_path / "runs/a/state.pt").touch()  # as if it had been stopped
-    assert "are other files by now" in run(*arguments, "--name", "a", "--resume", status=1)
+    assert "error: other files by now: 1 image" in run(
+        *arguments, "--name", "a", "--resume", status=1
+    )
 
     path.write_text(json.dumps(listed | {"test": [*listed["test"], listed["train"][0]]}))
     error = run("--eval", "runs/a", status=1)
     assert f"split.json lists {listed['train'][0]} twice" in error
     path.unlink()
-    error = run("--eval", "runs/a", status=1)
-    assert "runs/a/split.json is missing: nothing else says which images were trained on" in error
+    (tmp_path / "runs/a/state.pt").unlink()
+    for again in (["--eval", "runs/a"], [*arguments, "--epochs", 2, "--name", "a", "--resume"]):
+        error = run(*again, status=1)
+        message = "runs/a/split.json is missing: nothing else says which images were trained on"
+        assert message in error
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", "/tmp/a"])
@@ -921,6 +926,10 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
         (["--predict", "runs/a", "x.jpg", "--csv", "nowhere/x.csv"], "in a folder that exists"),
         (["--predict", "runs/a", "x.jpg", "--csv", "runs"], "give a file in a folder that exists"),
         (["--csv", "x.csv"], "--csv is for --predict"),
+        (
+            ["--predict", "runs/a", "x.jpg", "--plot", "features"],
+            "--plot is for training and --eval",
+        ),
     ):
         assert message in run(*command, status=2)
 
@@ -1027,7 +1036,9 @@ def test_a_finished_run_gets_more_epochs(
     assert "kept" in run(*command, "--epochs", 4)
     assert "has epochs 4, not 2; give --resume more" in run(*command, "--resume", status=1)
     again = run(*command)  # two epochs alone are another run
-    assert "runs/digits-adaptertune-r8-n200-s0-2\n" in again  # the note
+    assert "with epochs 4, not 2; this one goes to runs/digits-adaptertune-r8-n200-s0-2\n" in again
+    assert "-3; --resume would add epochs to it\n" in run(*command, "--epochs", 5)
+    assert "would add" not in run(*command, "--epochs", 6, "--batch", 16)
     if stopped:  # the other end
         tensors = load_file(folder / "adapters.safetensors")
         shutil.rmtree(folder)
@@ -1244,7 +1255,8 @@ def test_resume_on_another_backbone(run, tiny_weights, tmp_path, monkeypatch, ca
     capsys.readouterr()
     write_tiny(weights, seed=1)
     error = run(*command, "--resume", status=1)
-    assert re.search(r"trained on another backbone \([0-9a-f]{16}\) than this one", error)
+    message = r"trained on another backbone \([0-9a-f]{16}\) than \S+mine.safetensors is \("
+    assert re.search(message, error)
 
 
 def test_a_resumed_run_shows_the_rows_before(tiny_weights, tmp_path, monkeypatch, handlers, capsys):
@@ -1506,9 +1518,9 @@ WRONG_USAGE = [
     (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
     (["--scratch"], "--scratch starts from random weights; leave out --weights"),
     (["--unknown"], "unrecognized arguments: --unknown"),
-    (["--eval", "runs/none"], "no run in runs/none: runs/none/config.json is missing"),
 ]
 REFUSED = [
+    (["--eval", "runs/none"], "no run in runs/none: runs/none/config.json is missing"),
     (["--dataset", "cifar99"], "no data set or folder 'cifar99': choose digits, cifar10, cifar100"),
     (["--dataset", "no/such/folder"], "no data set or folder 'no/such/folder'"),
     (["--dataset", "cifar100", "--offline"], "--offline given; put the published archive"),
