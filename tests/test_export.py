@@ -934,7 +934,7 @@ def test_a_card_names_what_the_hub_has():
     ("arguments", "status", "message"),
     [
         ("", 2, "the following arguments are required"),
-        ("runs/none", 2, "no run in runs/none"),
+        ("runs/none", 1, "no run in runs/none"),
         ("runs/a runs/b", 2, "unrecognized arguments: runs/b"),
         ("runs/a --opset 19", 2, "invalid choice: .?19"),
         ("runs/a --resize --input float", 2, "leave out --input float"),
