@@ -220,6 +220,8 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         check_predict(options, parser)
         parser.set_defaults(eval=options.predict[0])
         options.eval = options.predict[0]
+    if options.eval and (options.name or options.resume):
+        parser.error("--name and --resume are for training, not for --eval and --predict")
     if options.eval:  # the run's own options, unless the command line says otherwise
         parser.set_defaults(**saved_options(options.eval))
         options = parser.parse_args(arguments)  # once more: the first time said which run

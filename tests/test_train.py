@@ -926,6 +926,8 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
         (["--predict", "runs/a", "x.jpg", "--csv", "nowhere/x.csv"], "in a folder that exists"),
         (["--predict", "runs/a", "x.jpg", "--csv", "runs"], "give a file in a folder that exists"),
         (["--csv", "x.csv"], "--csv is for --predict"),
+        (["--eval", "runs/a", "--resume"], "--name and --resume are for training"),
+        (["--predict", "runs/a", "x.jpg", "--name", "b"], "--name and --resume are for training"),
         (
             ["--predict", "runs/a", "x.jpg", "--plot", "features"],
             "--plot is for training and --eval",
