@@ -1142,17 +1142,13 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
             data.write_file(part / listed.name, labels)
 
 
-def new_graph(options: argparse.Namespace, dtype: str = "float32") -> Graph:
-    """An empty graph, whose input has the name that is looked for."""
-    return Graph(options.opset, dtype, HUB_INPUT if options.hub else INPUT)
-
-
 def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Callable:
     """Write and check the graph. Returns it as in_onnxruntime does."""
     model = copy.deepcopy(run.model)
     merged = adaptertune.merge(model)
     more = f", {merged} adapters merged into the backbone" if merged else ""
-    proto = to_model(new_graph(options), model, run.meta | {"precision": "fp32"})
+    g = Graph(options.opset, image=options.image)
+    proto = to_model(g, model, run.meta | {"precision": "fp32"})
     fp32 = save_checked(proto, path, more)
     verify(in_torch(run.model, run.meta), fp32, run, options, ("torch", "onnxruntime"))
     return fp32
@@ -1169,11 +1165,13 @@ def export_rounded(
             meta[f"fp32_{name}"] = meta.pop(name)  # of the run, not of this file
     model = copy.deepcopy(run.model)
     adaptertune.merge(model)
+    dtype = "float16" if precision == "fp16" else "float32"
+    g = Graph(options.opset, dtype, options.image)
     if precision == "int8":
         equalise(model, calibration_images(run))
-        proto = to_int8(to_model(new_graph(options), model, meta), path)
+        proto = to_int8(to_model(g, model, meta), path)
     else:
-        proto = to_model(new_graph(options, "float16"), model, meta)
+        proto = to_model(g, model, meta)
     small = save_checked(proto, path, f", {precision}")
     text = f"size     {size_of(path) / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32"
     if precision == "int8" and meta["batch"] != 1:
@@ -1406,33 +1404,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", metavar="runs/NAME", help="the run's folder")
     parser.section("graph")
     add = parser.value
-    place = (
-        "where to write: a folder, or FILE.onnx (the run's folder; --swappable: the one around it)"
-    )
-    add("-o", "PATH", str, place, "")
+    place = "where to write: a folder, or FILE.onnx (the run's folder; "
+    add("-o", "PATH", str, place + "--swappable: the one around it)", "")
     opset = "version of ONNX's operators; 17 runs nearly everywhere, 23 is newest (17)"
     add("--opset", "N", int, opset, 17, choices=sorted(IR))
     add("--batch", "N", train.integer(0), "images per call, a fixed number (0: any)", 0)
     image = "normalised floats, or floats from 0 to 1 (unit), both [batch, 3, S, S]; or pixels "
     image += "[batch, S, S, 3] (float; with --resize uint8)"
     parser.choice("--input", ("float", "unit", "uint8"), image, "")
-    parser.switch(
-        "--resize",
-        "take pixels (uint8) of photos of any size; the graph resizes them as in evaluation",
-    )
+    resized = "take pixels (uint8) of photos of any size; the graph resizes them as in evaluation"
+    parser.switch("--resize", resized)
     outputs = ("logits", "probabilities", "embedding")
-    parser.choice(
-        "--output",
-        outputs,
-        "what the graph returns; embedding: what the head reads (logits)",
-        "logits",
-    )
+    returned = "what the graph returns; embedding: what the head reads (logits)"
+    parser.choice("--output", outputs, returned, "logits")
     precision = "precision of the weights; int8 is for CPUs (fp32)"
     parser.choice("--precision", ("fp32", "fp16", "int8"), precision, "fp32")
-    tasks = (
-        "for several tasks: one backbone.onnx, and an .onnx_adapter for each, which onnxruntime "
-    )
-    parser.switch("--swappable", tasks + "exchanges at run time")
+    tasks = "for several tasks: one backbone.onnx, and an .onnx_adapter for each, which "
+    parser.switch("--swappable", tasks + "onnxruntime exchanges at run time")
     add("--hub", "FOLDER", str, "write a folder that transformers.js and optimum-onnx load", "")
     parser.section("check")
     photos = "photos to check with, sorted into folders of classes or not; with int8 every second "
@@ -1452,21 +1440,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     check_usage(options, parser)
     options.input = options.input or ("uint8" if options.resize else "float")
+    options.image = INPUT
     if options.hub:
+        options.image = HUB_INPUT
         options.precision = "int8"  # of the graph beside the one in fp32
     return options
-
-
-def arguments_for_train(options: argparse.Namespace) -> list[str]:
-    """The command line of train.py that opens the run."""
-    arguments = ["--eval", options.run, "--device", "cpu"]
-    for name in ("weights", "init_lora", "dataset", "data_dir"):
-        value = getattr(options, name)
-        if value:
-            arguments.append(f"--{name.replace('_', '-')}={value}")
-    if options.offline:
-        arguments.append("--offline")
-    return arguments
 
 
 def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
@@ -1485,17 +1463,7 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
     if options.swappable and place.suffix.startswith(".onnx"):
         parser.error(f"-o {place}: --swappable writes two files; give a folder")
     if not options.swappable and place.suffix != ".onnx":
-        parser.error(f"-o {place}: give a folder, or a file whose name ends in .onnx")
-
-
-def describe(run: train.Run) -> None:
-    """Print which network is exported."""
-    method = run.meta["method"]
-    if "rank" in run.meta:
-        method += f" rank {run.meta['rank']}"
-    print(f"model    {run.meta['backbone']}, {method}, {len(run.meta['classes'])} classes")
-    if run.backbone.lora:
-        print(f"lora     {run.backbone.lora}")
+        parser.error(f"-o {place}: no such folder; make it, or give a file that ends in .onnx")
 
 
 def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
@@ -1506,6 +1474,28 @@ def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
             parser.error(f"--hub settles what its folder holds; leave out {flag}")
     if options.batch > 1:
         parser.error(f"--hub: a single photo is no batch of {options.batch}; leave out --batch")
+
+
+def arguments_for_train(options: argparse.Namespace) -> list[str]:
+    """The command line of train.py that opens the run."""
+    arguments = ["--eval", options.run, "--device", "cpu"]
+    for name in ("weights", "init_lora", "dataset", "data_dir"):
+        value = getattr(options, name)
+        if value:
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    if options.offline:
+        arguments.append("--offline")
+    return arguments
+
+
+def describe(run: train.Run) -> None:
+    """Print which network is exported."""
+    method = run.meta["method"]
+    if "rank" in run.meta:
+        method += f" rank {run.meta['rank']}"
+    print(f"model    {run.meta['backbone']}, {method}, {len(run.meta['classes'])} classes")
+    if run.backbone.lora:
+        print(f"lora     {run.backbone.lora}")
 
 
 def main(arguments: list[str] | None = None) -> int:
