@@ -535,10 +535,11 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
     It feeds 0..1, takes the output for probabilities, and gives a graph of any batch 640 x 640
     pixels, so that only those that it runs right have a task.
     """
-    mean, scale = {
-        "float": (255 * np.array(meta["mean"]), 255 * np.array(meta["std"])),
-        "unit": (np.zeros(3), np.full(3, 255)),
-        "uint8": (np.zeros(3), np.ones(3)),
+    # What the graph wants is (0..1 - mean) / std, under the name that Windows ML has for it.
+    pixel_range, mean, std = {
+        "float": ("Normalized_1_1", meta["mean"], meta["std"]),
+        "unit": ("Normalized_0_1", [0, 0, 0], [1, 1, 1]),
+        "uint8": ("NominalRange_0_255", [0, 0, 0], [1 / 255, 1 / 255, 1 / 255]),
     }[meta["input"]]
     props = {
         "description": sentence(meta),
@@ -546,13 +547,9 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
         "Image.BitmapPixelFormat": "Rgb8",
         "Image.ColorSpaceGamma": "SRGB",
     }
-    if meta["input"] == "uint8":
-        props["Image.NominalPixelRange"] = "NominalRange_0_255"
-    elif meta["input"] == "unit":
-        props["Image.NominalPixelRange"] = "Normalized_0_1"
-    elif {*meta["mean"], *meta["std"]} == {0.5}:
-        props["Image.NominalPixelRange"] = "Normalized_1_1"
-    if "classes" not in meta or meta["output"] == "embedding":
+    if meta["input"] != "float" or {*mean, *std} == {0.5}:  # other floats have no name
+        props["Image.NominalPixelRange"] = pixel_range
+    if meta["output"] == "embedding":
         return props
     if meta["input"] == "unit" and meta["output"] == "probabilities" and meta["batch"]:
         props["task"] = "classify"
@@ -563,8 +560,8 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
         "channels": "3",
         "model_info model_type": "Classification",
         "model_info labels": " ".join(labels),
-        "model_info mean_values": " ".join(f"{value:g}" for value in mean),
-        "model_info scale_values": " ".join(f"{value:g}" for value in scale),
+        "model_info mean_values": " ".join(f"{255 * value:g}" for value in mean),
+        "model_info scale_values": " ".join(f"{255 * value:g}" for value in std),
         "model_info reverse_input_channels": "False",
         "model_info output_raw_scores": "True",  # give the scores of all classes too
     }
@@ -599,9 +596,9 @@ def sentence(meta: dict) -> str:
     if "swappable" in meta:
         return f"{meta['backbone']}; adapters and head come from an .onnx_adapter"
     text = f"{meta['backbone']} with {meta['method']}, gives {meta['output']}"
-    if "classes" in meta:
+    if meta["output"] != "embedding":
         text += f" for {len(meta['classes'])} classes of {meta['dataset']}"
-    if meta.get("precision") == "int8" and meta["batch"] != 1:
+    if meta["precision"] == "int8" and meta["batch"] != 1:
         text += f"; int8, {ONE_SCALE}"
     return text
 

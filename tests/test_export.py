@@ -51,6 +51,9 @@ META = {
     "resize": False,
     "output": "logits",
     "batch": 0,
+    "precision": "fp32",
+    "dataset": "d",
+    "classes": [f"class {i}" for i in range(7)],
 }
 
 
@@ -408,12 +411,13 @@ def test_labels_of_another_model_stay(run, tmp_path):
 @pytest.mark.parametrize("output", ["logits", "probabilities", "embedding"])
 def test_what_other_programs_read(kind, output):
     """By their names, and only what is true of the graph; ours are the last."""
-    meta = META | {"classes": ["it's", "two words"], "dataset": "d", "center": 0.875, "batch": 1}
+    meta = META | {"classes": ["it's", "two words"], "center": 0.875, "batch": 1}
     _, proto = to_session(network({"rank": 8}), **meta | {"input": kind, "output": output})
     props = {prop.key: prop.value for prop in proto.metadata_props}
     assert proto.doc_string == props["description"]
     assert json.loads(props["classes"]) == meta["classes"]
-    assert list(props)[-1] in ("classes", "dataset")
+    assert list(props)[-1] == "classes"
+    assert ("2 classes of d" in props["description"]) == (output != "embedding")
     assert props["Image.BitmapPixelFormat"] == "Rgb8"
     ranges = {"unit": "Normalized_0_1", "uint8": "NominalRange_0_255"}
     assert props.get("Image.NominalPixelRange") == ranges.get(kind)
