@@ -36,6 +36,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import logging
 import os
@@ -251,24 +252,23 @@ def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
 
 def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str, tokens: int) -> str:
     """Multi-head attention of `query` (x, or its first token) over x [B, N, D]; `tokens` is N."""
+    qkv = block.attn.qkv
     proj = block.attn.proj
+    rope = block.attn.rope
+    rotary = isinstance(rope, vit.Rotary)
     H = block.attn.heads
     D = proj.out_features
     scale = (D // H) ** -0.5
-    q_weight, k_weight, v_weight = block.attn.qkv.weight.split(D)
-    rope = block.attn.rope
-    rotary = isinstance(rope, vit.Rotary)
+    q_weight, k_weight, v_weight = qkv.weight.split(D)
     q_bias = None
     k_bias = None
     bias = proj.bias
-    if block.attn.qkv.bias is not None:
-        q_bias, k_bias, v_bias = block.attn.qkv.bias.split(D)
+    if qkv.bias is not None:
+        q_bias, k_bias, v_bias = qkv.bias.split(D)
         q_bias = q_bias * scale
         bias = bias + proj.weight @ v_bias
-    if not rotary:
-        k_bias = None
     q = g.linear(f"{name}.qkv.q", query, q_weight * scale, q_bias)
-    k = g.linear(f"{name}.qkv.k", x, k_weight, k_bias)
+    k = g.linear(f"{name}.qkv.k", x, k_weight, k_bias if rotary else None)
     v = g.linear(f"{name}.qkv.v", x, v_weight)
     if rotary:
         if query == x:  # else it is the class token alone, which isn't turned
@@ -396,14 +396,10 @@ def write_pooling(g: Graph, model: vit.ViT, x: str, prompts: int) -> str:
 
 
 def write_head(g: Graph, head: nn.Module, x: str) -> str:
-    """Features [B, D] to logits [B, K]."""
-    if isinstance(head, adaptertune.ClipHead):
-        return write_clip_head(g, head, x)
-    return g.linear("head", x, head.weight, head.bias)
-
-
-def write_clip_head(g: Graph, head: adaptertune.ClipHead, x: str) -> str:
-    """Cosines to the classes' embeddings, which a text adapter has already changed."""
+    """Features [B, D] to logits [B, K]; CLIP's are cosines to the classes' embeddings, which a text
+    adapter has already changed."""
+    if not isinstance(head, adaptertune.ClipHead):
+        return g.linear("head", x, head.weight, head.bias)
     f = g.linear("head.projection", x, head.projection)
     if head.image is not None:
         down, _, up, _ = head.image
@@ -481,22 +477,22 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
     B = meta["batch"] or "batch"
     key = meta.get("swappable", "")
 
-    describe = helper.make_tensor_value_info
+    typed = helper.make_tensor_value_info
     if meta["input"] == "uint8":
-        side = ("height", "width") if meta["resize"] else (S, S)
-        inputs = [describe(g.image, TensorProto.UINT8, [B, *side, 3])]
+        size = ("height", "width") if meta["resize"] else (S, S)
+        inputs = [typed(g.image, TensorProto.UINT8, [B, *size, 3])]
     else:
-        inputs = [describe(g.image, TensorProto.FLOAT, [B, 3, S, S])]
+        inputs = [typed(g.image, TensorProto.FLOAT, [B, 3, S, S])]
     width = model.head.out_features
     if key:
         for name, shape in swapped(g).items():
-            inputs.append(describe(name, TensorProto.FLOAT, shape))
-        inputs.append(describe(key, TensorProto.UINT8, ["bytes"]))
+            inputs.append(typed(name, TensorProto.FLOAT, shape))
+        inputs.append(typed(key, TensorProto.UINT8, ["bytes"]))
         g.constants[key] = np.zeros(0, np.uint8)
         width = "classes"
     if meta["output"] == "embedding":
         width = model.config.width
-    outputs = [describe(meta["output"], TensorProto.FLOAT, [B, width])]
+    outputs = [typed(meta["output"], TensorProto.FLOAT, [B, width])]
 
     constants = [numpy_helper.from_array(value, name) for name, value in g.constants.items()]
     graph = helper.make_graph(g.nodes, meta["backbone"], inputs, outputs, constants)
@@ -615,22 +611,19 @@ def channel_ranges(model: vit.ViT, images: Tensor) -> dict[str, tuple[Tensor, Te
     a ViT's blocks when it sees images [n, 3, S, S]. Keys are the modules' names."""
     ranges = {}
 
-    def observer(name: str) -> Callable:
-        def observe(_, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].flatten(0, -2)  # [B·N, in]
-            low = x.amin(dim=0)
-            high = x.amax(dim=0)
-            if name in ranges:
-                low = torch.minimum(low, ranges[name][0])
-                high = torch.maximum(high, ranges[name][1])
-            ranges[name] = low, high
-
-        return observe
+    def observe(name: str, _, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].flatten(0, -2)  # [B·N, in]
+        low = x.amin(dim=0)
+        high = x.amax(dim=0)
+        if name in ranges:
+            low = torch.minimum(low, ranges[name][0])
+            high = torch.maximum(high, ranges[name][1])
+        ranges[name] = low, high
 
     hooks = []
     for name, module in model.named_modules():
         if re.search(r"\.(attn\.(qkv|proj)|mlp\.fc1)$", name):
-            hooks.append(module.register_forward_pre_hook(observer(name)))
+            hooks.append(module.register_forward_pre_hook(functools.partial(observe, name)))
     with torch.no_grad():
         for batch in images.split(16):
             model(batch)
