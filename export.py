@@ -44,7 +44,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -906,18 +906,18 @@ def channels_last(pixels: Tensor) -> np.ndarray:
 
 @dataclass
 class Agreement:
-    """How far two functions of the same images agree, as counted image by image."""
+    """How far two functions of the same n images agree."""
 
-    worst: float = 0.0  # largest |difference|
-    before: list[np.ndarray] = field(default_factory=list)  # top-1 of the first
-    after: list[np.ndarray] = field(default_factory=list)  # top-1 of the second
-    labels: list[np.ndarray] = field(default_factory=list)
-    times: list[tuple[float, float]] = field(default_factory=list)  # seconds, of the smallest batch
+    worst: float  # largest |difference|
+    before: np.ndarray  # top-1 of the first, [n]
+    after: np.ndarray  # top-1 of the second, [n]
+    labels: np.ndarray  # [n], -1 where they aren't known
+    times: list[tuple[float, float]]  # of each batch by both, in seconds
 
     @property
     def same(self) -> float:
         """The images of which both give the same top-1, in percent."""
-        return 100 * float((np.concatenate(self.before) == np.concatenate(self.after)).mean())
+        return 100 * float((self.before == self.after).mean())
 
 
 def measure(reference: Callable, candidate: Callable, run: train.Run, count: int) -> Agreement:
@@ -929,25 +929,26 @@ def measure(reference: Callable, candidate: Callable, run: train.Run, count: int
             output = run.model.head(torch.from_numpy(output)).numpy()
         return output.argmax(axis=1)
 
-    found = Agreement()
+    worst = 0.0
+    answers = []  # of each batch: top-1 of both and the labels, [3, n]
+    times = []
     seen = 0
     started = time.perf_counter()
     for images in images_to_check(run, count):
-        moment = time.perf_counter()
-        one = reference(images)
+        start = time.perf_counter()
+        first = reference(images)
         middle = time.perf_counter()
-        other = candidate(images)
+        second = candidate(images)
         end = time.perf_counter()
         n = len(images.labels)
-        if len(images.x) == (run.meta["batch"] or 1):
-            found.times.append((middle - moment, end - middle))
-        found.worst = float(np.maximum(found.worst, np.abs(one - other).max()))  # keeps a NaN
-        found.before.append(top1(one)[:n])
-        found.after.append(top1(other)[:n])
-        found.labels.append(images.labels)
+        if len(images.x) == (run.meta["batch"] or 1):  # not the larger ones of other sizes
+            times.append((middle - start, end - middle))
+        worst = float(np.maximum(worst, np.abs(first - second).max()))  # keeps a NaN
+        answers.append([top1(first)[:n], top1(second)[:n], images.labels])
         seen += n
         data.progress("checking, image", seen, count, started)
-    return found
+    before, after, labels = np.concatenate(answers, axis=1)
+    return Agreement(worst, before, after, labels, times)
 
 
 def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
@@ -959,7 +960,7 @@ def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
     return text, found.same == 100 and found.worst <= limit
 
 
-def judge_rounded(found: Agreement, meta: dict) -> tuple[str, bool]:
+def judge_rounded(found: Agreement) -> tuple[str, bool]:
     """The same of fp16 or int8 beside fp32.
 
     What counts is accuracy. Of n images, b are right before alone and c after alone; the difference
@@ -969,13 +970,12 @@ def judge_rounded(found: Agreement, meta: dict) -> tuple[str, bool]:
     """
     text = f"max |diff| {found.worst:.1e}, top-1 agreement {found.same:.4g} %"
     finite = np.isfinite(found.worst)
-    labels = np.concatenate(found.labels)
-    if labels.min() < 0:
+    if found.labels.min() < 0:
         text += f" (at least {AGREE:g} % is wanted, since labels aren't known)"
         return text, finite and found.same >= AGREE
-    n = len(labels)
-    before = np.concatenate(found.before) == labels
-    after = np.concatenate(found.after) == labels
+    n = len(found.labels)
+    before = found.before == found.labels
+    after = found.after == found.labels
     lost = (before & ~after).sum()
     gained = (after & ~before).sum()
     change = 100 * (gained - lost) / n
@@ -1006,8 +1006,7 @@ def verify(
     available = len(run.dataset.test)
     count = min(images_wanted(options, rounded) or available, available)
     found = measure(reference, candidate, run, count)
-    judge = judge_rounded if rounded else judge_exact
-    text, good = judge(found, run.meta)
+    text, good = judge_rounded(found) if rounded else judge_exact(found, run.meta)
     text = f"{names[1]} against {names[0]}, {count:,} {run.dataset.name}: {text}"
     if not good and not (rounded and options.force):
         if rounded:  # with --hub the file in fp32 is written
@@ -1048,10 +1047,8 @@ def constants_of(path: Path) -> Path:
 
 def size_of(path: Path) -> int:
     """Bytes of a model, with its constants if they are beside it."""
-    size = path.stat().st_size
-    if constants_of(path).exists():
-        size += constants_of(path).stat().st_size
-    return size
+    files = [path, constants_of(path)]
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable:
@@ -1059,13 +1056,13 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
     save(proto, part)
     onnx.checker.check_model(part, full_check=True)
     opened = session(part)
-    values = []
-    for value in (*opened.get_inputs(), *opened.get_outputs()):
+    ends = []
+    for value in (opened.get_inputs()[0], opened.get_outputs()[0]):
         kind = value.type.removeprefix("tensor(").removesuffix(")").replace("float", "float32")
-        values.append(f"{value.name} {kind} [{', '.join(map(str, value.shape))}]")
+        ends.append(f"{value.name} {kind} [{', '.join(map(str, value.shape))}]")
     opset = proto.opset_import[0].version
     nodes = len(proto.graph.node)
-    print(f"graph    opset {opset}, {nodes} nodes, {values[0]} -> {values[-1]}{more}")
+    print(f"graph    opset {opset}, {nodes} nodes, {' -> '.join(ends)}{more}")
     print("check    onnx.checker ok", flush=True)
     return in_onnxruntime(opened)
 
@@ -1120,16 +1117,16 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
     labels = ""
     if options.output != "embedding":
         labels = to_lines(run.meta["classes"])
-    listed = path.parent / "labels.txt"
-    if options.o and labels and listed.is_file() and listed.read_text("utf-8", "replace") != labels:
-        raise ValueError(f"{listed} has other classes; give this model another folder by -o")
+    names = path.parent / "labels.txt"
+    if options.o and labels and names.is_file() and names.read_text("utf-8", "replace") != labels:
+        raise ValueError(f"{names} has other classes; give this model another folder by -o")
     with staged(path.parent) as part:
         model = part / path.name
         fp32 = export_fp32(run, options, model)
         if options.precision != "fp32":
             export_rounded(run, options, model, fp32, size_of(model))
         if labels:
-            data.write_file(part / listed.name, labels)
+            data.write_file(part / names.name, labels)
 
 
 def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Callable:
@@ -1213,8 +1210,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
             f"a {meta['method']} run can't be swapped (only {swappable}); "
             "export it without --swappable"
         )
-    size = f"{meta['image_size']}px"
-    key = ".".join(["for", meta["fingerprint"], size, kind["reads"], kind["act"]])
+    key = f"for.{meta['fingerprint']}.{meta['image_size']}px.{kind['reads']}.{kind['act']}"
     empty = with_empty_adapters(run.model, **kind)
     bare = Graph(options.opset)
     shared = {name: meta[name] for name in SHARED}
@@ -1237,8 +1233,9 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     backbone = folder / "backbone.onnx"
     with staged(folder) as part:
         if not backbone.exists():
-            save_checked(proto, part / backbone.name, ", to swap adapters and head")
-        opened = session(backbone if backbone.exists() else part / backbone.name)
+            backbone = part / backbone.name
+            save_checked(proto, backbone, ", to swap adapters and head")
+        opened = session(backbone)
         props = {prop.key: prop.value for prop in proto.metadata_props}
         if opened.get_modelmeta().custom_metadata_map != props:
             raise ValueError(
@@ -1497,8 +1494,8 @@ def main(arguments: list[str] | None = None) -> int:
         run = train.open_run(run_options, need_data=False)
         run.model.eval().requires_grad_(False)
         if run.dataset is not None:  # what test_accuracy is of, whatever --dataset is given
-            listed = train.read_split(run.folder / "split.json")
-            run.meta["test_images"] = len(listed["test"])
+            split = train.read_split(run.folder / "split.json")
+            run.meta["test_images"] = len(split["test"])
         choose_images(run, options)
         # From here on run.meta describes the graph, and goes into it.
         for name in ("config", "learn_scale", "init", "dropout"):  # of no use to a deployer

@@ -379,6 +379,7 @@ def names_in(folder):
         ("--precision fp16 --batch 1", "model-fp16-b1"),
         ("--input uint8", "model-uint8"),
         ("--resize --opset 23", "model-uint8-resize-opset23"),
+        ("--precision fp16 --opset 18", "model-fp16-opset18"),
         ("--input unit --output probabilities", "model-unit-probabilities"),
         ("--output embedding", "model-embedding"),
     ],
@@ -593,7 +594,7 @@ def agreement(counts, labels=True):
     before = np.repeat([1, 1, 0, 0], counts)
     after = np.repeat([1, 0, 1, 2], counts)
     truth = np.ones(len(before), int) if labels else np.full(len(before), -1)
-    return export.Agreement(0.1, [before], [after], [truth])
+    return export.Agreement(0.1, before, after, truth, [])
 
 
 @pytest.mark.parametrize(
@@ -611,7 +612,7 @@ def agreement(counts, labels=True):
 )
 def test_the_rule_of_rounding(counts, good, text):
     """A loss of a point and one standard error of the paired difference is accepted."""
-    said, judged = export.judge_rounded(agreement(counts), META)
+    said, judged = export.judge_rounded(agreement(counts))
     assert text in said
     assert judged == good
 
@@ -619,7 +620,7 @@ def test_the_rule_of_rounding(counts, good, text):
 @pytest.mark.parametrize(("changed", "good"), [(2, True), (3, False)])
 def test_rounding_without_labels(changed, good):
     """The predictions of 98 % must stay, and the line says why."""
-    said, judged = export.judge_rounded(agreement((100 - changed, changed, 0, 0), False), META)
+    said, judged = export.judge_rounded(agreement((100 - changed, changed, 0, 0), False))
     assert "at least 98 % is wanted, since labels aren't known" in said
     assert judged == good
 
@@ -628,7 +629,7 @@ def test_rounding_to_nothing():
     """NaN isn't good, whatever the answers."""
     found = agreement((10, 0, 0, 0))
     found.worst = float("nan")
-    assert not export.judge_rounded(found, META)[1]
+    assert not export.judge_rounded(found)[1]
 
 
 def test_int8_is_where_it_should_be(run, tmp_path):
