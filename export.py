@@ -22,7 +22,8 @@ for rounding:
     pixels 0..1      W' = W / std, the same b'
     positions        + b', the patch embedding's bias
 
-From the top: the graph, metadata, int8, the check, files, the hub's folder, the command line.
+From the top: the graph, metadata, int8, the check, files, swappable adapters, the hub's folder, the
+command line.
 
 Shapes: B images (batch), N tokens, D width, H heads, d = D/H, r rank, S pixels along a side,
 g = S / patch, P prompts, K classes.
@@ -132,7 +133,7 @@ class Graph:
         return self("Mul", y, self.constant("half", 0.5), name=name)
 
     def first_tokens(self, name: str, x: str, count: int) -> str:
-        """The first tokens of x [B, N, D]: a slice from 0 to `count` along axis 1."""
+        """The first tokens of x [B, N, D], [B, count, D]."""
         zero = self.constant("axis0", [0])
         one = self.constant("axis1", [1])
         end = one if count == 1 else self.constant("tokens.own", [count])
@@ -191,8 +192,8 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
     centers = op("Add", op("Mul", centers, scale), start)  # [S, 1]
     zero = g.constant("image.zero", 0)
     one = g.constant("image.one", 1)
-    last = op("Squeeze", length)
-    pixels = op("Add", to_float(op("Range", zero, last, one)), number(0.5))  # [L]
+    count = op("Squeeze", length)  # L
+    pixels = op("Add", to_float(op("Range", zero, count, one)), number(0.5))  # [L]
     distance = op("Abs", op("Sub", pixels, centers))
     x = op("Div", distance, op("Max", scale, number(1)))  # [S, L]
 
@@ -343,32 +344,21 @@ def write_block(
     gamma = layer_scale(block.ls2, fc2.out_features)
     y = g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias)
     y = g.activation(f"{name}.mlp.act", y, block.mlp.act)
-    # The adapter's constant part su goes into fc2's bias. So y and h are vit.Block's plus su, and
-    # an adapter that reads one of them takes V·su off again.
+    # The adapter's constant part su goes into fc2's bias. So y and h are vit.Block's plus su.
     y = g.linear(f"{name}.mlp.fc2", y, fc2.weight * gamma[:, None], fc2.bias * gamma + su)
     if adapter is None:
         return g("Add", x, y, name=name)
     h = g("Add", x, y, name=f"{name}.mlp.add")
-    return write_adapter(g, name, adapter, {"block": h, "raw": x, "ln": z, "mlp": y}, su)
 
-
-def write_adapter(
-    g: Graph, name: str, adapter: adaptertune.Adapter, values: dict[str, str], su: Tensor
-) -> str:
-    """An adapter's correction, added to the block's output.
-
-    Args:
-        values: what an adapter may read, by the names in adaptertune.READS.
-        su: the part of the correction that fc2's bias has brought already, [D].
-    """
+    z = {"block": h, "raw": x, "ln": z, "mlp": y}[adapter.reads]
     v = adapter.down.bias
     if adapter.reads in ("block", "mlp"):
         # It was trained to read these without su: V·(z + su) + v' = V·z + v.
         v = v - adapter.down.weight @ su
-    c = g.linear(f"{name}.adapter.down", values[adapter.reads], adapter.down.weight, v)
+    c = g.linear(f"{name}.adapter.down", z, adapter.down.weight, v)
     c = g.activation(f"{name}.adapter.act", c, adapter.act)
     c = g.linear(f"{name}.adapter.up", c, adapter.scale * adapter.up.weight)
-    return g("Add", values["block"], c, name=name)
+    return g("Add", h, c, name=name)
 
 
 def write_prompts(g: Graph, name: str, prompts: Tensor, x: str, N: int, first: bool) -> str:
@@ -781,11 +771,11 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
     """Put what to check with into the place of the run's data: --check's photos, the run's own test
     images, or noise. The data set's name becomes what the check line calls them."""
     if options.check:
-        halves = 2 if options.precision == "int8" else 1
-        count = halves * images_wanted(options, options.precision != "fp32")
-        run.dataset = read_photos(run, Path(options.check), count)
+        calibrated = options.precision == "int8"
+        count = images_wanted(options, options.precision != "fp32")
+        run.dataset = read_photos(run, Path(options.check), 2 * count if calibrated else count)
         images = run.dataset.test
-        if halves == 2 and len(images) > 1:  # what calibrates int8 doesn't check it
+        if calibrated and len(images) > 1:  # what calibrates int8 doesn't check it
             run.dataset.train = images[torch.arange(0, len(images), 2)]
             run.dataset.test = images[torch.arange(1, len(images), 2)]
     elif run.dataset is None:
@@ -836,7 +826,7 @@ def noise(run: train.Run) -> data.Dataset:
     pixels = nn.functional.interpolate(blots, (side, side), mode="bicubic")
     pixels = (255 * pixels).clamp(0, 255).byte()
     images = data.Images(pixels, torch.full((count,), -1))
-    none = data.Images(pixels[:0], images.labels[:0])
+    none = images[torch.arange(0)]
     name = "noise images, since the run's own can't be read and no --check is given"
     return data.Dataset(name, run.meta["classes"], none, None, images, center=run.meta["center"])
 
@@ -912,7 +902,7 @@ class Agreement:
     before: np.ndarray  # top-1 of the first, [n]
     after: np.ndarray  # top-1 of the second, [n]
     labels: np.ndarray  # [n], -1 where they aren't known
-    times: list[tuple[float, float]]  # of each batch by both, in seconds
+    times: list[tuple[float, float]]  # seconds of both, for each of the smallest batches
 
     @property
     def same(self) -> float:
@@ -941,7 +931,7 @@ def measure(reference: Callable, candidate: Callable, run: train.Run, count: int
         second = candidate(images)
         end = time.perf_counter()
         n = len(images.labels)
-        if len(images.x) == (run.meta["batch"] or 1):  # not the larger ones of other sizes
+        if len(images.x) == (run.meta["batch"] or 1):  # of any batch, the single images
             times.append((middle - start, end - middle))
         worst = float(np.maximum(worst, np.abs(first - second).max()))  # keeps a NaN
         answers.append([top1(first)[:n], top1(second)[:n], images.labels])
@@ -1031,7 +1021,7 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     """Write the model; one that is too large for protobuf with its constants in PATH.data beside
     it."""
     size = sum(len(constant.raw_data) for constant in proto.graph.initializer)
-    beside = constants_of(path)
+    beside = Path(f"{path}.data")
     beside.unlink(missing_ok=True)  # of the fp32 file that this one replaces
     if size < ONE_FILE:
         onnx.save(proto, path)
@@ -1040,14 +1030,9 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
         beside.chmod(path.stat().st_mode)  # onnx lets its owner alone read it
 
 
-def constants_of(path: Path) -> Path:
-    """The file beside a model that is too large for one."""
-    return path.with_name(f"{path.name}.data")
-
-
 def size_of(path: Path) -> int:
     """Bytes of a model, with its constants if they are beside it."""
-    files = [path, constants_of(path)]
+    files = [path, Path(f"{path}.data")]
     return sum(file.stat().st_size for file in files if file.exists())
 
 
@@ -1179,6 +1164,8 @@ def calibration_images(run: train.Run) -> Tensor:
     batches = run.batches.eval(images[index], run.dataset.center)
     return torch.cat([x for x, _ in batches])
 
+
+# ---------------------------------------------------------------------------- swappable adapters
 
 # What a swappable backbone says of itself; the rest travels with the adapter.
 SHARED = ("backbone", "fingerprint", "license", "image_size", "mean", "std", "interpolation")
