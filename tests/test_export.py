@@ -4,6 +4,7 @@ import ast
 import json
 import re
 
+import bench_export
 import numpy as np
 import onnx
 import onnxruntime
@@ -272,6 +273,16 @@ def test_merged_adapters_leave_no_node():
     ]
     assert not [node.name for node in proto.graph.node if "adapter" in node.name]
     assert difference(session, model, normalised(random_pixels(3))) < 1e-4
+
+
+def test_what_the_benchmark_times(tmp_path):
+    """The graphs of bench_export.py, baked in and swappable, give torch's logits."""
+    model = bench_export.network(8)
+    x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    baked = bench_export.in_onnxruntime(bench_export.to_proto(model).SerializeToString())
+    for graph in (baked, bench_export.swappable(model, tmp_path)):
+        (got,) = graph(x.numpy())
+        assert np.abs(got - model(x).numpy()).max() < 1e-4
 
 
 # -------------------------------------------------------------------------- from a run to a file
