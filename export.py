@@ -22,7 +22,8 @@ for rounding:
     pixels 0..1      W' = W / std, the same b'
     positions        + b', the patch embedding's bias
 
-From the top: the graph, metadata, int8, the check, files, the hub's folder, the command line.
+From the top: the graph, metadata, int8, the check, files, swappable adapters, the hub's folder, the
+command line.
 
 Shapes: B images (batch), N tokens, D width, H heads, d = D/H, r rank, S pixels along a side,
 g = S / patch, P prompts, K classes.
@@ -36,6 +37,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import logging
 import os
@@ -43,7 +45,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +133,7 @@ class Graph:
         return self("Mul", y, self.constant("half", 0.5), name=name)
 
     def first_tokens(self, name: str, x: str, count: int) -> str:
-        """The first tokens of x [B, N, D]: a slice from 0 to `count` along axis 1."""
+        """The first tokens of x [B, N, D], [B, count, D]."""
         zero = self.constant("axis0", [0])
         one = self.constant("axis1", [1])
         end = one if count == 1 else self.constant("tokens.own", [count])
@@ -190,8 +192,8 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
     centers = op("Add", op("Mul", centers, scale), start)  # [S, 1]
     zero = g.constant("image.zero", 0)
     one = g.constant("image.one", 1)
-    last = op("Squeeze", length)
-    pixels = op("Add", to_float(op("Range", zero, last, one)), number(0.5))  # [L]
+    count = op("Squeeze", length)  # L
+    pixels = op("Add", to_float(op("Range", zero, count, one)), number(0.5))  # [L]
     distance = op("Abs", op("Sub", pixels, centers))
     x = op("Div", distance, op("Max", scale, number(1)))  # [S, L]
 
@@ -251,24 +253,23 @@ def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
 
 def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str, tokens: int) -> str:
     """Multi-head attention of `query` (x, or its first token) over x [B, N, D]; `tokens` is N."""
+    qkv = block.attn.qkv
     proj = block.attn.proj
+    rope = block.attn.rope
+    rotary = isinstance(rope, vit.Rotary)
     H = block.attn.heads
     D = proj.out_features
     scale = (D // H) ** -0.5
-    q_weight, k_weight, v_weight = block.attn.qkv.weight.split(D)
-    rope = block.attn.rope
-    rotary = isinstance(rope, vit.Rotary)
+    q_weight, k_weight, v_weight = qkv.weight.split(D)
     q_bias = None
     k_bias = None
     bias = proj.bias
-    if block.attn.qkv.bias is not None:
-        q_bias, k_bias, v_bias = block.attn.qkv.bias.split(D)
+    if qkv.bias is not None:
+        q_bias, k_bias, v_bias = qkv.bias.split(D)
         q_bias = q_bias * scale
         bias = bias + proj.weight @ v_bias
-    if not rotary:
-        k_bias = None
     q = g.linear(f"{name}.qkv.q", query, q_weight * scale, q_bias)
-    k = g.linear(f"{name}.qkv.k", x, k_weight, k_bias)
+    k = g.linear(f"{name}.qkv.k", x, k_weight, k_bias if rotary else None)
     v = g.linear(f"{name}.qkv.v", x, v_weight)
     if rotary:
         if query == x:  # else it is the class token alone, which isn't turned
@@ -343,32 +344,21 @@ def write_block(
     gamma = layer_scale(block.ls2, fc2.out_features)
     y = g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias)
     y = g.activation(f"{name}.mlp.act", y, block.mlp.act)
-    # The adapter's constant part su goes into fc2's bias. So y and h are vit.Block's plus su, and
-    # an adapter that reads one of them takes V·su off again.
+    # The adapter's constant part su goes into fc2's bias. So y and h are vit.Block's plus su.
     y = g.linear(f"{name}.mlp.fc2", y, fc2.weight * gamma[:, None], fc2.bias * gamma + su)
     if adapter is None:
         return g("Add", x, y, name=name)
     h = g("Add", x, y, name=f"{name}.mlp.add")
-    return write_adapter(g, name, adapter, {"block": h, "raw": x, "ln": z, "mlp": y}, su)
 
-
-def write_adapter(
-    g: Graph, name: str, adapter: adaptertune.Adapter, values: dict[str, str], su: Tensor
-) -> str:
-    """An adapter's correction, added to the block's output.
-
-    Args:
-        values: what an adapter may read, by the names in adaptertune.READS.
-        su: the part of the correction that fc2's bias has brought already, [D].
-    """
+    z = {"block": h, "raw": x, "ln": z, "mlp": y}[adapter.reads]
     v = adapter.down.bias
     if adapter.reads in ("block", "mlp"):
         # It was trained to read these without su: V·(z + su) + v' = V·z + v.
         v = v - adapter.down.weight @ su
-    c = g.linear(f"{name}.adapter.down", values[adapter.reads], adapter.down.weight, v)
+    c = g.linear(f"{name}.adapter.down", z, adapter.down.weight, v)
     c = g.activation(f"{name}.adapter.act", c, adapter.act)
     c = g.linear(f"{name}.adapter.up", c, adapter.scale * adapter.up.weight)
-    return g("Add", values["block"], c, name=name)
+    return g("Add", h, c, name=name)
 
 
 def write_prompts(g: Graph, name: str, prompts: Tensor, x: str, N: int, first: bool) -> str:
@@ -396,14 +386,10 @@ def write_pooling(g: Graph, model: vit.ViT, x: str, prompts: int) -> str:
 
 
 def write_head(g: Graph, head: nn.Module, x: str) -> str:
-    """Features [B, D] to logits [B, K]."""
-    if isinstance(head, adaptertune.ClipHead):
-        return write_clip_head(g, head, x)
-    return g.linear("head", x, head.weight, head.bias)
-
-
-def write_clip_head(g: Graph, head: adaptertune.ClipHead, x: str) -> str:
-    """Cosines to the classes' embeddings, which a text adapter has already changed."""
+    """Features [B, D] to logits [B, K]; CLIP's are cosines to the classes' embeddings, which a text
+    adapter has already changed."""
+    if not isinstance(head, adaptertune.ClipHead):
+        return g.linear("head", x, head.weight, head.bias)
     f = g.linear("head.projection", x, head.projection)
     if head.image is not None:
         down, _, up, _ = head.image
@@ -481,22 +467,22 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
     B = meta["batch"] or "batch"
     key = meta.get("swappable", "")
 
-    describe = helper.make_tensor_value_info
+    typed = helper.make_tensor_value_info
     if meta["input"] == "uint8":
-        side = ("height", "width") if meta["resize"] else (S, S)
-        inputs = [describe(g.image, TensorProto.UINT8, [B, *side, 3])]
+        size = ("height", "width") if meta["resize"] else (S, S)
+        inputs = [typed(g.image, TensorProto.UINT8, [B, *size, 3])]
     else:
-        inputs = [describe(g.image, TensorProto.FLOAT, [B, 3, S, S])]
+        inputs = [typed(g.image, TensorProto.FLOAT, [B, 3, S, S])]
     width = model.head.out_features
     if key:
         for name, shape in swapped(g).items():
-            inputs.append(describe(name, TensorProto.FLOAT, shape))
-        inputs.append(describe(key, TensorProto.UINT8, ["bytes"]))
+            inputs.append(typed(name, TensorProto.FLOAT, shape))
+        inputs.append(typed(key, TensorProto.UINT8, ["bytes"]))
         g.constants[key] = np.zeros(0, np.uint8)
         width = "classes"
     if meta["output"] == "embedding":
         width = model.config.width
-    outputs = [describe(meta["output"], TensorProto.FLOAT, [B, width])]
+    outputs = [typed(meta["output"], TensorProto.FLOAT, [B, width])]
 
     constants = [numpy_helper.from_array(value, name) for name, value in g.constants.items()]
     graph = helper.make_graph(g.nodes, meta["backbone"], inputs, outputs, constants)
@@ -535,10 +521,11 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
     It feeds 0..1, takes the output for probabilities, and gives a graph of any batch 640 x 640
     pixels, so that only those that it runs right have a task.
     """
-    mean, scale = {
-        "float": (255 * np.array(meta["mean"]), 255 * np.array(meta["std"])),
-        "unit": (np.zeros(3), np.full(3, 255)),
-        "uint8": (np.zeros(3), np.ones(3)),
+    # What the graph wants is (0..1 - mean) / std, under the name that Windows ML has for it.
+    pixel_range, mean, std = {
+        "float": ("Normalized_1_1", meta["mean"], meta["std"]),
+        "unit": ("Normalized_0_1", [0, 0, 0], [1, 1, 1]),
+        "uint8": ("NominalRange_0_255", [0, 0, 0], [1 / 255, 1 / 255, 1 / 255]),
     }[meta["input"]]
     props = {
         "description": sentence(meta),
@@ -546,13 +533,9 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
         "Image.BitmapPixelFormat": "Rgb8",
         "Image.ColorSpaceGamma": "SRGB",
     }
-    if meta["input"] == "uint8":
-        props["Image.NominalPixelRange"] = "NominalRange_0_255"
-    elif meta["input"] == "unit":
-        props["Image.NominalPixelRange"] = "Normalized_0_1"
-    elif {*meta["mean"], *meta["std"]} == {0.5}:
-        props["Image.NominalPixelRange"] = "Normalized_1_1"
-    if "classes" not in meta or meta["output"] == "embedding":
+    if meta["input"] != "float" or {*mean, *std} == {0.5}:  # other floats have no name
+        props["Image.NominalPixelRange"] = pixel_range
+    if meta["output"] == "embedding":
         return props
     if meta["input"] == "unit" and meta["output"] == "probabilities" and meta["batch"]:
         props["task"] = "classify"
@@ -563,8 +546,8 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
         "channels": "3",
         "model_info model_type": "Classification",
         "model_info labels": " ".join(labels),
-        "model_info mean_values": " ".join(f"{value:g}" for value in mean),
-        "model_info scale_values": " ".join(f"{value:g}" for value in scale),
+        "model_info mean_values": " ".join(f"{255 * value:g}" for value in mean),
+        "model_info scale_values": " ".join(f"{255 * value:g}" for value in std),
         "model_info reverse_input_channels": "False",
         "model_info output_raw_scores": "True",  # give the scores of all classes too
     }
@@ -599,9 +582,9 @@ def sentence(meta: dict) -> str:
     if "swappable" in meta:
         return f"{meta['backbone']}; adapters and head come from an .onnx_adapter"
     text = f"{meta['backbone']} with {meta['method']}, gives {meta['output']}"
-    if "classes" in meta:
+    if meta["output"] != "embedding":
         text += f" for {len(meta['classes'])} classes of {meta['dataset']}"
-    if meta.get("precision") == "int8" and meta["batch"] != 1:
+    if meta["precision"] == "int8" and meta["batch"] != 1:
         text += f"; int8, {ONE_SCALE}"
     return text
 
@@ -618,22 +601,19 @@ def channel_ranges(model: vit.ViT, images: Tensor) -> dict[str, tuple[Tensor, Te
     a ViT's blocks when it sees images [n, 3, S, S]. Keys are the modules' names."""
     ranges = {}
 
-    def observer(name: str) -> Callable:
-        def observe(_, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].flatten(0, -2)  # [B·N, in]
-            low = x.amin(dim=0)
-            high = x.amax(dim=0)
-            if name in ranges:
-                low = torch.minimum(low, ranges[name][0])
-                high = torch.maximum(high, ranges[name][1])
-            ranges[name] = low, high
-
-        return observe
+    def observe(name: str, _, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].flatten(0, -2)  # [B·N, in]
+        low = x.amin(dim=0)
+        high = x.amax(dim=0)
+        if name in ranges:
+            low = torch.minimum(low, ranges[name][0])
+            high = torch.maximum(high, ranges[name][1])
+        ranges[name] = low, high
 
     hooks = []
     for name, module in model.named_modules():
         if re.search(r"\.(attn\.(qkv|proj)|mlp\.fc1)$", name):
-            hooks.append(module.register_forward_pre_hook(observer(name)))
+            hooks.append(module.register_forward_pre_hook(functools.partial(observe, name)))
     with torch.no_grad():
         for batch in images.split(16):
             model(batch)
@@ -791,11 +771,11 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
     """Put what to check with into the place of the run's data: --check's photos, the run's own test
     images, or noise. The data set's name becomes what the check line calls them."""
     if options.check:
-        halves = 2 if options.precision == "int8" else 1
-        count = halves * images_wanted(options, options.precision != "fp32")
-        run.dataset = read_photos(run, Path(options.check), count)
+        calibrated = options.precision == "int8"
+        count = images_wanted(options, options.precision != "fp32")
+        run.dataset = read_photos(run, Path(options.check), 2 * count if calibrated else count)
         images = run.dataset.test
-        if halves == 2 and len(images) > 1:  # what calibrates int8 doesn't check it
+        if calibrated and len(images) > 1:  # what calibrates int8 doesn't check it
             run.dataset.train = images[torch.arange(0, len(images), 2)]
             run.dataset.test = images[torch.arange(1, len(images), 2)]
     elif run.dataset is None:
@@ -846,7 +826,7 @@ def noise(run: train.Run) -> data.Dataset:
     pixels = nn.functional.interpolate(blots, (side, side), mode="bicubic")
     pixels = (255 * pixels).clamp(0, 255).byte()
     images = data.Images(pixels, torch.full((count,), -1))
-    none = data.Images(pixels[:0], images.labels[:0])
+    none = images[torch.arange(0)]
     name = "noise images, since the run's own can't be read and no --check is given"
     return data.Dataset(name, run.meta["classes"], none, None, images, center=run.meta["center"])
 
@@ -916,18 +896,18 @@ def channels_last(pixels: Tensor) -> np.ndarray:
 
 @dataclass
 class Agreement:
-    """How far two functions of the same images agree, as counted image by image."""
+    """How far two functions of the same n images agree."""
 
-    worst: float = 0.0  # largest |difference|
-    before: list[np.ndarray] = field(default_factory=list)  # top-1 of the first
-    after: list[np.ndarray] = field(default_factory=list)  # top-1 of the second
-    labels: list[np.ndarray] = field(default_factory=list)
-    times: list[tuple[float, float]] = field(default_factory=list)  # seconds, of the smallest batch
+    worst: float  # largest |difference|
+    before: np.ndarray  # top-1 of the first, [n]
+    after: np.ndarray  # top-1 of the second, [n]
+    labels: np.ndarray  # [n], -1 where they aren't known
+    times: list[tuple[float, float]]  # seconds of both, for each of the smallest batches
 
     @property
     def same(self) -> float:
         """The images of which both give the same top-1, in percent."""
-        return 100 * float((np.concatenate(self.before) == np.concatenate(self.after)).mean())
+        return 100 * float((self.before == self.after).mean())
 
 
 def measure(reference: Callable, candidate: Callable, run: train.Run, count: int) -> Agreement:
@@ -939,25 +919,26 @@ def measure(reference: Callable, candidate: Callable, run: train.Run, count: int
             output = run.model.head(torch.from_numpy(output)).numpy()
         return output.argmax(axis=1)
 
-    found = Agreement()
+    worst = 0.0
+    answers = []  # of each batch: top-1 of both and the labels, [3, n]
+    times = []
     seen = 0
     started = time.perf_counter()
     for images in images_to_check(run, count):
-        moment = time.perf_counter()
-        one = reference(images)
+        start = time.perf_counter()
+        first = reference(images)
         middle = time.perf_counter()
-        other = candidate(images)
+        second = candidate(images)
         end = time.perf_counter()
         n = len(images.labels)
-        if len(images.x) == (run.meta["batch"] or 1):
-            found.times.append((middle - moment, end - middle))
-        found.worst = float(np.maximum(found.worst, np.abs(one - other).max()))  # keeps a NaN
-        found.before.append(top1(one)[:n])
-        found.after.append(top1(other)[:n])
-        found.labels.append(images.labels)
+        if len(images.x) == (run.meta["batch"] or 1):  # of any batch, the single images
+            times.append((middle - start, end - middle))
+        worst = float(np.maximum(worst, np.abs(first - second).max()))  # keeps a NaN
+        answers.append([top1(first)[:n], top1(second)[:n], images.labels])
         seen += n
         data.progress("checking, image", seen, count, started)
-    return found
+    before, after, labels = np.concatenate(answers, axis=1)
+    return Agreement(worst, before, after, labels, times)
 
 
 def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
@@ -969,7 +950,7 @@ def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
     return text, found.same == 100 and found.worst <= limit
 
 
-def judge_rounded(found: Agreement, meta: dict) -> tuple[str, bool]:
+def judge_rounded(found: Agreement) -> tuple[str, bool]:
     """The same of fp16 or int8 beside fp32.
 
     What counts is accuracy. Of n images, b are right before alone and c after alone; the difference
@@ -979,13 +960,12 @@ def judge_rounded(found: Agreement, meta: dict) -> tuple[str, bool]:
     """
     text = f"max |diff| {found.worst:.1e}, top-1 agreement {found.same:.4g} %"
     finite = np.isfinite(found.worst)
-    labels = np.concatenate(found.labels)
-    if labels.min() < 0:
+    if found.labels.min() < 0:
         text += f" (at least {AGREE:g} % is wanted, since labels aren't known)"
         return text, finite and found.same >= AGREE
-    n = len(labels)
-    before = np.concatenate(found.before) == labels
-    after = np.concatenate(found.after) == labels
+    n = len(found.labels)
+    before = found.before == found.labels
+    after = found.after == found.labels
     lost = (before & ~after).sum()
     gained = (after & ~before).sum()
     change = 100 * (gained - lost) / n
@@ -1016,8 +996,7 @@ def verify(
     available = len(run.dataset.test)
     count = min(images_wanted(options, rounded) or available, available)
     found = measure(reference, candidate, run, count)
-    judge = judge_rounded if rounded else judge_exact
-    text, good = judge(found, run.meta)
+    text, good = judge_rounded(found) if rounded else judge_exact(found, run.meta)
     text = f"{names[1]} against {names[0]}, {count:,} {run.dataset.name}: {text}"
     if not good and not (rounded and options.force):
         if rounded:  # with --hub the file in fp32 is written
@@ -1042,7 +1021,7 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     """Write the model; one that is too large for protobuf with its constants in PATH.data beside
     it."""
     size = sum(len(constant.raw_data) for constant in proto.graph.initializer)
-    beside = constants_of(path)
+    beside = Path(f"{path}.data")
     beside.unlink(missing_ok=True)  # of the fp32 file that this one replaces
     if size < ONE_FILE:
         onnx.save(proto, path)
@@ -1051,17 +1030,10 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
         beside.chmod(path.stat().st_mode)  # onnx lets its owner alone read it
 
 
-def constants_of(path: Path) -> Path:
-    """The file beside a model that is too large for one."""
-    return path.with_name(f"{path.name}.data")
-
-
 def size_of(path: Path) -> int:
     """Bytes of a model, with its constants if they are beside it."""
-    size = path.stat().st_size
-    if constants_of(path).exists():
-        size += constants_of(path).stat().st_size
-    return size
+    files = [path, Path(f"{path}.data")]
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable:
@@ -1069,13 +1041,13 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
     save(proto, part)
     onnx.checker.check_model(part, full_check=True)
     opened = session(part)
-    values = []
-    for value in (*opened.get_inputs(), *opened.get_outputs()):
+    ends = []
+    for value in (opened.get_inputs()[0], opened.get_outputs()[0]):
         kind = value.type.removeprefix("tensor(").removesuffix(")").replace("float", "float32")
-        values.append(f"{value.name} {kind} [{', '.join(map(str, value.shape))}]")
+        ends.append(f"{value.name} {kind} [{', '.join(map(str, value.shape))}]")
     opset = proto.opset_import[0].version
     nodes = len(proto.graph.node)
-    print(f"graph    opset {opset}, {nodes} nodes, {values[0]} -> {values[-1]}{more}")
+    print(f"graph    opset {opset}, {nodes} nodes, {' -> '.join(ends)}{more}")
     print("check    onnx.checker ok", flush=True)
     return in_onnxruntime(opened)
 
@@ -1130,21 +1102,16 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
     labels = ""
     if options.output != "embedding":
         labels = to_lines(run.meta["classes"])
-    listed = path.parent / "labels.txt"
-    if options.o and labels and listed.is_file() and listed.read_text("utf-8", "replace") != labels:
-        raise ValueError(f"{listed} has other classes; give this model another folder by -o")
+    names = path.parent / "labels.txt"
+    if options.o and labels and names.is_file() and names.read_text("utf-8", "replace") != labels:
+        raise ValueError(f"{names} has other classes; give this model another folder by -o")
     with staged(path.parent) as part:
         model = part / path.name
         fp32 = export_fp32(run, options, model)
         if options.precision != "fp32":
             export_rounded(run, options, model, fp32, size_of(model))
         if labels:
-            data.write_file(part / listed.name, labels)
-
-
-def new_graph(options: argparse.Namespace, dtype: str = "float32") -> Graph:
-    """An empty graph, whose input has the name that is looked for."""
-    return Graph(options.opset, dtype, HUB_INPUT if options.hub else INPUT)
+            data.write_file(part / names.name, labels)
 
 
 def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Callable:
@@ -1152,7 +1119,8 @@ def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Call
     model = copy.deepcopy(run.model)
     merged = adaptertune.merge(model)
     more = f", {merged} adapters merged into the backbone" if merged else ""
-    proto = to_model(new_graph(options), model, run.meta | {"precision": "fp32"})
+    g = Graph(options.opset, image=options.image)
+    proto = to_model(g, model, run.meta | {"precision": "fp32"})
     fp32 = save_checked(proto, path, more)
     verify(in_torch(run.model, run.meta), fp32, run, options, ("torch", "onnxruntime"))
     return fp32
@@ -1169,11 +1137,13 @@ def export_rounded(
             meta[f"fp32_{name}"] = meta.pop(name)  # of the run, not of this file
     model = copy.deepcopy(run.model)
     adaptertune.merge(model)
+    dtype = "float16" if precision == "fp16" else "float32"
+    g = Graph(options.opset, dtype, options.image)
     if precision == "int8":
         equalise(model, calibration_images(run))
-        proto = to_int8(to_model(new_graph(options), model, meta), path)
+        proto = to_int8(to_model(g, model, meta), path)
     else:
-        proto = to_model(new_graph(options, "float16"), model, meta)
+        proto = to_model(g, model, meta)
     small = save_checked(proto, path, f", {precision}")
     text = f"size     {size_of(path) / 1e6:.3g} MB, {size / 1e6:.3g} MB fp32"
     if precision == "int8" and meta["batch"] != 1:
@@ -1194,6 +1164,8 @@ def calibration_images(run: train.Run) -> Tensor:
     batches = run.batches.eval(images[index], run.dataset.center)
     return torch.cat([x for x, _ in batches])
 
+
+# ---------------------------------------------------------------------------- swappable adapters
 
 # What a swappable backbone says of itself; the rest travels with the adapter.
 SHARED = ("backbone", "fingerprint", "license", "image_size", "mean", "std", "interpolation")
@@ -1225,8 +1197,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
             f"a {meta['method']} run can't be swapped (only {swappable}); "
             "export it without --swappable"
         )
-    size = f"{meta['image_size']}px"
-    key = ".".join(["for", meta["fingerprint"], size, kind["reads"], kind["act"]])
+    key = f"for.{meta['fingerprint']}.{meta['image_size']}px.{kind['reads']}.{kind['act']}"
     empty = with_empty_adapters(run.model, **kind)
     bare = Graph(options.opset)
     shared = {name: meta[name] for name in SHARED}
@@ -1249,8 +1220,9 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     backbone = folder / "backbone.onnx"
     with staged(folder) as part:
         if not backbone.exists():
-            save_checked(proto, part / backbone.name, ", to swap adapters and head")
-        opened = session(backbone if backbone.exists() else part / backbone.name)
+            backbone = part / backbone.name
+            save_checked(proto, backbone, ", to swap adapters and head")
+        opened = session(backbone)
         props = {prop.key: prop.value for prop in proto.metadata_props}
         if opened.get_modelmeta().custom_metadata_map != props:
             raise ValueError(
@@ -1406,33 +1378,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", metavar="runs/NAME", help="the run's folder")
     parser.section("graph")
     add = parser.value
-    place = (
-        "where to write: a folder, or FILE.onnx (the run's folder; --swappable: the one around it)"
-    )
-    add("-o", "PATH", str, place, "")
+    place = "where to write: a folder, or FILE.onnx (the run's folder; "
+    add("-o", "PATH", str, place + "--swappable: the one around it)", "")
     opset = "version of ONNX's operators; 17 runs nearly everywhere, 23 is newest (17)"
     add("--opset", "N", int, opset, 17, choices=sorted(IR))
     add("--batch", "N", train.integer(0), "images per call, a fixed number (0: any)", 0)
     image = "normalised floats, or floats from 0 to 1 (unit), both [batch, 3, S, S]; or pixels "
     image += "[batch, S, S, 3] (float; with --resize uint8)"
     parser.choice("--input", ("float", "unit", "uint8"), image, "")
-    parser.switch(
-        "--resize",
-        "take pixels (uint8) of photos of any size; the graph resizes them as in evaluation",
-    )
+    resized = "take pixels (uint8) of photos of any size; the graph resizes them as in evaluation"
+    parser.switch("--resize", resized)
     outputs = ("logits", "probabilities", "embedding")
-    parser.choice(
-        "--output",
-        outputs,
-        "what the graph returns; embedding: what the head reads (logits)",
-        "logits",
-    )
+    returned = "what the graph returns; embedding: what the head reads (logits)"
+    parser.choice("--output", outputs, returned, "logits")
     precision = "precision of the weights; int8 is for CPUs (fp32)"
     parser.choice("--precision", ("fp32", "fp16", "int8"), precision, "fp32")
-    tasks = (
-        "for several tasks: one backbone.onnx, and an .onnx_adapter for each, which onnxruntime "
-    )
-    parser.switch("--swappable", tasks + "exchanges at run time")
+    tasks = "for several tasks: one backbone.onnx, and an .onnx_adapter for each, which "
+    parser.switch("--swappable", tasks + "onnxruntime exchanges at run time")
     add("--hub", "FOLDER", str, "write a folder that transformers.js and optimum-onnx load", "")
     parser.section("check")
     photos = "photos to check with, sorted into folders of classes or not; with int8 every second "
@@ -1452,21 +1414,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     check_usage(options, parser)
     options.input = options.input or ("uint8" if options.resize else "float")
+    options.image = INPUT
     if options.hub:
+        options.image = HUB_INPUT
         options.precision = "int8"  # of the graph beside the one in fp32
     return options
-
-
-def arguments_for_train(options: argparse.Namespace) -> list[str]:
-    """The command line of train.py that opens the run."""
-    arguments = ["--eval", options.run, "--device", "cpu"]
-    for name in ("weights", "init_lora", "dataset", "data_dir"):
-        value = getattr(options, name)
-        if value:
-            arguments.append(f"--{name.replace('_', '-')}={value}")
-    if options.offline:
-        arguments.append("--offline")
-    return arguments
 
 
 def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
@@ -1485,17 +1437,7 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
     if options.swappable and place.suffix.startswith(".onnx"):
         parser.error(f"-o {place}: --swappable writes two files; give a folder")
     if not options.swappable and place.suffix != ".onnx":
-        parser.error(f"-o {place}: give a folder, or a file whose name ends in .onnx")
-
-
-def describe(run: train.Run) -> None:
-    """Print which network is exported."""
-    method = run.meta["method"]
-    if "rank" in run.meta:
-        method += f" rank {run.meta['rank']}"
-    print(f"model    {run.meta['backbone']}, {method}, {len(run.meta['classes'])} classes")
-    if run.backbone.lora:
-        print(f"lora     {run.backbone.lora}")
+        parser.error(f"-o {place}: no such folder; make it, or give a file that ends in .onnx")
 
 
 def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
@@ -1508,6 +1450,28 @@ def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
         parser.error(f"--hub: a single photo is no batch of {options.batch}; leave out --batch")
 
 
+def arguments_for_train(options: argparse.Namespace) -> list[str]:
+    """The command line of train.py that opens the run."""
+    arguments = ["--eval", options.run, "--device", "cpu"]
+    for name in ("weights", "init_lora", "dataset", "data_dir"):
+        value = getattr(options, name)
+        if value:
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    if options.offline:
+        arguments.append("--offline")
+    return arguments
+
+
+def describe(run: train.Run) -> None:
+    """Print which network is exported."""
+    method = run.meta["method"]
+    if "rank" in run.meta:
+        method += f" rank {run.meta['rank']}"
+    print(f"model    {run.meta['backbone']}, {method}, {len(run.meta['classes'])} classes")
+    if run.backbone.lora:
+        print(f"lora     {run.backbone.lora}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
     train.prepare_process()
@@ -1517,8 +1481,8 @@ def main(arguments: list[str] | None = None) -> int:
         run = train.open_run(run_options, need_data=False)
         run.model.eval().requires_grad_(False)
         if run.dataset is not None:  # what test_accuracy is of, whatever --dataset is given
-            listed = train.read_split(run.folder / "split.json")
-            run.meta["test_images"] = len(listed["test"])
+            split = train.read_split(run.folder / "split.json")
+            run.meta["test_images"] = len(split["test"])
         choose_images(run, options)
         # From here on run.meta describes the graph, and goes into it.
         for name in ("config", "learn_scale", "init", "dropout"):  # of no use to a deployer

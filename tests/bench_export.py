@@ -36,9 +36,15 @@ import vit
 META = {
     "method": "adaptertune",
     "backbone": "deit_ti16",
+    "center": 7 / 8,
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
     "input": "float",
     "resize": False,
     "output": "logits",
+    "precision": "fp32",
+    "dataset": "noise",
+    "classes": [str(i) for i in range(100)],
     "batch": 0,
 }
 WARM_UP = 3  # rounds that don't count

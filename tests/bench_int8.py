@@ -101,6 +101,7 @@ def open_run(folder: str, more: list[str]) -> train.Run:
     run = train.open_run(options)
     run.model.eval().requires_grad_(False)
     run.meta |= {"input": "float", "resize": False, "output": "logits", "batch": 0}
+    run.meta["precision"] = "fp32"
     return run
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 
+import bench_export
 import numpy as np
 import onnx
 import onnxruntime
@@ -51,6 +52,9 @@ META = {
     "resize": False,
     "output": "logits",
     "batch": 0,
+    "precision": "fp32",
+    "dataset": "d",
+    "classes": [f"class {i}" for i in range(7)],
 }
 
 
@@ -271,6 +275,16 @@ def test_merged_adapters_leave_no_node():
     assert difference(session, model, normalised(random_pixels(3))) < 1e-4
 
 
+def test_what_the_benchmark_times(tmp_path):
+    """The graphs of bench_export.py, baked in and swappable, give torch's logits."""
+    model = bench_export.network(8)
+    x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    baked = bench_export.in_onnxruntime(bench_export.to_proto(model).SerializeToString())
+    for graph in (baked, bench_export.swappable(model, tmp_path)):
+        (got,) = graph(x.numpy())
+        assert np.abs(got - model(x).numpy()).max() < 1e-4
+
+
 # -------------------------------------------------------------------------- from a run to a file
 
 RUNS = {
@@ -376,6 +390,7 @@ def names_in(folder):
         ("--precision fp16 --batch 1", "model-fp16-b1"),
         ("--input uint8", "model-uint8"),
         ("--resize --opset 23", "model-uint8-resize-opset23"),
+        ("--precision fp16 --opset 18", "model-fp16-opset18"),
         ("--input unit --output probabilities", "model-unit-probabilities"),
         ("--output embedding", "model-embedding"),
     ],
@@ -408,12 +423,13 @@ def test_labels_of_another_model_stay(run, tmp_path):
 @pytest.mark.parametrize("output", ["logits", "probabilities", "embedding"])
 def test_what_other_programs_read(kind, output):
     """By their names, and only what is true of the graph; ours are the last."""
-    meta = META | {"classes": ["it's", "two words"], "dataset": "d", "center": 0.875, "batch": 1}
+    meta = META | {"classes": ["it's", "two words"], "center": 0.875, "batch": 1}
     _, proto = to_session(network({"rank": 8}), **meta | {"input": kind, "output": output})
     props = {prop.key: prop.value for prop in proto.metadata_props}
     assert proto.doc_string == props["description"]
     assert json.loads(props["classes"]) == meta["classes"]
-    assert list(props)[-1] in ("classes", "dataset")
+    assert list(props)[-1] == "classes"
+    assert ("2 classes of d" in props["description"]) == (output != "embedding")
     assert props["Image.BitmapPixelFormat"] == "Rgb8"
     ranges = {"unit": "Normalized_0_1", "uint8": "NominalRange_0_255"}
     assert props.get("Image.NominalPixelRange") == ranges.get(kind)
@@ -589,7 +605,7 @@ def agreement(counts, labels=True):
     before = np.repeat([1, 1, 0, 0], counts)
     after = np.repeat([1, 0, 1, 2], counts)
     truth = np.ones(len(before), int) if labels else np.full(len(before), -1)
-    return export.Agreement(0.1, [before], [after], [truth])
+    return export.Agreement(0.1, before, after, truth, [])
 
 
 @pytest.mark.parametrize(
@@ -607,7 +623,7 @@ def agreement(counts, labels=True):
 )
 def test_the_rule_of_rounding(counts, good, text):
     """A loss of a point and one standard error of the paired difference is accepted."""
-    said, judged = export.judge_rounded(agreement(counts), META)
+    said, judged = export.judge_rounded(agreement(counts))
     assert text in said
     assert judged == good
 
@@ -615,7 +631,7 @@ def test_the_rule_of_rounding(counts, good, text):
 @pytest.mark.parametrize(("changed", "good"), [(2, True), (3, False)])
 def test_rounding_without_labels(changed, good):
     """The predictions of 98 % must stay, and the line says why."""
-    said, judged = export.judge_rounded(agreement((100 - changed, changed, 0, 0), False), META)
+    said, judged = export.judge_rounded(agreement((100 - changed, changed, 0, 0), False))
     assert "at least 98 % is wanted, since labels aren't known" in said
     assert judged == good
 
@@ -624,7 +640,7 @@ def test_rounding_to_nothing():
     """NaN isn't good, whatever the answers."""
     found = agreement((10, 0, 0, 0))
     found.worst = float("nan")
-    assert not export.judge_rounded(found, META)[1]
+    assert not export.judge_rounded(found)[1]
 
 
 def test_int8_is_where_it_should_be(run, tmp_path):
@@ -958,9 +974,10 @@ def test_a_card_names_what_the_hub_has():
         ("runs/a --device cuda", 2, "unrecognized arguments: --device cuda"),
         ("--weights gone.safetensors runs/a", 1, "no weights at gone.safetensors"),
         ("runs/a --weights gone.safetensors", 1, "no weights at gone.safetensors"),
-        ("runs/a -o runs/a/adapters.safetensors", 2, "a file whose name ends in .onnx"),
-        ("runs/a -o /dev/full", 2, "-o /dev/full: give a folder, or a file whose name ends in"),
-        ("runs/a -o runs/a/split.json", 2, "a file whose name ends in .onnx"),
+        ("runs/a -o runs/a/adapters.safetensors", 2, "give a file that ends in .onnx"),
+        ("runs/a -o /dev/full", 2, "give a file that ends in .onnx"),
+        ("runs/a -o new", 2, "-o new: no such folder; make it, or give a file that ends in .onnx"),
+        ("runs/a -o runs/a/split.json", 2, "give a file that ends in .onnx"),
         ("runs/a -o /proc/nowhere/model.onnx", 1, "can.t write to /proc"),
         ("runs/a -o runs/a/config.json/model.onnx", 1, "Not a directory|exists"),
     ],
