@@ -265,7 +265,8 @@ def add_adapters(
         block = model.blocks[index]
         module = type(block.mlp.act)() if act == "mlp" else ACTS[act]()
         kaiming = method == "adaptformer"
-        block.adapter = Adapter(model.config.width, act=module, kaiming=kaiming, **settings)
+        adapter = Adapter(model.config.width, act=module, kaiming=kaiming, **settings)
+        block.adapter = adapter.to(model.cls_token).train(model.training)
 
 
 def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -320,7 +321,8 @@ def add_prompts(model: nn.Module, *, prompts: int = 10, deep: bool = True) -> No
     width = model.config.width
     bound = (6 / (3 * model.config.patch**2 + width)) ** 0.5
     for block in model.blocks if deep else model.blocks[:1]:
-        block.prompts = nn.Parameter(torch.empty(prompts, width).uniform_(-bound, bound))
+        values = torch.empty(prompts, width).uniform_(-bound, bound)
+        block.prompts = nn.Parameter(values.to(model.cls_token))
 
 
 # ------------------------------------------------------------------------------------------ CLIP
@@ -422,6 +424,7 @@ def add_head(model: nn.Module, classes: int) -> None:
     model.head = nn.Linear(model.config.width, classes)
     nn.init.trunc_normal_(model.head.weight, std=0.02)
     nn.init.zeros_(model.head.bias)
+    model.head.to(model.cls_token)
 
 
 def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) -> int:
@@ -436,7 +439,8 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
             "choose a clip_* --backbone"
         )
     rank = rank or len(model.head.weight) // 4
-    model.head = ClipHead(model.head.weight, classes, rank=rank, **settings)
+    head = ClipHead(model.head.weight, classes, rank=rank, **settings)
+    model.head = head.to(model.cls_token)
     return rank
 
 
@@ -449,7 +453,8 @@ def adapt(
     **settings,
 ) -> dict:
     """Turn a pretrained vit.ViT into what a method trains: added parts, a new head, frozen rest.
-    Adapters and prompts of an earlier call go.
+    Adapters and prompts of an earlier call go. What is added follows the backbone: its device, its
+    precision, and whether it is in training mode.
 
     Args:
         placement: the adapted blocks; every block if left out.

@@ -1,5 +1,6 @@
 """The adapters: what they compute, where they stand, what is trained, what a file holds."""
 
+import copy
 import json
 import re
 
@@ -423,6 +424,23 @@ def test_adapt_begins_from_the_backbone(tiny_weights, before):
         "head.bias",
         "head.weight",
     ]
+
+
+@pytest.mark.parametrize("method", adaptertune.METHODS)
+def test_what_adapt_adds_follows_the_backbone(clip, tiny_weights, method):
+    """Its device and precision, else the first batch fails; and its mode, else a network in eval
+    mode has a dropout that is at work."""
+    settings = {"rank": 4} if method == "adaptformer" else {}
+    model, _ = vit.load(clip if method in adaptertune.CLIP_METHODS else tiny_weights, head=True)
+    for training in (True, False):
+        model.train(training)
+        twin = copy.deepcopy(model).to("meta", torch.bfloat16)
+        adaptertune.adapt(twin, method, 7, **settings)
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            assert (tensor.device.type, tensor.dtype) == ("meta", torch.bfloat16)
+        adapters = [block.adapter for block in twin.blocks if block.adapter is not None]
+        for adapter in adapters:
+            assert adapter.dropout.training == training
 
 
 @pytest.mark.parametrize("method", adaptertune.METHODS)
