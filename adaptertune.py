@@ -95,6 +95,9 @@ INITS = ("zero", "small")
 class Adapter(nn.Module):
     """The bottleneck s · (U · act(V·z + v) + u), from z [B, N, D] to a correction [B, N, D].
 
+    In a network that is no vit.ViT a forward hook of a block can add it; `adapt` and `save` can't:
+    block.register_forward_hook(lambda block, _, h: h + block.adapter(h)).
+
     Args:
         reads: the z that the block passes in; one of READS.
         act: a new module, the nonlinearity; GELU if left out.
@@ -161,11 +164,36 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_settings(method: str, settings: dict) -> None:
-    """Raise a ValueError for a setting that a method doesn't have."""
-    for name in settings:
+    """Raise a ValueError for a setting that a method doesn't have, or a value of another type than
+    its default. Names and limits are checked where the values are used."""
+    kinds = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
+    for name, value in settings.items():
         if name not in METHODS[method]:
             known = ", ".join(METHODS[method]) or "none"
             raise ValueError(f"{method} has no setting {name!r}; its settings: {known}")
+        default = METHODS[method][name]
+        if not kinds[type(default)](value):
+            raise ValueError(
+                f"{name} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
+                f"{default!r} ({type(default).__name__})"
+            )
+
+
+def check_vit(model: nn.Module) -> None:
+    """Raise a ValueError unless `model` is a vit.ViT, whose blocks call adapters, itself and not
+    wrapped in another module."""
+    kind = type(model).__name__
+    for inner in ("_orig_mod", "module"):  # of torch.compile, of (Distributed)DataParallel
+        if inner in dict(model.named_children()):
+            raise ValueError(
+                f"a {kind} gives the parameters other names; give the vit.ViT in it, .{inner}"
+            )
+    blocks = getattr(model, "blocks", ())
+    if not blocks or not all(hasattr(block, "adapter") for block in blocks):
+        raise ValueError(
+            f"a {kind} can't be adapted, only a vit.ViT; vit.load reads the file of a "
+            "state_dict from timm, torchvision or transformers"
+        )
 
 
 @torch.no_grad()
@@ -222,6 +250,8 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         ValueError: an index out of range, or no block selected.
     """
     if blocks is not None:
+        if isinstance(blocks, str | int):
+            raise ValueError(f"placement {blocks!r}: give a list of blocks, such as [0, 1]")
         outside = [block for block in blocks if not -depth <= block < depth]
         if outside or not blocks:
             which = f"block {outside[0]}" if outside else "no block"
@@ -254,11 +284,12 @@ def add_adapters(
         ValueError: a rank below 1 or above the width; an unknown method, setting, reads, act or
             init; an index out of range.
     """
+    check_vit(model)
     check_choice("method", method, ADAPTER_METHODS)
-    check_settings(method, settings)
-    settings = METHODS[method] | settings
     if rank is not None:
         settings["rank"] = rank
+    check_settings(method, settings)
+    settings = METHODS[method] | settings
     act = settings.pop("act")
     check_choice("act", act, (*ACTS, "mlp"))
     for index in choose_blocks(len(model.blocks), blocks=placement):
@@ -466,8 +497,13 @@ def adapt(
     Raises:
         ValueError: an unknown method, or settings that it or this model doesn't support.
     """
+    check_vit(model)
     check_choice("method", method, METHODS)
     check_settings(method, settings)
+    if placement is not None and method not in PLACED_METHODS:
+        raise ValueError(f"{method} has no placement; {', '.join(PLACED_METHODS)} have")
+    if type(classes) is not int or classes < 1:
+        raise ValueError(f"classes {classes!r}: give their number, an int of at least 1")
     settings = METHODS[method] | settings
     for block in model.blocks:
         block.adapter = None
@@ -538,6 +574,7 @@ def parameter_groups(
         lr: the learning rate; in each group also as "initial_lr", for a schedule to multiply.
         head_lr: the head's; 0 for the same.
     """
+    check_vit(model)
     groups = {(weight_decay, lr): []}  # by weight decay and rate; zero-shot trains nothing
     for name, parameter in trained(model).items():
         is_matrix = name.endswith("weight") and parameter.ndim > 1
@@ -554,6 +591,7 @@ def parameter_groups(
 
 def count(model: nn.Module) -> dict[str, int]:
     """Frozen parameters, and the trained ones of adapters (and prompts), head and backbone."""
+    check_vit(model)
     counts = {"frozen": 0, "adapters": 0, "head": 0, "backbone": 0}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -604,7 +642,9 @@ def whole(low: int, high: int = 10**9) -> Callable:
 
 def real(low: float = -1e9, high: float = 1e9) -> Callable:
     """A number within limits, which NaN isn't."""
-    return lambda value: type(value) in (int, float) and low <= value <= high
+    return lambda value: (
+        isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    )
 
 
 def choice(values: Sequence[str]) -> Callable:
@@ -709,6 +749,7 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     Raises:
         ValueError: metadata that `read` would refuse.
     """
+    check_vit(model)
     tensors = {}
     for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor.detach().cpu().contiguous()
@@ -843,6 +884,7 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
             with other settings, or its tensors aren't the model's.
     """
     tensors, meta = read(path, ("fingerprint",))
+    check_vit(model)
     trained_on = meta["fingerprint"]
     present = fingerprint(model)
     if trained_on and trained_on != present:  # empty if the file has the whole backbone

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -486,6 +487,62 @@ def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
     model, _ = vit.load(tiny_weights)
     with pytest.raises(ValueError, match=r"CLIP's image tower .* choose a clip_\* --backbone"):
         adaptertune.adapt(model, "zero-shot", 7)
+    for classes in (0, -1, 2.0, "7", ["a", "b"]):
+        with pytest.raises(ValueError, match=r"classes .*: give their number, an int"):
+            adaptertune.adapt(model, "head", classes)
+    with pytest.raises(ValueError, match="head has no placement; adaptertune, adaptformer have"):
+        adaptertune.adapt(model, "head", 7, placement=[0])  # it would be ignored
+    for placement in (1, "first2"):
+        with pytest.raises(ValueError, match=r"placement .*: give a list of blocks"):
+            adaptertune.adapt(model, "adaptertune", 7, placement=placement)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value"),
+    [
+        ("adaptertune", "rank", "4"),
+        ("adaptertune", "rank", 4.0),
+        ("adaptertune", "rank", None),  # the file would say so, with adapters of rank 8
+        ("adaptertune", "scale", "0.1"),
+        ("adaptertune", "scale", float("nan")),
+        ("adaptertune", "learn_scale", 1),
+        ("adaptertune", "dropout", "0.1"),
+        ("vpt", "prompts", "3"),
+    ],
+)
+def test_settings_that_can_not_be(tiny_weights, method, setting, value):
+    """An error before training, and not when the file is written."""
+    model, _ = vit.load(tiny_weights)
+    default = adaptertune.METHODS[method][setting]
+    message = f"{setting} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
+    with pytest.raises(ValueError, match=re.escape(f"{message}{default!r}")):
+        adaptertune.adapt(model, method, 7, **{setting: value})
+    adaptertune.adapt(model, "adaptertune", 7, scale=np.float64(0.5))  # a float
+
+
+def test_only_a_vit_can_be_adapted(tiny_weights, tmp_path):
+    """Names of a wrapped model's parameters begin otherwise: what is saved could not be loaded,
+    and the head would be counted as the backbone's. timm's blocks call no adapters."""
+    model, _ = vit.load(tiny_weights)
+    settings = adaptertune.adapt(model, "adaptertune", 7)
+    path = tmp_path / "a.safetensors"
+    compiled = torch.compile(model, backend="eager")
+    adaptertune.save(path, compiled._orig_mod, settings)
+    for wrapped, inner in ((compiled, "_orig_mod"), (nn.DataParallel(model), "module")):
+        for call, *arguments in (
+            (adaptertune.adapt, wrapped, "head", 7),
+            (adaptertune.count, wrapped),
+            (adaptertune.parameter_groups, wrapped, 0.05, 1e-3),
+            (adaptertune.save, path, wrapped, settings),
+            (adaptertune.load, path, wrapped),
+        ):
+            with pytest.raises(ValueError, match=rf"give the vit.ViT in it, \.{inner}"):
+                call(*arguments)
+    other = nn.Module()
+    other.blocks = nn.ModuleList([nn.Linear(D, D)])
+    for call, *arguments in ((adaptertune.add_adapters, 4), (adaptertune.adapt, "head", 7)):
+        with pytest.raises(ValueError, match=r"a Module can't be adapted, only a vit\.ViT"):
+            call(other, *arguments)
 
 
 def test_a_method_half_added(clip, tiny_weights, monkeypatch):
