@@ -235,7 +235,8 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def merge(model: nn.Module) -> int:
-    """Merge every adapter of a model that can be merged exactly; return how many were."""
+    """Merge every adapter of a model that can be merged exactly; return how many were. `save` comes
+    before: what was merged is part of the backbone then."""
     return sum(merge_into_mlp(block) for block in model.blocks)
 
 
@@ -742,9 +743,11 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
 
     Args:
         path: a file's name, or what bytes can be written to.
-        meta: what a reader should know. Its "fingerprint" is that of the backbone before training.
-            If it isn't given, it is computed, which is right as long as the backbone was frozen;
-            it is empty if the file holds the whole backbone.
+        meta: what a reader should know: what `adapt` returned, and perhaps "classes", "mean", "std"
+            and others of META, or keys of your own. Its "fingerprint" is that of the backbone
+            before training. If it isn't given, it is computed, which is right as long as the
+            backbone was frozen, and in the precision that it is loaded in; it is empty if the file
+            holds the whole backbone.
 
     Raises:
         ValueError: metadata that `read` would refuse.
@@ -753,7 +756,9 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     tensors = {}
     for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor.detach().cpu().contiguous()
-    meta = {"version": VERSION, **backbone_settings(model), **(meta or {})}
+    known = [adapter_settings(b.adapter) for b in model.blocks if isinstance(b.adapter, Adapter)]
+    common = known[0] if known and all(each == known[0] for each in known) else {}
+    meta = {"version": VERSION, **backbone_settings(model), **common, **(meta or {})}
     if "fingerprint" not in meta:
         is_whole = len(tensors) == len(model.state_dict())
         meta["fingerprint"] = "" if is_whole else fingerprint(model)
@@ -840,22 +845,27 @@ def backbone_settings(model: nn.Module) -> dict:
     return {"heads": model.config.heads, "mlp_act": mlp_act}
 
 
+def adapter_settings(adapter: Adapter) -> dict:
+    """What an adapter computes with and the shapes of its tensors don't show, for a file's
+    metadata."""
+    settings = {"reads": adapter.reads, "act": type(adapter.act).__name__}
+    for name, kind in ACTS.items():
+        if type(adapter.act) is kind:
+            settings["act"] = name
+    if not isinstance(adapter.scale, nn.Parameter):  # else it is one of the tensors
+        settings["scale"] = adapter.scale
+    return settings
+
+
 def check_adapter(path: str | Path, saved: dict, block: nn.Module) -> None:
-    """Compare what the shapes of a block's Adapter don't show with the metadata of a file: `reads`,
-    a fixed `scale`, and `act`.
+    """Compare what the shapes of a block's Adapter don't show with the metadata of a file.
 
     Raises:
         ValueError: as `check_same`.
     """
-    adapter = block.adapter
-    present = {"reads": adapter.reads}
-    if not isinstance(adapter.scale, nn.Parameter):  # else it is one of the tensors
-        present["scale"] = adapter.scale
-    names = [name for name, kind in ACTS.items() if type(adapter.act) is kind]
-    if type(adapter.act) is type(block.mlp.act):
-        names.append("mlp")
-    if saved.get("act") not in names:
-        present["act"] = names[0] if names else type(adapter.act).__name__
+    present = adapter_settings(block.adapter)
+    if saved.get("act") == "mlp" and type(block.adapter.act) is type(block.mlp.act):
+        present["act"] = "mlp"
     check_same(path, saved, present)
 
 
@@ -898,7 +908,12 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         wanted = {key: each for key, each in wanted.items() if is_added(key) or key in tensors}
     wrong = differences(tensors, wanted)
     if wrong:
-        raise ValueError(f"the model's tensors differ from the file's: {'; '.join(wrong[:3])}")
+        shape = ("method", "rank", "prompts", "placement")
+        settings = ", ".join(f"{key} {meta[key]}" for key in shape if key in meta)
+        advice = f"; adapt the model first, with {settings}" if settings else ""
+        raise ValueError(
+            f"the model's tensors differ from the file's: {'; '.join(wrong[:3])}{advice}"
+        )
     check_same(path, meta, backbone_settings(model))
     if isinstance(model.head, ClipHead):
         check_clip_head(path, meta, model.head)

@@ -590,12 +590,13 @@ def test_round_trip(clip, tiny_weights, tmp_path, method):
 
 
 def test_save_without_meta(tiny_weights, tmp_path):
-    """What the backbone is gets worked out, so that another one is refused even then."""
+    """What backbone and adapters are gets worked out, so that others are refused even then."""
     model = randomise(adapted(tiny_weights))
     adaptertune.save(tmp_path / "a.safetensors", model)
     again = adapted(tiny_weights)
     meta = adaptertune.load(str(tmp_path / "a.safetensors"), again)
     known = {"version": 1, "fingerprint": adaptertune.fingerprint(model)}
+    known |= {"reads": "block", "act": "gelu", "scale": 1.0}
     assert meta == known | {"heads": 2, "mlp_act": "gelu"}
     assert torch.equal(again(IMAGES), model(IMAGES))
 
@@ -814,6 +815,29 @@ def test_fingerprint(tiny_weights):
         assert adaptertune.fingerprint(model) == first
         model.blocks[1].norm2.bias[3] += 1e-6
         assert adaptertune.fingerprint(model) != first
+
+
+def test_a_file_says_what_its_adapters_compute(tiny_weights, tmp_path):
+    """Without the settings too: the same shapes may be another function. A model that wasn't
+    adapted alike is told how."""
+    path = tmp_path / "a.safetensors"
+    model, _ = vit.load(tiny_weights)
+    settings = adaptertune.adapt(model, "adaptertune", 5, rank=4)
+    adaptertune.save(path, model)
+    other, _ = vit.load(tiny_weights)
+    adaptertune.adapt(other, "adaptformer", 5, rank=4)
+    with pytest.raises(ValueError, match="was trained with reads block, not raw"):
+        adaptertune.load(path, other)
+    adaptertune.load(path, model)
+
+    adaptertune.save(path, model, settings)
+    message = r"missing in the model; adapt the model first, with rank 4, placement \[0, 1\]$"
+    with pytest.raises(ValueError, match=message):
+        adaptertune.load(path, vit.load(tiny_weights)[0])
+
+    adaptertune.add_adapters(model, 4, method="adaptformer", placement=[1])  # of two kinds
+    adaptertune.save(path, model)
+    adaptertune.load(path, model)
 
 
 def test_a_file_without_fingerprint(tmp_path):
