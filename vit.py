@@ -1572,6 +1572,8 @@ def load(
         heads, quick_gelu, mean, std: what is known better than the name, the file or what stands
             beside it states; mean and std are of pixels from 0 to 1, a value per channel.
 
+    A published one: `load(data.hub_file(BACKBONES[name].repo, "model.safetensors"), name=name)`.
+
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
@@ -1613,8 +1615,8 @@ def check_given(
         raise ValueError(f"no backbone {name!r}: choose {', '.join(BACKBONES)}")
     if str(path) in BACKBONES and not Path(path).exists():
         raise ValueError(
-            f"{path} is the name of a backbone; give its file, which is downloaded by "
-            f'data.hub_file(vit.BACKBONES["{path}"].repo, "model.safetensors")'
+            f"{path} is the name of a backbone; give its file too: vit.load(data.hub_file("
+            f'vit.BACKBONES["{path}"].repo, "model.safetensors"), name="{path}")'
         )
     for what, values, low in (("mean", mean, 0), ("std", std, 0.001)):
         if values is None:
