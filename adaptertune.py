@@ -95,6 +95,9 @@ INITS = ("zero", "small")
 class Adapter(nn.Module):
     """The bottleneck s · (U · act(V·z + v) + u), from z [B, N, D] to a correction [B, N, D].
 
+    In a network that is no vit.ViT a forward hook of a block can add it; `adapt` and `save` can't:
+    block.register_forward_hook(lambda block, _, h: h + block.adapter(h)).
+
     Args:
         reads: the z that the block passes in; one of READS.
         act: a new module, the nonlinearity; GELU if left out.
@@ -161,11 +164,36 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_settings(method: str, settings: dict) -> None:
-    """Raise a ValueError for a setting that a method doesn't have."""
-    for name in settings:
+    """Raise a ValueError for a setting that a method doesn't have, or a value of another type than
+    its default. Names and limits are checked where the values are used."""
+    kinds = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
+    for name, value in settings.items():
         if name not in METHODS[method]:
             known = ", ".join(METHODS[method]) or "none"
             raise ValueError(f"{method} has no setting {name!r}; its settings: {known}")
+        default = METHODS[method][name]
+        if not kinds[type(default)](value):
+            raise ValueError(
+                f"{name} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
+                f"{default!r} ({type(default).__name__})"
+            )
+
+
+def check_vit(model: nn.Module) -> None:
+    """Raise a ValueError unless `model` is a vit.ViT, whose blocks call adapters, itself and not
+    wrapped in another module."""
+    kind = type(model).__name__
+    for inner in ("_orig_mod", "module"):  # of torch.compile, of (Distributed)DataParallel
+        if inner in dict(model.named_children()):
+            raise ValueError(
+                f"a {kind} gives the parameters other names; give the vit.ViT in it, .{inner}"
+            )
+    blocks = getattr(model, "blocks", ())
+    if not blocks or not all(hasattr(block, "adapter") for block in blocks):
+        raise ValueError(
+            f"a {kind} can't be adapted, only a vit.ViT; vit.load reads the file of a "
+            "state_dict from timm, torchvision or transformers"
+        )
 
 
 @torch.no_grad()
@@ -207,7 +235,8 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def merge(model: nn.Module) -> int:
-    """Merge every adapter of a model that can be merged exactly; return how many were."""
+    """Merge every adapter of a model that can be merged exactly; return how many were. `save` comes
+    before: what was merged is part of the backbone then."""
     return sum(merge_into_mlp(block) for block in model.blocks)
 
 
@@ -222,6 +251,8 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         ValueError: an index out of range, or no block selected.
     """
     if blocks is not None:
+        if isinstance(blocks, str | int):
+            raise ValueError(f"placement {blocks!r}: give a list of blocks, such as [0, 1]")
         outside = [block for block in blocks if not -depth <= block < depth]
         if outside or not blocks:
             which = f"block {outside[0]}" if outside else "no block"
@@ -254,18 +285,20 @@ def add_adapters(
         ValueError: a rank below 1 or above the width; an unknown method, setting, reads, act or
             init; an index out of range.
     """
+    check_vit(model)
     check_choice("method", method, ADAPTER_METHODS)
-    check_settings(method, settings)
-    settings = METHODS[method] | settings
     if rank is not None:
         settings["rank"] = rank
+    check_settings(method, settings)
+    settings = METHODS[method] | settings
     act = settings.pop("act")
     check_choice("act", act, (*ACTS, "mlp"))
     for index in choose_blocks(len(model.blocks), blocks=placement):
         block = model.blocks[index]
         module = type(block.mlp.act)() if act == "mlp" else ACTS[act]()
         kaiming = method == "adaptformer"
-        block.adapter = Adapter(model.config.width, act=module, kaiming=kaiming, **settings)
+        adapter = Adapter(model.config.width, act=module, kaiming=kaiming, **settings)
+        block.adapter = adapter.to(model.cls_token).train(model.training)
 
 
 def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -320,7 +353,8 @@ def add_prompts(model: nn.Module, *, prompts: int = 10, deep: bool = True) -> No
     width = model.config.width
     bound = (6 / (3 * model.config.patch**2 + width)) ** 0.5
     for block in model.blocks if deep else model.blocks[:1]:
-        block.prompts = nn.Parameter(torch.empty(prompts, width).uniform_(-bound, bound))
+        values = torch.empty(prompts, width).uniform_(-bound, bound)
+        block.prompts = nn.Parameter(values.to(model.cls_token))
 
 
 # ------------------------------------------------------------------------------------------ CLIP
@@ -422,6 +456,7 @@ def add_head(model: nn.Module, classes: int) -> None:
     model.head = nn.Linear(model.config.width, classes)
     nn.init.trunc_normal_(model.head.weight, std=0.02)
     nn.init.zeros_(model.head.bias)
+    model.head.to(model.cls_token)
 
 
 def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) -> int:
@@ -436,7 +471,8 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
             "choose a clip_* --backbone"
         )
     rank = rank or len(model.head.weight) // 4
-    model.head = ClipHead(model.head.weight, classes, rank=rank, **settings)
+    head = ClipHead(model.head.weight, classes, rank=rank, **settings)
+    model.head = head.to(model.cls_token)
     return rank
 
 
@@ -449,7 +485,8 @@ def adapt(
     **settings,
 ) -> dict:
     """Turn a pretrained vit.ViT into what a method trains: added parts, a new head, frozen rest.
-    Adapters and prompts of an earlier call go.
+    Adapters and prompts of an earlier call go. What is added follows the backbone: its device, its
+    precision, and whether it is in training mode.
 
     Args:
         placement: the adapted blocks; every block if left out.
@@ -461,8 +498,13 @@ def adapt(
     Raises:
         ValueError: an unknown method, or settings that it or this model doesn't support.
     """
+    check_vit(model)
     check_choice("method", method, METHODS)
     check_settings(method, settings)
+    if placement is not None and method not in PLACED_METHODS:
+        raise ValueError(f"{method} has no placement; {', '.join(PLACED_METHODS)} have")
+    if type(classes) is not int or classes < 1:
+        raise ValueError(f"classes {classes!r}: give their number, an int of at least 1")
     settings = METHODS[method] | settings
     for block in model.blocks:
         block.adapter = None
@@ -533,6 +575,7 @@ def parameter_groups(
         lr: the learning rate; in each group also as "initial_lr", for a schedule to multiply.
         head_lr: the head's; 0 for the same.
     """
+    check_vit(model)
     groups = {(weight_decay, lr): []}  # by weight decay and rate; zero-shot trains nothing
     for name, parameter in trained(model).items():
         is_matrix = name.endswith("weight") and parameter.ndim > 1
@@ -549,6 +592,7 @@ def parameter_groups(
 
 def count(model: nn.Module) -> dict[str, int]:
     """Frozen parameters, and the trained ones of adapters (and prompts), head and backbone."""
+    check_vit(model)
     counts = {"frozen": 0, "adapters": 0, "head": 0, "backbone": 0}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -599,7 +643,9 @@ def whole(low: int, high: int = 10**9) -> Callable:
 
 def real(low: float = -1e9, high: float = 1e9) -> Callable:
     """A number within limits, which NaN isn't."""
-    return lambda value: type(value) in (int, float) and low <= value <= high
+    return lambda value: (
+        isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    )
 
 
 def choice(values: Sequence[str]) -> Callable:
@@ -697,17 +743,22 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
 
     Args:
         path: a file's name, or what bytes can be written to.
-        meta: what a reader should know. Its "fingerprint" is that of the backbone before training.
-            If it isn't given, it is computed, which is right as long as the backbone was frozen;
-            it is empty if the file holds the whole backbone.
+        meta: what a reader should know: what `adapt` returned, and perhaps "classes", "mean", "std"
+            and others of META, or keys of your own. Its "fingerprint" is that of the backbone
+            before training. If it isn't given, it is computed, which is right as long as the
+            backbone was frozen, and in the precision that it is loaded in; it is empty if the file
+            holds the whole backbone.
 
     Raises:
         ValueError: metadata that `read` would refuse.
     """
+    check_vit(model)
     tensors = {}
     for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor.detach().cpu().contiguous()
-    meta = {"version": VERSION, **backbone_settings(model), **(meta or {})}
+    known = [adapter_settings(b.adapter) for b in model.blocks if isinstance(b.adapter, Adapter)]
+    common = known[0] if known and all(each == known[0] for each in known) else {}
+    meta = {"version": VERSION, **backbone_settings(model), **common, **(meta or {})}
     if "fingerprint" not in meta:
         is_whole = len(tensors) == len(model.state_dict())
         meta["fingerprint"] = "" if is_whole else fingerprint(model)
@@ -794,22 +845,27 @@ def backbone_settings(model: nn.Module) -> dict:
     return {"heads": model.config.heads, "mlp_act": mlp_act}
 
 
+def adapter_settings(adapter: Adapter) -> dict:
+    """What an adapter computes with and the shapes of its tensors don't show, for a file's
+    metadata."""
+    settings = {"reads": adapter.reads, "act": type(adapter.act).__name__}
+    for name, kind in ACTS.items():
+        if type(adapter.act) is kind:
+            settings["act"] = name
+    if not isinstance(adapter.scale, nn.Parameter):  # else it is one of the tensors
+        settings["scale"] = adapter.scale
+    return settings
+
+
 def check_adapter(path: str | Path, saved: dict, block: nn.Module) -> None:
-    """Compare what the shapes of a block's Adapter don't show with the metadata of a file: `reads`,
-    a fixed `scale`, and `act`.
+    """Compare what the shapes of a block's Adapter don't show with the metadata of a file.
 
     Raises:
         ValueError: as `check_same`.
     """
-    adapter = block.adapter
-    present = {"reads": adapter.reads}
-    if not isinstance(adapter.scale, nn.Parameter):  # else it is one of the tensors
-        present["scale"] = adapter.scale
-    names = [name for name, kind in ACTS.items() if type(adapter.act) is kind]
-    if type(adapter.act) is type(block.mlp.act):
-        names.append("mlp")
-    if saved.get("act") not in names:
-        present["act"] = names[0] if names else type(adapter.act).__name__
+    present = adapter_settings(block.adapter)
+    if saved.get("act") == "mlp" and type(block.adapter.act) is type(block.mlp.act):
+        present["act"] = "mlp"
     check_same(path, saved, present)
 
 
@@ -838,6 +894,7 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
             with other settings, or its tensors aren't the model's.
     """
     tensors, meta = read(path, ("fingerprint",))
+    check_vit(model)
     trained_on = meta["fingerprint"]
     present = fingerprint(model)
     if trained_on and trained_on != present:  # empty if the file has the whole backbone
@@ -851,7 +908,12 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         wanted = {key: each for key, each in wanted.items() if is_added(key) or key in tensors}
     wrong = differences(tensors, wanted)
     if wrong:
-        raise ValueError(f"the model's tensors differ from the file's: {'; '.join(wrong[:3])}")
+        shape = ("method", "rank", "prompts", "placement")
+        settings = ", ".join(f"{key} {meta[key]}" for key in shape if key in meta)
+        advice = f"; adapt the model first, with {settings}" if settings else ""
+        raise ValueError(
+            f"the model's tensors differ from the file's: {'; '.join(wrong[:3])}{advice}"
+        )
     check_same(path, meta, backbone_settings(model))
     if isinstance(model.head, ClipHead):
         check_clip_head(path, meta, model.head)

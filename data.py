@@ -86,22 +86,42 @@ PARTS |= {"dev": "val", "test": "test", "testing": "test"}
 
 @dataclass
 class Images:
-    """n images with their labels: rows of a table, which several sets may share."""
+    """n images with their labels: rows of a table, which several sets may share.
 
-    table: "Tensor | Photos"  # uint8 [N, 3, H, W]; or features [N, D] in their place
-    labels: Tensor  # int64 [n]
+    Your own: split(Dataset(name, classes, Images(pixels, labels), None, None)).
+
+    Raises:
+        ValueError: pixels or labels of another type or shape.
+    """
+
+    table: "Tensor | Photos"  # uint8 [N, 3, H, W], RGB; or features [N, D] in their place
+    labels: Tensor  # int64 [n], places in Dataset.classes
     names: list[str] = field(default_factory=list)  # files in its folder, or numbers
     rows: Tensor | None = None  # int64 [n], where each image is in the table; in order if left out
 
     def __post_init__(self):
+        self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
+        shape = tuple(self.table.shape)
+        is_pixels = len(shape) == 4 and shape[1] in (1, 3) and self.table.dtype is torch.uint8
+        if len(shape) != 2 and not is_pixels:
+            raise ValueError(
+                f"pixels {list(shape)} of {self.table.dtype}: give torch.uint8 [N, 3, H, W], "
+                "from 0 to 255"
+            )
         if self.rows is None:
+            if self.labels.shape != shape[:1]:
+                raise ValueError(
+                    f"labels {list(self.labels.shape)} of {shape[0]} images: give one each"
+                )
             self.rows = torch.arange(len(self.labels), device=self.labels.device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Tensor) -> "Images":
-        names = [self.names[i] for i in index.tolist()] if self.names else []
+    def __getitem__(self, index: Tensor | slice) -> "Images":
+        """Some of the images, by their places, a slice, or a tensor of true and false."""
+        places = torch.arange(len(self), device=self.rows.device)[index]
+        names = [self.names[i] for i in places.tolist()] if self.names else []
         return Images(self.table, self.labels[index], names, self.rows[index])
 
     def take(self, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1189,7 +1209,13 @@ def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa:
     Raises:
         ValueError: Pillow isn't installed, or can't read the file.
     """
-    image = open_photo(photo, side) if isinstance(photo, str | Path) else upright_rgb(photo)
+    if isinstance(photo, str | Path):
+        image = open_photo(photo, side)
+    elif hasattr(photo, "getexif"):  # Pillow may not be installed
+        image = upright_rgb(photo)
+    else:
+        kind = type(photo).__name__
+        raise ValueError(f"a photo is a file or Pillow's image, not {kind}; try Image.fromarray")
     box = square(image.height, image.width)
     resized = image.resize((side, side), box=box, resample=3)  # Image.Resampling.BICUBIC
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
@@ -1485,7 +1511,7 @@ class Batches:
             yield self.finish(pixels, boxes[mine], flip), labels
 
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order, the central part of each."""
+        """All images in order, the central part of each: `center` is their Dataset's."""
         for first in range(0, max(1, len(images)), self.batch):  # without images one empty batch
             end = min(first + self.batch, len(images))
             mine = slice(first + self.rank, end, self.world)

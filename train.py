@@ -2054,7 +2054,7 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
 class Classifier:
     """A finished run for use in one's own code, without its data set (see load_run)."""
 
-    network: vit.ViT  # images [B, 3, S, S] to logits [B, K]; in eval mode
+    network: vit.ViT  # normalised images [B, 3, S, S] to logits [B, K]; in eval mode
     classes: list[str]
     image_size: int  # S
     center: float  # share of a photo's centre square that is looked at
@@ -2072,16 +2072,20 @@ class Classifier:
         return self.batches.finish(pixels, boxes)
 
     @torch.inference_mode()
-    def predict(self, photos: Sequence | str | Path) -> tuple[list[str], Tensor]:
-        """The labels of n photos, files or Pillow's images, and the probabilities [n, K]. One file
-        may be given alone.
+    def predict(
+        self,
+        photos: "Iterable | str | Path | Image.Image",  # noqa: F821
+    ) -> tuple[list[str], Tensor]:
+        """The labels of n photos, files or Pillow's images, and the probabilities [n, K]. One photo
+        may be given alone. For tensors there is `network`.
 
         Raises:
             ValueError: one of them can't be read; none are given.
         """
-        if isinstance(photos, str | Path):
+        if isinstance(photos, str | Path) or not isinstance(photos, Iterable):
             photos = [photos]
-        if not len(photos):
+        photos = list(photos)
+        if not photos:
             raise ValueError("no photos to label")
         parts = []
         for start in range(0, len(photos), 32):
@@ -2093,9 +2097,9 @@ class Classifier:
 
 
 def load_run(
-    folder: str | Path, weights: str | Path = "", init_lora: str | Path = ""
+    folder: str | Path, weights: str | Path = "", init_lora: str | Path = "", device: str = "cpu"
 ) -> Classifier:
-    """A finished run for use in one's own code, on the CPU and without its data set:
+    """A finished run for use in one's own code, without its data set:
 
         model = train.load_run("runs/NAME")
         labels, probabilities = model.predict(["photo.jpg", "other.jpg"])
@@ -2103,12 +2107,13 @@ def load_run(
     Args:
         weights: where the backbone's file is now, if it isn't where it was.
         init_lora: the same for its LoRA.
+        device: "cuda" for a GPU, "auto" for one if there is one.
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
     (options,) = expand(make_parser().parse_args([]))
-    vars(options).update(read_config(Path(folder)), eval=str(folder), device="cpu")
+    vars(options).update(read_config(Path(folder)), eval=str(folder), device=str(device))
     if weights:
         options.weights = str(weights)
     if init_lora:
@@ -2964,7 +2969,8 @@ def print_error(error: Exception) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
+    """The command line, as a list of texts. Returns the exit status: 0, 1 for an error, 130 when
+    stopped; wrong usage raises SystemExit(2)."""
     prepare_process()
     grid = []
     try:
@@ -2980,7 +2986,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if rank_and_world()[0]:
             return 130
-        command = sys.argv
+        command = sys.argv if arguments is None else ["train.py", *arguments]
         if grid and not grid[0].eval and not grid[0].resume:
             command = [*command, "--resume"]
         program = "python"

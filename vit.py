@@ -285,7 +285,11 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Normalised images [B, 3, S, S] to logits [B, classes]; to features [B, D] for 0 classes."""
+    """Normalised images [B, 3, S, S] to logits [B, classes]; to features [B, D] for 0 classes.
+
+    Raises:
+        ValueError: images of another shape, or not of floats.
+    """
 
     def __init__(self, config: Config, classes: int = 0):
         super().__init__()
@@ -325,6 +329,12 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to the tokens [B, N, D] that enter the first block. Registers have no position."""
+        S = self.config.image_size
+        if images.shape[1:] != (3, S, S) or images.dtype is torch.uint8:
+            raise ValueError(
+                f"images {list(images.shape)} of {images.dtype}: give normalised floats "
+                f"[B, 3, {S}, {S}], or load the model with another image_size"
+            )
         B = images.shape[0]  # not len(), which torch.export would take for a constant
         class_token = self.cls_token
         patches = self.patch_embed(images)
@@ -337,21 +347,31 @@ class ViT(nn.Module):
         tokens.append(patches)
         return self.norm_pre(torch.cat(tokens, dim=1))
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images to what the head reads, [B, D]."""
+    def run_blocks(self, images: Tensor, queries: int | None = None) -> Tensor:
+        """Images to the tokens [B, N, D] that leave the last block; with `queries` to so many of
+        them, from the first on."""
         x = self.embed(images)
         B, N, _ = x.shape
         for block in self.blocks:
             if block.prompts is not None:  # after the N own tokens, in place of earlier prompts
                 x = torch.cat([x[:, :N], block.prompts.expand(B, -1, -1)], dim=1)
+            x = block(x, queries=queries if block is self.blocks[-1] else None)
+        return x[:, :N]
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images to what the head reads, [B, D]."""
+        if self.config.pool == "token":
             # The head reads the class token alone: so does the last block, apart from its keys
             # and values.
-            alone = self.config.pool == "token" and block is self.blocks[-1]
-            x = block(x, queries=1 if alone else None)
-        if self.config.pool == "token":
-            return self.norm(x[:, 0])
+            return self.norm(self.run_blocks(images, queries=1)[:, 0])
         first_patch = 1 + self.config.registers
-        return self.norm(x[:, first_patch:N].mean(dim=1))
+        return self.norm(self.run_blocks(images)[:, first_patch:].mean(dim=1))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images to all tokens after the final LayerNorm, [B, 1 + R + g², D]: class, registers,
+        patches row by row. A forward hook on the last block may see the class token alone, which
+        is all that `features` needs."""
+        return self.norm(self.run_blocks(images))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
@@ -1552,9 +1572,12 @@ def load(
         heads, quick_gelu, mean, std: what is known better than the name, the file or what stands
             beside it states; mean and std are of pixels from 0 to 1, a value per channel.
 
+    A published one: `load(data.hub_file(BACKBONES[name].repo, "model.safetensors"), name=name)`.
+
     Raises:
         ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
     """
+    check_given(path, name, mean, std)
     options = {"heads": heads or None, "quick_gelu": quick_gelu, "mean": mean, "std": std}
     given = {name: value for name, value in options.items() if value is not None}
     tensors, meta = read_tensors(path)
@@ -1582,6 +1605,24 @@ def load(
     if config.rope:
         model.build_rotary()
     return model, backbone
+
+
+def check_given(
+    path: str | Path, name: str, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    """Raise a ValueError for arguments of `load` that can't be, whatever the file holds."""
+    if name and name not in BACKBONES:
+        raise ValueError(f"no backbone {name!r}: choose {', '.join(BACKBONES)}")
+    if str(path) in BACKBONES and not Path(path).exists():
+        raise ValueError(
+            f"{path} is the name of a backbone; give its file too: vit.load(data.hub_file("
+            f'vit.BACKBONES["{path}"].repo, "model.safetensors"), name="{path}")'
+        )
+    for what, values, low in (("mean", mean, 0), ("std", std, 0.001)):
+        if values is None:
+            continue
+        if np.shape(values) != (3,) or not low <= min(values) <= max(values) <= 1:
+            raise ValueError(f"{what} {values}: give three numbers from {low} to 1")
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:

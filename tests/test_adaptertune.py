@@ -1,8 +1,10 @@
 """The adapters: what they compute, where they stand, what is trained, what a file holds."""
 
+import copy
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -426,6 +428,23 @@ def test_adapt_begins_from_the_backbone(tiny_weights, before):
 
 
 @pytest.mark.parametrize("method", adaptertune.METHODS)
+def test_what_adapt_adds_follows_the_backbone(clip, tiny_weights, method):
+    """Its device and precision, else the first batch fails; and its mode, else a network in eval
+    mode has a dropout that is at work."""
+    settings = {"rank": 4} if method == "adaptformer" else {}
+    model, _ = vit.load(clip if method in adaptertune.CLIP_METHODS else tiny_weights, head=True)
+    for training in (True, False):
+        model.train(training)
+        twin = copy.deepcopy(model).to("meta", torch.bfloat16)
+        adaptertune.adapt(twin, method, 7, **settings)
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            assert (tensor.device.type, tensor.dtype) == ("meta", torch.bfloat16)
+        adapters = [block.adapter for block in twin.blocks if block.adapter is not None]
+        for adapter in adapters:
+            assert adapter.dropout.training == training
+
+
+@pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_adapt_returns_the_settings_in_force(clip, tiny_weights, method):
     """The method's defaults, what was given instead, and what was worked out."""
     expected = dict(adaptertune.METHODS[method])
@@ -468,6 +487,62 @@ def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
     model, _ = vit.load(tiny_weights)
     with pytest.raises(ValueError, match=r"CLIP's image tower .* choose a clip_\* --backbone"):
         adaptertune.adapt(model, "zero-shot", 7)
+    for classes in (0, -1, 2.0, "7", ["a", "b"]):
+        with pytest.raises(ValueError, match=r"classes .*: give their number, an int"):
+            adaptertune.adapt(model, "head", classes)
+    with pytest.raises(ValueError, match="head has no placement; adaptertune, adaptformer have"):
+        adaptertune.adapt(model, "head", 7, placement=[0])  # it would be ignored
+    for placement in (1, "first2"):
+        with pytest.raises(ValueError, match=r"placement .*: give a list of blocks"):
+            adaptertune.adapt(model, "adaptertune", 7, placement=placement)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value"),
+    [
+        ("adaptertune", "rank", "4"),
+        ("adaptertune", "rank", 4.0),
+        ("adaptertune", "rank", None),  # the file would say so, with adapters of rank 8
+        ("adaptertune", "scale", "0.1"),
+        ("adaptertune", "scale", float("nan")),
+        ("adaptertune", "learn_scale", 1),
+        ("adaptertune", "dropout", "0.1"),
+        ("vpt", "prompts", "3"),
+    ],
+)
+def test_settings_that_can_not_be(tiny_weights, method, setting, value):
+    """An error before training, and not when the file is written."""
+    model, _ = vit.load(tiny_weights)
+    default = adaptertune.METHODS[method][setting]
+    message = f"{setting} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
+    with pytest.raises(ValueError, match=re.escape(f"{message}{default!r}")):
+        adaptertune.adapt(model, method, 7, **{setting: value})
+    adaptertune.adapt(model, "adaptertune", 7, scale=np.float64(0.5))  # a float
+
+
+def test_only_a_vit_can_be_adapted(tiny_weights, tmp_path):
+    """Names of a wrapped model's parameters begin otherwise: what is saved could not be loaded,
+    and the head would be counted as the backbone's. timm's blocks call no adapters."""
+    model, _ = vit.load(tiny_weights)
+    settings = adaptertune.adapt(model, "adaptertune", 7)
+    path = tmp_path / "a.safetensors"
+    compiled = torch.compile(model, backend="eager")
+    adaptertune.save(path, compiled._orig_mod, settings)
+    for wrapped, inner in ((compiled, "_orig_mod"), (nn.DataParallel(model), "module")):
+        for call, *arguments in (
+            (adaptertune.adapt, wrapped, "head", 7),
+            (adaptertune.count, wrapped),
+            (adaptertune.parameter_groups, wrapped, 0.05, 1e-3),
+            (adaptertune.save, path, wrapped, settings),
+            (adaptertune.load, path, wrapped),
+        ):
+            with pytest.raises(ValueError, match=rf"give the vit.ViT in it, \.{inner}"):
+                call(*arguments)
+    other = nn.Module()
+    other.blocks = nn.ModuleList([nn.Linear(D, D)])
+    for call, *arguments in ((adaptertune.add_adapters, 4), (adaptertune.adapt, "head", 7)):
+        with pytest.raises(ValueError, match=r"a Module can't be adapted, only a vit\.ViT"):
+            call(other, *arguments)
 
 
 def test_a_method_half_added(clip, tiny_weights, monkeypatch):
@@ -515,12 +590,13 @@ def test_round_trip(clip, tiny_weights, tmp_path, method):
 
 
 def test_save_without_meta(tiny_weights, tmp_path):
-    """What the backbone is gets worked out, so that another one is refused even then."""
+    """What backbone and adapters are gets worked out, so that others are refused even then."""
     model = randomise(adapted(tiny_weights))
     adaptertune.save(tmp_path / "a.safetensors", model)
     again = adapted(tiny_weights)
     meta = adaptertune.load(str(tmp_path / "a.safetensors"), again)
     known = {"version": 1, "fingerprint": adaptertune.fingerprint(model)}
+    known |= {"reads": "block", "act": "gelu", "scale": 1.0}
     assert meta == known | {"heads": 2, "mlp_act": "gelu"}
     assert torch.equal(again(IMAGES), model(IMAGES))
 
@@ -739,6 +815,29 @@ def test_fingerprint(tiny_weights):
         assert adaptertune.fingerprint(model) == first
         model.blocks[1].norm2.bias[3] += 1e-6
         assert adaptertune.fingerprint(model) != first
+
+
+def test_a_file_says_what_its_adapters_compute(tiny_weights, tmp_path):
+    """Without the settings too: the same shapes may be another function. A model that wasn't
+    adapted alike is told how."""
+    path = tmp_path / "a.safetensors"
+    model, _ = vit.load(tiny_weights)
+    settings = adaptertune.adapt(model, "adaptertune", 5, rank=4)
+    adaptertune.save(path, model)
+    other, _ = vit.load(tiny_weights)
+    adaptertune.adapt(other, "adaptformer", 5, rank=4)
+    with pytest.raises(ValueError, match="was trained with reads block, not raw"):
+        adaptertune.load(path, other)
+    adaptertune.load(path, model)
+
+    adaptertune.save(path, model, settings)
+    message = r"missing in the model; adapt the model first, with rank 4, placement \[0, 1\]$"
+    with pytest.raises(ValueError, match=message):
+        adaptertune.load(path, vit.load(tiny_weights)[0])
+
+    adaptertune.add_adapters(model, 4, method="adaptformer", placement=[1])  # of two kinds
+    adaptertune.save(path, model)
+    adaptertune.load(path, model)
 
 
 def test_a_file_without_fingerprint(tmp_path):

@@ -578,6 +578,24 @@ def test_data_one_level_down(photos):
         data.read(str(root))
 
 
+def test_images_of_ones_own():
+    """Labels may be a list; what isn't pixels is an error, where floats from 0 to 1 would be black
+    images. Some are chosen by places, a slice or a mask, each with its name."""
+    pixels = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 4, 4)
+    images = data.Images(pixels, [2, 1, 0], ["a", "b", "c"])
+    assert images.labels.dtype == torch.int64
+    for index in (torch.tensor([0, 2]), [0, 2], slice(None, None, 2), images.labels != 1):
+        some = images[index]
+        assert (some.names, some.labels.tolist()) == (["a", "c"], [2, 0])
+        assert some.pixels[:, 0, 0, 0].tolist() == [0, 2]
+    for wrong in (pixels / 255, pixels.permute(0, 2, 3, 1), pixels[0], pixels.numpy()):
+        with pytest.raises(ValueError, match=r"pixels .*: give torch.uint8 \[N, 3, H, W\]"):
+            data.Images(wrong, [2, 1, 0])
+    for labels in ([2, 1], torch.eye(3)):
+        with pytest.raises(ValueError, match=r"labels \[.*\] of 3 images: give one each"):
+            data.Images(pixels, labels)
+
+
 def test_a_class_without_training_images_is_named():
     """Ten classes of one image, of which two are drawn for test and one for validation; a limit
     that leaves a class out. Nothing is said where each class has an image."""

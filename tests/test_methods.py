@@ -586,8 +586,15 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
     opened = [Image.open(file) for file in files]
     assert torch.equal(model.predict(opened)[1], probabilities)
     assert model.predict(str(files[0]))[0] == labels[:1]
+    assert torch.allclose(model.predict(opened[0])[1], probabilities[:1], atol=1e-5)
+    assert torch.equal(model.predict(each for each in opened)[1], probabilities)
     with pytest.raises(ValueError, match="no photo at"):
         model.predict(["gone.png"])
+    for array in (np.zeros((20, 20, 3), np.uint8), torch.zeros(3, 16, 16)):
+        with pytest.raises(ValueError, match=r"a photo is a file or .*, not (ndarray|Tensor); try"):
+            model.predict([array])
+    with pytest.raises(ValueError, match="device 'none' can't be used here"):
+        train.load_run(tmp_path / "runs/a", device="none")
 
 
 @pytest.mark.usefixtures("no_matplotlib")

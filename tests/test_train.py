@@ -1275,6 +1275,18 @@ def test_a_resumed_run_shows_the_rows_before(tiny_weights, tmp_path, monkeypatch
     assert rows[:3] == before
 
 
+def test_ctrl_c_in_a_notebook(monkeypatch, capsys):
+    """The command to go on with is main's, not that of the process around it."""
+
+    def stop(grid):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run_command", stop)
+    assert train.main(["--name", "two words"]) == 130
+    go_on = "stopped; to go on: python train.py --name 'two words' --resume\n"
+    assert go_on in capsys.readouterr().err
+
+
 def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
     """Ctrl-C ends a process with status 130 and the command to go on with."""
     arguments = quick(tiny_weights, "--epochs", 40, "--name", "cut")

@@ -74,6 +74,44 @@ def test_the_last_block_for_the_class_token_alone(tmp_path, reads, changes):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, {"registers": 2}], ids=str)
+@pytest.mark.parametrize("method", ["adaptertune", "vpt"])
+def test_all_tokens(tmp_path, method, changes):
+    """Class, registers and patches in this order, without prompts: what the features are of."""
+    model, _ = vit.load(write_tiny(tmp_path / "w.safetensors", seed=0, **changes))
+    adaptertune.adapt(model, method, 5)
+    tokens = model.tokens(IMAGES)
+    registers = changes.get("registers", 0)
+    assert tokens.shape == (len(IMAGES), 1 + registers + 16, 32)
+    assert torch.allclose(tokens, model.norm(model.run_blocks(IMAGES)))
+    if "pool" in changes:
+        patches = model.run_blocks(IMAGES)[:, 1:]
+        assert torch.allclose(model.features(IMAGES), model.norm(patches.mean(dim=1)), atol=1e-6)
+    else:
+        assert torch.allclose(model.features(IMAGES), tokens[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 3, 18, 18),  # the convolution would leave out what is over
+        torch.zeros(2, 3, 8, 32),  # as many patches, in other places
+        torch.zeros(2, 16, 16, 3),
+        torch.zeros(3, 16, 16),
+        torch.zeros(2, 3, 16, 16, dtype=torch.uint8),
+    ],
+    ids=lambda images: f"{list(images.shape)}-{images.dtype}",
+)
+def test_images_that_are_not_the_models(tiny_weights, images):
+    """One line, also where torch would compute something."""
+    model, _ = vit.load(tiny_weights)
+    message = (
+        f"images {list(images.shape)} of {images.dtype}: give normalised floats [B, 3, 16, 16]"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(images)
+
+
 @pytest.mark.parametrize("queries", [None, 1])
 def test_attention_in_bf16(queries):
     """In bf16 attention and its gradient are fp32's, as closely as bf16 can."""
@@ -932,6 +970,19 @@ def test_no_file():
     """The error names a file that isn't there."""
     with pytest.raises(ValueError, match="no weights at nowhere.safetensors"):
         vit.load("nowhere.safetensors")
+
+
+def test_arguments_that_can_not_be(tiny_weights):
+    """The error is of the argument: it doesn't call the file damaged."""
+    with pytest.raises(ValueError, match="^no backbone 'vit_x': choose .*vit_s16"):
+        vit.load(tiny_weights, name="vit_x")
+    with pytest.raises(ValueError, match=r'^deit_ti16 is the name .*BACKBONES\["deit_ti16"\].repo'):
+        vit.load("deit_ti16")
+    for mean in (0.5, [0.5], [124, 117, 104]):
+        with pytest.raises(ValueError, match=r"^mean .*: give three numbers from 0 to 1$"):
+            vit.load(tiny_weights, mean=mean)
+    with pytest.raises(ValueError, match=r"^std .*: give three numbers from 0.001 to 1$"):
+        vit.load(tiny_weights, std=(0, 0, 0))
 
 
 def test_a_file_that_isnt_the_named_backbone(tiny_weights):
