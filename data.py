@@ -759,7 +759,8 @@ def read_folder(root: Path, side: int) -> Dataset:
         skipped += [str(file) for file in sorted(root.glob("[!.]*")) if is_photo(file)]
         for folder in find_folders(root):
             if folder not in parts.values():
-                skipped += map(str, photos_and_others(folder)[0])
+                with contextlib.suppress(OSError):  # lost+found may not be read, and needn't be
+                    skipped += map(str, photos_and_others(folder)[0])
     photos = {part: photos_by_class(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
     if len(classes) < 2:

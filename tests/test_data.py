@@ -517,6 +517,22 @@ def test_a_folder_that_can_not_be_read(photos, monkeypatch):
         data.read(str(photos), image_size=14)
 
 
+def test_a_folder_beside_train_that_can_not_be_read(photos, monkeypatch):
+    """Such as lost+found of a disk: nothing in it is wanted."""
+    root = photos.parent / "parts"
+    shutil.copytree(photos, root / "train")
+    (root / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(root / "lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(data.read(str(root), image_size=14).train) == 60
+
+
 def test_copies_in_the_test_set(photos):
     """Files that are the same in train and test; not those that share a checksum by chance."""
     root = photos.parent / "parts"
