@@ -2043,7 +2043,7 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
         run.dataset = split_dataset(dataset, options, seed, folder)
         path = folder / "adapters.safetensors"
         adaptertune.check_same(path, meta, {"classes": run.dataset.classes})
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that may not be read
         if need_data:
             raise
         print(f"note     the run's data set can't be used: {error}")

@@ -877,6 +877,18 @@ def test_without_the_runs_photos(run, runs, photos, tmp_path):
     run("runs/gone", "-o", folder, "--precision", "int8", "--force", "--check", tmp_path)
 
 
+def test_without_leave_to_read_the_runs_photos(run, tmp_path, monkeypatch):
+    """Another one's folder is as good as none."""
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "photos")
+
+    monkeypatch.setattr(train, "read_dataset", refuse)
+    out = run("runs/a", "-o", tmp_path / "m.onnx")
+    assert "the run's data set can't be used: [Errno 13] Permission denied: 'photos'\n" in out
+    assert "noise images" in out
+
+
 @pytest.mark.parametrize("trained", ["a", "rotary"])
 def test_hub(run, tmp_path, trained):
     """The files that transformers.js and optimum-onnx look for, and what they look for in them."""
