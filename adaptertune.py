@@ -329,7 +329,7 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"the model's adapters differ from the file's: {'; '.join(wrong[:3])}; "
             "was it made with another --rank, --blocks or --learn-scale?"
         )
-    check_values(found)
+    check_values(found, wanted)
     model.load_state_dict(found, strict=False)
 
 
@@ -788,7 +788,6 @@ def read(path: str | Path, required: Sequence[str] = ()) -> tuple[dict[str, Tens
             meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
             check_types(meta, META)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            check_values(tensors)
     except Exception as error:  # safetensors has an error type of its own
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
     if meta.get("version") != VERSION:
@@ -830,10 +829,11 @@ def differences(saved: dict[str, Tensor], present: dict[str, Tensor]) -> list[st
     return found
 
 
-def check_values(tensors: dict[str, Tensor]) -> None:
-    """Raise a ValueError for integers, such as quantised weights, and for what isn't finite."""
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+def check_values(saved: dict[str, Tensor], present: dict[str, Tensor]) -> None:
+    """Raise a ValueError for what isn't finite, and for integers, such as quantised weights, where
+    the model has none: a module of one's own may have a counter."""
+    for name, tensor in saved.items():
+        if not tensor.is_floating_point() and tensor.dtype != present[name].dtype:
             raise ValueError(f"{name} is of {tensor.dtype}; save it as floats")
         if not tensor.float().isfinite().all():
             raise ValueError(f"{name} has values that aren't finite")
@@ -914,6 +914,10 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         raise ValueError(
             f"the model's tensors differ from the file's: {'; '.join(wrong[:3])}{advice}"
         )
+    try:
+        check_values(tensors, wanted)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     check_same(path, meta, backbone_settings(model))
     if isinstance(model.head, ClipHead):
         check_clip_head(path, meta, model.head)

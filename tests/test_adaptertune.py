@@ -711,6 +711,20 @@ def test_values_that_are_no_floats_are_refused(tiny_weights, tmp_path, kind):
         adaptertune.load(tmp_path / "a.safetensors", model)
 
 
+def test_integers_of_a_module_of_ones_own(tiny_weights, tmp_path):
+    """Such as a batch norm's counter: they are saved, and loaded."""
+    models = []
+    for _ in range(2):
+        model = adapted(tiny_weights)
+        model.blocks[1].attn.adapter = nn.BatchNorm1d(D)
+        models.append(model)
+    model, again = models
+    model.blocks[1].attn.adapter(torch.randn(4, D))
+    adaptertune.save(tmp_path / "a.safetensors", model)
+    adaptertune.load(tmp_path / "a.safetensors", again)
+    assert again.blocks[1].attn.adapter.num_batches_tracked == 1
+
+
 def test_float8_and_float64(tiny_weights, tmp_path):
     """Eight bits are taken as they are; what overflows the model's 32 is refused."""
     model = adapted(tiny_weights)
