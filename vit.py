@@ -236,7 +236,7 @@ class Block(nn.Module):
     """One pre-norm transformer block, [B, N, D] to [B, N, D].
 
     `adapter`, if one was put there, maps what its `reads` names to a correction [B, N, D].
-    `prompts` [P, D], if any, are extra tokens that ViT.features appends. `queries`, if given, is
+    `prompts` [P, D], if any, are extra tokens that ViT.run_blocks appends. `queries`, if given, is
     how many tokens, from the first on, come out: [B, queries, D].
     """
 
@@ -330,7 +330,7 @@ class ViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images to the tokens [B, N, D] that enter the first block. Registers have no position."""
         S = self.config.image_size
-        if images.shape[1:] != (3, S, S) or images.dtype is torch.uint8:
+        if images.shape[1:] != (3, S, S) or not images.is_floating_point():
             raise ValueError(
                 f"images {list(images.shape)} of {images.dtype}: give normalised floats "
                 f"[B, 3, {S}, {S}], or load the model with another image_size"
@@ -1614,9 +1614,11 @@ def check_given(
     if name and name not in BACKBONES:
         raise ValueError(f"no backbone {name!r}: choose {', '.join(BACKBONES)}")
     if str(path) in BACKBONES and not Path(path).exists():
+        file = 'data.ASSETS / "vit_micro.safetensors"'
+        if BACKBONES[str(path)].repo:
+            file = f'data.hub_file(vit.BACKBONES["{path}"].repo, "model.safetensors")'
         raise ValueError(
-            f"{path} is the name of a backbone; give its file too: vit.load(data.hub_file("
-            f'vit.BACKBONES["{path}"].repo, "model.safetensors"), name="{path}")'
+            f'{path} is the name of a backbone; give its file too: vit.load({file}, name="{path}")'
         )
     for what, values, low in (("mean", mean, 0), ("std", std, 0.001)):
         if values is None:

@@ -99,6 +99,7 @@ def test_all_tokens(tmp_path, method, changes):
         torch.zeros(2, 16, 16, 3),
         torch.zeros(3, 16, 16),
         torch.zeros(2, 3, 16, 16, dtype=torch.uint8),
+        torch.zeros(2, 3, 16, 16, dtype=torch.int64),
     ],
     ids=lambda images: f"{list(images.shape)}-{images.dtype}",
 )
@@ -978,6 +979,8 @@ def test_arguments_that_can_not_be(tiny_weights):
         vit.load(tiny_weights, name="vit_x")
     with pytest.raises(ValueError, match=r'^deit_ti16 is the name .*BACKBONES\["deit_ti16"\].repo'):
         vit.load("deit_ti16")
+    with pytest.raises(ValueError, match=r'load\(data.ASSETS / "vit_micro.safetensors", name='):
+        vit.load("vit_micro")  # which no hub has
     for mean in (0.5, [0.5], [124, 117, 104]):
         with pytest.raises(ValueError, match=r"^mean .*: give three numbers from 0 to 1$"):
             vit.load(tiny_weights, mean=mean)
