@@ -172,7 +172,7 @@ def check_settings(method: str, settings: dict) -> None:
             known = ", ".join(METHODS[method]) or "none"
             raise ValueError(f"{method} has no setting {name!r}; its settings: {known}")
         default = METHODS[method][name]
-        if not kinds[type(default)](value):
+        if type(default) in kinds and not kinds[type(default)](value):
             raise ValueError(
                 f"{name} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
                 f"{default!r} ({type(default).__name__})"
