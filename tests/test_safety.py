@@ -561,7 +561,7 @@ def test_adapters_that_are_not_finite(run, finished):
     tensors, meta = adaptertune.read(path)
     tensors["head.bias"][0] = float("nan")
     save_file(tensors, path, {"adaptertune": json.dumps(meta)})
-    assert "(head.bias has values that aren't finite)" in run("--eval", "runs/a", status=1)
+    assert "head.bias has values that aren't finite" in run("--eval", "runs/a", status=1)
 
 
 @pytest.mark.parametrize("classes", [[1, 2], ["a"]], ids=str)
