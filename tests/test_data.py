@@ -267,14 +267,19 @@ TURNS = {  # EXIF orientation: how the upright pixels [H, W] were turned before 
 }
 
 
+def turned_photo(orientation):
+    """A photo stored turned, its EXIF data, and its upright pixels [16, 16, 3]."""
+    image = pytest.importorskip("PIL.Image")
+    upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    return image.fromarray(np.ascontiguousarray(TURNS[orientation](upright))), exif, upright
+
+
 @pytest.mark.parametrize("orientation", TURNS)
 def test_orientation_beside_an_odd_tag(orientation, tmp_path):
     """All eight orientations are applied, though another tag can't be written again."""
-    image = pytest.importorskip("PIL.Image")
-    upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    photo = image.fromarray(np.ascontiguousarray(TURNS[orientation](upright)))
-    exif = image.Exif()
-    exif[0x0112] = orientation
+    photo, exif, upright = turned_photo(orientation)
     raw = bytearray(exif.tobytes())
     # A second entry: XResolution (0x011A) as text, which Pillow reads, but refuses to write.
     header = raw[:6] if raw.startswith(b"Exif") else b""
@@ -289,11 +294,7 @@ def test_orientation_beside_an_odd_tag(orientation, tmp_path):
 @pytest.mark.parametrize("orientation", TURNS)
 def test_a_tiff_is_turned_once(orientation, tmp_path):
     """Pillow turns the pixels of a TIFF while it decodes them."""
-    image = pytest.importorskip("PIL.Image")
-    upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    photo = image.fromarray(np.ascontiguousarray(TURNS[orientation](upright)))
-    exif = image.Exif()
-    exif[0x0112] = orientation
+    photo, exif, upright = turned_photo(orientation)
     photo.save(tmp_path / "a.tif", exif=exif)
     read = data.read_photo(tmp_path / "a.tif", side=16)
     assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)

@@ -583,6 +583,16 @@ def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
         assert torch.equal(pixels, whole.pixels[at]) and label == whole.labels[at]
 
 
+def test_a_run_without_its_split(run, tiny_weights, tmp_path):
+    """Without split.json a run isn't split anew: it might be tested on what it was trained on."""
+    command = quick(tiny_weights, "--name", "a")
+    run(*command, "--epochs", 1)
+    (tmp_path / "runs/a/split.json").unlink()
+    message = "split.json is missing: nothing else says which images were trained on; restore it"
+    assert message in run(*command, "--epochs", 2, "--resume", status=1)
+    assert message in run("--eval", "runs/a", status=1)
+
+
 def test_the_same_command_again(run, tiny_weights, tmp_path):
     """The same command again, with --resume or without, leaves every file as it is, and says so
     with the result."""
