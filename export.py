@@ -1355,7 +1355,7 @@ def model_card(run: train.Run, int8: bool) -> str:
         dataset=meta["dataset"],
         count=len(meta["classes"]),
         backbone=meta["backbone"],
-        method=meta["method"],
+        method=train.method_text(meta),
         accuracy=accuracy,
         classes=", ".join(map(data.printable, meta["classes"])),
         license=meta["license"],
@@ -1464,10 +1464,8 @@ def arguments_for_train(options: argparse.Namespace) -> list[str]:
 
 def describe(run: train.Run) -> None:
     """Print which network is exported."""
-    method = run.meta["method"]
-    if "rank" in run.meta:
-        method += f" rank {run.meta['rank']}"
-    print(f"model    {run.meta['backbone']}, {method}, {len(run.meta['classes'])} classes")
+    classes = len(run.meta["classes"])
+    print(f"model    {run.meta['backbone']}, {train.method_text(run.meta)}, {classes} classes")
     if run.backbone.lora:
         print(f"lora     {run.backbone.lora}")
 
