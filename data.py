@@ -465,16 +465,18 @@ def read_cifar(
     """
     root = data_dir / place
     fetch_archive(root, CIFAR + archive, md5, offline)
-    names = unpickle(root / meta).get(f"{key}label_names".encode())
-    if not isinstance(names, list) or not all(isinstance(each, bytes) for each in names):
-        raise ValueError(f"{root / meta} has no names of classes; delete its folder")
-    classes = [each.decode(errors="replace") for each in names]
+    names = unpickle(root / meta)[f"{key}label_names".encode()]
+    classes = [each.decode() for each in names]
 
-    batches = [read_batch(root / file, f"{key}labels", len(classes)) for file in [*train, test]]
-    pixels = torch.cat([pixels for pixels, _ in batches])
-    labels = torch.cat([labels for _, labels in batches])
-    tested = len(batches[-1][1])
-    return Dataset(name, classes, *train_and_test(pixels, labels, len(labels) - tested))
+    pixels = []
+    labels = []
+    for file in [*train, test]:
+        batch = unpickle(root / file)
+        pixels.append(batch[b"data"])  # uint8 [n, 3072]
+        labels += batch[f"{key}labels".encode()]
+    trained = len(labels) - len(pixels[-1])
+    table = torch.from_numpy(np.concatenate(pixels)).reshape(-1, 3, 32, 32)  # [N, 3, 32, 32]
+    return Dataset(name, classes, *train_and_test(table, torch.tensor(labels), trained))
 
 
 def train_and_test(table: Tensor, labels: Tensor, trained: int) -> tuple[Images, None, Images]:
@@ -485,25 +487,6 @@ def train_and_test(table: Tensor, labels: Tensor, trained: int) -> tuple[Images,
     everything = Images(table, labels, names)
     places = torch.arange(len(labels))
     return everything[places[:trained]], None, everything[places[trained:]]
-
-
-def read_batch(path: Path, key: str, classes: int) -> tuple[Tensor, Tensor]:
-    """A CIFAR pickle's images uint8 [n, 3, 32, 32], and the labels that it has under `key`.
-
-    Raises:
-        ValueError: as `unpickle`; or they aren't images with labels.
-    """
-    batch = unpickle(path)
-    pixels = batch.get(b"data")
-    labels = batch.get(key.encode())
-    good = isinstance(pixels, np.ndarray) and pixels.ndim == 2 and pixels.shape[1] == 3072
-    good = good and isinstance(labels, list) and len(labels) == len(pixels)
-    if not good or not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise ValueError(
-            f"{path} holds no images with labels; delete its folder to extract the archive again"
-        )
-    pixels = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
-    return pixels, torch.tensor(labels, dtype=torch.long)
 
 
 def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
@@ -572,83 +555,51 @@ def archived_files(archive: Path) -> Iterator[tuple[str, BinaryIO]]:
                 yield member.name, opened.extractfile(member)
 
 
-class _Dtype:
-    """Stands for numpy's dtype in a pickle."""
-
-    def __init__(self, name: object = None, *_):
-        self.name = name
-
-    def __setstate__(self, state: object):
-        pass
-
-
-class _Array:
-    """Stands for a numpy array in a pickle: uint8 alone, as many bytes as its shape says."""
-
-    values: np.ndarray
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, state: tuple):
-        _, shape, dtype, _, raw = state
-        if not isinstance(dtype, _Dtype) or dtype.name not in ("u1", b"u1"):
-            raise pickle.UnpicklingError("an array of something else than bytes")
-        self.values = np.frombuffer(raw, np.uint8).reshape(shape)
-
-
-class _ArraysOnly(pickle._Unpickler):  # the one in Python: in C a small file can take gigabytes
-    """An unpickler that builds nothing but lists, dictionaries, numbers, text and _Array, so that a
-    data file can't run code, nor make numpy look at memory of its choice.
-
-    Tuples become lists, which can't be keys: the hash of nested ones may take years.
-    """
-
-    dispatch = dict(pickle._Unpickler.dispatch)
-
-    def load_tuple(self):
-        items = self.pop_mark()
-        self.append(items)
-
-    def load_few(self, count: int):
-        self.stack[-count:] = [self.stack[-count:]]
-
-    dispatch[pickle.TUPLE[0]] = load_tuple
-    dispatch[pickle.TUPLE1[0]] = partial(load_few, count=1)
-    dispatch[pickle.TUPLE2[0]] = partial(load_few, count=2)
-    dispatch[pickle.TUPLE3[0]] = partial(load_few, count=3)
-
-    ALLOWED = {
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-    }
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.ALLOWED[module, name]
+# The files of CIFAR's two archives with their MD5, as torchvision has them (datasets/cifar.py).
+CIFAR_FILES = {
+    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
 
 
 def unpickle(path: Path) -> dict:
     """A CIFAR pickle's dictionary (keys are bytes).
 
     Raises:
-        ValueError: it is missing, damaged, or wants more than arrays of bytes.
+        ValueError: it is missing, or isn't the published file: a pickle can run code.
     """
-    try:
-        if not path.is_file():
-            raise ValueError("it is missing, or no file")
-        # From memory: asked for more bytes than a file has, a file would reserve them first.
-        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        return {
-            key: each.values if isinstance(each, _Array) else each for key, each in content.items()
-        }
-    except Exception as error:  # a broken pickle can raise nearly anything
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.md5(content).hexdigest() != CIFAR_FILES.get(path.name):
         raise ValueError(
-            f"{path} was refused: {error}; delete its folder to extract the archive again"
-        ) from error
+            f"{path} is missing, or is not the published file (md5 differs); delete {path.parent} "
+            "to extract the archive again"
+        )
+    return _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that builds arrays, lists, dictionaries, numbers and text, and calls nothing
+    else. Of the published files it changes nothing; it is a second lock."""
+
+    ALLOWED = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),  # as it is in the published files
+        ("numpy._core.multiarray", "_reconstruct"),  # as numpy 2 calls it
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
 
 
 def read_torchvision(

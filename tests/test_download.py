@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, full_disk, runner, serve, write_tiny
+from conftest import ROOT, full_disk, publish_pickle, runner, serve, write_tiny
 from safetensors.torch import save as to_safetensors
 
 import data
@@ -470,11 +470,10 @@ def test_train_without_the_backbone_on_the_hub(run, tmp_path):
 
 
 @pytest.fixture
-def cifar_archive(tmp_path):
+def cifar_archive(tmp_path, monkeypatch):
     """A small archive in the published form of CIFAR-100's python version, of real pickles."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "made" / "cifar-100-python"
-    folder.mkdir(parents=True)
     for name, count in (("train", 200), ("test", 50)):
         labels = [i % 5 for i in range(count)]
         batch = {
@@ -483,9 +482,9 @@ def cifar_archive(tmp_path):
             b"coarse_labels": labels,
             b"filenames": [b"x.png"] * count,
         }
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=3))
+        publish_pickle(folder / name, batch, monkeypatch)
     meta = {b"fine_label_names": [b"apple", b"bear", b"cup", b"dog", b"elm"]}
-    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=3))
+    publish_pickle(folder / "meta", meta, monkeypatch)
     archive = tmp_path / "made" / "cifar-100-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, "cifar-100-python")
