@@ -1750,9 +1750,14 @@ def download(
             supply the file by hand.
         OSError: the folder can't be written to.
     """
+    if re.search("//[^/]*@", url):
+        raise ValueError(
+            "an address with a user or a password in it can't be fetched; give one without, in "
+            "HF_ENDPOINT too"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    by_hand = f"fetch {without_password(url)} by other means and put it at {path}"
+    by_hand = f"fetch {url} by other means and put it at {path}"
     if path.suffix == ".safetensors":
         by_hand += " or give it by --weights"
     remove_odd(part)
@@ -1765,7 +1770,7 @@ def download(
             check_content(part, path.name)
         except DownloadError as error:
             part.unlink()
-            reason = f"{without_password(url)} {error} and was removed; try again"
+            reason = f"{url} {error} and was removed; try again"
             raise ValueError(f"{reason}, or {by_hand}") from error
         except ValueError as error:
             if not part.stat().st_size:
@@ -1780,19 +1785,6 @@ class DownloadError(ValueError):
     """What arrived isn't what was asked for."""
 
 
-def without_password(url: str) -> str:
-    """An address as it may be printed."""
-    return re.sub(r"//[^/]*@", "//", url)
-
-
-def without_secrets(text: str, url: str, token: str) -> str:
-    """What a server or urllib says, which may repeat the token or the address's password."""
-    for secret in (token, *re.findall(r"//[^/]*?:([^/]*)@", url)):
-        if secret:
-            text = text.replace(secret, "…")
-    return text
-
-
 def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tries: int) -> None:
     """Requests until `part` is whole (see `download`).
 
@@ -1800,35 +1792,36 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         DownloadError: what arrived isn't what was asked for.
         ValueError: it couldn't be fetched.
     """
-    shown = without_password(url)
     reason = ""
     for attempt in range(tries):
-        if attempt:
-            time.sleep(0.2 * 2**attempt)
+        time.sleep(0.5 * attempt)
         try:
             stated = request_rest(url, part, token)
         except urllib.error.HTTPError as error:
-            reason = without_secrets(f"{error.code} {error.reason}", url, token)
+            # In our own words: what the server says may repeat the token.
+            reason = f"{error.code} {http.client.responses.get(error.code, 'without a reason')}"
             if error.code == 416:  # the part is as long as the file, or longer: once more
                 os.truncate(part, 0)
             elif error.code in (401, 403) and not checksum:  # the hub
                 hint = "set HF_TOKEN for a private file, and accept the licence of a gated one on "
                 hint += "its page"
-                raise ValueError(f"{shown} answered {reason}; {hint}") from error
+                raise ValueError(f"{url} answered {reason}; {hint}") from error
             elif error.code < 500:
-                raise ValueError(f"{shown} answered {reason}") from error
+                raise ValueError(f"{url} answered {reason}") from error
             continue
-        except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        except http.client.HTTPException as error:
+            reason = type(error).__name__
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise ValueError(f"can't write {part} ({error.strerror}); make room") from error
             reason = str(getattr(error, "reason", error) or type(error).__name__)
-            reason = without_secrets(reason, url, token)
             continue
         kind, digest = checksum or ("sha256", stated)
         if digest and file_hash(part, kind) != digest:
             raise DownloadError(f"arrived with a wrong {kind}")
         return
-    raise ValueError(f"could not fetch {shown}: {reason}; run again to go on")
+    raise ValueError(f"could not fetch {url}: {reason}; run again to go on")
 
 
 def check_content(path: Path, name: str) -> None:

@@ -293,6 +293,15 @@ def test_without_torchvision(monkeypatch, tmp_path):
         data.read("pets", str(tmp_path))
 
 
+def test_sums_of_cifars_files(torchvision):
+    """They are those that torchvision checks."""
+    published = {}
+    for each in (torchvision.CIFAR10, torchvision.CIFAR100):
+        published |= dict([*each.train_list, *each.test_list])
+        published[each.meta["filename"]] = each.meta["md5"]
+    assert published == data.CIFAR_FILES
+
+
 def test_offline_without_the_files(torchvision, tmp_path):
     """--offline downloads nothing, and says what would."""
     with pytest.raises(

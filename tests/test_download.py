@@ -307,17 +307,39 @@ def test_drip(server, tmp_path, monkeypatch, beginning, message):
         finished.set()
 
 
-def test_secrets_that_a_server_repeats(server, tmp_path):
-    """A server that answers with the token doesn't get it printed."""
+def test_token_that_a_server_repeats(server, tmp_path):
+    """A server that answers with the token, in its phrase or as no HTTP at all, doesn't get it
+    printed."""
 
     def repeat(handler):
         handler.send_response(403, f"no {handler.headers['Authorization']}")
         handler.end_headers()
 
     server.answers["/f"] = repeat
-    with pytest.raises(ValueError, match="403 no Bearer …; set HF_TOKEN") as caught:
+    with pytest.raises(ValueError, match="403 Forbidden; set HF_TOKEN") as caught:
         data.download(f"{server.url}/f", tmp_path / "f", token="hf_xyzzy")
     assert "xyzzy" not in str(caught.value)
+
+    def repeat_as_no_http(handler):
+        handler.wfile.write(f"{handler.headers['Authorization']}\r\n\r\n".encode())
+        handler.close_connection = True
+
+    server.answers["/f"] = repeat_as_no_http
+    with pytest.raises(ValueError, match="could not fetch .*: BadStatusLine; run") as caught:
+        data.download(f"{server.url}/f", tmp_path / "f", token="hf_xyzzy")
+    assert "xyzzy" not in str(caught.value)
+
+
+def test_a_phrase_of_several_lines(server, tmp_path):
+    """What a server says of a status doesn't make a second line of error, nor does one without a
+    name."""
+    server.answers["/f"] = answer(b"", status=499)
+    with pytest.raises(ValueError, match="/f answered 499 without a reason; or fetch"):
+        data.download(f"{server.url}/f", tmp_path / "f")
+    server.redirects["/f"] = f"{server.url}/f"
+    del server.answers["/f"]
+    with pytest.raises(ValueError, match="/f answered 302 Found; or fetch"):
+        data.download(f"{server.url}/f", tmp_path / "f")
 
 
 def test_full_disk(server, tmp_path):
@@ -410,12 +432,19 @@ def test_endpoint(monkeypatch, endpoint):
         data.hub_file("timm/net", "model.safetensors")
 
 
-def test_password_is_never_printed(server, tmp_path):
-    """A password in an address isn't shown."""
-    url = server.url.replace("//", "//me:secret@") + "/f"
-    with pytest.raises(ValueError, match="could not fetch http://127.*; run again") as caught:
-        data.download(url, tmp_path / "f", tries=1)
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize("user", ["me:secret", "me:se#cret", "secret"])
+def test_password_is_never_printed(server, tmp_path, monkeypatch, user):
+    """An address with a password is refused, and the password isn't shown."""
+    address = server.url.replace("//", f"//{user}@")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    message = "an address with a user or a password in it can't be fetched; .* HF_ENDPOINT"
+    with pytest.raises(ValueError, match=message) as caught:
+        data.hub_file("timm/net", "model.safetensors")
+    assert "cret" not in str(caught.value)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.download(f"{address}/f", tmp_path / "f")
+    assert "cret" not in str(caught.value)
+    assert server.seen == []
 
 
 def test_no_home(monkeypatch):
