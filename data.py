@@ -945,7 +945,8 @@ def decode(
         keep: in the cache; else in a file without a name, which goes when this process closes it.
 
     Raises:
-        ValueError: no Pillow; photos that can't be read, of which some are named; no room.
+        ValueError: no Pillow; photos that can't be read, of which some are named; no room, or no
+            place that can be written to.
     """
     path_of = {}
     for path in paths:
@@ -955,24 +956,24 @@ def decode(
         path_of[name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)] = path
     root = root.resolve()
     number = seed_from(as_utf8(str(root)))
-    kept = photo_folder() if keep else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        place = (kept or Path(temporary)) / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
-        with locked(place, folder=True):
-            photos = open_photos(place, side, wanted=len(paths))
-            missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
-            if missing:
-                try:
+        cache = cache_folder() / "photos" if keep else Path(temporary)
+        place = cache / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
+        try:
+            with locked(place, folder=True):
+                photos = open_photos(place, side, wanted=len(paths))
+                missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
+                if missing:
                     check_room(place, len(missing), side)
                     fill_photos(place, photos, missing)
-                except OSError as error:
-                    setting = "ADAPTERTUNE_CACHE" if kept else "TMPDIR"
-                    raise ValueError(
-                        f"can't write {place} ({error.strerror}); mend that, set {setting} to "
-                        "another folder, or give a smaller --image-size"
-                    ) from error
-                photos = Photos(place, side)
-        if missing and kept:
+                    photos = Photos(place, side)
+        except OSError as error:
+            setting = "ADAPTERTUNE_CACHE" if keep else "TMPDIR"
+            raise ValueError(
+                f"can't write {place} ({error.strerror}); mend that, set {setting} to another "
+                "folder, or give a smaller --image-size"
+            ) from error
+        if missing and keep:
             size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
             print(f"photos   {len(missing):,} decoded to {place} ({size}), for later runs too")
     names = [name for name, _, _ in path_of]
@@ -1054,18 +1055,6 @@ def open_photos(folder: Path, side: int, wanted: int) -> Photos:
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(content)
     return Photos(folder, side)
-
-
-def photo_folder() -> Path | None:
-    """The cache's folder of decoded photos; None, and a line that says so, if it can't be used."""
-    try:
-        folder = cache_folder() / "photos"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, ValueError) as error:
-        print(f"note     decoded photos aren't kept ({error}): set ADAPTERTUNE_CACHE")
-        return None
 
 
 def check_room(folder: Path, count: int, side: int) -> None:
