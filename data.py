@@ -52,6 +52,7 @@ from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -65,6 +66,7 @@ except ImportError:  # Windows: there no lock is held
     fcntl = None
 
 ASSETS = Path(__file__).parent / "assets"
+CENTER = 7 / 8  # share of a photo's sides that evaluation looks at: 224 of 256 pixels
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
 # What Pillow decodes without another program, by the files' suffixes and by its own names. EPS and
 # PDF aren't among them, whatever a file is called.
@@ -172,7 +174,7 @@ class Dataset:
     # Least share of the area in a training crop. 0.08 is the default of torchvision's
     # RandomResizedCrop, which the paper uses.
     min_scale: float = 0.08
-    center: float = 1.0  # share of each side that evaluation looks at; 7/8 for photos (224 of 256)
+    center: float = 1.0  # share of each side that evaluation looks at; CENTER for photos
     whole: tuple[int, int] = (0, 0)  # sizes of train and val before --limit or --shots
     skipped: list[str] = field(default_factory=list)  # files that aren't photos
     folder: Path | None = None  # where the photos are; None for a built-in set
@@ -197,7 +199,7 @@ def read(
         name: a key of DATASETS, or a folder of photos: class folders, or train/ and perhaps val/
             and test/ with class folders in each.
         data_dir: where published data sets are, or are downloaded to.
-        image_size: the network's; photos are stored at 8/7 of it (256 for 224), centre square.
+        image_size: the network's; photos are stored at 1/CENTER of it (256 for 224), centre square.
         offline: never download.
 
     Raises:
@@ -205,7 +207,7 @@ def read(
             installed; says what to do.
     """
     check_name(name)
-    side = round(image_size * 8 / 7)
+    side = round(image_size / CENTER)
     if name in DATASETS:
         return DATASETS[name](name, Path(data_dir), offline, side)
     return read_folder(Path(name), side)
@@ -336,12 +338,10 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
     if missing or unknown:
         parts = []
         if missing:
-            parts.append(f"it lacks {', '.join(missing[:5])}")
+            parts.append(f"it lacks {first_few(missing)}")
         if unknown:
-            parts.append(f"it has {', '.join(unknown[:5])}, which the run doesn't know")
-            parts.append(
-                f"the run has {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''}"
-            )
+            parts.append(f"it has {first_few(unknown)}, which the run doesn't know")
+            parts.append(f"the run has {first_few(classes, 10)}")
         raise ValueError(
             f"{data.name} has other classes than the run: {'; '.join(parts)}; "
             "rename the folders, or train again"
@@ -373,9 +373,8 @@ def check_split(data: Dataset) -> None:
     counts = torch.bincount(data.train.labels, minlength=len(data.classes))
     empty = [name for name, count in zip(data.classes, counts, strict=True) if not count]
     if empty:
-        some = ", ".join(empty[:5]) + (" and others" if len(empty) > 5 else "")
         raise ValueError(
-            f"no training image is left of {some} in {data.name} ({len(empty)} of "
+            f"no training image is left of {first_few(empty)} in {data.name} ({len(empty)} of "
             f"{len(data.classes)} classes): a class needs at least 3 images, or leave them to "
             "train/, val/ and test/; with --limit, give at least one for each class"
         )
@@ -724,8 +723,7 @@ def read_folder(root: Path, side: int) -> Dataset:
         odd = sorted(set(by_class) ^ set(classes))
         if odd:
             raise ValueError(
-                f"{parts[part]} and {parts['train']} don't have the same classes: "
-                f"{', '.join(odd[:3])}"
+                f"{parts[part]} and {parts['train']} don't have the same classes: {first_few(odd)}"
             )
         labelled[part] = with_labels(by_class, classes)
     named = name_classes(root / "README.txt", classes)
@@ -808,7 +806,7 @@ def from_photos(
     images = {"val": None, "test": None}
     for part, place in zip(parts, places, strict=True):
         images[part] = everything[place]
-    return Dataset(name, classes, **images, center=7 / 8, folder=root, sums=sums)
+    return Dataset(name, classes, **images, center=CENTER, folder=root, sums=sums)
 
 
 def find_folders(folder: Path) -> list[Path]:
@@ -1036,11 +1034,7 @@ class Photos:
 
 def made_by() -> str:
     """What decodes photos, as their index says it."""
-    try:
-        import PIL
-    except ImportError as error:
-        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
-    return f"Pillow {PIL.__version__}, decoder {DECODER}"
+    return f"Pillow {import_pillow().__version__}, decoder {DECODER}"
 
 
 def open_photos(folder: Path, side: int, wanted: int) -> Photos:
@@ -1164,10 +1158,7 @@ def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa:
 
 def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
     """A photo as 8-bit RGB, upright; a JPEG perhaps smaller than it is, but enough for `side`."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
+    Image = import_pillow().Image
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
         raise ValueError(f"can't read {path} as an image (a pipe or a device); remove it")
     has_heif = add_heif()
@@ -1185,7 +1176,7 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         reason = str(error) or "not enough memory"
         raise ValueError(f"{path} is too large to be decoded ({reason}); shrink it") from error
     except Exception as error:  # Pillow's decoders raise many kinds
-        if isinstance(error, UnidentifiedImageError) and not has_heif and is_heif(path):
+        if isinstance(error, Image.UnidentifiedImageError) and not has_heif and is_heif(path):
             raise ValueError(
                 f"can't read {path} as an image without pillow-heif: pip install pillow-heif"
             ) from error
@@ -1193,6 +1184,15 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         raise ValueError(
             f"can't read {path} as an image ({reason}); repair or remove it"
         ) from error
+
+
+def import_pillow() -> ModuleType:
+    """Pillow's module PIL, or a ValueError that says how to install it."""
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
+    return PIL
 
 
 @functools.cache
@@ -1626,6 +1626,13 @@ def printable(text: str) -> str:
     """A text in one line without control characters: names of files and classes may hold any."""
     text = as_utf8(text).replace("\n", "\ufffd").replace("\t", " ")
     return CONTROL.sub("\ufffd", text)
+
+
+def first_few(names: list[str], most: int = 5) -> str:
+    """The first names of a list, and how many more it has."""
+    text = ", ".join(names[:most])
+    more = len(names) - most
+    return f"{text} and {more:,} more" if more > 0 else text
 
 
 # ------------------------------------------------------------------------------------- downloads

@@ -629,6 +629,13 @@ def test_a_class_without_training_images_is_named():
     data.check_split(data.split(digits, limit=10))
 
 
+def test_the_first_few_names():
+    """A long list of names is cut short, and says how many are left out."""
+    names = list("abcdefg")
+    assert data.first_few(names) == "a, b, c, d, e and 2 more"
+    assert data.first_few(names, 7) == "a, b, c, d, e, f, g"
+
+
 def test_empty_class_is_named(photos):
     """The error names a class folder without photos."""
     (photos / "zebra").mkdir()
