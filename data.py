@@ -52,6 +52,7 @@ from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -65,6 +66,7 @@ except ImportError:  # Windows: there no lock is held
     fcntl = None
 
 ASSETS = Path(__file__).parent / "assets"
+CENTER = 7 / 8  # share of a photo's sides that evaluation looks at: 224 of 256 pixels
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
 # What Pillow decodes without another program, by the files' suffixes and by its own names. EPS and
 # PDF aren't among them, whatever a file is called.
@@ -172,7 +174,7 @@ class Dataset:
     # Least share of the area in a training crop. 0.08 is the default of torchvision's
     # RandomResizedCrop, which the paper uses.
     min_scale: float = 0.08
-    center: float = 1.0  # share of each side that evaluation looks at; 7/8 for photos (224 of 256)
+    center: float = 1.0  # share of each side that evaluation looks at; CENTER for photos
     whole: tuple[int, int] = (0, 0)  # sizes of train and val before --limit or --shots
     skipped: list[str] = field(default_factory=list)  # files that aren't photos
     folder: Path | None = None  # where the photos are; None for a built-in set
@@ -197,7 +199,7 @@ def read(
         name: a key of DATASETS, or a folder of photos: class folders, or train/ and perhaps val/
             and test/ with class folders in each.
         data_dir: where published data sets are, or are downloaded to.
-        image_size: the network's; photos are stored at 8/7 of it (256 for 224), centre square.
+        image_size: the network's; photos are stored at 1/CENTER of it (256 for 224), centre square.
         offline: never download.
 
     Raises:
@@ -205,7 +207,7 @@ def read(
             installed; says what to do.
     """
     check_name(name)
-    side = round(image_size * 8 / 7)
+    side = round(image_size / CENTER)
     if name in DATASETS:
         return DATASETS[name](name, Path(data_dir), offline, side)
     return read_folder(Path(name), side)
@@ -336,12 +338,10 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
     if missing or unknown:
         parts = []
         if missing:
-            parts.append(f"it lacks {', '.join(missing[:5])}")
+            parts.append(f"it lacks {first_few(missing)}")
         if unknown:
-            parts.append(f"it has {', '.join(unknown[:5])}, which the run doesn't know")
-            parts.append(
-                f"the run has {', '.join(classes[:10])}{' …' if len(classes) > 10 else ''}"
-            )
+            parts.append(f"it has {first_few(unknown)}, which the run doesn't know")
+            parts.append(f"the run has {first_few(classes, 10)}")
         raise ValueError(
             f"{data.name} has other classes than the run: {'; '.join(parts)}; "
             "rename the folders, or train again"
@@ -373,9 +373,8 @@ def check_split(data: Dataset) -> None:
     counts = torch.bincount(data.train.labels, minlength=len(data.classes))
     empty = [name for name, count in zip(data.classes, counts, strict=True) if not count]
     if empty:
-        some = ", ".join(empty[:5]) + (" and others" if len(empty) > 5 else "")
         raise ValueError(
-            f"no training image is left of {some} in {data.name} ({len(empty)} of "
+            f"no training image is left of {first_few(empty)} in {data.name} ({len(empty)} of "
             f"{len(data.classes)} classes): a class needs at least 3 images, or leave them to "
             "train/, val/ and test/; with --limit, give at least one for each class"
         )
@@ -465,16 +464,18 @@ def read_cifar(
     """
     root = data_dir / place
     fetch_archive(root, CIFAR + archive, md5, offline)
-    names = unpickle(root / meta).get(f"{key}label_names".encode())
-    if not isinstance(names, list) or not all(isinstance(each, bytes) for each in names):
-        raise ValueError(f"{root / meta} has no names of classes; delete its folder")
-    classes = [each.decode(errors="replace") for each in names]
+    names = unpickle(root / meta)[f"{key}label_names".encode()]
+    classes = [each.decode() for each in names]
 
-    batches = [read_batch(root / file, f"{key}labels", len(classes)) for file in [*train, test]]
-    pixels = torch.cat([pixels for pixels, _ in batches])
-    labels = torch.cat([labels for _, labels in batches])
-    tested = len(batches[-1][1])
-    return Dataset(name, classes, *train_and_test(pixels, labels, len(labels) - tested))
+    pixels = []
+    labels = []
+    for file in [*train, test]:
+        batch = unpickle(root / file)
+        pixels.append(batch[b"data"])  # uint8 [n, 3072]
+        labels += batch[f"{key}labels".encode()]
+    trained = len(labels) - len(pixels[-1])
+    table = torch.from_numpy(np.concatenate(pixels)).reshape(-1, 3, 32, 32)  # [N, 3, 32, 32]
+    return Dataset(name, classes, *train_and_test(table, torch.tensor(labels), trained))
 
 
 def train_and_test(table: Tensor, labels: Tensor, trained: int) -> tuple[Images, None, Images]:
@@ -485,25 +486,6 @@ def train_and_test(table: Tensor, labels: Tensor, trained: int) -> tuple[Images,
     everything = Images(table, labels, names)
     places = torch.arange(len(labels))
     return everything[places[:trained]], None, everything[places[trained:]]
-
-
-def read_batch(path: Path, key: str, classes: int) -> tuple[Tensor, Tensor]:
-    """A CIFAR pickle's images uint8 [n, 3, 32, 32], and the labels that it has under `key`.
-
-    Raises:
-        ValueError: as `unpickle`; or they aren't images with labels.
-    """
-    batch = unpickle(path)
-    pixels = batch.get(b"data")
-    labels = batch.get(key.encode())
-    good = isinstance(pixels, np.ndarray) and pixels.ndim == 2 and pixels.shape[1] == 3072
-    good = good and isinstance(labels, list) and len(labels) == len(pixels)
-    if not good or not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise ValueError(
-            f"{path} holds no images with labels; delete its folder to extract the archive again"
-        )
-    pixels = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
-    return pixels, torch.tensor(labels, dtype=torch.long)
 
 
 def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
@@ -572,83 +554,51 @@ def archived_files(archive: Path) -> Iterator[tuple[str, BinaryIO]]:
                 yield member.name, opened.extractfile(member)
 
 
-class _Dtype:
-    """Stands for numpy's dtype in a pickle."""
-
-    def __init__(self, name: object = None, *_):
-        self.name = name
-
-    def __setstate__(self, state: object):
-        pass
-
-
-class _Array:
-    """Stands for a numpy array in a pickle: uint8 alone, as many bytes as its shape says."""
-
-    values: np.ndarray
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, state: tuple):
-        _, shape, dtype, _, raw = state
-        if not isinstance(dtype, _Dtype) or dtype.name not in ("u1", b"u1"):
-            raise pickle.UnpicklingError("an array of something else than bytes")
-        self.values = np.frombuffer(raw, np.uint8).reshape(shape)
-
-
-class _ArraysOnly(pickle._Unpickler):  # the one in Python: in C a small file can take gigabytes
-    """An unpickler that builds nothing but lists, dictionaries, numbers, text and _Array, so that a
-    data file can't run code, nor make numpy look at memory of its choice.
-
-    Tuples become lists, which can't be keys: the hash of nested ones may take years.
-    """
-
-    dispatch = dict(pickle._Unpickler.dispatch)
-
-    def load_tuple(self):
-        items = self.pop_mark()
-        self.append(items)
-
-    def load_few(self, count: int):
-        self.stack[-count:] = [self.stack[-count:]]
-
-    dispatch[pickle.TUPLE[0]] = load_tuple
-    dispatch[pickle.TUPLE1[0]] = partial(load_few, count=1)
-    dispatch[pickle.TUPLE2[0]] = partial(load_few, count=2)
-    dispatch[pickle.TUPLE3[0]] = partial(load_few, count=3)
-
-    ALLOWED = {
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-    }
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.ALLOWED[module, name]
+# The files of CIFAR's two archives with their MD5, as torchvision has them (datasets/cifar.py).
+CIFAR_FILES = {
+    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
 
 
 def unpickle(path: Path) -> dict:
     """A CIFAR pickle's dictionary (keys are bytes).
 
     Raises:
-        ValueError: it is missing, damaged, or wants more than arrays of bytes.
+        ValueError: it is missing, or isn't the published file: a pickle can run code.
     """
-    try:
-        if not path.is_file():
-            raise ValueError("it is missing, or no file")
-        # From memory: asked for more bytes than a file has, a file would reserve them first.
-        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        return {
-            key: each.values if isinstance(each, _Array) else each for key, each in content.items()
-        }
-    except Exception as error:  # a broken pickle can raise nearly anything
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.md5(content).hexdigest() != CIFAR_FILES.get(path.name):
         raise ValueError(
-            f"{path} was refused: {error}; delete its folder to extract the archive again"
-        ) from error
+            f"{path} is missing, or is not the published file (md5 differs); delete {path.parent} "
+            "to extract the archive again"
+        )
+    return _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that builds arrays, lists, dictionaries, numbers and text, and calls nothing
+    else. Of the published files it changes nothing; it is a second lock."""
+
+    ALLOWED = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),  # as it is in the published files
+        ("numpy._core.multiarray", "_reconstruct"),  # as numpy 2 calls it
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
 
 
 def read_torchvision(
@@ -773,8 +723,7 @@ def read_folder(root: Path, side: int) -> Dataset:
         odd = sorted(set(by_class) ^ set(classes))
         if odd:
             raise ValueError(
-                f"{parts[part]} and {parts['train']} don't have the same classes: "
-                f"{', '.join(odd[:3])}"
+                f"{parts[part]} and {parts['train']} don't have the same classes: {first_few(odd)}"
             )
         labelled[part] = with_labels(by_class, classes)
     named = name_classes(root / "README.txt", classes)
@@ -857,7 +806,7 @@ def from_photos(
     images = {"val": None, "test": None}
     for part, place in zip(parts, places, strict=True):
         images[part] = everything[place]
-    return Dataset(name, classes, **images, center=7 / 8, folder=root, sums=sums)
+    return Dataset(name, classes, **images, center=CENTER, folder=root, sums=sums)
 
 
 def find_folders(folder: Path) -> list[Path]:
@@ -994,7 +943,8 @@ def decode(
         keep: in the cache; else in a file without a name, which goes when this process closes it.
 
     Raises:
-        ValueError: no Pillow; photos that can't be read, of which some are named; no room.
+        ValueError: no Pillow; photos that can't be read, of which some are named; no room, or no
+            place that can be written to.
     """
     path_of = {}
     for path in paths:
@@ -1004,24 +954,24 @@ def decode(
         path_of[name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)] = path
     root = root.resolve()
     number = seed_from(as_utf8(str(root)))
-    kept = photo_folder() if keep else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        place = (kept or Path(temporary)) / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
-        with locked(place, folder=True):
-            photos = open_photos(place, side, wanted=len(paths))
-            missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
-            if missing:
-                try:
+        cache = cache_folder() / "photos" if keep else Path(temporary)
+        place = cache / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
+        try:
+            with locked(place, folder=True):
+                photos = open_photos(place, side, wanted=len(paths))
+                missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
+                if missing:
                     check_room(place, len(missing), side)
                     fill_photos(place, photos, missing)
-                except OSError as error:
-                    setting = "ADAPTERTUNE_CACHE" if kept else "TMPDIR"
-                    raise ValueError(
-                        f"can't write {place} ({error.strerror}); mend that, set {setting} to "
-                        "another folder, or give a smaller --image-size"
-                    ) from error
-                photos = Photos(place, side)
-        if missing and kept:
+                    photos = Photos(place, side)
+        except OSError as error:
+            setting = "ADAPTERTUNE_CACHE" if keep else "TMPDIR"
+            raise ValueError(
+                f"can't write {place} ({error.strerror}); mend that, set {setting} to another "
+                "folder, or give a smaller --image-size"
+            ) from error
+        if missing and keep:
             size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
             print(f"photos   {len(missing):,} decoded to {place} ({size}), for later runs too")
     names = [name for name, _, _ in path_of]
@@ -1084,11 +1034,7 @@ class Photos:
 
 def made_by() -> str:
     """What decodes photos, as their index says it."""
-    try:
-        import PIL
-    except ImportError as error:
-        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
-    return f"Pillow {PIL.__version__}, decoder {DECODER}"
+    return f"Pillow {import_pillow().__version__}, decoder {DECODER}"
 
 
 def open_photos(folder: Path, side: int, wanted: int) -> Photos:
@@ -1103,18 +1049,6 @@ def open_photos(folder: Path, side: int, wanted: int) -> Photos:
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(content)
     return Photos(folder, side)
-
-
-def photo_folder() -> Path | None:
-    """The cache's folder of decoded photos; None, and a line that says so, if it can't be used."""
-    try:
-        folder = cache_folder() / "photos"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, ValueError) as error:
-        print(f"note     decoded photos aren't kept ({error}): set ADAPTERTUNE_CACHE")
-        return None
 
 
 def check_room(folder: Path, count: int, side: int) -> None:
@@ -1224,10 +1158,7 @@ def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa:
 
 def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
     """A photo as 8-bit RGB, upright; a JPEG perhaps smaller than it is, but enough for `side`."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
+    Image = import_pillow().Image
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
         raise ValueError(f"can't read {path} as an image (a pipe or a device); remove it")
     has_heif = add_heif()
@@ -1245,7 +1176,7 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         reason = str(error) or "not enough memory"
         raise ValueError(f"{path} is too large to be decoded ({reason}); shrink it") from error
     except Exception as error:  # Pillow's decoders raise many kinds
-        if isinstance(error, UnidentifiedImageError) and not has_heif and is_heif(path):
+        if isinstance(error, Image.UnidentifiedImageError) and not has_heif and is_heif(path):
             raise ValueError(
                 f"can't read {path} as an image without pillow-heif: pip install pillow-heif"
             ) from error
@@ -1253,6 +1184,15 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         raise ValueError(
             f"can't read {path} as an image ({reason}); repair or remove it"
         ) from error
+
+
+def import_pillow() -> ModuleType:
+    """Pillow's module PIL, or a ValueError that says how to install it."""
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise ValueError("photos need Pillow to be decoded: pip install pillow") from error
+    return PIL
 
 
 @functools.cache
@@ -1688,6 +1628,13 @@ def printable(text: str) -> str:
     return CONTROL.sub("\ufffd", text)
 
 
+def first_few(names: list[str], most: int = 5) -> str:
+    """The first names of a list, and how many more it has."""
+    text = ", ".join(names[:most])
+    more = len(names) - most
+    return f"{text} and {more:,} more" if more > 0 else text
+
+
 # ------------------------------------------------------------------------------------- downloads
 
 
@@ -1799,9 +1746,14 @@ def download(
             supply the file by hand.
         OSError: the folder can't be written to.
     """
+    if re.search("//[^/]*@", url):
+        raise ValueError(
+            "an address with a user or a password in it can't be fetched; give one without, in "
+            "HF_ENDPOINT too"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    by_hand = f"fetch {without_password(url)} by other means and put it at {path}"
+    by_hand = f"fetch {url} by other means and put it at {path}"
     if path.suffix == ".safetensors":
         by_hand += " or give it by --weights"
     remove_odd(part)
@@ -1814,7 +1766,7 @@ def download(
             check_content(part, path.name)
         except DownloadError as error:
             part.unlink()
-            reason = f"{without_password(url)} {error} and was removed; try again"
+            reason = f"{url} {error} and was removed; try again"
             raise ValueError(f"{reason}, or {by_hand}") from error
         except ValueError as error:
             if not part.stat().st_size:
@@ -1829,19 +1781,6 @@ class DownloadError(ValueError):
     """What arrived isn't what was asked for."""
 
 
-def without_password(url: str) -> str:
-    """An address as it may be printed."""
-    return re.sub(r"//[^/]*@", "//", url)
-
-
-def without_secrets(text: str, url: str, token: str) -> str:
-    """What a server or urllib says, which may repeat the token or the address's password."""
-    for secret in (token, *re.findall(r"//[^/]*?:([^/]*)@", url)):
-        if secret:
-            text = text.replace(secret, "…")
-    return text
-
-
 def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tries: int) -> None:
     """Requests until `part` is whole (see `download`).
 
@@ -1849,35 +1788,36 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         DownloadError: what arrived isn't what was asked for.
         ValueError: it couldn't be fetched.
     """
-    shown = without_password(url)
     reason = ""
     for attempt in range(tries):
-        if attempt:
-            time.sleep(0.2 * 2**attempt)
+        time.sleep(0.5 * attempt)
         try:
             stated = request_rest(url, part, token)
         except urllib.error.HTTPError as error:
-            reason = without_secrets(f"{error.code} {error.reason}", url, token)
+            # In our own words: what the server says may repeat the token.
+            reason = f"{error.code} {http.client.responses.get(error.code, 'without a reason')}"
             if error.code == 416:  # the part is as long as the file, or longer: once more
                 os.truncate(part, 0)
             elif error.code in (401, 403) and not checksum:  # the hub
                 hint = "set HF_TOKEN for a private file, and accept the licence of a gated one on "
                 hint += "its page"
-                raise ValueError(f"{shown} answered {reason}; {hint}") from error
+                raise ValueError(f"{url} answered {reason}; {hint}") from error
             elif error.code < 500:
-                raise ValueError(f"{shown} answered {reason}") from error
+                raise ValueError(f"{url} answered {reason}") from error
             continue
-        except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        except http.client.HTTPException as error:
+            reason = type(error).__name__
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise ValueError(f"can't write {part} ({error.strerror}); make room") from error
             reason = str(getattr(error, "reason", error) or type(error).__name__)
-            reason = without_secrets(reason, url, token)
             continue
         kind, digest = checksum or ("sha256", stated)
         if digest and file_hash(part, kind) != digest:
             raise DownloadError(f"arrived with a wrong {kind}")
         return
-    raise ValueError(f"could not fetch {shown}: {reason}; run again to go on")
+    raise ValueError(f"could not fetch {url}: {reason}; run again to go on")
 
 
 def check_content(path: Path, name: str) -> None:

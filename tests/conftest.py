@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import data
 import vit
 
 ROOT = Path(__file__).parent.parent
@@ -139,18 +140,23 @@ def tower_shapes(name, norms, width):
 # ------------------------------------------------------------------------------------- data sets
 
 
-def write_cifar10(data_dir):
+def write_cifar10(data_dir, monkeypatch):
     """Write CIFAR-10 in miniature: ten images in each published file, those of file i all of i."""
     folder = data_dir / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
     files = [f"data_batch_{i}" for i in range(1, 6)]
     for i, name in enumerate([*files, "test_batch"]):
         pixels = np.full((10, 3072), i, dtype=np.uint8)
         batch = {b"data": pixels, b"labels": list(range(10))}
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=3))
+        publish_pickle(folder / name, batch, monkeypatch)
     names = [f"class {i}".encode() for i in range(10)]
-    meta = pickle.dumps({b"label_names": names}, protocol=3)
-    (folder / "batches.meta").write_bytes(meta)
+    publish_pickle(folder / "batches.meta", {b"label_names": names}, monkeypatch)
+
+
+def publish_pickle(path, content, monkeypatch):
+    """Write a pickle in the place of one of CIFAR's files, and its MD5 in the place of theirs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(content, protocol=3))
+    monkeypatch.setitem(data.CIFAR_FILES, path.name, data.file_hash(path, "md5"))
 
 
 @pytest.fixture

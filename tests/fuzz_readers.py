@@ -20,7 +20,6 @@ import gzip
 import io
 import json
 import os
-import pickle
 import random
 import re
 import shutil
@@ -213,25 +212,6 @@ def odd_array(rng: random.Random) -> bytes:
     return written.getvalue()
 
 
-def of_pickle(content: bytes, rng: random.Random) -> bytes:
-    """The objects in a pickle, arrays of other kinds among them, as well as bytes."""
-    if rng.random() < 0.5:
-        return damage(content, rng)
-    objects = pickle.loads(content)
-
-    def odd(rng: random.Random) -> object:
-        kind = rng.randrange(5)
-        if kind == 0:
-            return np.array([object, None], dtype=object)
-        if kind == 1:
-            return np.zeros(rng.randrange(5), dtype=rng.choice(("f8", "i4", "u1", "S3")))
-        if kind == 2:
-            return np.zeros((3, rng.randrange(4000)), dtype="u1")
-        return odd_json(rng)
-
-    return pickle.dumps(vary(objects, rng, odd), protocol=rng.choice((2, 3, 4)))
-
-
 def of_text(content: bytes, rng: random.Random) -> bytes:
     """Lines and fields of a text, as well as bytes; or compressed, and far larger than it looks."""
     kind = rng.random()
@@ -302,10 +282,6 @@ def resume(folder: Path) -> None:
         train.fit(train.prepare(options, 0))
 
 
-def read_cifar(folder: Path) -> None:
-    data.read("cifar100", str(folder / "data"))
-
-
 def label_photo(folder: Path) -> int:
     """assets/device/label.py, whose errors are a sys.exit with one line."""
     import label
@@ -369,7 +345,6 @@ READERS = {
     "kept": Reader("runs/a/result.json", of_json, command(*OPTIONS, "--name", "a")),
     "export": Reader("runs/a/adapters.safetensors", of_safetensors, export_run),
     "state": Reader("runs/b/state.pt", of_pth, resume),
-    "cifar": Reader("data/cifar-100-python/test", of_pickle, read_cifar),
     "weights": Reader(
         "tiny.safetensors", of_safetensors, lambda at: vit.load(at / "tiny.safetensors")
     ),
@@ -441,15 +416,6 @@ def make_files(folder: Path) -> None:
     run.state.seen = len(labels)
     train.save_state(run, optimizer)
 
-    cifar = folder / "data" / "cifar-100-python"
-    cifar.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 20), ("test", 10)):
-        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        batch = {b"data": pixels, b"fine_labels": [i % 2 for i in range(count)]}
-        (cifar / name).write_bytes(pickle.dumps(batch, protocol=3))
-    (cifar / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"a", b"b"]}, protocol=3))
-
     (folder / "hub").mkdir()
     stated = {
         "hidden_size": 32,
@@ -488,6 +454,7 @@ def make_files(folder: Path) -> None:
         from PIL import Image
     except ImportError:
         return  # without photos
+    rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     image.save(folder / "honest.png")
     wnids = ("n01443537", "n02124075")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import write_cifar10
+from conftest import publish_pickle, write_cifar10
 
 import data
 
@@ -629,6 +629,13 @@ def test_a_class_without_training_images_is_named():
     data.check_split(data.split(digits, limit=10))
 
 
+def test_the_first_few_names():
+    """A long list of names is cut short, and says how many are left out."""
+    names = list("abcdefg")
+    assert data.first_few(names) == "a, b, c, d, e and 2 more"
+    assert data.first_few(names, 7) == "a, b, c, d, e, f, g"
+
+
 def test_empty_class_is_named(photos):
     """The error names a class folder without photos."""
     (photos / "zebra").mkdir()
@@ -682,54 +689,9 @@ def test_unknown_data_set():
 # ------------------------------------------------------------------------------------------ CIFAR
 
 
-class Evil:
-    """An object whose pickle writes a file when it is read."""
-
-    def __reduce__(self):
-        return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
-
-
-def forged(shape, dtype, raw):
-    """The pickle of an array whose state is of one's own choice."""
-    array = np.zeros(1, dtype=np.uint8).__reduce__()
-    _, _, known, order, _ = array[2]
-
-    class Forged:
-        def __reduce__(self):
-            return array[0], array[1], (1, shape, dtype or known, order, raw)
-
-    return pickle.dumps({b"data": Forged()})
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(pickle.dumps({b"data": Evil()}), b"", b"\x80\x04garbage", pickle.dumps([1])[:-1]),
-        pickle.dumps({b"data": np.zeros(2)}),
-        pickle.dumps({b"data": np.array([{}, 1], dtype=object)}),
-        forged((1,), np.dtype("O"), b"\x00" * 8),
-        forged((2**30,), None, b"\x00" * 8),
-        forged((8,), np.dtype((np.uint8, (2**30,))), b"\x00" * 8),
-        b"\x80\x04r\xff\xff\xff\x7f.",  # puts its only value at place 2^31 of the memo
-        b"\x80\x04\x8e\xff\xff\xff\xff\x01\x00\x00\x00.",  # says that 8 GB follow
-    ],
-    ids=[
-        *("evil", "empty", "garbage", "cut", "floats", "objects", "forged dtype", "forged shape"),
-        *("forged items", "large memo", "large size"),
-    ],
-)
-def test_pickle_is_refused(tmp_path, monkeypatch, content):
-    """A pickle that would run code, or is damaged, is refused and nothing is run."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "batch").write_bytes(content)
-    with pytest.raises(ValueError, match="batch was refused: .*; delete its folder"):
-        data.unpickle(tmp_path / "batch")
-    assert not (tmp_path / "evil").exists()
-
-
-def test_cifar10_folder(tmp_path):
+def test_cifar10_folder(tmp_path, monkeypatch):
     """CIFAR-10 is read from its published file names and keys."""
-    write_cifar10(tmp_path)
+    write_cifar10(tmp_path, monkeypatch)
     images = data.read("cifar10", str(tmp_path), offline=True)
     assert images.train.pixels[:, 0, 0, 0].tolist() == sorted([*range(5)] * 10)
     assert images.test.pixels.unique().tolist() == [5]
@@ -737,12 +699,43 @@ def test_cifar10_folder(tmp_path):
     assert images.classes[:2] == ["class 0", "class 1"]
 
 
-def test_missing_batch_is_named(tmp_path):
-    """The error names a file that the extracted folder lacks."""
-    (tmp_path / "cifar-100-python").mkdir()
-    message = "meta was refused: it is missing, or no file; delete its folder"
+class Evil:
+    """An object whose pickle writes a file when it is read."""
+
+    def __reduce__(self):
+        return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
+
+
+DAMAGES = {
+    "damaged": lambda file: file.write_bytes(file.read_bytes()[:-9] + b"?" * 9),
+    "truncated": lambda file: os.truncate(file, 100),
+    "missing": lambda file: file.unlink(),
+    "foreign": lambda file: file.write_bytes(pickle.dumps(Evil())),
+    "another's": lambda file: shutil.copy(file.with_name("data_batch_1"), file),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_only_published_pickles_are_read(tmp_path, monkeypatch, damage):
+    """Any other file by a published name is refused before it is unpickled, and the error says what
+    to do."""
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path, monkeypatch)
+    folder = tmp_path / "cifar-10-batches-py"
+    DAMAGES[damage](folder / "test_batch")
+    message = f"test_batch is missing, or is not the published file .*; delete {folder} to extract"
     with pytest.raises(ValueError, match=message):
-        data.read("cifar100", str(tmp_path))
+        data.read("cifar10", str(tmp_path))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_no_code_in_a_pickle_is_run(tmp_path, monkeypatch):
+    """Not even if its MD5 were in the table."""
+    monkeypatch.chdir(tmp_path)
+    publish_pickle(tmp_path / "test", {b"data": Evil()}, monkeypatch)
+    with pytest.raises(pickle.UnpicklingError, match="it asks for builtins.eval"):
+        data.unpickle(tmp_path / "test")
+    assert not (tmp_path / "evil").exists()
 
 
 # ----------------------------------------------------------------------------------- the progress

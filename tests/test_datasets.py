@@ -293,6 +293,15 @@ def test_without_torchvision(monkeypatch, tmp_path):
         data.read("pets", str(tmp_path))
 
 
+def test_sums_of_cifars_files(torchvision):
+    """They are those that torchvision checks."""
+    published = {}
+    for each in (torchvision.CIFAR10, torchvision.CIFAR100):
+        published |= dict([*each.train_list, *each.test_list])
+        published[each.meta["filename"]] = each.meta["md5"]
+    assert published == data.CIFAR_FILES
+
+
 def test_offline_without_the_files(torchvision, tmp_path):
     """--offline downloads nothing, and says what would."""
     with pytest.raises(
@@ -750,15 +759,33 @@ def test_photos_that_went_leave_the_cache(photos, counted):
     assert (cached_folder() / "pixels").stat().st_size == found.train.nbytes
 
 
-def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path, capsys):
-    """They are decoded for this process alone, and a line says so."""
+def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path):
+    """An error names the variable that gives another place, before any photo is decoded."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "file"))
-    found = data.read(str(photos), image_size=16)
-    out = capsys.readouterr().out
-    assert "note     decoded photos aren't kept" in out
-    assert "for later runs" not in out
-    assert found.train.pixels.float().std() > 10
+    message = r"can't write .*file/photos/photos-18-.* \(Not a directory\); .*set ADAPTERTUNE_CACHE"
+    with pytest.raises(ValueError, match=message):
+        data.read(str(photos), image_size=16)
+    assert not counted
+    paths = data.find_photos([photos])
+    images, _ = data.decode(paths, [0] * 60, 18, photos, keep=False)
+    assert len(images.pixels) == 60
+
+
+def test_a_cache_that_is_only_read(photos, counted, monkeypatch):
+    """Photos that are decoded need no place that can be written to."""
+    data.read(str(photos), image_size=16)
+
+    def read_only(*_, **more):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data.Path, "write_text", read_only)
+    monkeypatch.setattr(data, "fill_photos", read_only)
+    assert len(data.read(str(photos), image_size=16).train) == 60
+    Image.new("RGB", (50, 50), "red").save(photos / "leaf/99.png")
+    with pytest.raises(ValueError, match=r"\(Permission denied\); .*set ADAPTERTUNE_CACHE to"):
+        data.read(str(photos), image_size=16)
+    assert len(counted) == 60
 
 
 def test_memory_is_that_of_a_batch(photos, counted):

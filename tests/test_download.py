@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, full_disk, runner, serve, write_tiny
+from conftest import ROOT, full_disk, publish_pickle, runner, serve, write_tiny
 from safetensors.torch import save as to_safetensors
 
 import data
@@ -307,17 +307,39 @@ def test_drip(server, tmp_path, monkeypatch, beginning, message):
         finished.set()
 
 
-def test_secrets_that_a_server_repeats(server, tmp_path):
-    """A server that answers with the token doesn't get it printed."""
+def test_token_that_a_server_repeats(server, tmp_path):
+    """A server that answers with the token, in its phrase or as no HTTP at all, doesn't get it
+    printed."""
 
     def repeat(handler):
         handler.send_response(403, f"no {handler.headers['Authorization']}")
         handler.end_headers()
 
     server.answers["/f"] = repeat
-    with pytest.raises(ValueError, match="403 no Bearer …; set HF_TOKEN") as caught:
+    with pytest.raises(ValueError, match="403 Forbidden; set HF_TOKEN") as caught:
         data.download(f"{server.url}/f", tmp_path / "f", token="hf_xyzzy")
     assert "xyzzy" not in str(caught.value)
+
+    def repeat_as_no_http(handler):
+        handler.wfile.write(f"{handler.headers['Authorization']}\r\n\r\n".encode())
+        handler.close_connection = True
+
+    server.answers["/f"] = repeat_as_no_http
+    with pytest.raises(ValueError, match="could not fetch .*: BadStatusLine; run") as caught:
+        data.download(f"{server.url}/f", tmp_path / "f", token="hf_xyzzy")
+    assert "xyzzy" not in str(caught.value)
+
+
+def test_a_phrase_of_several_lines(server, tmp_path):
+    """What a server says of a status doesn't make a second line of error, nor does one without a
+    name."""
+    server.answers["/f"] = answer(b"", status=499)
+    with pytest.raises(ValueError, match="/f answered 499 without a reason; or fetch"):
+        data.download(f"{server.url}/f", tmp_path / "f")
+    server.redirects["/f"] = f"{server.url}/f"
+    del server.answers["/f"]
+    with pytest.raises(ValueError, match="/f answered 302 Found; or fetch"):
+        data.download(f"{server.url}/f", tmp_path / "f")
 
 
 def test_full_disk(server, tmp_path):
@@ -410,12 +432,19 @@ def test_endpoint(monkeypatch, endpoint):
         data.hub_file("timm/net", "model.safetensors")
 
 
-def test_password_is_never_printed(server, tmp_path):
-    """A password in an address isn't shown."""
-    url = server.url.replace("//", "//me:secret@") + "/f"
-    with pytest.raises(ValueError, match="could not fetch http://127.*; run again") as caught:
-        data.download(url, tmp_path / "f", tries=1)
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize("user", ["me:secret", "me:se#cret", "secret"])
+def test_password_is_never_printed(server, tmp_path, monkeypatch, user):
+    """An address with a password is refused, and the password isn't shown."""
+    address = server.url.replace("//", f"//{user}@")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    message = "an address with a user or a password in it can't be fetched; .* HF_ENDPOINT"
+    with pytest.raises(ValueError, match=message) as caught:
+        data.hub_file("timm/net", "model.safetensors")
+    assert "cret" not in str(caught.value)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.download(f"{address}/f", tmp_path / "f")
+    assert "cret" not in str(caught.value)
+    assert server.seen == []
 
 
 def test_no_home(monkeypatch):
@@ -470,11 +499,10 @@ def test_train_without_the_backbone_on_the_hub(run, tmp_path):
 
 
 @pytest.fixture
-def cifar_archive(tmp_path):
+def cifar_archive(tmp_path, monkeypatch):
     """A small archive in the published form of CIFAR-100's python version, of real pickles."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "made" / "cifar-100-python"
-    folder.mkdir(parents=True)
     for name, count in (("train", 200), ("test", 50)):
         labels = [i % 5 for i in range(count)]
         batch = {
@@ -483,9 +511,9 @@ def cifar_archive(tmp_path):
             b"coarse_labels": labels,
             b"filenames": [b"x.png"] * count,
         }
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=3))
+        publish_pickle(folder / name, batch, monkeypatch)
     meta = {b"fine_label_names": [b"apple", b"bear", b"cup", b"dog", b"elm"]}
-    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=3))
+    publish_pickle(folder / "meta", meta, monkeypatch)
     archive = tmp_path / "made" / "cifar-100-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, "cifar-100-python")

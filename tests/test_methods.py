@@ -204,9 +204,9 @@ def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("no_matplotlib")
-def test_no_zero_shot_line_without_validation_images(run, clip, tmp_path):
+def test_no_zero_shot_line_without_validation_images(run, clip, tmp_path, monkeypatch):
     """Where all images of the pool are shots, there is nothing to measure zero-shot on."""
-    write_cifar10(tmp_path)
+    write_cifar10(tmp_path, monkeypatch)
     common = ["--dataset", "cifar10", "--data-dir", tmp_path, "--weights", clip]
     common += ["--shots", 5, "--epochs", 2, "--method", "zero-shot", "clip-adapter"]
     out = run(*common, "--name", "c")

@@ -5,7 +5,6 @@ tests/kill_runs.py and tests/fuzz_readers.py do more of it, by hand."""
 import gzip
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import time
 from pathlib import Path
 
 import fuzz_readers
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, full_disk, runner
@@ -385,40 +383,6 @@ def test_out_of_memory_is_one_line(run, tiny_weights, monkeypatch):
 
 
 # -------------------------------------------------------------------------------- hostile files
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        {b"fine_labels": [0]},
-        {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [2]},
-        {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [0, 1]},
-        {b"data": np.zeros((1, 9), np.uint8), b"fine_labels": [0]},
-        {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [None]},
-        [],
-    ],
-    ids=["no images", "label 2 of 2", "two labels", "9 bytes", "no number", "a list"],
-)
-def test_a_damaged_batch(tmp_path, batch):
-    """Images and labels that don't fit are one line, which says what to delete."""
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"a", b"b"]}, protocol=3))
-    for name in ("train", "test"):
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=3))
-    with pytest.raises(
-        ValueError, match="train (was refused|holds no images).*; delete its folder"
-    ):
-        data.read("cifar100", str(tmp_path))
-
-
-def test_keys_without_end(tmp_path):
-    """A small pickle whose key is a tuple of tuples of …, doubled sixty times, is refused: its hash
-    would never be done."""
-    path = tmp_path / "batch"
-    path.write_bytes(b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.")
-    with pytest.raises(ValueError, match="was refused: unhashable type"):
-        data.unpickle(path)
 
 
 def test_modules_without_end():

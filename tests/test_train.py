@@ -1453,7 +1453,7 @@ def test_without_pillow(run, tiny_weights, tmp_path, monkeypatch):
     """Without Pillow (so without matplotlib) CIFAR trains; photos say what to install."""
     for package in ("PIL", "matplotlib", "matplotlib.image"):
         monkeypatch.setitem(sys.modules, package, None)
-    write_cifar10(tmp_path / "data")
+    write_cifar10(tmp_path / "data", monkeypatch)
     run("--dataset", "cifar10", *quick(tiny_weights))
     for name in ("a", "b"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -1880,7 +1880,7 @@ def test_the_recipe_is_printed_and_kept(tiny_weights, run):
 def test_images_that_have_a_side(tiny_weights, tmp_path, monkeypatch):
     """--no-flip: no training image is mirrored, which about half of them are otherwise. With
     --min-scale 1 a crop loses what its aspect takes alone."""
-    write_cifar10(tmp_path / "data")
+    write_cifar10(tmp_path / "data", monkeypatch)
     monkeypatch.chdir(tmp_path)
     command = ["--weights", str(tiny_weights), "--dataset", "cifar10", "--min-scale", "1"]
     mirrored = []
