@@ -756,9 +756,12 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     tensors = {}
     for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor.detach().cpu().contiguous()
-    known = [adapter_settings(b.adapter) for b in model.blocks if isinstance(b.adapter, Adapter)]
-    common = known[0] if known and all(each == known[0] for each in known) else {}
-    meta = {"version": VERSION, **backbone_settings(model), **common, **(meta or {})}
+    settings = unseen_settings(model)
+    common = dict(settings)
+    for name, value in settings:
+        if common.get(name) != value:  # adapters differ in it
+            common.pop(name, None)
+    meta = {"version": VERSION, **common, **(meta or {})}
     if "fingerprint" not in meta:
         is_whole = len(tensors) == len(model.state_dict())
         meta["fingerprint"] = "" if is_whole else fingerprint(model)
@@ -839,45 +842,25 @@ def check_values(saved: dict[str, Tensor], present: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} has values that aren't finite")
 
 
-def backbone_settings(model: nn.Module) -> dict:
-    """What a backbone computes with and its tensors don't show, for a file's metadata."""
-    mlp_act = "quick_gelu" if model.config.quick_gelu else "gelu"
-    return {"heads": model.config.heads, "mlp_act": mlp_act}
+def unseen_settings(model: nn.Module) -> list[tuple[str, object]]:
+    """What a model computes with and its tensors don't show, by the names of a file's metadata: of
+    the backbone, of a ClipHead and of each Adapter. What is learnt is one of the tensors."""
+    quick_gelu = model.config.quick_gelu
+    found = [("heads", model.config.heads), ("mlp_act", "quick_gelu" if quick_gelu else "gelu")]
+    if isinstance(model.head, ClipHead):
+        found += [("ratio", model.head.image_ratio), ("text_ratio", model.head.text_ratio)]
+    for block in model.blocks:
+        adapter = block.adapter
+        if isinstance(adapter, Adapter):
+            act = name_of_act(adapter.act)
+            found += [("reads", adapter.reads), ("act", act), ("scale", adapter.scale)]
+    return [(name, value) for name, value in found if not isinstance(value, nn.Parameter)]
 
 
-def adapter_settings(adapter: Adapter) -> dict:
-    """What an adapter computes with and the shapes of its tensors don't show, for a file's
-    metadata."""
-    settings = {"reads": adapter.reads, "act": type(adapter.act).__name__}
-    for name, kind in ACTS.items():
-        if type(adapter.act) is kind:
-            settings["act"] = name
-    if not isinstance(adapter.scale, nn.Parameter):  # else it is one of the tensors
-        settings["scale"] = adapter.scale
-    return settings
-
-
-def check_adapter(path: str | Path, saved: dict, block: nn.Module) -> None:
-    """Compare what the shapes of a block's Adapter don't show with the metadata of a file.
-
-    Raises:
-        ValueError: as `check_same`.
-    """
-    present = adapter_settings(block.adapter)
-    if saved.get("act") == "mlp" and type(block.adapter.act) is type(block.mlp.act):
-        present["act"] = "mlp"
-    check_same(path, saved, present)
-
-
-def check_clip_head(path: str | Path, saved: dict, head: ClipHead) -> None:
-    """Compare the fixed ratios of a ClipHead with the metadata of a file.
-
-    Raises:
-        ValueError: as `check_same`.
-    """
-    for name, ratio in {"ratio": head.image_ratio, "text_ratio": head.text_ratio}.items():
-        if not isinstance(ratio, nn.Parameter):  # else it is one of the tensors
-            check_same(path, saved, {name: ratio})
+def name_of_act(act: nn.Module) -> str:
+    """An activation's name in ACTS, or that of its class."""
+    names = {kind: name for name, kind in ACTS.items()}
+    return names.get(type(act), type(act).__name__)
 
 
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
@@ -918,11 +901,10 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         check_values(tensors, wanted)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    check_same(path, meta, backbone_settings(model))
-    if isinstance(model.head, ClipHead):
-        check_clip_head(path, meta, model.head)
-    for block in model.blocks:
-        if isinstance(block.adapter, Adapter):
-            check_adapter(path, meta, block)
+    saved = dict(meta)
+    if saved.get("act") == "mlp":
+        saved["act"] = name_of_act(model.blocks[0].mlp.act)
+    for setting, value in unseen_settings(model):
+        check_same(path, saved, {setting: value})
     model.load_state_dict(tensors, strict=False)
     return meta

@@ -924,7 +924,7 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
     if any("lora_" in name for name in tensors):
         raise ValueError(f"--init {path}: {vit.IS_LORA}")
     present = {name: used[name] for name in ("reads", "act", "scale", "placement")}
-    present |= adaptertune.backbone_settings(model)
+    present = dict(adaptertune.unseen_settings(model)) | present
     present["fingerprint"] = adaptertune.fingerprint(model)
     adaptertune.check_same(path, saved, present)
     try:
@@ -1101,7 +1101,7 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
         "image_size": backbone.config.image_size,
         "mean": backbone.norm[0],
         "std": backbone.norm[1],
-        **adaptertune.backbone_settings(model),
+        **dict(adaptertune.unseen_settings(model)),
         "interpolation": "bicubic",
     }
     if options.method in adaptertune.WHOLE_METHODS:

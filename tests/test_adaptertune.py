@@ -645,8 +645,8 @@ def test_other_settings_of_the_same_shape_are_refused(tiny_weights, tmp_path, op
 def test_another_ratio_is_refused(clip, tiny_weights, tmp_path, ratio):
     """A CLIP-Adapter's ratio, which no tensor shows; a learnt one is a tensor."""
     settings = {"ratio": 0.2, "text_ratio": 0.2}
-    model, meta = adapt(clip, tiny_weights, "clip-adapter", **settings)
-    adaptertune.save(tmp_path / "a.safetensors", model, meta)
+    model, _ = adapt(clip, tiny_weights, "clip-adapter", **settings)
+    adaptertune.save(tmp_path / "a.safetensors", model)
     other, _ = adapt(clip, tiny_weights, "clip-adapter", **settings | {ratio: 0.6})
     with pytest.raises(ValueError, match=f"with {ratio.replace('_', ' ')} 0.2, not 0.6"):
         adaptertune.load(tmp_path / "a.safetensors", other)
@@ -849,9 +849,22 @@ def test_a_file_says_what_its_adapters_compute(tiny_weights, tmp_path):
     with pytest.raises(ValueError, match=message):
         adaptertune.load(path, vit.load(tiny_weights)[0])
 
-    adaptertune.add_adapters(model, 4, method="adaptformer", placement=[1])  # of two kinds
+    adaptertune.add_adapters(model, 4, act="relu", placement=[1])  # of two kinds
     adaptertune.save(path, model)
+    meta = adaptertune.load(path, model)
+    assert "act" not in meta
+    assert (meta["reads"], meta["scale"]) == ("block", 1.0)
+
+
+def test_the_activation_of_the_mlp(tiny_weights, tmp_path):
+    """A file may call it "mlp": its name is the model's own."""
+    path = tmp_path / "a.safetensors"
+    model = adapted(tiny_weights, act="mlp")
+    adaptertune.save(path, model, {"act": "mlp"})
     adaptertune.load(path, model)
+    adaptertune.load(path, adapted(tiny_weights, act="gelu"))
+    with pytest.raises(ValueError, match="was trained with act gelu, not relu"):
+        adaptertune.load(path, adapted(tiny_weights, act="relu"))
 
 
 def test_a_file_without_fingerprint(tmp_path):
