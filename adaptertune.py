@@ -31,9 +31,9 @@ How to add a method, with LoRA on qkv as the example:
 2. vit.py, Attention: `self.adapter = None`, and in forward `qkv + self.adapter(x)` where there is
    one, before qkv is split into heads.
 3. train.py: a row in RATES, the method's learning rate, makes it a choice of --method. Rank and
-   scale are options already; a new setting needs one in `add_method_options`, and here a row in
-   META. For --every and --blocks add the method to PLACED_METHODS, and in `adapt` give
-   `placement` to `add_lora`, which asks `choose_blocks`.
+   scale are options already; a new setting needs one in `add_method_options`. For --every and
+   --blocks add the method to PLACED_METHODS, and in `adapt` give `placement` to `add_lora`, which
+   asks `choose_blocks`.
 4. export.py: nothing for a method that `merge` takes away; else a branch in `write_block`,
    `write_attention` or `write_head`. A graph that lacks something fails the check against PyTorch.
 5. tests/test_adaptertune.py: a row in TRAINED with the names that are trained. Training, saving and
@@ -166,13 +166,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def check_settings(method: str, settings: dict) -> None:
     """Raise a ValueError for a setting that a method doesn't have, or a value of another type than
     its default. Names and limits are checked where the values are used."""
-    kinds = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
     for name, value in settings.items():
         if name not in METHODS[method]:
             known = ", ".join(METHODS[method]) or "none"
             raise ValueError(f"{method} has no setting {name!r}; its settings: {known}")
         default = METHODS[method][name]
-        if type(default) in kinds and not kinds[type(default)](value):
+        if type(default) in KINDS and not KINDS[type(default)](value):
             raise ValueError(
                 f"{name} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
                 f"{default!r} ({type(default).__name__})"
@@ -375,6 +374,9 @@ class ClipHead(nn.Module):
         rank: width of the bottlenecks; E/4 is the published one.
         ratio, text_ratio: a and b; a side whose ratio is 0 gets no bottleneck. `learn_ratio` makes
             the others trained parameters.
+
+    Raises:
+        ValueError: a ratio below 0 or above 1.
     """
 
     def __init__(
@@ -436,6 +438,8 @@ def clip_bottleneck(width: int, rank: int) -> nn.Sequential:
 
 def clip_ratio(value: float, learn: bool) -> float | nn.Parameter:
     """A ratio as ClipHead keeps it: trained only where it is asked for and isn't 0."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"a ratio of {value}: choose from 0 to 1")
     if learn and value:
         return nn.Parameter(torch.tensor(float(value)))
     return float(value)
@@ -715,19 +719,13 @@ META = {
     "test_class_accuracy": real(0, 100),
     "zero_shot_val_accuracy": real(0, 100),
     "placement": several(whole(0)),
-    "rank": whole(0),
-    "reads": choice(READS),
-    "act": text,
-    "init": text,
-    "scale": real(),
-    "learn_scale": flag,
-    "dropout": real(0, 1),
-    "prompts": whole(1),
-    "deep": flag,
-    "ratio": real(0, 1),
-    "text_ratio": real(0, 1),
-    "learn_ratio": flag,
 }
+# Settings of methods are of their defaults' types. Their limits are checked where they are used.
+KINDS = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
+for settings in METHODS.values():
+    for name, default in settings.items():
+        if type(default) in KINDS:
+            META[name] = KINDS[type(default)]
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

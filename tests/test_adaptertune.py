@@ -492,6 +492,9 @@ def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
             adaptertune.adapt(model, "head", classes)
     with pytest.raises(ValueError, match="head has no placement; adaptertune, adaptformer have"):
         adaptertune.adapt(model, "head", 7, placement=[0])  # it would be ignored
+    for ratio in (5.0, -0.1):
+        with pytest.raises(ValueError, match=f"a ratio of {ratio}: choose from 0 to 1"):
+            adapt(clip, tiny_weights, "clip-adapter", ratio=ratio)
     for placement in (1, "first2"):
         with pytest.raises(ValueError, match=r"placement .*: give a list of blocks"):
             adaptertune.adapt(model, "adaptertune", 7, placement=placement)
@@ -741,7 +744,7 @@ def test_float8_and_float64(tiny_weights, tmp_path):
         adaptertune.load(tmp_path / "a.safetensors", model)
 
 
-@pytest.mark.parametrize("meta", [{"scale": float("nan")}, {"rank": None}, {"ratio": 5}], ids=str)
+@pytest.mark.parametrize("meta", [{"scale": float("nan")}, {"rank": None}, {"deep": 1}], ids=str)
 def test_what_could_not_be_read_is_not_saved(tiny_weights, tmp_path, meta):
     """Metadata that `read` refuses would cost what was trained."""
     (name,) = meta
