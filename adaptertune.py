@@ -41,8 +41,9 @@ How to add a method, with LoRA on qkv as the example:
 
 Other kinds need no change of vit.py. A module of your own in `block.adapter` needs an attribute
 `reads` (READS), and a branch in export.py's `write_block`. What changes a layer's output (SSF) is a
-child of that layer called `adapter`, and a forward hook calls it. A method that trains weights of
-the backbone (BitFit) enables their gradients in `adapt`, after `freeze`; they are saved too.
+child of that layer called `adapter`, which a forward hook calls unless it is None. A method that
+trains weights of the backbone (BitFit) enables their gradients in `adapt`, after `freeze`; they are
+saved too.
 """
 
 import hashlib
@@ -480,6 +481,15 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
     return rank
 
 
+def remove_added(model: nn.Module) -> None:
+    """Take all adapters and prompts out of a model, wherever `is_added` would find them."""
+    for block in model.blocks:
+        block.prompts = None
+    for module in model.modules():
+        if "adapter" in dict(module.named_children()):
+            module.adapter = None
+
+
 def adapt(
     model: nn.Module,
     method: str,
@@ -489,7 +499,7 @@ def adapt(
     **settings,
 ) -> dict:
     """Turn a pretrained vit.ViT into what a method trains: added parts, a new head, frozen rest.
-    Adapters and prompts of an earlier call go. What is added follows the backbone: its device, its
+    Adapters and prompts that it already has go. What is added follows the backbone: its device, its
     precision, and whether it is in training mode.
 
     Args:
@@ -510,9 +520,7 @@ def adapt(
     if type(classes) is not int or classes < 1:
         raise ValueError(f"classes {classes!r}: give their number, an int of at least 1")
     settings = METHODS[method] | settings
-    for block in model.blocks:
-        block.adapter = None
-        block.prompts = None
+    remove_added(model)
     if method in ADAPTER_METHODS:
         add_adapters(model, method=method, placement=placement, **settings)
         add_head(model, classes)

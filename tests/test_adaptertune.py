@@ -413,6 +413,8 @@ def test_adapt_begins_from_the_backbone(tiny_weights, before):
     """The adapters or prompts of an earlier call would be trained along without a word."""
     model, _ = vit.load(tiny_weights)
     adaptertune.adapt(model, before, 5)
+    model.blocks[1].attn.adapter = nn.Linear(D, 4)  # of a method of one's own
+    model.patch_embed.proj.adapter = nn.Linear(D, D)
     adaptertune.adapt(model, "head", 5)
     assert list(adaptertune.trained(model)) == ["head.weight", "head.bias"]
     adaptertune.adapt(model, before, 5)
