@@ -42,7 +42,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -527,10 +527,9 @@ class Backbone:
     config: Config
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
-    guessed: tuple[str, ...] = ()  # what nothing states, such as "ImageNet's mean and std"
+    # What states a setting, if not the name or the file: {"heads": "config.json", "std": "guessed"}
+    source: dict[str, str] = field(default_factory=dict)
     note: str = ""  # which of several networks in its file this is, and what was left out
-    heads_from: str = ""  # what decided their number, if it wasn't the name or a guess
-    norm_from: str = ""  # the same of the normalisation
     lora: str = ""  # what was merged into it (`merge_lora`)
 
     def at(self, image_size: int) -> "Backbone":
@@ -538,8 +537,29 @@ class Backbone:
         if not image_size:
             return self
         config = replace(self.config, image_size=image_size)
-        guessed = tuple(guess for guess in self.guessed if not guess.startswith("image size"))
-        return replace(self, config=config, guessed=guessed)
+        return replace(self, config=config, source=self.source | {"image_size": "given"})
+
+    @property
+    def guessed(self) -> dict[str, str]:
+        """What nothing states, by the option of train.py that does, such as
+        {"--heads": "heads 6", "--std": "ImageNet's std"}."""
+        mean, std = self.norm
+        guesses = {
+            "heads": ("--heads", f"heads {self.config.heads}"),
+            "quick_gelu": ("--mlp-act", "QuickGELU"),
+            "mean": ("--mean", f"{whose_norm(mean)}'s mean"),
+            "std": ("--std", f"{whose_norm(std)}'s std"),
+            "image_size": ("--image-size", f"image size {self.config.image_size}"),
+        }
+        return dict(guesses[name] for name in guesses if self.source.get(name) == "guessed")
+
+
+def whose_norm(values: tuple) -> str:
+    """The key of NORMS that has this mean or std; "" for none."""
+    for name, norm in NORMS.items():
+        if values in norm:
+            return name
+    return ""
 
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
@@ -1352,9 +1372,9 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 
-def read_beside(path: Path, width: int) -> dict:
-    """What the files beside weights state: heads, eps, quick_gelu, mean, std; whatever is there;
-    and "heads_from" and "norm_from", which file it was.
+def read_beside(path: Path, width: int) -> dict[str, dict]:
+    """What the files beside weights state, by file: heads, eps, quick_gelu, mean, std; whatever is
+    there.
 
     Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
     open_clip_config.json. A file that states another width is another network's: "note" says that
@@ -1377,17 +1397,7 @@ def read_beside(path: Path, width: int) -> dict:
         strange = "" if "note" in found else strange_statement(content, width)
         if strange:
             raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
-        stated |= with_source(found, name)
-    return stated
-
-
-def with_source(stated: dict, source: str) -> dict:
-    """What is stated, and where: "heads_from" if it states heads, "norm_from" if mean or std."""
-    stated = dict(stated)
-    if "heads" in stated:
-        stated["heads_from"] = source
-    if "mean" in stated or "std" in stated:
-        stated["norm_from"] = source
+        stated[name] = found
     return stated
 
 
@@ -1485,9 +1495,16 @@ def choose_backbone(
     name: str, path: Path, translated: Translated, meta: dict, given: dict
 ) -> Backbone:
     """The named backbone, else the one that the file describes, else what its shapes suggest; what
-    stands beside a file that has neither overrides that, and what is `given` by hand everything
-    (both as `read_beside` has it)."""
-    known = with_source(given, "given")
+    stands beside a file that has neither overrides that, and what is `given` by hand everything."""
+    statements = {}  # settings by what states them; a later one overrides an earlier
+    if not name and "config" not in meta:
+        statements = read_statements(path, translated)
+    statements["given"] = given
+    known = {}
+    source = {}
+    for where, settings in statements.items():
+        known |= settings
+        source |= dict.fromkeys(settings, where)
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
@@ -1496,13 +1513,7 @@ def choose_backbone(
         norm = (stated["mean"], stated["std"])
         backbone = Backbone("", Config(**meta["config"]), norm, license)
     else:
-        found = translated.tensors
-        if "cls_token" in found:  # else guess_backbone says what is missing
-            known = read_beside(path, found["cls_token"].shape[-1]) | known
-        if translated.kernel_heads:
-            heads = max(translated.kernel_heads)
-            known = with_source({"heads": heads}, "its kernels' shape") | known
-        backbone = guess_backbone(translated, known)
+        backbone = guess_backbone(translated, known.get("heads", 0))
     changes = {key: known[key] for key in ("heads", "quick_gelu", "eps") if key in known}
     mean, std = backbone.norm
     notes = (meta.get("note"), translated.note, known.get("note"))
@@ -1510,30 +1521,33 @@ def choose_backbone(
         backbone,
         config=replace(backbone.config, **changes),
         norm=(tuple(known.get("mean", mean)), tuple(known.get("std", std))),
+        source=backbone.source | source,
         note="; ".join(filter(None, notes)),
-        heads_from=known.get("heads_from", ""),
-        norm_from=known.get("norm_from", ""),
     )
 
 
-def guess_backbone(translated: Translated, known: dict) -> Backbone:
-    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
-    heads = known.get("heads", 0)
+def read_statements(path: Path, translated: Translated) -> dict[str, dict]:
+    """What a file's kernels state of heads, and the files beside it (`read_beside`)."""
+    stated = {}
+    if translated.kernel_heads:
+        stated["its kernels' shape"] = {"heads": max(translated.kernel_heads)}
+    if "cls_token" in translated.tensors:  # else guess_backbone says what is missing
+        stated |= read_beside(path, translated.tensors["cls_token"].shape[-1])
+    return stated
+
+
+def guess_backbone(translated: Translated, heads: int) -> Backbone:
+    """What a file's shapes suggest; `heads` is their number, 0 to guess it."""
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
     if "open_clip" in translated.layout.name and not config.norm_pre:
         raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
     whose = "CLIP" if config.norm_pre else translated.layout.norm
-    guessed = []
-    if "heads" not in known:
-        guessed.append(f"heads {config.heads}")
-    if config.norm_pre and "quick_gelu" not in known:
-        guessed.append("QuickGELU")
-    unknown = [name for name in ("mean", "std") if name not in known]
-    if unknown:
-        guessed.append(f"{whose}'s {' and '.join(unknown)}")
+    source = dict.fromkeys(("heads", "mean", "std"), "guessed")
+    if config.norm_pre:
+        source["quick_gelu"] = "guessed"
     if config.rope:
-        guessed.append(f"image size {config.image_size}")
-    return Backbone("", config, NORMS[whose], "not stated", tuple(guessed))
+        source["image_size"] = "guessed"
+    return Backbone("", config, NORMS[whose], "not stated", source)
 
 
 @contextmanager
@@ -2005,15 +2019,6 @@ def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
 
 ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the table of backbones
 
-# Options of train.py that state what else is guessed, by a word in the guess.
-STATED_BY = {
-    "heads": "--heads",
-    "QuickGELU": "--mlp-act",
-    "mean": "--mean",
-    "std": "--std",
-    "image size": "--image-size",
-}
-
 
 def printable(text: str) -> str:
     """A text without control characters: names of files and tensors may hold any."""
@@ -2034,7 +2039,7 @@ def list_backbones() -> list[str]:
         with torch.device("meta"):
             parameters = count_parameters(ViT(config))
         shape = (config.depth, config.width, config.heads, config.patch, config.image_size)
-        [norm] = [norm for norm, values in NORMS.items() if values == backbone.norm]
+        norm = whose_norm(backbone.norm[0])
         repo = backbone.repo or "assets/vit_micro.safetensors"
         lines.append(ROW.format(name, f"{parameters:,}", *shape, norm, backbone.license, repo))
     return lines
@@ -2043,13 +2048,20 @@ def list_backbones() -> list[str]:
 def describe_config(config: Config) -> str:
     """The architecture, by the names of Config's fields."""
     parts = []
-    for field, value in asdict(config).items():
-        name = field.replace("_", " ")
+    for name, value in asdict(config).items():
+        words = name.replace("_", " ")
         if value:
-            parts.append(name if value is True else f"{name} {value}")
+            parts.append(words if value is True else f"{words} {value}")
     if not config.quick_gelu:
         parts.append("gelu")
     return ", ".join(parts)
+
+
+def describe_norm(norm: tuple) -> str:
+    """Mean and std per channel, for the terminal."""
+    mean = " ".join(f"{value:.3g}" for value in norm[0])
+    std = " ".join(f"{value:.3g}" for value in norm[1])
+    return f"mean {mean}, std {std}"
 
 
 def shape_of(config: Config) -> Config:
@@ -2060,27 +2072,25 @@ def shape_of(config: Config) -> Config:
 def describe_file(path: str) -> list[str]:
     """What a file of weights holds, as lines; what is needed to use it last."""
     model, backbone = load(path)
-    source = to_timm(read_tensors(path)[0])  # with what `load` leaves out
-    otherwise = "guessed" if backbone.guessed else "stated in the file"
-    heads_from = backbone.heads_from or otherwise
-    norm_from = backbone.norm_from or otherwise
-    mean = " ".join(f"{value:.3g}" for value in backbone.norm[0])
-    std = " ".join(f"{value:.3g}" for value in backbone.norm[1])
+    translated = to_timm(read_tensors(path)[0])  # with what `load` leaves out
+    stated = "stated in the file"
+    heads_from = backbone.source.get("heads", stated)
+    norm_from = dict.fromkeys(backbone.source.get(name, stated) for name in ("mean", "std"))
     weights = f"{count_parameters(model):,} parameters"
-    if "head.weight" in source.tensors:
-        weights += f", and a head of {len(source.tensors['head.weight']):,} outputs"
+    if "head.weight" in translated.tensors:
+        weights += f", and a head of {len(translated.tensors['head.weight']):,} outputs"
     lines = [
         f"file     {path}",
-        f"layout   {source.layout.name}",
+        f"layout   {translated.layout.name}",
         f"network  {describe_config(backbone.config)}",
         f"heads    {backbone.config.heads} ({heads_from})",
         f"weights  {weights}",
-        f"pixels   mean {mean}, std {std} ({norm_from})",
+        f"pixels   {describe_norm(backbone.norm)} ({', '.join(norm_from)})",
     ]
-    if has_text_tower(source.ignored):
+    if has_text_tower(translated.ignored):
         lines.append("text     CLIP's other tower: --method zero-shot or clip-adapter can use it")
-    elif source.ignored:
-        lines.append(f"unused   {first_few(source.ignored)}")
+    elif translated.ignored:
+        lines.append(f"unused   {first_few(translated.ignored)}")
     if backbone.note:
         lines.append(f"note     {backbone.note}")
     lines += describe_guesses(backbone)
@@ -2091,10 +2101,9 @@ def describe_file(path: str) -> list[str]:
 def describe_guesses(backbone: Backbone) -> list[str]:
     """A line for each guess, with the option of train.py that states it, and the names that do."""
     lines = []
-    for guess in backbone.guessed:
-        options = [option for word, option in STATED_BY.items() if word in guess]
+    for option, guess in backbone.guessed.items():
         why = "stated neither in the file nor beside it; if it is wrong"
-        lines.append(f"guessed  {guess}: {why}: {', '.join(options)}")
+        lines.append(f"guessed  {guess}: {why}: {option}")
     shape = shape_of(backbone.config)
     alike = [name for name, each in BACKBONES.items() if shape_of(each.config) == shape]
     if lines and alike:
