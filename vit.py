@@ -1480,10 +1480,12 @@ def read_norm(content: dict) -> dict:
     for name, values in found.items():
         if values is None:
             continue
-        scaled = [value / (255 * factor) for value in values]
         low = 0.001 if name == "std" else 0
-        if len(scaled) != 3 or not all(low <= value <= 1 for value in scaled):
-            raise ValueError(f"it states the {name} {values}, not three values from {low} to 1")
+        scaled = []
+        if np.shape(values) == (3,):
+            scaled = [value / (255 * factor) for value in values]
+        if not scaled or not all(low <= value <= 1 for value in scaled):
+            raise ValueError(f"{name} {values}: give three numbers from {low} to 1")
         norm[name] = scaled
     return norm
 
@@ -1634,11 +1636,7 @@ def check_given(
         raise ValueError(
             f'{path} is the name of a backbone; give its file too: vit.load({file}, name="{path}")'
         )
-    for what, values, low in (("mean", mean, 0), ("std", std, 0.001)):
-        if values is None:
-            continue
-        if np.shape(values) != (3,) or not low <= min(values) <= max(values) <= 1:
-            raise ValueError(f"{what} {values}: give three numbers from {low} to 1")
+    read_norm({"image_mean": mean, "image_std": std})
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:

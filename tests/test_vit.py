@@ -523,8 +523,8 @@ def test_a_stated_normalisation(stated, mean, std, tmp_path):
         ),
         ("preprocessor_config.json", {"image_std": [0, 0.2, 0.2]}, "from 0.001 to 1"),
         ("preprocessor_config.json", {"image_mean": [float("nan")] * 3}, "from 0 to 1"),
-        ("preprocessor_config.json", {"image_mean": [0.5]}, "three values from 0 to 1"),
-        ("preprocessor_config.json", {"image_std": 0.5}, "not iterable"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "three numbers from 0 to 1"),
+        ("preprocessor_config.json", {"image_std": 0.5}, "std 0.5: give three numbers"),
         ("open_clip_config.json", {"model_cfg": 5}, "can't be used"),
         ("config.json", [1], "it is no dictionary"),
         ("config.json", {"hidden_size": "128"}, "it states the width '128'"),
@@ -982,7 +982,7 @@ def test_arguments_that_can_not_be(tiny_weights):
         vit.load("deit_ti16")
     with pytest.raises(ValueError, match=r'load\(data.ASSETS / "vit_micro.safetensors", name='):
         vit.load("vit_micro")  # which no hub has
-    for mean in (0.5, [0.5], [124, 117, 104]):
+    for mean in (0.5, [0.5], [124, 117, 104], [0.5, float("nan"), 0.5]):
         with pytest.raises(ValueError, match=r"^mean .*: give three numbers from 0 to 1$"):
             vit.load(tiny_weights, mean=mean)
     with pytest.raises(ValueError, match=r"^std .*: give three numbers from 0.001 to 1$"):
