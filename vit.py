@@ -946,22 +946,36 @@ def walk(content: object, containers: tuple[type, ...]) -> Iterator[tuple[str, o
         stack += reversed(inside)
 
 
+@contextmanager
+def refusing(path: Path, advice: str) -> Iterator[None]:
+    """Name a file that is missing or damaged in one ValueError: JSON may hold anything, so reading
+    it may raise anything."""
+    try:
+        if not path.is_file():  # a pipe or a device, which may have no end
+            raise ValueError("no file")
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} can't be used ({first_line(error)}); {advice}") from error
+
+
+def read_json(path: Path) -> dict:
+    """A file of JSON, perhaps with a byte order mark, that holds a dictionary."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict):
+        raise ValueError("it is no dictionary")
+    return content
+
+
 def read_parts(index: Path) -> dict[str, Tensor]:
     """All tensors of the files that a .safetensors.index.json lists."""
-    try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    with refusing(index, "fetch that index of safetensors again"):
+        names = set(read_json(index)["weight_map"].values())
         names = sorted(Path(name).name for name in names)
-    except Exception as error:  # of JSON that may hold anything
-        raise ValueError(f"{index} is damaged, or no index of safetensors") from error
     tensors = {}
     for name in names:
         part = index.with_name(name)
-        try:
-            if not part.is_file():
-                raise FileNotFoundError(part)
+        with refusing(part, f"fetch it again: {index.name} lists it"):
             tensors |= load_file(part)
-        except Exception as error:  # missing or damaged, for which it has kinds of its own
-            raise ValueError(f"{part}, which {index.name} lists, is missing or damaged") from error
     return tensors
 
 
@@ -1385,15 +1399,9 @@ def read_beside(path: Path, width: int) -> dict[str, dict]:
         file = path.with_name(name)
         if not file.is_file():
             continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8-sig"))
-            if not isinstance(content, dict):
-                raise ValueError("it is no dictionary")
+        with refusing(file, "correct it, or remove it from beside the weights"):
+            content = read_json(file)
             found = read_description(content, width)
-        except Exception as error:  # of JSON that may hold anything
-            raise ValueError(
-                f"{file}, beside the weights, can't be used ({error}); correct or remove it"
-            ) from error
         strange = "" if "note" in found else strange_statement(content, width)
         if strange:
             raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
@@ -1693,11 +1701,9 @@ def check_causal(path: Path) -> None:
     file = path.with_name("open_clip_config.json")
     if not file.is_file():
         return
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-        every_token = content["model_cfg"]["text_cfg"].get("no_causal_mask", False)
-    except Exception as error:  # of JSON that may hold anything
-        raise ValueError(f"{file}, beside the weights, is damaged; correct or remove it") from error
+    with refusing(file, "correct it, or remove it from beside the weights"):
+        text_config = read_json(file)["model_cfg"]["text_cfg"]
+        every_token = text_config.get("no_causal_mask", False)
     if every_token:
         raise ValueError(
             f"{file}, beside the weights, states a text tower without a causal mask: it can't be "
@@ -1797,18 +1803,11 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
     stated = folder / LORA_CONFIG
     if path in (folder, stated):
         path = folder / LORA_FILE
-    try:
-        if not stated.is_file():  # a pipe or a device, which may have no end
-            raise ValueError("no file")
-        content = json.loads(stated.read_text(encoding="utf-8-sig"))
+    with refusing(stated, "give the folder that peft's save_pretrained wrote"):
+        content = read_json(stated)
         given = {name: value for name, value in content.items() if value is not None}
         settings = LORA_SETTINGS | given
         check_settings(settings)
-    except Exception as error:  # of JSON that may hold anything
-        raise ValueError(
-            f"{stated} is missing or damaged ({first_line(error)}); give the folder that peft's "
-            "save_pretrained wrote"
-        ) from error
     strange = strange_setting(settings)
     if strange:
         raise ValueError(f"{stated} states {strange[:100]}; {MERGE_BY_PEFT}")
