@@ -657,40 +657,37 @@ class Layout:
 
     name: str  # for users
     tell: str  # matches the end of a key that only this family has
-    eps: float  # of the LayerNorms, which no file states
+    eps: float = 1e-6  # of the LayerNorms, which no tensor tells; CLIP's and DINOv3's are 1e-5
     norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
     ignored: tuple[str, ...] = IGNORED
 
 
 LAYOUTS = (  # the first one that fits is taken
-    Layout("OpenAI CLIP, open_clip", r"\bconv1\.weight$", 1e-5),
+    Layout("OpenAI CLIP, open_clip", r"\bconv1\.weight$"),
     Layout(
         "Hugging Face CLIP",
         r"\bembeddings\.class_embedding$",
-        1e-5,
         ignored=(*IGNORED, r"\.\./classifier\."),  # reads the mean of patches without the norm
     ),
     Layout(
         "Hugging Face Dinov2",
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
-        1e-6,
         ignored=(*IGNORED, r"\.\./classifier\."),  # reads the class token beside that mean
     ),
-    Layout("Hugging Face DINOv3", r"\bembeddings\.patch_embeddings\.weight$", 1e-5),
+    Layout("Hugging Face DINOv3", r"\bembeddings\.patch_embeddings\.weight$"),
     Layout(
         "Hugging Face ViT, DeiT",
         r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
-        1e-12,
+        eps=1e-12,
     ),
-    Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$", 1e-6),
-    Layout("torchvision", r"\bconv_proj\.weight$", 1e-6),
-    Layout("Google's .npz", r"\bembedding/kernel$", 1e-6, "Inception"),
+    Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$"),
+    Layout("torchvision", r"\bconv_proj\.weight$"),
+    Layout("Google's .npz", r"\bembedding/kernel$", norm="Inception"),
 )
 TEXT_LAYOUTS = (
     Layout(
         "OpenAI, open_clip, Hugging Face CLIP",
         r"\b(embeddings\.)?token_embedding\.weight$",
-        1e-5,
         ignored=TEXT_IGNORED,
     ),
 )
@@ -1339,7 +1336,7 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         qkv_bias=qkv_bias,
         patch_bias="patch_embed.proj.bias" in found,
         pool="mean" if "fc_norm.weight" in found else "token",
-        eps=1e-5 if norm_pre or rope else eps,
+        eps=1e-5 if norm_pre or text or rope else eps,
         causal=text,
         rope=rope,
     )
