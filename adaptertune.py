@@ -31,9 +31,9 @@ How to add a method, with LoRA on qkv as the example:
 2. vit.py, Attention: `self.adapter = None`, and in forward `qkv + self.adapter(x)` where there is
    one, before qkv is split into heads.
 3. train.py: a row in RATES, the method's learning rate, makes it a choice of --method. Rank and
-   scale are options already; a new setting needs one in `add_method_options`, and here a row in
-   META. For --every and --blocks add the method to PLACED_METHODS, and in `adapt` give
-   `placement` to `add_lora`, which asks `choose_blocks`.
+   scale are options already; a new setting needs one in `add_method_options`. For --every and
+   --blocks add the method to PLACED_METHODS, and in `adapt` give `placement` to `add_lora`, which
+   asks `choose_blocks`.
 4. export.py: nothing for a method that `merge` takes away; else a branch in `write_block`,
    `write_attention` or `write_head`. A graph that lacks something fails the check against PyTorch.
 5. tests/test_adaptertune.py: a row in TRAINED with the names that are trained. Training, saving and
@@ -41,8 +41,9 @@ How to add a method, with LoRA on qkv as the example:
 
 Other kinds need no change of vit.py. A module of your own in `block.adapter` needs an attribute
 `reads` (READS), and a branch in export.py's `write_block`. What changes a layer's output (SSF) is a
-child of that layer called `adapter`, and a forward hook calls it. A method that trains weights of
-the backbone (BitFit) enables their gradients in `adapt`, after `freeze`; they are saved too.
+child of that layer called `adapter`, which a forward hook calls unless it is None. A method that
+trains weights of the backbone (BitFit) enables their gradients in `adapt`, after `freeze`; they are
+saved too.
 """
 
 import hashlib
@@ -166,13 +167,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def check_settings(method: str, settings: dict) -> None:
     """Raise a ValueError for a setting that a method doesn't have, or a value of another type than
     its default. Names and limits are checked where the values are used."""
-    kinds = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
     for name, value in settings.items():
         if name not in METHODS[method]:
             known = ", ".join(METHODS[method]) or "none"
             raise ValueError(f"{method} has no setting {name!r}; its settings: {known}")
         default = METHODS[method][name]
-        if type(default) in kinds and not kinds[type(default)](value):
+        if type(default) in KINDS and not KINDS[type(default)](value):
             raise ValueError(
                 f"{name} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
                 f"{default!r} ({type(default).__name__})"
@@ -375,6 +375,9 @@ class ClipHead(nn.Module):
         rank: width of the bottlenecks; E/4 is the published one.
         ratio, text_ratio: a and b; a side whose ratio is 0 gets no bottleneck. `learn_ratio` makes
             the others trained parameters.
+
+    Raises:
+        ValueError: a ratio below 0 or above 1.
     """
 
     def __init__(
@@ -436,6 +439,8 @@ def clip_bottleneck(width: int, rank: int) -> nn.Sequential:
 
 def clip_ratio(value: float, learn: bool) -> float | nn.Parameter:
     """A ratio as ClipHead keeps it: trained only where it is asked for and isn't 0."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"a ratio of {value}: choose from 0 to 1")
     if learn and value:
         return nn.Parameter(torch.tensor(float(value)))
     return float(value)
@@ -476,6 +481,15 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
     return rank
 
 
+def remove_added(model: nn.Module) -> None:
+    """Take all adapters and prompts out of a model, wherever `is_added` would find them."""
+    for block in model.blocks:
+        block.prompts = None
+    for module in model.modules():
+        if "adapter" in dict(module.named_children()):
+            module.adapter = None
+
+
 def adapt(
     model: nn.Module,
     method: str,
@@ -485,7 +499,7 @@ def adapt(
     **settings,
 ) -> dict:
     """Turn a pretrained vit.ViT into what a method trains: added parts, a new head, frozen rest.
-    Adapters and prompts of an earlier call go. What is added follows the backbone: its device, its
+    Adapters and prompts that it already has go. What is added follows the backbone: its device, its
     precision, and whether it is in training mode.
 
     Args:
@@ -506,9 +520,7 @@ def adapt(
     if type(classes) is not int or classes < 1:
         raise ValueError(f"classes {classes!r}: give their number, an int of at least 1")
     settings = METHODS[method] | settings
-    for block in model.blocks:
-        block.adapter = None
-        block.prompts = None
+    remove_added(model)
     if method in ADAPTER_METHODS:
         add_adapters(model, method=method, placement=placement, **settings)
         add_head(model, classes)
@@ -715,19 +727,13 @@ META = {
     "test_class_accuracy": real(0, 100),
     "zero_shot_val_accuracy": real(0, 100),
     "placement": several(whole(0)),
-    "rank": whole(0),
-    "reads": choice(READS),
-    "act": text,
-    "init": text,
-    "scale": real(),
-    "learn_scale": flag,
-    "dropout": real(0, 1),
-    "prompts": whole(1),
-    "deep": flag,
-    "ratio": real(0, 1),
-    "text_ratio": real(0, 1),
-    "learn_ratio": flag,
 }
+# Settings of methods are of their defaults' types. Their limits are checked where they are used.
+KINDS = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
+for settings in METHODS.values():
+    for name, default in settings.items():
+        if type(default) in KINDS:
+            META[name] = KINDS[type(default)]
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -756,9 +762,12 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     tensors = {}
     for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor.detach().cpu().contiguous()
-    known = [adapter_settings(b.adapter) for b in model.blocks if isinstance(b.adapter, Adapter)]
-    common = known[0] if known and all(each == known[0] for each in known) else {}
-    meta = {"version": VERSION, **backbone_settings(model), **common, **(meta or {})}
+    settings = unseen_settings(model)
+    common = dict(settings)
+    for name, value in settings:
+        if common.get(name) != value:  # adapters differ in it
+            common.pop(name, None)
+    meta = {"version": VERSION, **common, **(meta or {})}
     if "fingerprint" not in meta:
         is_whole = len(tensors) == len(model.state_dict())
         meta["fingerprint"] = "" if is_whole else fingerprint(model)
@@ -839,45 +848,25 @@ def check_values(saved: dict[str, Tensor], present: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} has values that aren't finite")
 
 
-def backbone_settings(model: nn.Module) -> dict:
-    """What a backbone computes with and its tensors don't show, for a file's metadata."""
-    mlp_act = "quick_gelu" if model.config.quick_gelu else "gelu"
-    return {"heads": model.config.heads, "mlp_act": mlp_act}
+def unseen_settings(model: nn.Module) -> list[tuple[str, object]]:
+    """What a model computes with and its tensors don't show, by the names of a file's metadata: of
+    the backbone, of a ClipHead and of each Adapter. What is learnt is one of the tensors."""
+    quick_gelu = model.config.quick_gelu
+    found = [("heads", model.config.heads), ("mlp_act", "quick_gelu" if quick_gelu else "gelu")]
+    if isinstance(model.head, ClipHead):
+        found += [("ratio", model.head.image_ratio), ("text_ratio", model.head.text_ratio)]
+    for block in model.blocks:
+        adapter = block.adapter
+        if isinstance(adapter, Adapter):
+            act = name_of_act(adapter.act)
+            found += [("reads", adapter.reads), ("act", act), ("scale", adapter.scale)]
+    return [(name, value) for name, value in found if not isinstance(value, nn.Parameter)]
 
 
-def adapter_settings(adapter: Adapter) -> dict:
-    """What an adapter computes with and the shapes of its tensors don't show, for a file's
-    metadata."""
-    settings = {"reads": adapter.reads, "act": type(adapter.act).__name__}
-    for name, kind in ACTS.items():
-        if type(adapter.act) is kind:
-            settings["act"] = name
-    if not isinstance(adapter.scale, nn.Parameter):  # else it is one of the tensors
-        settings["scale"] = adapter.scale
-    return settings
-
-
-def check_adapter(path: str | Path, saved: dict, block: nn.Module) -> None:
-    """Compare what the shapes of a block's Adapter don't show with the metadata of a file.
-
-    Raises:
-        ValueError: as `check_same`.
-    """
-    present = adapter_settings(block.adapter)
-    if saved.get("act") == "mlp" and type(block.adapter.act) is type(block.mlp.act):
-        present["act"] = "mlp"
-    check_same(path, saved, present)
-
-
-def check_clip_head(path: str | Path, saved: dict, head: ClipHead) -> None:
-    """Compare the fixed ratios of a ClipHead with the metadata of a file.
-
-    Raises:
-        ValueError: as `check_same`.
-    """
-    for name, ratio in {"ratio": head.image_ratio, "text_ratio": head.text_ratio}.items():
-        if not isinstance(ratio, nn.Parameter):  # else it is one of the tensors
-            check_same(path, saved, {name: ratio})
+def name_of_act(act: nn.Module) -> str:
+    """An activation's name in ACTS, or that of its class."""
+    names = {kind: name for name, kind in ACTS.items()}
+    return names.get(type(act), type(act).__name__)
 
 
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
@@ -918,11 +907,10 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         check_values(tensors, wanted)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    check_same(path, meta, backbone_settings(model))
-    if isinstance(model.head, ClipHead):
-        check_clip_head(path, meta, model.head)
-    for block in model.blocks:
-        if isinstance(block.adapter, Adapter):
-            check_adapter(path, meta, block)
+    saved = dict(meta)
+    if saved.get("act") == "mlp":
+        saved["act"] = name_of_act(model.blocks[0].mlp.act)
+    for setting, value in unseen_settings(model):
+        check_same(path, saved, {setting: value})
     model.load_state_dict(tensors, strict=False)
     return meta

@@ -891,7 +891,7 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
     if any("lora_" in name for name in tensors):
         raise ValueError(f"--init {path}: {vit.IS_LORA}")
     present = {name: used[name] for name in ("reads", "act", "scale", "placement")}
-    present |= adaptertune.backbone_settings(model)
+    present = dict(adaptertune.unseen_settings(model)) | present
     present["fingerprint"] = adaptertune.fingerprint(model)
     adaptertune.check_same(path, saved, present)
     try:
@@ -1068,7 +1068,7 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
         "image_size": backbone.config.image_size,
         "mean": backbone.norm[0],
         "std": backbone.norm[1],
-        **adaptertune.backbone_settings(model),
+        **dict(adaptertune.unseen_settings(model)),
         "interpolation": "bicubic",
     }
     if options.method in adaptertune.WHOLE_METHODS:
@@ -2182,23 +2182,20 @@ def describe_trained(counts: dict[str, int], epochs: int) -> None:
 def describe_backbone(backbone: vit.Backbone, meta: dict, frozen: int) -> None:
     """The network's name and shape, the normalisation, and what was guessed."""
     heads = counted(backbone.config.heads, "head")
-    if backbone.heads_from:
-        heads += f" ({backbone.heads_from})"
+    if "heads" in backbone.source:
+        heads += f" ({backbone.source['heads']})"
     act = "QuickGELU" if backbone.config.quick_gelu else "GELU"
     size = backbone.config.image_size
     print(f"backbone {meta['backbone']} {size}px, {frozen:,} frozen, {heads}, {act}")
-    mean = " ".join(f"{value:.3g}" for value in meta["mean"])
-    std = " ".join(f"{value:.3g}" for value in meta["std"])
-    print(f"pixels   mean {mean}, std {std}")
+    print(f"pixels   {vit.describe_norm(backbone.norm)}")
     if backbone.note:
         print(f"weights  {backbone.note}")
     if backbone.lora:
         print(f"lora     {backbone.lora}")
     if backbone.guessed:
-        guessed = ", ".join(backbone.guessed)
         print(
-            f"warning  {guessed}: guessed, since nothing beside the weights states it; "
-            "if that is wrong: --backbone, or --heads, --mean, --std, --mlp-act, --image-size"
+            f"warning  {', '.join(backbone.guessed.values())}: guessed, since nothing beside the "
+            f"weights states it; if that is wrong: --backbone, or {', '.join(backbone.guessed)}"
         )
 
 

@@ -42,7 +42,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -527,10 +527,9 @@ class Backbone:
     config: Config
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
-    guessed: tuple[str, ...] = ()  # what nothing states, such as "ImageNet's mean and std"
+    # What states a setting, if not the name or the file: {"heads": "config.json", "std": "guessed"}
+    source: dict[str, str] = field(default_factory=dict)
     note: str = ""  # which of several networks in its file this is, and what was left out
-    heads_from: str = ""  # what decided their number, if it wasn't the name or a guess
-    norm_from: str = ""  # the same of the normalisation
     lora: str = ""  # what was merged into it (`merge_lora`)
 
     def at(self, image_size: int) -> "Backbone":
@@ -538,8 +537,29 @@ class Backbone:
         if not image_size:
             return self
         config = replace(self.config, image_size=image_size)
-        guessed = tuple(guess for guess in self.guessed if not guess.startswith("image size"))
-        return replace(self, config=config, guessed=guessed)
+        return replace(self, config=config, source=self.source | {"image_size": "given"})
+
+    @property
+    def guessed(self) -> dict[str, str]:
+        """What nothing states, by the option of train.py that does, such as
+        {"--heads": "heads 6", "--std": "ImageNet's std"}."""
+        mean, std = self.norm
+        guesses = {
+            "heads": ("--heads", f"heads {self.config.heads}"),
+            "quick_gelu": ("--mlp-act", "QuickGELU"),
+            "mean": ("--mean", f"{whose_norm(mean)}'s mean"),
+            "std": ("--std", f"{whose_norm(std)}'s std"),
+            "image_size": ("--image-size", f"image size {self.config.image_size}"),
+        }
+        return dict(guesses[name] for name in guesses if self.source.get(name) == "guessed")
+
+
+def whose_norm(values: tuple) -> str:
+    """The key of NORMS that has this mean or std; "" for none."""
+    for name, norm in NORMS.items():
+        if values in norm:
+            return name
+    return ""
 
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
@@ -637,40 +657,37 @@ class Layout:
 
     name: str  # for users
     tell: str  # matches the end of a key that only this family has
-    eps: float  # of the LayerNorms, which no file states
+    eps: float = 1e-6  # of the LayerNorms, which no tensor tells; CLIP's and DINOv3's are 1e-5
     norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
     ignored: tuple[str, ...] = IGNORED
 
 
 LAYOUTS = (  # the first one that fits is taken
-    Layout("OpenAI CLIP, open_clip", r"\bconv1\.weight$", 1e-5),
+    Layout("OpenAI CLIP, open_clip", r"\bconv1\.weight$"),
     Layout(
         "Hugging Face CLIP",
         r"\bembeddings\.class_embedding$",
-        1e-5,
         ignored=(*IGNORED, r"\.\./classifier\."),  # reads the mean of patches without the norm
     ),
     Layout(
         "Hugging Face Dinov2",
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
-        1e-6,
         ignored=(*IGNORED, r"\.\./classifier\."),  # reads the class token beside that mean
     ),
-    Layout("Hugging Face DINOv3", r"\bembeddings\.patch_embeddings\.weight$", 1e-5),
+    Layout("Hugging Face DINOv3", r"\bembeddings\.patch_embeddings\.weight$"),
     Layout(
         "Hugging Face ViT, DeiT",
         r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
-        1e-12,
+        eps=1e-12,
     ),
-    Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$", 1e-6),
-    Layout("torchvision", r"\bconv_proj\.weight$", 1e-6),
-    Layout("Google's .npz", r"\bembedding/kernel$", 1e-6, "Inception"),
+    Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$"),
+    Layout("torchvision", r"\bconv_proj\.weight$"),
+    Layout("Google's .npz", r"\bembedding/kernel$", norm="Inception"),
 )
 TEXT_LAYOUTS = (
     Layout(
         "OpenAI, open_clip, Hugging Face CLIP",
         r"\b(embeddings\.)?token_embedding\.weight$",
-        1e-5,
         ignored=TEXT_IGNORED,
     ),
 )
@@ -926,22 +943,36 @@ def walk(content: object, containers: tuple[type, ...]) -> Iterator[tuple[str, o
         stack += reversed(inside)
 
 
+@contextmanager
+def refusing(path: Path, advice: str) -> Iterator[None]:
+    """Name a file that is missing or damaged in one ValueError: JSON may hold anything, so reading
+    it may raise anything."""
+    try:
+        if not path.is_file():  # a pipe or a device, which may have no end
+            raise ValueError("no file")
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} can't be used ({first_line(error)}); {advice}") from error
+
+
+def read_json(path: Path) -> dict:
+    """A file of JSON, perhaps with a byte order mark, that holds a dictionary."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict):
+        raise ValueError("it is no dictionary")
+    return content
+
+
 def read_parts(index: Path) -> dict[str, Tensor]:
     """All tensors of the files that a .safetensors.index.json lists."""
-    try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    with refusing(index, "fetch that index of safetensors again"):
+        names = set(read_json(index)["weight_map"].values())
         names = sorted(Path(name).name for name in names)
-    except Exception as error:  # of JSON that may hold anything
-        raise ValueError(f"{index} is damaged, or no index of safetensors") from error
     tensors = {}
     for name in names:
         part = index.with_name(name)
-        try:
-            if not part.is_file():
-                raise FileNotFoundError(part)
+        with refusing(part, f"fetch it again: {index.name} lists it"):
             tensors |= load_file(part)
-        except Exception as error:  # missing or damaged, for which it has kinds of its own
-            raise ValueError(f"{part}, which {index.name} lists, is missing or damaged") from error
     return tensors
 
 
@@ -1305,7 +1336,7 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
         qkv_bias=qkv_bias,
         patch_bias="patch_embed.proj.bias" in found,
         pool="mean" if "fc_norm.weight" in found else "token",
-        eps=1e-5 if norm_pre or rope else eps,
+        eps=1e-5 if norm_pre or text or rope else eps,
         causal=text,
         rope=rope,
     )
@@ -1352,9 +1383,9 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 
-def read_beside(path: Path, width: int) -> dict:
-    """What the files beside weights state: heads, eps, quick_gelu, mean, std; whatever is there;
-    and "heads_from" and "norm_from", which file it was.
+def read_beside(path: Path, width: int) -> dict[str, dict]:
+    """What the files beside weights state, by file: heads, eps, quick_gelu, mean, std; whatever is
+    there.
 
     Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
     open_clip_config.json. A file that states another width is another network's: "note" says that
@@ -1365,29 +1396,13 @@ def read_beside(path: Path, width: int) -> dict:
         file = path.with_name(name)
         if not file.is_file():
             continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8-sig"))
-            if not isinstance(content, dict):
-                raise ValueError("it is no dictionary")
+        with refusing(file, "correct it, or remove it from beside the weights"):
+            content = read_json(file)
             found = read_description(content, width)
-        except Exception as error:  # of JSON that may hold anything
-            raise ValueError(
-                f"{file}, beside the weights, can't be used ({error}); correct or remove it"
-            ) from error
         strange = "" if "note" in found else strange_statement(content, width)
         if strange:
             raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
-        stated |= with_source(found, name)
-    return stated
-
-
-def with_source(stated: dict, source: str) -> dict:
-    """What is stated, and where: "heads_from" if it states heads, "norm_from" if mean or std."""
-    stated = dict(stated)
-    if "heads" in stated:
-        stated["heads_from"] = source
-    if "mean" in stated or "std" in stated:
-        stated["norm_from"] = source
+        stated[name] = found
     return stated
 
 
@@ -1470,10 +1485,12 @@ def read_norm(content: dict) -> dict:
     for name, values in found.items():
         if values is None:
             continue
-        scaled = [value / (255 * factor) for value in values]
         low = 0.001 if name == "std" else 0
-        if len(scaled) != 3 or not all(low <= value <= 1 for value in scaled):
-            raise ValueError(f"it states the {name} {values}, not three values from {low} to 1")
+        scaled = []
+        if np.shape(values) == (3,):
+            scaled = [value / (255 * factor) for value in values]
+        if not scaled or not all(low <= value <= 1 for value in scaled):
+            raise ValueError(f"{name} {values}: give three numbers from {low} to 1")
         norm[name] = scaled
     return norm
 
@@ -1485,9 +1502,16 @@ def choose_backbone(
     name: str, path: Path, translated: Translated, meta: dict, given: dict
 ) -> Backbone:
     """The named backbone, else the one that the file describes, else what its shapes suggest; what
-    stands beside a file that has neither overrides that, and what is `given` by hand everything
-    (both as `read_beside` has it)."""
-    known = with_source(given, "given")
+    stands beside a file that has neither overrides that, and what is `given` by hand everything."""
+    statements = {}  # settings by what states them; a later one overrides an earlier
+    if not name and "config" not in meta:
+        statements = read_statements(path, translated)
+    statements["given"] = given
+    known = {}
+    source = {}
+    for where, settings in statements.items():
+        known |= settings
+        source |= dict.fromkeys(settings, where)
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
@@ -1496,13 +1520,7 @@ def choose_backbone(
         norm = (stated["mean"], stated["std"])
         backbone = Backbone("", Config(**meta["config"]), norm, license)
     else:
-        found = translated.tensors
-        if "cls_token" in found:  # else guess_backbone says what is missing
-            known = read_beside(path, found["cls_token"].shape[-1]) | known
-        if translated.kernel_heads:
-            heads = max(translated.kernel_heads)
-            known = with_source({"heads": heads}, "its kernels' shape") | known
-        backbone = guess_backbone(translated, known)
+        backbone = guess_backbone(translated, known.get("heads", 0))
     changes = {key: known[key] for key in ("heads", "quick_gelu", "eps") if key in known}
     mean, std = backbone.norm
     notes = (meta.get("note"), translated.note, known.get("note"))
@@ -1510,30 +1528,33 @@ def choose_backbone(
         backbone,
         config=replace(backbone.config, **changes),
         norm=(tuple(known.get("mean", mean)), tuple(known.get("std", std))),
+        source=backbone.source | source,
         note="; ".join(filter(None, notes)),
-        heads_from=known.get("heads_from", ""),
-        norm_from=known.get("norm_from", ""),
     )
 
 
-def guess_backbone(translated: Translated, known: dict) -> Backbone:
-    """What a file's shapes suggest; `guessed` are those guesses that `known` has nothing on."""
-    heads = known.get("heads", 0)
+def read_statements(path: Path, translated: Translated) -> dict[str, dict]:
+    """What a file's kernels state of heads, and the files beside it (`read_beside`)."""
+    stated = {}
+    if translated.kernel_heads:
+        stated["its kernels' shape"] = {"heads": max(translated.kernel_heads)}
+    if "cls_token" in translated.tensors:  # else guess_backbone says what is missing
+        stated |= read_beside(path, translated.tensors["cls_token"].shape[-1])
+    return stated
+
+
+def guess_backbone(translated: Translated, heads: int) -> Backbone:
+    """What a file's shapes suggest; `heads` is their number, 0 to guess it."""
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
     if "open_clip" in translated.layout.name and not config.norm_pre:
         raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
     whose = "CLIP" if config.norm_pre else translated.layout.norm
-    guessed = []
-    if "heads" not in known:
-        guessed.append(f"heads {config.heads}")
-    if config.norm_pre and "quick_gelu" not in known:
-        guessed.append("QuickGELU")
-    unknown = [name for name in ("mean", "std") if name not in known]
-    if unknown:
-        guessed.append(f"{whose}'s {' and '.join(unknown)}")
+    source = dict.fromkeys(("heads", "mean", "std"), "guessed")
+    if config.norm_pre:
+        source["quick_gelu"] = "guessed"
     if config.rope:
-        guessed.append(f"image size {config.image_size}")
-    return Backbone("", config, NORMS[whose], "not stated", tuple(guessed))
+        source["image_size"] = "guessed"
+    return Backbone("", config, NORMS[whose], "not stated", source)
 
 
 @contextmanager
@@ -1620,11 +1641,7 @@ def check_given(
         raise ValueError(
             f'{path} is the name of a backbone; give its file too: vit.load({file}, name="{path}")'
         )
-    for what, values, low in (("mean", mean, 0), ("std", std, 0.001)):
-        if values is None:
-            continue
-        if np.shape(values) != (3,) or not low <= min(values) <= max(values) <= 1:
-            raise ValueError(f"{what} {values}: give three numbers from {low} to 1")
+    read_norm({"image_mean": mean, "image_std": std})
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
@@ -1681,11 +1698,9 @@ def check_causal(path: Path) -> None:
     file = path.with_name("open_clip_config.json")
     if not file.is_file():
         return
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-        every_token = content["model_cfg"]["text_cfg"].get("no_causal_mask", False)
-    except Exception as error:  # of JSON that may hold anything
-        raise ValueError(f"{file}, beside the weights, is damaged; correct or remove it") from error
+    with refusing(file, "correct it, or remove it from beside the weights"):
+        text_config = read_json(file)["model_cfg"]["text_cfg"]
+        every_token = text_config.get("no_causal_mask", False)
     if every_token:
         raise ValueError(
             f"{file}, beside the weights, states a text tower without a causal mask: it can't be "
@@ -1785,18 +1800,11 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
     stated = folder / LORA_CONFIG
     if path in (folder, stated):
         path = folder / LORA_FILE
-    try:
-        if not stated.is_file():  # a pipe or a device, which may have no end
-            raise ValueError("no file")
-        content = json.loads(stated.read_text(encoding="utf-8-sig"))
+    with refusing(stated, "give the folder that peft's save_pretrained wrote"):
+        content = read_json(stated)
         given = {name: value for name, value in content.items() if value is not None}
         settings = LORA_SETTINGS | given
         check_settings(settings)
-    except Exception as error:  # of JSON that may hold anything
-        raise ValueError(
-            f"{stated} is missing or damaged ({first_line(error)}); give the folder that peft's "
-            "save_pretrained wrote"
-        ) from error
     strange = strange_setting(settings)
     if strange:
         raise ValueError(f"{stated} states {strange[:100]}; {MERGE_BY_PEFT}")
@@ -2005,15 +2013,6 @@ def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
 
 ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the table of backbones
 
-# Options of train.py that state what else is guessed, by a word in the guess.
-STATED_BY = {
-    "heads": "--heads",
-    "QuickGELU": "--mlp-act",
-    "mean": "--mean",
-    "std": "--std",
-    "image size": "--image-size",
-}
-
 
 def printable(text: str) -> str:
     """A text without control characters: names of files and tensors may hold any."""
@@ -2034,7 +2033,7 @@ def list_backbones() -> list[str]:
         with torch.device("meta"):
             parameters = count_parameters(ViT(config))
         shape = (config.depth, config.width, config.heads, config.patch, config.image_size)
-        [norm] = [norm for norm, values in NORMS.items() if values == backbone.norm]
+        norm = whose_norm(backbone.norm[0])
         repo = backbone.repo or "assets/vit_micro.safetensors"
         lines.append(ROW.format(name, f"{parameters:,}", *shape, norm, backbone.license, repo))
     return lines
@@ -2043,13 +2042,20 @@ def list_backbones() -> list[str]:
 def describe_config(config: Config) -> str:
     """The architecture, by the names of Config's fields."""
     parts = []
-    for field, value in asdict(config).items():
-        name = field.replace("_", " ")
+    for name, value in asdict(config).items():
+        words = name.replace("_", " ")
         if value:
-            parts.append(name if value is True else f"{name} {value}")
+            parts.append(words if value is True else f"{words} {value}")
     if not config.quick_gelu:
         parts.append("gelu")
     return ", ".join(parts)
+
+
+def describe_norm(norm: tuple) -> str:
+    """Mean and std per channel, for the terminal."""
+    mean = " ".join(f"{value:.3g}" for value in norm[0])
+    std = " ".join(f"{value:.3g}" for value in norm[1])
+    return f"mean {mean}, std {std}"
 
 
 def shape_of(config: Config) -> Config:
@@ -2060,27 +2066,25 @@ def shape_of(config: Config) -> Config:
 def describe_file(path: str) -> list[str]:
     """What a file of weights holds, as lines; what is needed to use it last."""
     model, backbone = load(path)
-    source = to_timm(read_tensors(path)[0])  # with what `load` leaves out
-    otherwise = "guessed" if backbone.guessed else "stated in the file"
-    heads_from = backbone.heads_from or otherwise
-    norm_from = backbone.norm_from or otherwise
-    mean = " ".join(f"{value:.3g}" for value in backbone.norm[0])
-    std = " ".join(f"{value:.3g}" for value in backbone.norm[1])
+    translated = to_timm(read_tensors(path)[0])  # with what `load` leaves out
+    stated = "stated in the file"
+    heads_from = backbone.source.get("heads", stated)
+    norm_from = dict.fromkeys(backbone.source.get(name, stated) for name in ("mean", "std"))
     weights = f"{count_parameters(model):,} parameters"
-    if "head.weight" in source.tensors:
-        weights += f", and a head of {len(source.tensors['head.weight']):,} outputs"
+    if "head.weight" in translated.tensors:
+        weights += f", and a head of {len(translated.tensors['head.weight']):,} outputs"
     lines = [
         f"file     {path}",
-        f"layout   {source.layout.name}",
+        f"layout   {translated.layout.name}",
         f"network  {describe_config(backbone.config)}",
         f"heads    {backbone.config.heads} ({heads_from})",
         f"weights  {weights}",
-        f"pixels   mean {mean}, std {std} ({norm_from})",
+        f"pixels   {describe_norm(backbone.norm)} ({', '.join(norm_from)})",
     ]
-    if has_text_tower(source.ignored):
+    if has_text_tower(translated.ignored):
         lines.append("text     CLIP's other tower: --method zero-shot or clip-adapter can use it")
-    elif source.ignored:
-        lines.append(f"unused   {first_few(source.ignored)}")
+    elif translated.ignored:
+        lines.append(f"unused   {first_few(translated.ignored)}")
     if backbone.note:
         lines.append(f"note     {backbone.note}")
     lines += describe_guesses(backbone)
@@ -2091,10 +2095,9 @@ def describe_file(path: str) -> list[str]:
 def describe_guesses(backbone: Backbone) -> list[str]:
     """A line for each guess, with the option of train.py that states it, and the names that do."""
     lines = []
-    for guess in backbone.guessed:
-        options = [option for word, option in STATED_BY.items() if word in guess]
+    for option, guess in backbone.guessed.items():
         why = "stated neither in the file nor beside it; if it is wrong"
-        lines.append(f"guessed  {guess}: {why}: {', '.join(options)}")
+        lines.append(f"guessed  {guess}: {why}: {option}")
     shape = shape_of(backbone.config)
     alike = [name for name, each in BACKBONES.items() if shape_of(each.config) == shape]
     if lines and alike:

@@ -413,6 +413,8 @@ def test_adapt_begins_from_the_backbone(tiny_weights, before):
     """The adapters or prompts of an earlier call would be trained along without a word."""
     model, _ = vit.load(tiny_weights)
     adaptertune.adapt(model, before, 5)
+    model.blocks[1].attn.adapter = nn.Linear(D, 4)  # of a method of one's own
+    model.patch_embed.proj.adapter = nn.Linear(D, D)
     adaptertune.adapt(model, "head", 5)
     assert list(adaptertune.trained(model)) == ["head.weight", "head.bias"]
     adaptertune.adapt(model, before, 5)
@@ -492,6 +494,9 @@ def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
             adaptertune.adapt(model, "head", classes)
     with pytest.raises(ValueError, match="head has no placement; adaptertune, adaptformer have"):
         adaptertune.adapt(model, "head", 7, placement=[0])  # it would be ignored
+    for ratio in (5.0, -0.1):
+        with pytest.raises(ValueError, match=f"a ratio of {ratio}: choose from 0 to 1"):
+            adapt(clip, tiny_weights, "clip-adapter", ratio=ratio)
     for placement in (1, "first2"):
         with pytest.raises(ValueError, match=r"placement .*: give a list of blocks"):
             adaptertune.adapt(model, "adaptertune", 7, placement=placement)
@@ -645,8 +650,8 @@ def test_other_settings_of_the_same_shape_are_refused(tiny_weights, tmp_path, op
 def test_another_ratio_is_refused(clip, tiny_weights, tmp_path, ratio):
     """A CLIP-Adapter's ratio, which no tensor shows; a learnt one is a tensor."""
     settings = {"ratio": 0.2, "text_ratio": 0.2}
-    model, meta = adapt(clip, tiny_weights, "clip-adapter", **settings)
-    adaptertune.save(tmp_path / "a.safetensors", model, meta)
+    model, _ = adapt(clip, tiny_weights, "clip-adapter", **settings)
+    adaptertune.save(tmp_path / "a.safetensors", model)
     other, _ = adapt(clip, tiny_weights, "clip-adapter", **settings | {ratio: 0.6})
     with pytest.raises(ValueError, match=f"with {ratio.replace('_', ' ')} 0.2, not 0.6"):
         adaptertune.load(tmp_path / "a.safetensors", other)
@@ -741,7 +746,7 @@ def test_float8_and_float64(tiny_weights, tmp_path):
         adaptertune.load(tmp_path / "a.safetensors", model)
 
 
-@pytest.mark.parametrize("meta", [{"scale": float("nan")}, {"rank": None}, {"ratio": 5}], ids=str)
+@pytest.mark.parametrize("meta", [{"scale": float("nan")}, {"rank": None}, {"deep": 1}], ids=str)
 def test_what_could_not_be_read_is_not_saved(tiny_weights, tmp_path, meta):
     """Metadata that `read` refuses would cost what was trained."""
     (name,) = meta
@@ -849,9 +854,22 @@ def test_a_file_says_what_its_adapters_compute(tiny_weights, tmp_path):
     with pytest.raises(ValueError, match=message):
         adaptertune.load(path, vit.load(tiny_weights)[0])
 
-    adaptertune.add_adapters(model, 4, method="adaptformer", placement=[1])  # of two kinds
+    adaptertune.add_adapters(model, 4, act="relu", placement=[1])  # of two kinds
     adaptertune.save(path, model)
+    meta = adaptertune.load(path, model)
+    assert "act" not in meta
+    assert (meta["reads"], meta["scale"]) == ("block", 1.0)
+
+
+def test_the_activation_of_the_mlp(tiny_weights, tmp_path):
+    """A file may call it "mlp": its name is the model's own."""
+    path = tmp_path / "a.safetensors"
+    model = adapted(tiny_weights, act="mlp")
+    adaptertune.save(path, model, {"act": "mlp"})
     adaptertune.load(path, model)
+    adaptertune.load(path, adapted(tiny_weights, act="gelu"))
+    with pytest.raises(ValueError, match="was trained with act gelu, not relu"):
+        adaptertune.load(path, adapted(tiny_weights, act="relu"))
 
 
 def test_a_file_without_fingerprint(tmp_path):

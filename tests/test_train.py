@@ -117,7 +117,9 @@ def test_what_is_guessed_is_said(run, tmp_path):
     command = ["--weights", tmp_path / "bare.safetensors", "--limit", 64, "--epochs", 1]
     out = run(*command, "--name", "a")
     assert "pixels   mean 0.485 0.456 0.406, std 0.229 0.224 0.225\n" in out
-    assert "warning  heads 1, ImageNet's mean and std: guessed" in out
+    assert "frozen, 1 head (guessed), GELU\n" in out
+    assert "warning  heads 1, ImageNet's mean, ImageNet's std: guessed" in out
+    assert "if that is wrong: --backbone, or --heads, --mean, --std\n" in out
     by_hand = ["--heads", 4, "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2"]
     out = run(*command, *by_hand, "--mlp-act", "quick_gelu", "--name", "b")
     assert "frozen, 4 heads (given), QuickGELU\n" in out

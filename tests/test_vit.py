@@ -203,7 +203,7 @@ def test_dinov3s_image_size_is_guessed(tmp_path, run):
     save_file(random_dinov3().state_dict(), tmp_path / "w.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
     _, backbone = vit.load(tmp_path / "w.safetensors")
-    assert "image size 224" in backbone.guessed
+    assert backbone.guessed["--image-size"] == "image size 224"
     assert re.search(
         r"guessed  image size 224: .*--image-size$", run(tmp_path / "w.safetensors"), re.M
     )
@@ -222,7 +222,7 @@ def test_dinov3_states_its_shape(tmp_path, monkeypatch):
         for options in ({"name": "dinov3_s16"}, {"heads": 2, "image_size": 16}):
             loaded, backbone = vit.load(path, **options)
             assert backbone.config == model.config
-            assert "image size" not in "".join(backbone.guessed)
+            assert "--image-size" not in backbone.guessed
             assert adaptertune.fingerprint(loaded) == adaptertune.fingerprint(model)
             assert torch.equal(loaded(IMAGES), model(IMAGES))
     _, backbone = vit.load(path, heads=2)
@@ -510,7 +510,7 @@ def test_a_stated_normalisation(stated, mean, std, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(text, encoding="utf-8-sig")
     _, backbone = vit.load(path)
     assert backbone.norm == (pytest.approx((mean,) * 3), pytest.approx((std,) * 3))
-    assert backbone.guessed == ("heads 2",)
+    assert backbone.guessed == {"--heads": "heads 2"}
 
 
 @pytest.mark.parametrize(
@@ -523,9 +523,9 @@ def test_a_stated_normalisation(stated, mean, std, tmp_path):
         ),
         ("preprocessor_config.json", {"image_std": [0, 0.2, 0.2]}, "from 0.001 to 1"),
         ("preprocessor_config.json", {"image_mean": [float("nan")] * 3}, "from 0 to 1"),
-        ("preprocessor_config.json", {"image_mean": [0.5]}, "three values from 0 to 1"),
-        ("preprocessor_config.json", {"image_std": 0.5}, "not iterable"),
-        ("open_clip_config.json", {"model_cfg": 5}, "can't be used"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "three numbers from 0 to 1"),
+        ("preprocessor_config.json", {"image_std": 0.5}, "std 0.5: give three numbers"),
+        ("open_clip_config.json", {"model_cfg": 5}, "'int' object has no attribute 'get'"),
         ("config.json", [1], "it is no dictionary"),
         ("config.json", {"hidden_size": "128"}, "it states the width '128'"),
         ("config.json", {"num_attention_heads": 7}, "it states 7 attention heads, for the width"),
@@ -545,7 +545,8 @@ def test_descriptions_that_can_not_be(name, content, message, tmp_path):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
         vit.load(path)
-    assert f"{name}, beside the weights, can't be used" in str(error.value)
+    assert f"{name} can't be used (" in str(error.value)
+    assert str(error.value).endswith("; correct it, or remove it from beside the weights")
 
 
 @pytest.mark.parametrize(
@@ -578,7 +579,7 @@ def test_a_tower_of_timm_in_open_clip(width, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     _, backbone = vit.load(path)
     assert backbone.config.heads == {1152: 16, 64: 1}[width]
-    assert backbone.guessed[0].startswith("heads")
+    assert "--heads" in backbone.guessed
     tensors = load_file(path)
     del tensors["cls_token"]
     save_file(tensors, path)
@@ -596,7 +597,8 @@ def test_what_timm_states(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stated))
     _, backbone = vit.load(path)
     assert backbone.config.heads == 8
-    assert backbone.guessed == ("ImageNet's std",)
+    assert backbone.guessed == {"--std": "ImageNet's std"}
+    assert backbone.source == {"heads": "config.json", "mean": "config.json", "std": "guessed"}
 
 
 @pytest.mark.parametrize(
@@ -615,7 +617,7 @@ def test_activation_that_timms_name_states(architecture, tag, quick_gelu, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(stated))
     _, backbone = vit.load(path)
     assert backbone.config.quick_gelu == (quick_gelu is not False)
-    assert ("QuickGELU" in backbone.guessed) == (quick_gelu is None)
+    assert ("--mlp-act" in backbone.guessed) == (quick_gelu is None)
 
 
 def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
@@ -640,7 +642,7 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
     )
     with pytest.raises(ValueError, match=r"one part of several; give .*index\.json"):
         vit.load(part)
-    with pytest.raises(ValueError, match="model-2.safetensors, which .* lists, is missing or"):
+    with pytest.raises(ValueError, match="model-2.safetensors can't be used .*index.json lists it"):
         vit.load(index)
     tensors["blocks.0.mlp.fc1.weight"] = tensors["blocks.0.mlp.fc1.weight"].to(torch.int8)
     save_file(tensors, tmp_path / "int8.safetensors")
@@ -799,9 +801,9 @@ def test_google_npz(arrays, save, tiny_weights, tmp_path):
     model, backbone = vit.load(tmp_path / "w.npz")
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
     assert backbone.config.heads == 2
-    assert backbone.heads_from == "its kernels' shape"
+    assert backbone.source["heads"] == "its kernels' shape"
     assert backbone.norm == vit.HALF
-    assert backbone.guessed == ("Inception's mean and std",)
+    assert backbone.guessed == {"--mean": "Inception's mean", "--std": "Inception's std"}
     assert vit.load(tmp_path / "w.npz", head=True)[0].head.out_features == 5
 
 
@@ -981,7 +983,7 @@ def test_arguments_that_can_not_be(tiny_weights):
         vit.load("deit_ti16")
     with pytest.raises(ValueError, match=r'load\(data.ASSETS / "vit_micro.safetensors", name='):
         vit.load("vit_micro")  # which no hub has
-    for mean in (0.5, [0.5], [124, 117, 104]):
+    for mean in (0.5, [0.5], [124, 117, 104], [0.5, float("nan"), 0.5]):
         with pytest.raises(ValueError, match=r"^mean .*: give three numbers from 0 to 1$"):
             vit.load(tiny_weights, mean=mean)
     with pytest.raises(ValueError, match=r"^std .*: give three numbers from 0.001 to 1$"):
@@ -1041,12 +1043,12 @@ BESIDE = {
             },
         },
         {"heads": 4, "quick_gelu": True, "eps": 1e-5},
-        (),
+        {},
     ),
     "timm": (
         {"config.json": {"architecture": "vit", "pretrained_cfg": HALF_NORM}},
         {"heads": 2, "quick_gelu": False, "eps": 1e-6},
-        ("heads 2",),
+        {"--heads": "heads 2"},
     ),
     "open_clip": (
         {
@@ -1056,7 +1058,7 @@ BESIDE = {
             }
         },
         {"heads": 8, "quick_gelu": True},
-        (),
+        {},
     ),
 }
 
@@ -1109,13 +1111,13 @@ def test_a_configuration_that_does_not_fit(tmp_path):
     beside.write_text(json.dumps({"hidden_size": 768, "num_attention_heads": 8}))
     _, backbone = vit.load(path)
     assert backbone.config.heads == 2
-    assert backbone.guessed == ("heads 2", "ImageNet's mean and std")
+    assert list(backbone.guessed) == ["--heads", "--mean", "--std"]
     assert backbone.note == "the description beside it is of width 768, and was left out"
     beside.write_text(json.dumps({"hidden_act": "relu"}))
     with pytest.raises(ValueError, match="states the activation 'relu', not gelu or quick_gelu"):
         vit.load(path)
     beside.write_text("{ cut")
-    with pytest.raises(ValueError, match="config.json, beside the weights, can't be used"):
+    with pytest.raises(ValueError, match="config.json can't be used .Expecting"):
         vit.load(path)
 
 
@@ -1139,7 +1141,7 @@ def test_given_heads_are_honoured_beside_a_name(tmp_path):
     _, backbone = vit.load(path, name="vit_micro", heads=8, quick_gelu=True, mean=[0.1] * 3)
     assert (backbone.config.heads, backbone.config.quick_gelu) == (8, True)
     assert backbone.norm == ((0.1,) * 3, tuple(vit.CIFAR100[1]))
-    assert backbone.guessed == ()
+    assert backbone.guessed == {}
 
 
 def test_an_unknown_option(tiny_weights):
@@ -1283,8 +1285,9 @@ def test_description_of_guesses(run, tmp_path):
     save_file(vit.ViT(config, classes=10).state_dict(), path)
     described = lines_of(run(path))
     why = "stated neither in the file nor beside it; if it is wrong"
-    expected = [f"heads 3: {why}: --heads", f"ImageNet's mean and std: {why}: --mean, --std"]
-    assert described["guessed"] == expected
+    expected = {"heads 3": "--heads", "ImageNet's mean": "--mean", "ImageNet's std": "--std"}
+    lines = [f"{guess}: {why}: {option}" for guess, option in expected.items()]
+    assert described["guessed"] == lines
     assert described["shape"] == [
         "that of vit_ti16, deit_ti16; --backbone NAME states what is guessed"
     ]
@@ -1297,6 +1300,7 @@ def test_description_of_guesses(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stated))
     described = lines_of(run(path))
     assert described["heads"] == ["6 (config.json)"]
+    assert described["pixels"][0].endswith(" (config.json, guessed)")
     assert described["guessed"] == [f"ImageNet's std: {why}: --std"]
     assert described["shape"][0].startswith("that of vit_ti16, deit_ti16;")
 
@@ -1339,7 +1343,7 @@ def test_description_of_what_is_left_out(clip, tensors, arrays, run, tmp_path):
     described = lines_of(run(tmp_path / "w.npz"))
     assert described["heads"] == ["2 (its kernels' shape)"]
     assert described["pixels"] == ["mean 0.5 0.5 0.5, std 0.5 0.5 0.5 (guessed)"]
-    assert len(described["guessed"]) == 1
+    assert len(described["guessed"]) == 2
 
 
 def write_refused(folder, tensors, clip):
