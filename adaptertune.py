@@ -484,6 +484,7 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
 def remove_added(model: nn.Module) -> None:
     """Take all adapters and prompts out of a model, wherever `is_added` would find them."""
     for block in model.blocks:
+        block.adapter = None  # of whatever kind
         block.prompts = None
     for module in model.modules():
         if "adapter" in dict(module.named_children()):
@@ -730,10 +731,19 @@ META = {
 }
 # Settings of methods are of their defaults' types. Their limits are checked where they are used.
 KINDS = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
-for settings in METHODS.values():
-    for name, default in settings.items():
-        if type(default) in KINDS:
-            META[name] = KINDS[type(default)]
+
+
+def types_of_settings() -> dict[str, Callable]:
+    """Rows of META for what a method may be given."""
+    found = {}
+    for settings in METHODS.values():
+        for name, default in settings.items():
+            if type(default) in KINDS:
+                found[name] = KINDS[type(default)]
+    return found
+
+
+META |= types_of_settings()
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

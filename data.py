@@ -68,6 +68,7 @@ except ImportError:  # Windows: there no lock is held
 ASSETS = Path(__file__).parent / "assets"
 CENTER = 7 / 8  # share of a photo's sides that evaluation looks at: 224 of 256 pixels
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError from a full disk
 # What Pillow decodes without another program, by the files' suffixes and by its own names. EPS and
 # PDF aren't among them, whatever a file is called.
 PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -966,11 +967,10 @@ def decode(
                     fill_photos(place, photos, missing)
                     photos = Photos(place, side)
         except OSError as error:
-            setting = "ADAPTERTUNE_CACHE" if keep else "TMPDIR"
-            raise ValueError(
-                f"can't write {place} ({error.strerror}); mend that, set {setting} to another "
-                "folder, or give a smaller --image-size"
-            ) from error
+            advice = f"set {'ADAPTERTUNE_CACHE' if keep else 'TMPDIR'} to another folder"
+            if error.errno in NO_ROOM:
+                advice = f"make room, {advice}, or give a smaller --image-size"
+            raise ValueError(f"can't use {place} ({error.strerror}); {advice}") from error
         if missing and keep:
             size = f"{(place / 'pixels').stat().st_size / 1e6:,.0f} MB"
             print(f"photos   {len(missing):,} decoded to {place} ({size}), for later runs too")
@@ -1685,7 +1685,8 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "adaptertune"
     except RuntimeError as error:
         raise ValueError(
-            "there is no home folder to keep downloads in; set ADAPTERTUNE_CACHE to a folder"
+            "there is no home folder to keep downloads and photos in; "
+            "set ADAPTERTUNE_CACHE to a folder"
         ) from error
 
 
@@ -1711,8 +1712,11 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
         raise ValueError(
             "HF_TOKEN holds a space or another character that no token has; correct it"
         )
-    if not re.match(r"https?://[!-~]+$", endpoint):
-        raise ValueError("HF_ENDPOINT is no address like https://huggingface.co; correct it")
+    if not re.match(r"https?://[!-~]+$", endpoint) or "@" in endpoint:
+        raise ValueError(
+            "HF_ENDPOINT is no address like https://huggingface.co, without user and password; "
+            "correct it"
+        )
     download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=token)
     return path
 
@@ -1746,11 +1750,6 @@ def download(
             supply the file by hand.
         OSError: the folder can't be written to.
     """
-    if re.search("//[^/]*@", url):
-        raise ValueError(
-            "an address with a user or a password in it can't be fetched; give one without, in "
-            "HF_ENDPOINT too"
-        )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     by_hand = f"fetch {url} by other means and put it at {path}"
@@ -1777,7 +1776,7 @@ def download(
     flush(path.parent)
 
 
-class DownloadError(ValueError):
+class DownloadError(Exception):
     """What arrived isn't what was asked for."""
 
 
@@ -1805,11 +1804,11 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
             elif error.code < 500:
                 raise ValueError(f"{url} answered {reason}") from error
             continue
-        except http.client.HTTPException as error:
+        except (http.client.HTTPException, ValueError) as error:  # ValueError: of a bad redirection
             reason = type(error).__name__
             continue
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in NO_ROOM:
                 raise ValueError(f"can't write {part} ({error.strerror}); make room") from error
             reason = str(getattr(error, "reason", error) or type(error).__name__)
             continue

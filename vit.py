@@ -528,7 +528,7 @@ class Backbone:
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
     # What states a setting, if not the name or the file: {"heads": "config.json", "std": "guessed"}
-    source: dict[str, str] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict, hash=False)
     note: str = ""  # which of several networks in its file this is, and what was left out
     lora: str = ""  # what was merged into it (`merge_lora`)
 

@@ -684,7 +684,7 @@ def test_a_full_disk_while_photos_are_decoded(photos, tmp_path):
         command, env=environment, capture_output=True, text=True, preexec_fn=full_disk(500_000)
     )
     last = done.stderr.splitlines()[-1]
-    assert re.match(r"ValueError: can't write .*photos-73-\w+ \(File too large\); mend that", last)
+    assert re.match(r"ValueError: can't use .*photos-73-\w+ \(File too large\); make room", last)
     (index,) = (tmp_path / "c/photos").glob("*/index")
     kept = len(index.read_text().splitlines()) - 1
     assert 0 < kept < 60
@@ -763,7 +763,7 @@ def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path):
     """An error names the variable that gives another place, before any photo is decoded."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "file"))
-    message = r"can't write .*file/photos/photos-18-.* \(Not a directory\); .*set ADAPTERTUNE_CACHE"
+    message = r"can't use .*file/photos/photos-18-.* \(Not a directory\); set ADAPTERTUNE_CACHE"
     with pytest.raises(ValueError, match=message):
         data.read(str(photos), image_size=16)
     assert not counted

@@ -1219,6 +1219,11 @@ def lines_of(text):
     return lines
 
 
+def test_backbones_can_be_keys():
+    """Each row of the table is a value of its own, for sets and caches."""
+    assert len(set(vit.BACKBONES.values())) == len(vit.BACKBONES)
+
+
 def test_list_of_backbones(run):
     """Every backbone in a row, in aligned columns; published numbers of parameters."""
     header, *rows = run().splitlines()
