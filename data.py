@@ -208,10 +208,16 @@ def read(
             installed; says what to do.
     """
     check_name(name)
-    side = round(image_size / CENTER)
+    side = stored_side(image_size, CENTER)
     if name in DATASETS:
         return DATASETS[name](name, Path(data_dir), offline, side)
     return read_folder(Path(name), side)
+
+
+def stored_side(image_size: int, center: float) -> int:
+    """Side in pixels of the square of whose middle, `center` of each side, the network sees
+    `image_size` pixels."""
+    return round(image_size / center)
 
 
 def check_name(name: str) -> None:

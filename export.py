@@ -40,7 +40,6 @@ import copy
 import functools
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -183,7 +182,7 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
     def to_float(x: str) -> str:
         return g("Cast", x, name=f"{x}.float.{len(g.nodes)}", to=TensorProto.FLOAT)
 
-    side = round(size / center)  # the square's in evaluation
+    side = data.stored_side(size, center)
     first = (side - size) // 2
     centers = g.constant("image.centers", torch.arange(size)[:, None] + first + 0.5, "float32")
     two = g.constant("image.two", [2])
@@ -563,7 +562,7 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
 def preprocessing(meta: dict, config: vit.Config) -> str:
     """From a photo to what the graph takes, in order and in words."""
     S = config.image_size
-    side = round(S / meta["center"])
+    side = data.stored_side(S, meta["center"])
     text = "photo turned upright (EXIF), "
     if meta["resize"]:
         text += "in its own size, "
@@ -723,7 +722,7 @@ def session(model: str | Path) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(model), options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds derive from nothing else
-        reason = str(error).splitlines()[0]
+        reason = vit.first_line(error)
         raise ValueError(f"onnxruntime can't load {model}: {reason}") from error
 
 
@@ -802,9 +801,9 @@ def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
     paths = [paths[i] for i in index]
     classes = run.meta["classes"]
     labels = [label_of(path.relative_to(folder), classes) for path in paths]
-    side = round(run.batches.size / run.meta["center"])
-    images, _ = data.decode(paths, labels, side, folder, keep=False)
     center = run.meta["center"]
+    side = data.stored_side(run.batches.size, center)
+    images, _ = data.decode(paths, labels, side, folder, keep=False)
     name = f"photos of {folder}"
     return data.Dataset(name, classes, images, None, images, center=center, folder=folder)
 
@@ -820,7 +819,7 @@ def label_of(path: Path, classes: list[str]) -> int:
 
 def noise(run: train.Run) -> data.Dataset:
     """64 images of coloured blots, or fewer large ones."""
-    side = round(run.batches.size / run.meta["center"])
+    side = data.stored_side(run.batches.size, run.meta["center"])
     count = max(2, min(64, 10**8 // (3 * side**2)))
     blots = torch.rand(count, 3, 8, 8, generator=data.generator("noise"))
     pixels = nn.functional.interpolate(blots, (side, side), mode="bicubic")
@@ -877,7 +876,7 @@ def to_check(run: train.Run, images: data.Images) -> Checked:
 
 def original_to_check(run: train.Run, image: data.Images) -> Checked:
     """A photo as its file has it, and resized for torch as in evaluation, but not to bytes."""
-    side = round(run.batches.size / run.dataset.center)
+    side = data.stored_side(run.batches.size, run.dataset.center)
     photo = data.open_photo(run.dataset.folder / image.names[0], side)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
     left, top, right, _ = data.square(photo.height, photo.width)
@@ -1056,19 +1055,30 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
 def staged(folder: Path) -> Iterator[Path]:
     """A folder to write to: its contents are moved into `folder` if all goes well, else deleted."""
     train.check_writable(folder)
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with data.empty_folder(folder / "export.part") as part:
-        yield part
-        for file in sorted(part.rglob("*")):
-            path = folder / file.relative_to(part)
-            if file.is_dir():
-                path.mkdir(exist_ok=True)
-                continue
-            data.flush(file)
-            file.replace(path)
-            size = path.stat().st_size
-            text = f"{size / 1e6:.3g} MB" if size > 1e4 else f"{size / 1e3:.3g} kB"
-            print(f"saved    {path} ({text})")
+    try:
+        with data.empty_folder(folder / "export.part") as part:
+            yield part
+            move_files(part, folder)
+    finally:
+        with contextlib.suppress(OSError):  # something came into them
+            for each in new:
+                each.rmdir()
+
+
+def move_files(part: Path, folder: Path) -> None:
+    """Move the contents of a folder into another one, and say where each file is."""
+    for file in sorted(part.rglob("*")):
+        path = folder / file.relative_to(part)
+        if file.is_dir():
+            path.mkdir(exist_ok=True)
+            continue
+        data.flush(file)
+        file.replace(path)
+        size = path.stat().st_size
+        text = f"{size / 1e6:.3g} MB" if size > 1e4 else f"{size / 1e3:.3g} kB"
+        print(f"saved    {path} ({text})")
 
 
 def file_name(options: argparse.Namespace) -> str:
@@ -1120,7 +1130,8 @@ def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Call
     merged = adaptertune.merge(model)
     more = f", {merged} adapters merged into the backbone" if merged else ""
     g = Graph(options.opset, image=options.image)
-    proto = to_model(g, model, run.meta | {"precision": "fp32"})
+    meta = run.meta | {"precision": "fp32"}
+    proto = to_model(g, model, meta)
     fp32 = save_checked(proto, path, more)
     verify(in_torch(run.model, run.meta), fp32, run, options, ("torch", "onnxruntime"))
     return fp32
@@ -1201,7 +1212,8 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     empty = with_empty_adapters(run.model, **kind)
     bare = Graph(options.opset)
     shared = {name: meta[name] for name in SHARED}
-    proto = to_model(bare, empty, shared | {"swappable": key})
+    shared["swappable"] = key
+    proto = to_model(bare, empty, shared)
 
     # What differs from the backbone's constants is the adapter.
     adapted = Graph(options.opset)
@@ -1306,7 +1318,7 @@ def hub_processor(meta: dict) -> dict:
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": round(S / meta["center"])},
+        "size": {"shortest_edge": data.stored_side(S, meta["center"])},
         "resample": 3,  # bicubic
         "do_center_crop": True,
         "crop_size": {"height": S, "width": S},
@@ -1470,40 +1482,36 @@ def describe(run: train.Run) -> None:
         print(f"lora     {run.backbone.lora}")
 
 
+def export_as_asked(arguments: list[str] | None) -> int:
+    """Open a run and export it as the options say."""
+    options = parse(arguments)
+    run_options, *_ = train.parse(arguments_for_train(options), prog="export.py")
+    run = train.open_run(run_options, need_data=False)
+    run.model.eval().requires_grad_(False)
+    if run.dataset is not None:  # what test_accuracy is of, whatever --dataset is given
+        split = train.read_split(run.folder / "split.json")
+        run.meta["test_images"] = len(split["test"])
+    choose_images(run, options)
+    # From here on run.meta describes the graph, and goes into it.
+    for name in ("config", "learn_scale", "init", "dropout"):  # of no use to a deployer
+        run.meta.pop(name, None)
+    for name in CHOICES:
+        run.meta[name] = getattr(options, name)
+    describe(run)
+    if options.swappable:
+        export_swappable(run, options)
+    elif options.hub:
+        export_hub(run, options)
+    else:
+        export(run, options)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
-    train.prepare_process()
-    options = parse(arguments)
-    try:
-        run_options, *_ = train.parse(arguments_for_train(options), prog="export.py")
-        run = train.open_run(run_options, need_data=False)
-        run.model.eval().requires_grad_(False)
-        if run.dataset is not None:  # what test_accuracy is of, whatever --dataset is given
-            split = train.read_split(run.folder / "split.json")
-            run.meta["test_images"] = len(split["test"])
-        choose_images(run, options)
-        # From here on run.meta describes the graph, and goes into it.
-        for name in ("config", "learn_scale", "init", "dropout"):  # of no use to a deployer
-            run.meta.pop(name, None)
-        for name in CHOICES:
-            run.meta[name] = getattr(options, name)
-        describe(run)
-        if options.swappable:
-            export_swappable(run, options)
-        elif options.hub:
-            export_hub(run, options)
-        else:
-            export(run, options)
-    except BrokenPipeError:  # of "| head": nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        train.print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return train.run_program(
+        lambda: export_as_asked(arguments), lambda: "stopped; nothing was written"
+    )
 
 
 if __name__ == "__main__":

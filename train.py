@@ -27,6 +27,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -131,7 +132,8 @@ class Parser(argparse.ArgumentParser):
 
     def switch(self, name: str, text: str, **more) -> None:
         """An option without a value."""
-        self.group.add_argument(name, help=text, **{"action": "store_true"} | more)
+        more.setdefault("action", "store_true")
+        self.group.add_argument(name, help=text, **more)
 
 
 def integer(low: int, high: int = 10**9) -> Callable:
@@ -441,8 +443,9 @@ def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
             runs.append(run)
     grid = []
     for run in runs:
-        label = label_of(run, runs)
-        grid.append(argparse.Namespace(**vars(options) | run, label=label))
+        run_options = copy.copy(options)
+        vars(run_options).update(run, label=label_of(run, runs))
+        grid.append(run_options)
     return grid
 
 
@@ -781,7 +784,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:  # whatever a compiler lacks
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = vit.first_line(error)
         raise ValueError(f"--compile can't be used here ({reason}); leave it out") from error
 
 
@@ -874,7 +877,8 @@ def adapt_backbone(model: vit.ViT, options: argparse.Namespace, classes: int) ->
         )
     if options.init in (None, *adaptertune.INITS):  # None where a method has no --init
         return adaptertune.adapt(model, options.method, classes, **settings)
-    used = adaptertune.adapt(model, options.method, classes, **settings | {"init": "zero"})
+    settings["init"] = "zero"
+    used = adaptertune.adapt(model, options.method, classes, **settings)
     if not options.eval:
         start_from_file(model, options.init, used)
     return used | {"init": options.init}
@@ -1025,7 +1029,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
         wait_for_all()
     dataset = split_dataset(dataset, options, seed, folder)
     data.check_split(dataset)
-    options = argparse.Namespace(**vars(options))  # of this run alone
+    options = copy.copy(options)  # of this run alone
     fit_to_data(options, dataset)
     bf16 = options.amp == "bf16"
     if options.amp == "auto":
@@ -1638,7 +1642,8 @@ def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> Non
     if folder != first:
         difference = find_difference(first, options, seed)
         text = f"note     {first} holds a run with {difference}; this one goes to {folder}"
-        resumed = argparse.Namespace(**vars(options) | {"resume": True})
+        resumed = copy.copy(options)
+        resumed.resume = True
         if not find_difference(first, resumed, seed):
             text += "; --resume would add epochs to it"
         print(text)
@@ -1890,7 +1895,9 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Restore an optimiser's moments and rates; its settings come from the options and the device.
     Raises a ValueError if they aren't of these parameters."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    present = optimizer.state_dict()
+    present["state"] = saved["state"]
+    optimizer.load_state_dict(present)
     for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group["lr"] = float(before["lr"])  # of a stop after an epoch's last step, for metrics.csv
     for parameter, moments in optimizer.state.items():
@@ -2033,7 +2040,7 @@ class Classifier:
         Raises:
             ValueError: it can't be read.
         """
-        pixels = data.read_photo(photo, side=round(self.image_size / self.center))[None]
+        pixels = data.read_photo(photo, data.stored_side(self.image_size, self.center))[None]
         pixels = pixels.to(self.batches.device)
         boxes = data.center_boxes(1, *pixels.shape[-2:], self.center, pixels.device)
         return self.batches.finish(pixels, boxes)
@@ -2926,21 +2933,21 @@ def print_error(error: Exception) -> None:
     elif isinstance(error, torch.OutOfMemoryError):
         text = f"{text.partition('. ')[0]}; give a smaller --batch or --image-size"
     elif isinstance(error, RuntimeError) and dist.is_initialized():
-        text = f"another process ended ({text.splitlines()[0]})"
+        text = f"another process ended ({vit.first_line(error)})"
     elif isinstance(error, RuntimeError):
         raise error
     print(f"error: {data.printable(text)}", file=sys.stderr)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line, as a list of texts. Returns the exit status: 0, 1 for an error, 130 when
-    stopped; wrong usage raises SystemExit(2)."""
+def run_program(work: Callable[[], int], stopped: Callable[[], str]) -> int:
+    """A program's exit status: what `work` returns; 1 for an error, which is printed; 130 after
+    Ctrl-C, where the line that `stopped` returns is printed. Afterwards streams and signals are as
+    they were, for a notebook that calls `main`."""
+    streams = (sys.stdout, sys.stderr)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     prepare_process()
-    grid = []
     try:
-        grid = parse(arguments)
-        join_processes()
-        return run_command(grid)
+        return work()
     except BrokenPipeError:  # of "| head": nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -2948,16 +2955,37 @@ def main(arguments: list[str] | None = None) -> int:
         print_error(error)
         return 1
     except KeyboardInterrupt:
-        if rank_and_world()[0]:
-            return 130
-        command = sys.argv if arguments is None else ["train.py", *arguments]
-        if grid and not grid[0].eval and not grid[0].resume:
-            command = [*command, "--resume"]
-        program = "python"
-        if dist.is_initialized():
-            program = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-        print(f"\nstopped; to go on: {program} {shlex.join(command)}", file=sys.stderr)
+        if not rank_and_world()[0]:
+            print(f"\n{stopped()}", file=sys.stderr)
         return 130
+    finally:
+        sys.stdout, sys.stderr = streams
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None if it isn't Python's
+
+
+def how_to_go_on(arguments: list[str] | None, grid: list[argparse.Namespace]) -> str:
+    """The command that continues a stopped one, whose options were read into `grid`, or not yet."""
+    command = sys.argv if arguments is None else ["train.py", *arguments]
+    if grid and not grid[0].eval and not grid[0].resume:
+        command = [*command, "--resume"]
+    program = "python"
+    if dist.is_initialized():
+        program = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    return f"stopped; to go on: {program} {shlex.join(command)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line, as a list of texts. Returns the exit status: 0, 1 for an error, 130 when
+    stopped; wrong usage raises SystemExit(2)."""
+    grid = []
+
+    def work() -> int:
+        grid.extend(parse(arguments))
+        join_processes()
+        return run_command(grid)
+
+    return run_program(work, lambda: how_to_go_on(arguments, grid))
 
 
 if __name__ == "__main__":

@@ -537,7 +537,8 @@ class Backbone:
         if not image_size:
             return self
         config = replace(self.config, image_size=image_size)
-        return replace(self, config=config, source=self.source | {"image_size": "given"})
+        source = self.source | {"image_size": "given"}
+        return replace(self, config=config, source=source)
 
     @property
     def guessed(self) -> dict[str, str]:
@@ -877,7 +878,7 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
 
 def first_line(error: Exception) -> str:
     """Of an exception's text; its kind where it has none."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def foreign_kind(path: Path, beginning: bytes) -> str:

@@ -5,7 +5,6 @@ import hashlib
 import pickle
 import random
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -476,10 +475,7 @@ def run(capsys, monkeypatch, tmp_path, server):
     """A function that runs train.py's main in an empty folder, with the server as hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield runner(train.main, capsys)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return runner(train.main, capsys)
 
 
 def test_train_downloads_a_backbone(server, run, tmp_path):

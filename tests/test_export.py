@@ -694,7 +694,7 @@ def test_a_missed_limit_leaves_no_file(run, tmp_path, monkeypatch, damage):
         return 0
 
     monkeypatch.setattr(adaptertune, "merge", merge)
-    error = run("runs/a", "-o", tmp_path / "m.onnx", status=1)
+    error = run("runs/a", "-o", tmp_path / "new/folder/m.onnx", status=1)
     assert "(limit 1e-4)" in error
     assert "no file was written" in error
     assert not list(tmp_path.iterdir())

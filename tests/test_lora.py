@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 
 import onnxruntime
 import pytest
@@ -374,10 +373,7 @@ def test_classifiers_that_read_something_else(kind, saved, tmp_path):
 def run(capsys, monkeypatch, tmp_path):
     """A function that runs train.py's main in an empty folder and gives the output."""
     monkeypatch.chdir(tmp_path)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield runner(train.main, capsys)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return runner(train.main, capsys)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import signal
 import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -36,10 +35,7 @@ def run(capsys, monkeypatch, tmp_path):
     """Runs train.py's main in an empty folder, with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield runner(train.main, capsys)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return runner(train.main, capsys)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ and ADAPTERTUNE_RESTORED one with
 import json
 import os
 import re
-import signal
 from pathlib import Path
 
 import onnxruntime
@@ -55,10 +54,7 @@ def commands(capsys, monkeypatch, tmp_path):
     """Functions that run train.py and export.py in an empty folder and give the output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield runner(train.main, capsys), runner(export.main, capsys)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return runner(train.main, capsys), runner(export.main, capsys)
 
 
 def prepared(photos, backbone):

@@ -2,6 +2,7 @@
 
 tests/kill_runs.py and tests/fuzz_readers.py do more of it, by hand."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -31,10 +32,7 @@ QUICK = ["--limit", "48", "--batch", "16", "--epochs", "1"]
 def place(tmp_path, monkeypatch, few_pictures):
     """An empty folder to work in."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return tmp_path
 
 
 @pytest.fixture
@@ -332,13 +330,31 @@ def test_names_of_several_lines(run, finished, place):
     run("--predict", "ba\nerror: se", "p.png", status=2)
 
 
+@pytest.mark.parametrize("arguments", [[], ["--eval", "runs/none"], ["--rank", "x"]], ids=" ".join)
+def test_a_notebook_gets_its_process_back(arguments, place, capsys):
+    """Streams and handlers of signals are after `main` what they were before, however it ends."""
+
+    def state():
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return sys.stdout, sys.stderr, *handlers
+
+    before = state()
+    with contextlib.suppress(SystemExit):
+        train.main([*arguments, *QUICK])
+    assert state() == before
+
+
 def test_a_line_after_the_progress(capsys, place, monkeypatch):
     """What is printed while a progress line stands takes its place."""
-    train.prepare_process()
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    data.progress("photo", 1, 4, started=time.perf_counter())
-    print("skipped", file=sys.stderr)
-    print("next", file=sys.stderr)
+
+    def work():
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        data.progress("photo", 1, 4, started=time.perf_counter())
+        print("skipped", file=sys.stderr)
+        print("next", file=sys.stderr)
+        return 0
+
+    assert train.run_program(work, str) == 0
     assert capsys.readouterr().err.endswith(" left\r\x1b[Kskipped\nnext\n")
 
 

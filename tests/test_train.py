@@ -30,17 +30,13 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
 @pytest.fixture
-def handlers(monkeypatch, few_pictures):
-    """Puts back the signal handlers that a run replaces, and forgets signals that came."""
+def unstopped(monkeypatch, few_pictures):
+    """Forgets the signals that came."""
     monkeypatch.setattr(train, "stop_asked", [])
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path, handlers):
+def run(capsys, monkeypatch, tmp_path, unstopped):
     """A function that runs train.py's main in an empty folder and gives the output.
 
     An error must be one line.
@@ -234,7 +230,7 @@ def test_same_command_same_metrics(run, tiny_weights, tmp_path):
     assert (tmp_path / "runs/c/adapters.safetensors").read_bytes() != first
 
 
-def test_frozen_tensors_stay_and_have_no_gradient(tiny_weights, tmp_path, monkeypatch, handlers):
+def test_frozen_tensors_stay_and_have_no_gradient(tiny_weights, tmp_path, monkeypatch, unstopped):
     """Training changes every adapter and the head, and gives no gradient to anything else."""
     monkeypatch.chdir(tmp_path)
     (options,) = train.parse([str(each) for each in quick(tiny_weights)])
@@ -356,7 +352,7 @@ def test_a_compiler_that_is_missing(run, tiny_weights, monkeypatch):
     assert "--compile can't be used here (no C++ compiler); leave it out" in error
 
 
-def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch, handlers):
+def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch, unstopped):
     """--amp auto takes what is faster, writes it down, and a resumed run keeps it."""
     for share, amp, word in ((0.5, "bf16", "bf16"), (0.9, "off", "fp32")):
         monkeypatch.setattr(train, "time_bf16", lambda share=share: share)
@@ -397,7 +393,7 @@ def test_schedule():
     assert len(set(falling)) == len(falling)
 
 
-@pytest.mark.usefixtures("handlers")
+@pytest.mark.usefixtures("unstopped")
 def test_training_is_the_stated_recipe(tiny_weights, tmp_path, monkeypatch):
     """Losses and weights are those of the loop that is written out here: label smoothing, weights
     of the classes, gradients clipped to a norm of 1, AdamW that decays matrices alone, a peak rate
@@ -1013,7 +1009,7 @@ def test_class_weights():
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_finished_run_gets_more_epochs(
-    run, tiny_weights, tmp_path, monkeypatch, capsys, stopped, handlers
+    run, tiny_weights, tmp_path, monkeypatch, capsys, stopped, unstopped
 ):
     """--resume with more --epochs begins where the run ended, with a schedule of its own; stopped
     in them, it goes on to the same end."""
@@ -1154,7 +1150,7 @@ def stop_at(patch, place, number):
 
 @pytest.mark.parametrize("stops", STOPS.values(), ids=STOPS)
 def test_resuming_gives_bit_identical_adapters(
-    stops, whole, tiny_weights, tmp_path, monkeypatch, handlers
+    stops, whole, tiny_weights, tmp_path, monkeypatch, unstopped
 ):
     """A run that is stopped and resumed leaves the bytes of one that never was, and its metrics."""
     monkeypatch.chdir(tmp_path)
@@ -1212,7 +1208,7 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
     assert "test  " in run(*command, "--resume")
 
 
-def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, handlers):
+def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, unstopped):
     """What had a file open before it is written again reads the old one, whole."""
     monkeypatch.chdir(tmp_path)
     (options,) = train.parse([str(each) for each in quick(tiny_weights, "--name", "a")])
@@ -1230,7 +1226,7 @@ def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, handl
     assert {path.name for path in prepared.folder.iterdir()} == set(names)
 
 
-@pytest.mark.usefixtures("handlers")
+@pytest.mark.usefixtures("unstopped")
 def test_a_run_killed_amid_its_pictures_finishes(tiny_weights, tmp_path, monkeypatch, capsys):
     """state.pt goes last: a run that is killed before it was reported is resumed to the same."""
     monkeypatch.chdir(tmp_path)
@@ -1265,7 +1261,9 @@ def test_resume_on_another_backbone(run, tiny_weights, tmp_path, monkeypatch, ca
     assert re.search(message, error)
 
 
-def test_a_resumed_run_shows_the_rows_before(tiny_weights, tmp_path, monkeypatch, handlers, capsys):
+def test_a_resumed_run_shows_the_rows_before(
+    tiny_weights, tmp_path, monkeypatch, unstopped, capsys
+):
     """The table of a resumed run has the rows of all its epochs, as metrics.csv has them."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
@@ -1878,7 +1876,7 @@ def test_the_recipe_is_printed_and_kept(tiny_weights, run):
     assert (config["epochs"], config["batch"], config["min_scale"]) == (1, 32, 0.85)
 
 
-@pytest.mark.usefixtures("handlers")
+@pytest.mark.usefixtures("unstopped")
 def test_images_that_have_a_side(tiny_weights, tmp_path, monkeypatch):
     """--no-flip: no training image is mirrored, which about half of them are otherwise. With
     --min-scale 1 a crop loses what its aspect takes alone."""
@@ -1941,7 +1939,7 @@ def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch
         ([30, 50, 46], 3),
     ],
 )
-def test_validation_chooses_the_epoch(vals, chosen, tiny_weights, tmp_path, monkeypatch, handlers):
+def test_validation_chooses_the_epoch(vals, chosen, tiny_weights, tmp_path, monkeypatch, unstopped):
     """The last epoch that val can't tell from the best one; test is read with its weights, and they
     stay."""
     monkeypatch.chdir(tmp_path)
