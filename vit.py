@@ -798,8 +798,10 @@ HARMLESS = [
     "pathlib.WindowsPath",
     "pathlib.PurePosixPath",
     "pathlib.PureWindowsPath",
-    "pathlib._local.PosixPath",
+    "pathlib._local.PosixPath",  # in Python 3.13
     "pathlib._local.WindowsPath",
+    "pathlib._local.PurePosixPath",
+    "pathlib._local.PureWindowsPath",
 ]
 
 # How files begin that aren't read, and what they are.
