@@ -4,25 +4,25 @@
     python export.py runs/NAME --input uint8 --resize   takes photos of any size as they are
     python export.py runs/NAME --precision int8         a third of the size, and faster on a CPU
     python export.py runs/NAME --swappable              runs/backbone.onnx, runs/NAME.onnx_adapter
-    python export.py runs/NAME --hub FOLDER             what transformers.js and optimum-onnx load
+    python export.py runs/NAME --hub FOLDER             files for transformers.js and optimum-onnx
 
-assets/device/label.py labels photos with such a file, by onnxruntime alone.
+assets/device/label.py labels photos with such a file in onnxruntime, without torch.
 
-The graph reads like vit.py, top to bottom, and each value is named after the torch module that it
-comes out of. What is the same for every image is computed at export time; all of it is exact but
-for rounding:
+The graph reads like vit.py, top to bottom, and each value is named after the torch module that
+computes it. Everything that doesn't depend on the image is computed at export time. These rewrites
+are exact up to rounding:
 
     query            W_q' = W_q / √d, b_q' = b_q / √d
-    key              without bias: it shifts all scores of a query alike, which softmax ignores
-                     (but where rotary positions turn it, differently for each token)
+    key              no bias: it shifts all scores of a query equally, which softmax ignores
+                     (kept with rotary positions, which rotate it differently for each token)
     value, proj      b' = b + W · b_v: the rows of softmax sum to 1;  W' = γW, b' = γb (LayerScale)
     fc2, adapter     b' = γb + su, U' = sU; v' = v - V·su if the adapter reads "block" or "mlp"
-    last block       the class token alone after attention, if the head reads nothing else
+    last block       query, MLP and adapter of the class token alone, if the head reads only that
     pixels 0..255    W' = W / (255 std), b' = b - Σ W · mean / std in the patch embedding
     pixels 0..1      W' = W / std, the same b'
     positions        + b', the patch embedding's bias
 
-From the top: the graph, metadata, int8, the check, files, swappable adapters, the hub's folder, the
+Sections: the graph, metadata, int8, the check, files, swappable adapters, the hub's folder, the
 command line.
 
 Shapes: B images (batch), N tokens, D width, H heads, d = D/H, r rank, S pixels along a side,
@@ -60,26 +60,26 @@ import data
 import train
 import vit
 
-# The IR version that came with each opset (onnx/docs/Versioning.md): older runtimes refuse newer.
+# The IR version released with each opset (onnx/docs/Versioning.md); old runtimes refuse newer ones.
 IR = {17: 8, 18: 8, 20: 9, 23: 11}
 INPUT = "image"
-HUB_INPUT = "pixel_values"  # where transformers.js and optimum-onnx load it
+HUB_INPUT = "pixel_values"  # the name that transformers.js and optimum-onnx expect
 CHOICES = ("input", "resize", "output", "batch", "opset", "precision")  # options in the metadata
-# Largest |difference| from torch in fp32. Ten times as much with --resize, where pixels differ by
-# 1e-5, and for CLIP's logits, which are cosines multiplied by 100.
+# Largest |difference| from torch allowed in fp32. Ten times as large with --resize, where pixels
+# differ by 1e-5, and for CLIP's logits, which are cosines multiplied by 100.
 LIMIT = 1e-4
-ONE_FILE = 2**31 - 2**24  # bytes of constants in one file: protobuf's limit, and room for the rest
-# fp16 and int8 may lose so many points of accuracy and one standard error, or, where the labels of
-# the images aren't known, must give fp32's top-1 on so many percent of them.
+ONE_FILE = 2**31 - 2**24  # bytes of constants in one file: protobuf's limit, less room for the rest
+# fp16 and int8 may lose MAX_LOSS points of accuracy plus one standard error. On images whose labels
+# aren't known, AGREE percent must keep fp32's top-1.
 MAX_LOSS = 1.0
 AGREE = 98.0
-ONE_SCALE = "one scale a batch: a photo's scores depend on the others of its batch"
+ONE_SCALE = "one scale a batch: a photo's scores depend on the other photos in its batch"
 
 # ------------------------------------------------------------------------------------- the graph
 
 
 class Graph:
-    """Nodes and constants as they are collected.
+    """Collects a graph's nodes and constants.
 
     Each method adds what its name says and returns the name of the result.
     """
@@ -96,7 +96,7 @@ class Graph:
         return name
 
     def constant(self, name: str, value: Tensor | np.ndarray | list | float, dtype="") -> str:
-        """Floats become the graph's type, or `dtype`; integers int64."""
+        """Add a constant. Without `dtype`, floats get the graph's type and integers int64."""
         value = np.asarray(value)
         if not dtype:
             dtype = np.int64 if value.dtype.kind == "i" else self.dtype
@@ -104,7 +104,7 @@ class Graph:
         return name
 
     def linear(self, name: str, x: str, weight: Tensor, bias: Tensor | None = None) -> str:
-        """x [..., in] by weight [out, in] and bias [out]: MatMul and Add, faster than Gemm."""
+        """x [..., in] · weightᵀ [in, out] + bias [out]; MatMul and Add are faster than Gemm."""
         matrix = self.constant(f"{name}.weight", weight.T)
         if bias is None:
             return self("MatMul", x, matrix, name=name)
@@ -124,7 +124,7 @@ class Graph:
             return self("Mul", x, self("Sigmoid", y, name=f"{name}.sigmoid"), name=name)
         if self.opset >= 20:
             return self("Gelu", x, name=name)
-        # x/√2, Erf, +1, ·x, ·½: the one form of GELU that onnxruntime recognises and fuses.
+        # x/√2, Erf, +1, ·x, ·½: a form of GELU that onnxruntime recognises and fuses.
         y = self("Div", x, self.constant("sqrt2", 2**0.5), name=f"{name}.div")
         y = self("Erf", y, name=f"{name}.erf")
         y = self("Add", y, self.constant("one", 1.0), name=f"{name}.add")
@@ -132,7 +132,7 @@ class Graph:
         return self("Mul", y, self.constant("half", 0.5), name=name)
 
     def first_tokens(self, name: str, x: str, count: int) -> str:
-        """The first tokens of x [B, N, D], [B, count, D]."""
+        """The first `count` tokens of x [B, N, D]: [B, count, D]."""
         zero = self.constant("axis0", [0])
         one = self.constant("axis1", [1])
         end = one if count == 1 else self.constant("tokens.own", [count])
@@ -142,14 +142,14 @@ class Graph:
 def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
     """The graph's input, uint8 [B, H, W, 3], as floats [B, 3, S, S] from 0 to 255.
 
-    With --resize as data.read_photo does it: the centre square, to S / center pixels, of which the
-    middle S.
+    With --resize, the centre square is resized to S / center pixels as data.read_photo does it, and
+    cropped to the middle S.
     """
     x = g("Cast", g.image, name="image.float", to=TensorProto.FLOAT)
     x = g("Transpose", x, name="image.channels_first", perm=[0, 3, 1, 2])
     if not meta["resize"]:
         return x
-    # Slices, not Shape's own start and end (opset 15), which OpenCV 4 ignores.
+    # Slice instead of Shape's attributes start and end (opset 15), which OpenCV 4 ignores.
     shape = g("Shape", x, name="image.shape")
     two, three, four = (g.constant(f"image.axis{i}", [i]) for i in (2, 3, 4))
     height = g("Slice", shape, two, three, name="image.height")
@@ -166,10 +166,10 @@ def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
 
 
 def write_resample(g: Graph, name: str, length: str, edge: str, size: int, center: float) -> str:
-    """data.resample_matrix [S, L] in the graph: of L pixels, the middle `center` of the centre
-    square of `edge` pixels.
+    """data.resample_matrix [S, L] in the graph. It resizes a line of L pixels: the middle share
+    `center` of the centre square, which is `edge` pixels long.
 
-    ONNX's own Resize is read differently by different runtimes, its `antialias` by few.
+    Runtimes implement ONNX's Resize differently, and few of them its `antialias`.
     """
 
     def op(kind: str, *inputs: str) -> str:
@@ -186,7 +186,7 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
     first = (side - size) // 2
     centers = g.constant("image.centers", torch.arange(size)[:, None] + first + 0.5, "float32")
     two = g.constant("image.two", [2])
-    start = to_float(op("Div", op("Sub", length, edge), two))  # rounded down, as read_photo does it
+    start = to_float(op("Div", op("Sub", length, edge), two))  # rounded down, as in read_photo
     scale = op("Div", to_float(edge), number(side))
     centers = op("Add", op("Mul", centers, scale), start)  # [S, 1]
     zero = g.constant("image.zero", 0)
@@ -196,7 +196,7 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
     distance = op("Abs", op("Sub", pixels, centers))
     x = op("Div", distance, op("Max", scale, number(1)))  # [S, L]
 
-    # Keys' kernel without conditions: (1 - x)/2 · relu(2 - x)² + (2x - 1) · relu(1 - x)²
+    # Keys' kernel without branches: (1 - x)/2 · relu(2 - x)² + (2x - 1) · relu(1 - x)²
     far = op("Relu", op("Sub", number(2), x))
     rest = op("Sub", number(1), x)
     near = op("Relu", rest)
@@ -208,10 +208,10 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
 
 
 def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
-    """The input to the tokens [B, N, D] that enter the first block.
+    """The graph's input to tokens [B, N, D], as they enter the first block.
 
-    Zeros are put before the patches, and one addition brings class token, registers, positions and
-    biases: this takes any batch, and no shape is computed at run time.
+    The patches are padded with zeros in front, and a single Add fills in class token, registers,
+    positions and biases. This works for any batch size and computes no shape at run time.
     """
     config = model.config
     weight = model.patch_embed.proj.weight  # [D, 3, patch, patch]
@@ -221,7 +221,7 @@ def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
     image = g.image
     if meta["input"] == "uint8":
         image = write_pixels(g, config, meta)
-    if meta["input"] != "float":  # normalise here
+    if meta["input"] != "float":  # fold the normalisation into weight and bias
         white = 255 if meta["input"] == "uint8" else 1
         mean = weight.new_tensor(meta["mean"])[None, :, None, None]
         std = weight.new_tensor(meta["std"])[None, :, None, None]
@@ -232,13 +232,13 @@ def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
     x = g("Conv", image, kernel, name="patch_embed.proj", kernel_shape=patch, strides=patch)
     if g.dtype != "float32":
         x = g("Cast", x, name="patch_embed.cast", to=TensorProto.FLOAT16)
-    shape = g.constant("patch_embed.shape", [0, config.width, config.grid**2])  # 0: B, whatever
+    shape = g.constant("patch_embed.shape", [0, config.width, config.grid**2])  # 0 keeps B
     x = g("Reshape", x, shape, name="patch_embed.flatten")  # [B, D, g²]
     x = g("Transpose", x, name="patch_embed", perm=[0, 2, 1])  # [B, g², D]
     pads = g.constant("tokens.pads", [0, 1 + config.registers, 0, 0, 0, 0])
-    x = g("Pad", x, pads, name="tokens.pad", mode="constant")  # [B, N, D]; pnnx wants the mode
+    x = g("Pad", x, pads, name="tokens.pad", mode="constant")  # [B, N, D]; pnnx needs the mode
     positions = model.pos_embed
-    if positions is None:  # rotary ones come in attention
+    if positions is None:  # rotary positions are applied in attention
         positions = torch.zeros(1, 1 + config.grid**2, config.width)
     tokens = [model.cls_token + positions[:, :1]]
     if model.reg_token is not None:
@@ -271,7 +271,7 @@ def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str, t
     k = g.linear(f"{name}.qkv.k", x, k_weight, k_bias if rotary else None)
     v = g.linear(f"{name}.qkv.v", x, v_weight)
     if rotary:
-        if query == x:  # else it is the class token alone, which isn't turned
+        if query == x:  # else it is the class token alone, which isn't rotated
             q = write_rotary(g, rope, q, H, D, tokens)
         k = write_rotary(g, rope, k, H, D, tokens)
     if g.opset >= 23:
@@ -291,8 +291,8 @@ def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str, t
 
 
 def write_rotary(g: Graph, rope: vit.Rotary, x: str, H: int, D: int, tokens: int) -> str:
-    """Queries or keys [B, N, D] turned as vit.Rotary does it. (ONNX's own RotaryEmbedding needs
-    opset 23.)"""
+    """Rotate queries or keys [B, N, D] as vit.Rotary does. (ONNX's own RotaryEmbedding needs opset
+    23.)"""
     half = D // H // 2
     cos, sin = rope.tables(tokens)  # [N, d]
     zero = g.constant("axis0", [0])
@@ -312,20 +312,20 @@ def write_rotary(g: Graph, rope: vit.Rotary, x: str, H: int, D: int, tokens: int
 
 
 def split_heads(g: Graph, x: str, H: int, D: int, perm: list[int]) -> str:
-    """[B, N, D] to [B, N, H, d], and its dimensions in the order `perm`."""
+    """Reshape x [B, N, D] to [B, N, H, d] and transpose it by `perm`."""
     y = g("Reshape", x, g.constant("heads", [0, -1, H, D // H]), name=f"{x}.split")
     return g("Transpose", y, name=f"{x}.heads", perm=perm)
 
 
 def layer_scale(module: nn.Module, width: int) -> Tensor:
-    """A LayerScale's factors [D]; ones where there is none."""
+    """A LayerScale's factors [D], or ones if the block has none."""
     return module.gamma if isinstance(module, vit.LayerScale) else torch.ones(width)
 
 
 def write_block(
     g: Graph, name: str, block: vit.Block, x: str, tokens: int, class_only: bool
 ) -> str:
-    """One block with its adapter, for [B, tokens, D]; with `class_only` it returns only the class
+    """One block with its adapter, on x [B, tokens, D]. With `class_only` it returns only the class
     token, [B, 1, D]."""
     z = g.layer_norm(f"{name}.norm1", x, block.norm1)
     query = z
@@ -343,7 +343,7 @@ def write_block(
     gamma = layer_scale(block.ls2, fc2.out_features)
     y = g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias)
     y = g.activation(f"{name}.mlp.act", y, block.mlp.act)
-    # The adapter's constant part su goes into fc2's bias. So y and h are vit.Block's plus su.
+    # The adapter's constant su is folded into fc2's bias: y and h are vit.Block's, each plus su.
     y = g.linear(f"{name}.mlp.fc2", y, fc2.weight * gamma[:, None], fc2.bias * gamma + su)
     if adapter is None:
         return g("Add", x, y, name=name)
@@ -352,7 +352,7 @@ def write_block(
     z = {"block": h, "raw": x, "ln": z, "mlp": y}[adapter.reads]
     v = adapter.down.bias
     if adapter.reads in ("block", "mlp"):
-        # It was trained to read these without su: V·(z + su) + v' = V·z + v.
+        # The adapter was trained on z without su: V·(z + su) + v' = V·z + v.
         v = v - adapter.down.weight @ su
     c = g.linear(f"{name}.adapter.down", z, adapter.down.weight, v)
     c = g.activation(f"{name}.adapter.act", c, adapter.act)
@@ -361,8 +361,8 @@ def write_block(
 
 
 def write_prompts(g: Graph, name: str, prompts: Tensor, x: str, N: int, first: bool) -> str:
-    """A block's prompts [P, D] after the image's N tokens, in the place of earlier ones, by zeros
-    and an addition."""
+    """Put a block's prompts [P, D] after the image's N tokens, replacing those of an earlier block:
+    zero padding, then an Add."""
     P, D = prompts.shape
     if not first:
         x = g.first_tokens(f"{name}.own", x, N)
@@ -373,10 +373,10 @@ def write_prompts(g: Graph, name: str, prompts: Tensor, x: str, N: int, first: b
 
 
 def write_pooling(g: Graph, model: vit.ViT, x: str, prompts: int) -> str:
-    """Tokens to what the head reads, [B, D]: the class token, or the mean of the patch tokens."""
+    """Tokens to the head's input [B, D]: the class token, or the mean of the patch tokens."""
     config = model.config
     if config.pool == "mean":
-        # A row of 1/g², and 0 for the tokens before and after the patches, times the tokens.
+        # A row times the tokens: 1/g² for each patch, 0 for the tokens before and after them.
         counts = [1 + config.registers, config.grid**2, prompts]
         row = np.repeat([[0.0, 1 / config.grid**2, 0.0]], counts, axis=1)
         x = g("MatMul", g.constant("pool.weights", row), x, name="pool")  # [B, 1, D]
@@ -385,8 +385,8 @@ def write_pooling(g: Graph, model: vit.ViT, x: str, prompts: int) -> str:
 
 
 def write_head(g: Graph, head: nn.Module, x: str) -> str:
-    """Features [B, D] to logits [B, K]; CLIP's are cosines to the classes' embeddings, which a text
-    adapter has already changed."""
+    """Features [B, D] to logits [B, K]. CLIP's are scaled cosines with the class embeddings, to
+    which a text adapter is applied at export time."""
     if not isinstance(head, adaptertune.ClipHead):
         return g.linear("head", x, head.weight, head.bias)
     f = g.linear("head.projection", x, head.projection)
@@ -425,8 +425,8 @@ def write_vit(g: Graph, model: vit.ViT, meta: dict) -> None:
     g.nodes[-1].output[0] = meta["output"]
 
 
-# What --swappable makes inputs of the graph: the ends of the constants' names, and which of their
-# dimensions is the task's own. (The graph's matrices are transposed; u has gone into fc2's bias.)
+# The constants that --swappable turns into inputs: how their names end, and which dimension depends
+# on the task. (The graph's matrices are transposed; u is folded into fc2's bias.)
 SWAPPED = {
     "adapter.down.weight": 1,  # [D, r]
     "adapter.down.bias": 0,  # [r]
@@ -438,7 +438,7 @@ SWAPPED = {
 
 
 def swapped(g: Graph) -> dict[str, list[int | str]]:
-    """The constants that --swappable makes inputs, and their dimensions. Ranks may differ from
+    """The constants that --swappable turns into inputs, and their shapes. Ranks may differ from
     block to block."""
     found = {}
     for name, value in g.constants.items():
@@ -457,9 +457,9 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
     """The network as an ONNX model with `meta` in its metadata_props.
 
     With --swappable, adapters and head become inputs with defaults, which an .onnx_adapter file
-    sets. An adapter must only load into its own backbone. So the graph has one more input, unused,
-    whose name contains the backbone's fingerprint (meta["swappable"]), and every adapter file sets
-    it; onnxruntime refuses a file that sets an unknown input.
+    overrides. An adapter must only load into its own backbone. So the graph has one more input,
+    unused, whose name contains the backbone's fingerprint (meta["swappable"]), and every adapter
+    file sets it; onnxruntime refuses a file that sets an unknown input.
     """
     write_vit(g, model, meta)
     S = model.config.image_size
@@ -500,12 +500,12 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
 
 
 def to_props(meta: dict, config: vit.Config) -> dict[str, str]:
-    """The metadata_props: a graph's `meta`, texts as they are and the rest as JSON.
+    """The metadata_props: a graph's `meta`, with strings unchanged and other values as JSON.
 
-    Where a name is another program's too, it is ours that counts.
+    If another program uses the same key, our value wins.
     """
     props = {}
-    if "swappable" not in meta:  # there the classes and the crop come with the adapter
+    if "swappable" not in meta:  # else classes and crop come with the adapter
         props |= props_of_others(meta, config)
     for name, value in meta.items():
         props[name] = value if isinstance(value, str) else json.dumps(value)
@@ -513,14 +513,14 @@ def to_props(meta: dict, config: vit.Config) -> dict[str, str]:
 
 
 def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
-    """What other programs read, by names of theirs, as far as it is true of this graph.
+    """The metadata that other programs read, under their keys, as far as it is true of this graph.
 
     Netron and Windows ML: Image.* (onnx/docs/MetadataProps.md). OpenVINO's Model API: model_info,
     mean and scale for RGB pixels from 0 to 255. Ultralytics: task, names, imgsz, stride, channels.
-    It feeds 0..1, takes the output for probabilities, and gives a graph of any batch 640 x 640
-    pixels, so that only those that it runs right have a task.
+    Ultralytics feeds pixels from 0 to 1, treats the output as probabilities, and feeds 640 x 640
+    pixels if the batch is dynamic, so only graphs that it runs correctly get a task.
     """
-    # What the graph wants is (0..1 - mean) / std, under the name that Windows ML has for it.
+    # Windows ML's name for the input's range; the input is (x - mean) / std for x from 0 to 1.
     pixel_range, mean, std = {
         "float": ("Normalized_1_1", meta["mean"], meta["std"]),
         "unit": ("Normalized_0_1", [0, 0, 0], [1, 1, 1]),
@@ -532,7 +532,7 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
         "Image.BitmapPixelFormat": "Rgb8",
         "Image.ColorSpaceGamma": "SRGB",
     }
-    if meta["input"] != "float" or {*mean, *std} == {0.5}:  # other floats have no name
+    if meta["input"] != "float" or {*mean, *std} == {0.5}:  # no name for other floats
         props["Image.NominalPixelRange"] = pixel_range
     if meta["output"] == "embedding":
         return props
@@ -560,12 +560,12 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
 
 
 def preprocessing(meta: dict, config: vit.Config) -> str:
-    """From a photo to what the graph takes, in order and in words."""
+    """The steps from a photo to the graph's input, as text."""
     S = config.image_size
     side = data.stored_side(S, meta["center"])
     text = "photo turned upright (EXIF), "
     if meta["resize"]:
-        text += "in its own size, "
+        text += "at its original size, "
     else:
         text += f"its centre square, resized to {side} x {side} (bicubic, antialiased), "
         text += f"of that the middle {S} x {S}, "
@@ -577,7 +577,7 @@ def preprocessing(meta: dict, config: vit.Config) -> str:
 
 
 def sentence(meta: dict) -> str:
-    """What the graph is, for a viewer."""
+    """A description of the graph in one sentence, for viewers."""
     if "swappable" in meta:
         return f"{meta['backbone']}; adapters and head come from an .onnx_adapter"
     text = f"{meta['backbone']} with {meta['method']}, gives {meta['output']}"
@@ -590,14 +590,14 @@ def sentence(meta: dict) -> str:
 
 # ------------------------------------------------------------------------------------------ int8
 
-# The matrices in 8 bits: the blocks', but for the first fc2, whose input has the widest range. Kept
-# in fp32 it costs 1 % of the run time.
+# The matrices quantised to 8 bits: attention and MLP of every block, except the first fc2, whose
+# input has the widest range. Keeping it in fp32 costs 1 % of the run time.
 INT8 = re.compile(r"(?!blocks\.0\.mlp\.fc2)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc)")
 
 
 def channel_ranges(model: vit.ViT, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The lowest and the highest value of every channel, each [in], of what enters the matrices of
-    a ViT's blocks when it sees images [n, 3, S, S]. Keys are the modules' names."""
+    """The smallest and largest value of every input channel, each [in], of qkv, proj and fc1 in a
+    ViT's blocks, on images [n, 3, S, S]. Keys are the modules' names."""
     ranges = {}
 
     def observe(name: str, _, inputs: tuple[Tensor]) -> None:
@@ -622,12 +622,12 @@ def channel_ranges(model: vit.ViT, images: Tensor) -> dict[str, tuple[Tensor, Te
 
 
 def channel_factors(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """What each channel's activations are divided and its weights multiplied by, [in]:
-    SmoothQuant's equation 4.
+    """The factors [in] by which each channel's activations are divided and its weights multiplied
+    (SmoothQuant, equation 4).
 
     Args:
-        reach: its largest |activation|, [in].
-        weight: of the matrix that reads it, [out, in].
+        reach: each channel's largest |activation|, [in].
+        weight: the matrix that reads the channels, [out, in].
     """
     largest = weight.abs().amax(dim=0)
     return reach.clamp(min=1e-5) ** alpha / largest.clamp(min=1e-5) ** (1 - alpha)
@@ -635,16 +635,16 @@ def channel_factors(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
 
 @torch.no_grad()
 def equalise(model: vit.ViT, images: Tensor, alpha: float = 0.7) -> None:
-    """Rewrite a ViT into the same function with activations that 8 bits hold better.
+    """Make a ViT's activations easier to quantise to 8 bits, without changing its function.
 
-    The outputs of LayerNorm are centred and scaled per channel, those of attention scaled, and the
-    next matrix undoes it: SmoothQuant (https://arxiv.org/abs/2211.10438) with the shift of Outlier
-    Suppression+ (https://arxiv.org/abs/2304.09145).
+    The outputs of LayerNorm are centred and scaled per channel, those of attention are scaled, and
+    the next matrix undoes it: SmoothQuant (https://arxiv.org/abs/2211.10438) with the shift of
+    Outlier Suppression+ (https://arxiv.org/abs/2304.09145).
 
     Args:
-        images: representative ones, [n, 3, S, S], to calibrate on.
-        alpha: how much of a channel's range moves into the weights, 0 to 1; 0.7 gave the least
-            error on DeiT-tiny (tests/bench_int8.py).
+        images: representative images [n, 3, S, S] for calibration.
+        alpha: how much of a channel's range moves into the weights, 0 to 1; 0.7 gave the highest
+            top-1 agreement on DeiT-tiny (tests/bench_int8.py).
     """
     D = model.config.width
     ranges = channel_ranges(model, images)
@@ -656,7 +656,7 @@ def equalise(model: vit.ViT, images: Tensor, alpha: float = 0.7) -> None:
         if block.adapter is not None and block.adapter.reads == "ln":
             readers.append(block.adapter.down)
         equalise_norm(block.norm2, ranges[f"blocks.{i}.mlp.fc1"], readers, alpha)
-        # v's bias moves into proj's, so what enters proj lacks it: the rows of softmax sum to 1.
+        # v's bias moves into proj's bias (the rows of softmax sum to 1), so proj's input lacks it.
         low, high = ranges[f"blocks.{i}.attn.proj"]
         if qkv.bias is not None:
             v_bias = qkv.bias[2 * D :]
@@ -672,10 +672,10 @@ def equalise(model: vit.ViT, images: Tensor, alpha: float = 0.7) -> None:
 def equalise_norm(
     norm: nn.LayerNorm, span: tuple[Tensor, Tensor], readers: list[nn.Linear], alpha: float
 ) -> None:
-    """Centre and scale what a LayerNorm gives, and undo it in the matrices that read it."""
+    """Centre and scale a LayerNorm's output, and undo it in the matrices that read it."""
     low, high = span
     middle = (low + high) / 2
-    if readers[0].bias is None:  # nothing could undo a shift
+    if readers[0].bias is None:  # a shift couldn't be undone
         middle = torch.zeros_like(middle)
     reach = torch.maximum(high - middle, middle - low)
     weight = torch.cat([reader.weight for reader in readers])
@@ -689,13 +689,13 @@ def equalise_norm(
 
 
 def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The graph with the matrices of INT8 in 8 bits, by onnxruntime's quantiser: weights per
-    channel, inputs dynamically."""
+    """The model with the matrices that INT8 matches quantised by onnxruntime: weights per channel,
+    inputs dynamically."""
     names = []
     for node in proto.graph.node:
         if node.op_type == "MatMul" and INT8.match(node.name):
             names.append(node.name)
-    logging.disable()  # it warns that the graph wasn't prepared, which this one needn't be
+    logging.disable()  # it warns that the graph wasn't preprocessed, which this one needn't be
     try:
         quantize_dynamic(
             proto, path, op_types_to_quantize=["MatMul"], nodes_to_quantize=names, per_channel=True
@@ -703,7 +703,7 @@ def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     finally:
         logging.disable(logging.NOTSET)
     rounded = onnx.load(path)
-    del rounded.graph.value_info[:]  # it names a batch that a fixed one hasn't: tract refuses that
+    del rounded.graph.value_info[:]  # its batch has a name even if it is fixed: tract refuses that
     rounded.producer_name = proto.producer_name
     rounded.producer_version = proto.producer_version
     return rounded
@@ -713,7 +713,7 @@ def to_int8(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 
 def session(model: str | Path) -> onnxruntime.InferenceSession:
-    """onnxruntime's session on the CPU. Raises ValueError for a file that it can't load."""
+    """An onnxruntime session on the CPU. Raises ValueError for a file that it can't load."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as many as torch, for the speed line
     options.log_severity_level = 3  # it warns of every input that has a default
@@ -721,7 +721,7 @@ def session(model: str | Path) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(model), options, ["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own kinds derive from nothing else
+    except Exception as error:  # onnxruntime's exceptions have no narrower base class
         reason = vit.first_line(error)
         raise ValueError(f"onnxruntime can't load {model}: {reason}") from error
 
@@ -730,9 +730,9 @@ def session(model: str | Path) -> onnxruntime.InferenceSession:
 class Checked:
     """Test images as the graph takes them, as torch takes them, and their labels."""
 
-    image: np.ndarray  # [B, …], what the graph's input is
+    image: np.ndarray  # [B, …], the graph's input
     x: Tensor  # [B, 3, S, S], normalised
-    labels: np.ndarray  # [n]: less than B where a fixed batch was filled up with repeated images
+    labels: np.ndarray  # [n]; n < B if a fixed batch was filled up with repeated images
 
 
 def in_onnxruntime(opened: onnxruntime.InferenceSession, adapter: Path | None = None) -> Callable:
@@ -747,12 +747,12 @@ def in_onnxruntime(opened: onnxruntime.InferenceSession, adapter: Path | None = 
     def output(images: Checked) -> np.ndarray:
         return opened.run(None, {name: images.image}, options)[0]
 
-    output.adapter = lora  # RunOptions doesn't keep the adapter alive: it would crash
+    output.adapter = lora  # keeps it alive: RunOptions doesn't, and runs would crash
     return output
 
 
 def in_torch(model: vit.ViT, meta: dict) -> Callable:
-    """The same output, computed by torch."""
+    """A function from Checked images to the same output, computed by torch."""
 
     @torch.inference_mode()
     def output(images: Checked) -> np.ndarray:
@@ -767,14 +767,14 @@ def in_torch(model: vit.ViT, meta: dict) -> Callable:
 
 
 def choose_images(run: train.Run, options: argparse.Namespace) -> None:
-    """Put what to check with into the place of the run's data: --check's photos, the run's own test
-    images, or noise. The data set's name becomes what the check line calls them."""
+    """Make run.dataset the images to check with: --check's photos, the run's own test images, or
+    noise. Its name becomes what the check line calls them."""
     if options.check:
         calibrated = options.precision == "int8"
         count = images_wanted(options, options.precision != "fp32")
         run.dataset = read_photos(run, Path(options.check), 2 * count if calibrated else count)
         images = run.dataset.test
-        if calibrated and len(images) > 1:  # what calibrates int8 doesn't check it
+        if calibrated and len(images) > 1:  # one half calibrates int8, the other checks it
             run.dataset.train = images[torch.arange(0, len(images), 2)]
             run.dataset.test = images[torch.arange(1, len(images), 2)]
     elif run.dataset is None:
@@ -784,16 +784,16 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
 
 
 def images_wanted(options: argparse.Namespace, rounded: bool) -> int:
-    """How many images a graph is checked with, by --images: 0 for all; fp16 and int8 take more."""
+    """How many images to check with, 0 for all: --images or a default, higher for fp16 and int8."""
     if options.images is not None:
         return options.images
     return 1000 if rounded else 64
 
 
 def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
-    """`count` photos of a folder and its sub-folders (0: all), evenly over all of them.
+    """`count` photos of a folder and its subfolders (0: all), evenly spaced over all of them.
 
-    The label is that of the nearest folder that is named like a class, else -1.
+    A photo's label is that of the nearest enclosing folder named after a class, else -1.
     """
     paths = data.find_photos([folder])
     count = min(count or len(paths), len(paths))
@@ -809,7 +809,7 @@ def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
 
 
 def label_of(path: Path, classes: list[str]) -> int:
-    """The class that the nearest folder around a photo is named after, or -1."""
+    """The label of the nearest enclosing folder that is named after a class, or -1."""
     for parent in path.parents:
         name = data.as_utf8(parent.name)
         if name in classes:
@@ -818,7 +818,7 @@ def label_of(path: Path, classes: list[str]) -> int:
 
 
 def noise(run: train.Run) -> data.Dataset:
-    """64 images of coloured blots, or fewer large ones."""
+    """64 images of coloured blobs; fewer if they are large."""
     side = data.stored_side(run.batches.size, run.meta["center"])
     count = max(2, min(64, 10**8 // (3 * side**2)))
     blots = torch.rand(count, 3, 8, 8, generator=data.generator("noise"))
@@ -831,11 +831,11 @@ def noise(run: train.Run) -> data.Dataset:
 
 
 def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
-    """`count` test images, evenly over the set, in the graph's own batch if it has one.
+    """`count` test images, evenly spaced over the set, in the graph's batch size if it is fixed.
 
-    Otherwise the first ones come one by one, at most 55: 5 to warm up and 50 to time. The rest come
-    in sevens, to try other batches: of 64 these are a batch of 7 and one of 2. Photos for --resize
-    come one by one in the size that their files have.
+    Otherwise the first ones, at most 55, come one by one: 5 for warm-up and 50 for timing. The rest
+    come in batches of 7, to try other batch sizes: of 64 images, a batch of 7 and one of 2. Photos
+    for --resize come one by one, as decoded.
     """
     test = run.dataset.test
     index = torch.linspace(0, len(test) - 1, count).long()
@@ -855,7 +855,7 @@ def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
 
 
 def to_check(run: train.Run, images: data.Images) -> Checked:
-    """A batch as the graph and as torch take it; a fixed batch is filled up."""
+    """A batch as the graph and as torch take it; a fixed batch is filled with repeated images."""
     labels = images.labels.numpy()
     batch = run.meta["batch"] or len(images)
     images = images[torch.arange(batch) % len(images)]
@@ -868,14 +868,14 @@ def to_check(run: train.Run, images: data.Images) -> Checked:
     if run.meta["input"] == "unit":
         return Checked((x * std + mean).numpy(), x, labels)
     if not run.meta["resize"]:
-        # The graph takes S x S pixels: resize here and round to bytes, and give torch those too.
+        # The graph takes S x S pixels: resize here, round to bytes, and give torch the same bytes.
         pixels = ((x * std + mean) * 255).round().byte()
         x = (pixels / 255 - mean) / std
     return Checked(channels_last(pixels), x, labels)
 
 
 def original_to_check(run: train.Run, image: data.Images) -> Checked:
-    """A photo as its file has it, and resized for torch as in evaluation, but not to bytes."""
+    """A photo as decoded; for torch resized as in evaluation, but not rounded to bytes."""
     side = data.stored_side(run.batches.size, run.dataset.center)
     photo = data.open_photo(run.dataset.folder / image.names[0], side)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
@@ -895,23 +895,23 @@ def channels_last(pixels: Tensor) -> np.ndarray:
 
 @dataclass
 class Agreement:
-    """How far two functions of the same n images agree."""
+    """How well two functions agree on the same n images."""
 
     worst: float  # largest |difference|
     before: np.ndarray  # top-1 of the first, [n]
     after: np.ndarray  # top-1 of the second, [n]
     labels: np.ndarray  # [n], -1 where they aren't known
-    times: list[tuple[float, float]]  # seconds of both, for each of the smallest batches
+    times: list[tuple[float, float]]  # seconds of both, for each batch that is timed
 
     @property
     def same(self) -> float:
-        """The images of which both give the same top-1, in percent."""
+        """The percentage of images for which both give the same top-1."""
         return 100 * float((self.before == self.after).mean())
 
 
 def measure(reference: Callable, candidate: Callable, run: train.Run, count: int) -> Agreement:
-    """Call two functions with the same test images. An embedding's top-1 is what the head makes of
-    it."""
+    """Run two functions on the same test images and compare them. For embeddings, top-1 is that of
+    the head's logits."""
 
     def top1(output: np.ndarray) -> np.ndarray:
         if run.meta["output"] == "embedding":
@@ -919,7 +919,7 @@ def measure(reference: Callable, candidate: Callable, run: train.Run, count: int
         return output.argmax(axis=1)
 
     worst = 0.0
-    answers = []  # of each batch: top-1 of both and the labels, [3, n]
+    answers = []  # for each batch: top-1 of both and the labels, [3, n]
     times = []
     seen = 0
     started = time.perf_counter()
@@ -930,7 +930,7 @@ def measure(reference: Callable, candidate: Callable, run: train.Run, count: int
         second = candidate(images)
         end = time.perf_counter()
         n = len(images.labels)
-        if len(images.x) == (run.meta["batch"] or 1):  # of any batch, the single images
+        if len(images.x) == (run.meta["batch"] or 1):  # if the batch is dynamic: single images
             times.append((middle - start, end - middle))
         worst = float(np.maximum(worst, np.abs(first - second).max()))  # keeps a NaN
         answers.append([top1(first)[:n], top1(second)[:n], images.labels])
@@ -941,7 +941,7 @@ def measure(reference: Callable, candidate: Callable, run: train.Run, count: int
 
 
 def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
-    """What there is to say of a graph in fp32, and whether it is as good as torch."""
+    """Compare an fp32 graph with torch: the text for the check line, and whether it passes."""
     clip = meta["method"] in adaptertune.CLIP_METHODS and meta["output"] == "logits"
     limit = 10 * LIMIT if meta["resize"] or clip else LIMIT
     bound = f"{limit:.0e}".replace("-0", "-")
@@ -950,12 +950,12 @@ def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
 
 
 def judge_rounded(found: Agreement) -> tuple[str, bool]:
-    """The same of fp16 or int8 beside fp32.
+    """Compare fp16 or int8 with fp32: the text for the check line, and whether it passes.
 
-    What counts is accuracy. Of n images, b are right before alone and c after alone; the difference
-    is (c - b) / n, and its standard error √(b + c - (b - c)² / n) / n: that of paired answers. Good
-    is a loss of up to MAX_LOSS points and one standard error. Where labels aren't known, AGREE
-    percent of the top-1 must stay.
+    The criterion is accuracy. If b of n images are right only before and c only after, accuracy
+    changes by (c - b) / n, with the standard error √(b + c - (b - c)² / n) / n of paired answers. A
+    loss of up to MAX_LOSS points plus one standard error passes. If labels aren't known, AGREE
+    percent of the images must keep their top-1.
     """
     text = f"max |diff| {found.worst:.1e}, top-1 agreement {found.same:.4g} %"
     finite = np.isfinite(found.worst)
@@ -982,15 +982,15 @@ def verify(
     names: tuple[str, str],
     rounded: bool = False,
 ) -> None:
-    """Print how far two functions agree on images, and how long a single image takes them.
+    """Print how well two functions agree on images, and how long each takes for one batch.
 
     Args:
-        options: `images`, how many; `force`, to go on in fp16 and int8 whatever comes out.
-        names: of the two functions.
-        rounded: the second is fp16 or int8, and may differ as judge_rounded allows.
+        options: `images`, how many; `force`, to keep fp16 and int8 whatever the result.
+        names: what to call the two functions.
+        rounded: the candidate is fp16 or int8, and may differ as judge_rounded allows.
 
     Raises:
-        ValueError: they disagree by more than is allowed.
+        ValueError: they differ by more than is allowed.
     """
     available = len(run.dataset.test)
     count = min(images_wanted(options, rounded) or available, available)
@@ -998,7 +998,7 @@ def verify(
     text, good = judge_rounded(found) if rounded else judge_exact(found, run.meta)
     text = f"{names[1]} against {names[0]}, {count:,} {run.dataset.name}: {text}"
     if not good and not (rounded and options.force):
-        if rounded:  # with --hub the file in fp32 is written
+        if rounded:  # with --hub the fp32 file is still written
             raise ValueError(f"{text}: it isn't kept without --force")
         raise ValueError(f"{text}: no file was written")
     print(f"check    {text} {'ok' if good else 'forced'}", flush=True)
@@ -1017,7 +1017,7 @@ def verify(
 
 
 def save(proto: onnx.ModelProto, path: Path) -> None:
-    """Write the model; one that is too large for protobuf with its constants in PATH.data beside
+    """Write the model. If it is too large for protobuf, its constants go into PATH.data beside
     it."""
     size = sum(len(constant.raw_data) for constant in proto.graph.initializer)
     beside = Path(f"{path}.data")
@@ -1026,17 +1026,17 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
         onnx.save(proto, path)
     else:
         onnx.save(proto, path, save_as_external_data=True, location=beside.name)
-        beside.chmod(path.stat().st_mode)  # onnx lets its owner alone read it
+        beside.chmod(path.stat().st_mode)  # onnx makes it readable by its owner only
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a model, with its constants if they are beside it."""
+    """The size of a model in bytes, including constants in a file beside it."""
     files = [path, Path(f"{path}.data")]
     return sum(file.stat().st_size for file in files if file.exists())
 
 
 def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable:
-    """Save the model, run ONNX's checker on it, load and describe it."""
+    """Save the model, run ONNX's checker on it, load it and print a description."""
     save(proto, part)
     onnx.checker.check_model(part, full_check=True)
     opened = session(part)
@@ -1062,13 +1062,13 @@ def staged(folder: Path) -> Iterator[Path]:
             yield part
             move_files(part, folder)
     finally:
-        with contextlib.suppress(OSError):  # something came into them
+        with contextlib.suppress(OSError):  # they aren't empty
             for each in new:
                 each.rmdir()
 
 
 def move_files(part: Path, folder: Path) -> None:
-    """Move the contents of a folder into another one, and say where each file is."""
+    """Move the contents of `part` into `folder`, and print where each file is now."""
     for file in sorted(part.rglob("*")):
         path = folder / file.relative_to(part)
         if file.is_dir():
@@ -1082,7 +1082,7 @@ def move_files(part: Path, folder: Path) -> None:
 
 
 def file_name(options: argparse.Namespace) -> str:
-    """model.onnx, with what differs from the defaults in its name."""
+    """model.onnx; options that differ from their defaults are added to the name."""
     parts = ["model"]
     if options.precision != "fp32":
         parts.append(options.precision)
@@ -1100,12 +1100,12 @@ def file_name(options: argparse.Namespace) -> str:
 
 
 def to_lines(classes: list[str]) -> str:
-    """What labels.txt holds: a class a line."""
+    """The contents of labels.txt: one class per line."""
     return "".join(f"{data.printable(name)}\n" for name in classes)
 
 
 def export(run: train.Run, options: argparse.Namespace) -> None:
-    """Write, check, and only then put in place the graph and labels.txt."""
+    """Write and check the graph, and only then move it and labels.txt into place."""
     path = Path(options.o or run.folder)
     if path.is_dir():
         path = path / file_name(options)
@@ -1125,7 +1125,7 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
 
 
 def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Callable:
-    """Write and check the graph. Returns it as in_onnxruntime does."""
+    """Write and check the fp32 graph, and return it as in_onnxruntime does."""
     model = copy.deepcopy(run.model)
     merged = adaptertune.merge(model)
     more = f", {merged} adapters merged into the backbone" if merged else ""
@@ -1140,12 +1140,12 @@ def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Call
 def export_rounded(
     run: train.Run, options: argparse.Namespace, path: Path, fp32: Callable, size: int
 ) -> None:
-    """Write the graph in fp16 or int8 and compare it with the one in fp32, of `size` bytes."""
+    """Write the fp16 or int8 graph and compare it with the fp32 graph, which has `size` bytes."""
     precision = options.precision
     meta = dict(run.meta)
     for name in run.meta:
         if name.endswith("_accuracy"):
-            meta[f"fp32_{name}"] = meta.pop(name)  # of the run, not of this file
+            meta[f"fp32_{name}"] = meta.pop(name)  # measured in the run, not on this file
     model = copy.deepcopy(run.model)
     adaptertune.merge(model)
     dtype = "float16" if precision == "fp16" else "float32"
@@ -1164,8 +1164,8 @@ def export_rounded(
 
 
 def calibration_images(run: train.Run) -> Tensor:
-    """64 training images, or photos of --check, evenly over the set, as the network sees them. (On
-    three runs 256 of them gave neither more agreement nor less error.)"""
+    """64 training images, or photos of --check, evenly spaced over the set, as the network sees
+    them. (On three runs 256 images gave neither more agreement nor less error.)"""
     images = run.dataset.train
     if not len(images):
         raise ValueError(
@@ -1178,27 +1178,27 @@ def calibration_images(run: train.Run) -> Tensor:
 
 # ---------------------------------------------------------------------------- swappable adapters
 
-# What a swappable backbone says of itself; the rest travels with the adapter.
+# The metadata of a swappable backbone; the rest is stored in the adapter file.
 SHARED = ("backbone", "fingerprint", "license", "image_size", "mean", "std", "interpolation")
 SHARED += ("version", *CHOICES)
 
 
 def with_empty_adapters(model: vit.ViT, *, reads: str, act: str) -> vit.ViT:
-    """A copy of an adapted ViT that is its backbone again, with a place for any adapter of a kind:
-    all-zero ones of rank 1 in every block; for a head the identity, which gives features [B, D]."""
+    """A copy of an adapted ViT reset to its backbone, with placeholders for adapters of one kind:
+    all-zero adapters of rank 1 in every block, and the identity as head, for features [B, D]."""
     empty = copy.deepcopy(model)
     adaptertune.add_adapters(empty, rank=1, reads=reads, act=act)
     adaptertune.add_head(empty, empty.config.width)
-    for block in empty.blocks:  # else V is random, and the file another one each time
+    for block in empty.blocks:  # else V is random, and the file differs each time
         nn.init.zeros_(block.adapter.down.weight)
     nn.init.eye_(empty.head.weight)
     return empty.requires_grad_(False)
 
 
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
-    """Write, check and put in place backbone.onnx, unless it is there, and NAME.onnx_adapter."""
+    """Write, check and move into place NAME.onnx_adapter, and backbone.onnx unless it exists."""
     meta = run.meta
-    if meta["method"] == "head":  # no adapters: the place of AdapterTune's stays empty
+    if meta["method"] == "head":  # no adapters: AdapterTune's placeholders stay empty
         kind = {"reads": "block", "act": "gelu"}
     elif meta["method"] in adaptertune.ADAPTER_METHODS:
         kind = {"reads": meta["reads"], "act": meta["act"]}
@@ -1215,7 +1215,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     shared["swappable"] = key
     proto = to_model(bare, empty, shared)
 
-    # What differs from the backbone's constants is the adapter.
+    # The adapter is the constants that differ from the backbone's.
     adapted = Graph(options.opset)
     write_vit(adapted, run.model, meta)
     values = {}
@@ -1250,7 +1250,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
 
 
 def save_adapter(values: dict[str, np.ndarray], path: Path) -> None:
-    """Write an .onnx_adapter."""
+    """Write an .onnx_adapter file."""
     tensors = {}
     for name, value in values.items():
         tensors[name] = onnxruntime.OrtValue.ortvalue_from_numpy(value)
@@ -1266,11 +1266,11 @@ def save_adapter(values: dict[str, np.ndarray], path: Path) -> None:
 
 
 def export_hub(run: train.Run, options: argparse.Namespace) -> None:
-    """Write, check and put in place what transformers.js and optimum-onnx load from a folder."""
+    """Write and check a folder for transformers.js and optimum-onnx, and move it into place."""
     place = Path(options.hub)
     card = place / "README.md"
     if card.exists() and not (place / "preprocessor_config.json").exists():
-        raise ValueError(f"{card} is there and not of --hub; give a folder of its own")
+        raise ValueError(f"{card} exists and wasn't written by --hub; give another folder")
     with staged(place) as folder:
         inside = folder / "onnx"
         inside.mkdir()
@@ -1282,7 +1282,7 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
             export_rounded(run, options, int8, fp32, size_of(path))
         except ValueError as error:
             int8.unlink(missing_ok=True)
-            (place / "onnx" / int8.name).unlink(missing_ok=True)  # of an earlier export
+            (place / "onnx" / int8.name).unlink(missing_ok=True)  # from an earlier export
             config["transformers.js_config"] = {"dtype": "fp32"}  # else a browser asks for int8
             print(f"left out onnx/{int8.name}: {error}")
         files = {
@@ -1295,7 +1295,7 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
 
 
 def hub_config(meta: dict, config: vit.Config) -> dict:
-    """config.json: for those who load it, any graph from images to logits is a ViT."""
+    """config.json. To the libraries that load it, any graph from images to logits is a ViT."""
     return {
         "model_type": "vit",
         "architectures": ["ViTForImageClassification"],
@@ -1311,8 +1311,8 @@ def hub_config(meta: dict, config: vit.Config) -> dict:
 
 
 def hub_processor(meta: dict) -> dict:
-    """preprocessor_config.json. CLIP's processor resizes the shorter side and takes the middle;
-    transformers' own for a ViT can't."""
+    """preprocessor_config.json. CLIP's processor resizes the shorter side and crops the centre;
+    transformers' ViT processor can't."""
     S = meta["image_size"]
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -1357,9 +1357,9 @@ print(classify("photo.jpg"))
 
 
 def model_card(run: train.Run, int8: bool) -> str:
-    """README.md for the hub."""
+    """The hub's README.md."""
     meta = run.meta
-    note = "`onnx/model_quantized.onnx` is int8: for CPUs and WASM, wrong in WebGPU."
+    note = "`onnx/model_quantized.onnx` is int8: for CPUs and WASM; in WebGPU its output is wrong."
     accuracy = f"{meta['test_accuracy']:.2f} %"
     if "test_images" in meta:  # else the data set can't be read
         accuracy += f" of {meta['test_images']:,}"
@@ -1380,7 +1380,7 @@ def model_card(run: train.Run, int8: bool) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options. Wrong usage prints one line and exits with 2."""
+    """The options. Wrong usage prints one line and exits with status 2."""
     parser = train.Parser(
         prog="export.py",
         description="Turn a run of train.py into one ONNX graph, checked against PyTorch.",
@@ -1391,33 +1391,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.section("graph")
     add = parser.value
     place = "where to write: a folder, or FILE.onnx (the run's folder; "
-    add("-o", "PATH", str, place + "--swappable: the one around it)", "")
-    opset = "version of ONNX's operators; 17 runs nearly everywhere, 23 is newest (17)"
+    add("-o", "PATH", str, place + "with --swappable its parent)", "")
+    opset = "ONNX opset; 17 runs nearly everywhere, 23 is the newest supported (17)"
     add("--opset", "N", int, opset, 17, choices=sorted(IR))
-    add("--batch", "N", train.integer(0), "images per call, a fixed number (0: any)", 0)
+    add("--batch", "N", train.integer(0), "fixed number of images per call (0: any)", 0)
     image = "normalised floats, or floats from 0 to 1 (unit), both [batch, 3, S, S]; or pixels "
     image += "[batch, S, S, 3] (float; with --resize uint8)"
     parser.choice("--input", ("float", "unit", "uint8"), image, "")
     resized = "take pixels (uint8) of photos of any size; the graph resizes them as in evaluation"
     parser.switch("--resize", resized)
     outputs = ("logits", "probabilities", "embedding")
-    returned = "what the graph returns; embedding: what the head reads (logits)"
+    returned = "the graph's output; embedding: the head's input (logits)"
     parser.choice("--output", outputs, returned, "logits")
     precision = "precision of the weights; int8 is for CPUs (fp32)"
     parser.choice("--precision", ("fp32", "fp16", "int8"), precision, "fp32")
-    tasks = "for several tasks: one backbone.onnx, and an .onnx_adapter for each, which "
-    parser.switch("--swappable", tasks + "onnxruntime exchanges at run time")
+    tasks = "for several tasks: one backbone.onnx, and an .onnx_adapter for each task, which "
+    parser.switch("--swappable", tasks + "onnxruntime swaps at run time")
     add("--hub", "FOLDER", str, "write a folder that transformers.js and optimum-onnx load", "")
     parser.section("check")
-    photos = "photos to check with, sorted into folders of classes or not; with int8 every second "
-    photos += "one is for calibration (the run's test images)"
+    photos = "photos to check with, in class folders or not; with int8 every second one is used "
+    photos += "for calibration (the run's test images)"
     add("--check", "FOLDER", str, photos, "")
     count = "images to check with, 0 for all (64; 1,000 for fp16 and int8)"
     add("--images", "N", train.integer(0), count, None)
-    rule = f"keep fp16 or int8 even if accuracy falls by over {MAX_LOSS:g} point and one standard "
-    rule += f"error or, where labels aren't known, fewer than {AGREE:g} %% keep their top-1"
+    rule = f"keep fp16 or int8 even if accuracy falls by over {MAX_LOSS:g} point plus one standard "
+    rule += f"error or, if labels aren't known, under {AGREE:g} %% of images keep their top-1"
     parser.switch("--force", rule)
-    parser.section("where things are now, if not where they were")
+    parser.section("new locations of files that were moved")
     add("--weights", "FILE", str, "the backbone's weights", "")
     add("--init-lora", "PATH", str, "the LoRA that was merged into them", "")
     add("--dataset", "FOLDER", str, "the photos, or other photos of the same classes", "")
@@ -1429,7 +1429,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.image = INPUT
     if options.hub:
         options.image = HUB_INPUT
-        options.precision = "int8"  # of the graph beside the one in fp32
+        options.precision = "int8"  # of the second graph, beside the fp32 one
     return options
 
 
@@ -1453,13 +1453,13 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
 
 
 def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
-    """Refuse options of a graph that what loads --hub's folder couldn't use."""
+    """Refuse options that --hub sets itself, or that the libraries it writes for couldn't use."""
     for name in ("o", "input", "resize", "output", "precision", "swappable"):
         if getattr(options, name) != parser.get_default(name):
             flag = "-o" if name == "o" else f"--{name}"
             parser.error(f"--hub settles what its folder holds; leave out {flag}")
     if options.batch > 1:
-        parser.error(f"--hub: a single photo is no batch of {options.batch}; leave out --batch")
+        parser.error(f"--hub takes one photo per call, not {options.batch}; leave out --batch")
 
 
 def arguments_for_train(options: argparse.Namespace) -> list[str]:
@@ -1488,12 +1488,12 @@ def export_as_asked(arguments: list[str] | None) -> int:
     run_options, *_ = train.parse(arguments_for_train(options), prog="export.py")
     run = train.open_run(run_options, need_data=False)
     run.model.eval().requires_grad_(False)
-    if run.dataset is not None:  # what test_accuracy is of, whatever --dataset is given
+    if run.dataset is not None:  # the images behind test_accuracy, whatever --dataset is given
         split = train.read_split(run.folder / "split.json")
         run.meta["test_images"] = len(split["test"])
     choose_images(run, options)
-    # From here on run.meta describes the graph, and goes into it.
-    for name in ("config", "learn_scale", "init", "dropout"):  # of no use to a deployer
+    # From here on run.meta describes the graph, and is stored in it.
+    for name in ("config", "learn_scale", "init", "dropout"):  # of no use in deployment
         run.meta.pop(name, None)
     for name in CHOICES:
         run.meta[name] = getattr(options, name)

@@ -1,13 +1,13 @@
-"""How fast the exported graph is, beside torch and torch's own exporter.
+"""How fast the exported graph is, compared with torch and torch's own exporter.
 
     python tests/bench_export.py [--batch 1] [--rounds 60] [--processes 5] [--rank 8]
                                  [--only "no adapters,merged adaptformer"]
 
 DeiT-tiny's shape, rank-8 adapters in every block, 100 classes, random weights (which don't change
-the time). One thread, CPU time of the process. All variants are called in turn, round after round,
-after a warm-up. The figures are medians and ratios of medians; of several processes (which differ
-by more than a round does: memory lies elsewhere) the median and the range. torch's own exporter
-takes part where onnxscript is installed.
+the time). One thread, CPU time of the process. After a warm-up, each round calls all variants in
+turn. Each process gives medians and ratios of medians; the table shows their median and range over
+processes, which differ more than rounds do because their memory is laid out differently. torch's
+own exporter is included if onnxscript is installed.
 """
 
 import argparse
@@ -47,7 +47,7 @@ META = {
     "classes": [str(i) for i in range(100)],
     "batch": 0,
 }
-WARM_UP = 3  # rounds that don't count
+WARM_UP = 3  # rounds that aren't timed
 VARIANTS = (
     "no adapters",
     "opset 17",
@@ -60,9 +60,9 @@ VARIANTS = (
     "products",
     "torch.onnx.export",
 )
-# Other networks than the adapted one, or another precision: their logits aren't compared.
+# Another network than the adapted one, or another precision: the logits aren't compared.
 DIFFERENT = ("no adapters", "merged adaptformer", "int8", "products")
-# Variant, what its time is divided by, and how to call the ratio.
+# Variant, the variant that its time is divided by, and what to call the ratio.
 RATIOS = (
     ("opset 17", "no adapters", "over the bare backbone"),
     ("merged adaptformer", "no adapters", "over the bare backbone"),
@@ -80,7 +80,7 @@ RATIOS = (
 
 
 def network(rank: int, **settings) -> vit.ViT:
-    """The adapted network, with adapters that do something; no adapters for rank 0."""
+    """The adapted network, with adapters that aren't zero; no adapters for rank 0."""
     torch.manual_seed(0)
     model = vit.ViT(vit.BACKBONES["deit_ti16"].config)
     model.init_weights()
@@ -99,7 +99,7 @@ def to_proto(model: vit.ViT, opset: int = 17) -> onnx.ModelProto:
 
 
 def in_onnxruntime(model: bytes | str, adapter: str = "") -> Callable:
-    """A function of the image, by onnxruntime on one thread.
+    """A function that runs a model on an image, in onnxruntime on one thread.
 
     Args:
         model: a serialised ONNX model, or its path.
@@ -143,7 +143,7 @@ def int8(model: vit.ViT, folder: str) -> Callable:
 
 
 def merged_adaptformer(rank: int) -> Callable:
-    """A network whose adapters went into the MLPs."""
+    """A network whose adapters are merged into its MLPs."""
     model = network(rank, reads="ln", act="mlp")
     adaptertune.merge(model)
     return in_onnxruntime(to_proto(model).SerializeToString())
@@ -182,8 +182,8 @@ def by_torchs_exporter(model: vit.ViT, folder: str) -> Callable | None:
 
 
 def products(model: vit.ViT, image: np.ndarray) -> Callable:
-    """The matrix products of torch's network alone, by torch: what no runtime in fp32 saves, but
-    for the last block's."""
+    """Only the matrix products of torch's network, in torch. No fp32 runtime can avoid them, except
+    some of the last block's."""
     pairs = []
 
     def note(layer: nn.Linear, inputs: tuple[Tensor], _) -> None:
@@ -215,7 +215,7 @@ def products(model: vit.ViT, image: np.ndarray) -> Callable:
 
 
 def make(name: str, model: vit.ViT, rank: int, folder: str, image: np.ndarray) -> Callable | None:
-    """The variant of a name, a function of the image; None if it can't be had here."""
+    """A variant by name, as a function of the image; None if it isn't available here."""
     if name == "swappable":
         return swappable(model, folder)
     if name == "merged adaptformer":
@@ -243,7 +243,7 @@ def time_in_turn(functions: dict[str, Callable], image: np.ndarray, rounds: int)
     names = list(functions)
     times = {name: [] for name in names}
     for i in range(rounds + WARM_UP):
-        first = i % len(names)  # so that none always runs after the same other one
+        first = i % len(names)  # so that no variant always follows the same other one
         for name in names[first:] + names[:first]:
             started = time.process_time()
             functions[name](image)
@@ -276,7 +276,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def in_own_process() -> list[list[str]]:
-    """The rows that `measure` prints in a process of its own, split."""
+    """Run `measure` in a process of its own; the rows that it prints, split into columns."""
     command = [sys.executable, __file__, *sys.argv[1:], "--processes", "0"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     rows = [line.split("|") for line in done.stdout.splitlines()]
@@ -289,9 +289,9 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--processes", type=int, default=5, help="0: measure in this one")
+    parser.add_argument("--processes", type=int, default=5, help="0: measure in this process")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--only", default="", help="variants by name, with commas between")
+    parser.add_argument("--only", default="", help="names of variants, comma-separated")
     options = parser.parse_args()
     unknown = set(filter(None, options.only.split(","))) - set(VARIANTS)
     if unknown:

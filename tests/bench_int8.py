@@ -1,14 +1,14 @@
-"""What int8 costs and brings on a trained run, part by part.
+"""What int8 costs and gains on a trained run: an ablation of its parts.
 
     python tests/bench_int8.py runs/NAME [--images 2000] [--rounds 40] [options of train.py]
 
-Printed for each variant: top-1 agreement with fp32, accuracy, the error of the logits, and the time
-on one thread (CPU time, all called in turn, ratio of medians to fp32). The options of train.py say
-where things are now.
+For each variant it prints top-1 agreement with fp32, accuracy, the error of the logits, and the
+time on one thread (CPU time, variants called in turn, ratio of medians to fp32). The options of
+train.py give the new locations of files that were moved.
 
-All are made by onnxruntime's dynamic quantiser, per channel; "equalised" is export.equalise before
-it, "share" what of a channel's range it moves into the weights, and "without" leaves matrices in
-fp32.
+All variants use onnxruntime's dynamic quantiser, per channel. "equalised" runs export.equalise
+first; "share" is its alpha, the share of a channel's range that moves into the weights; "without"
+leaves matrices in fp32.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import export
 import train
 
 FIRST_FC2 = r"blocks\.0\.mlp\.fc2"
-# Name: the share by which inputs are equalised (None: not at all), and the matrices left in fp32.
+# Name: the share for equalise (None: not equalised), and a pattern of the matrices left in fp32.
 VARIANTS = {
     "the quantiser alone": (None, "none"),
     "without fc2 of block 0": (None, FIRST_FC2),
@@ -62,8 +62,8 @@ def to_int8(
     """The run's graph in int8.
 
     Args:
-        images: [n, 3, S, S], to equalise on.
-        share: by which inputs are equalised; None for as they are.
+        images: [n, 3, S, S], on which equalise is calibrated.
+        share: the alpha of equalise; None to leave it out.
         left_in_fp32: pattern of the matrices that are not quantised.
     """
     model = copy.deepcopy(run.model)
@@ -79,7 +79,7 @@ def to_int8(
 
 
 def make_variants(run: train.Run) -> dict[str, onnx.ModelProto]:
-    """Every variant's graph."""
+    """The graphs of fp32 and of every variant."""
     images = export.calibration_images(run)
     protos = {"fp32": export.to_model(export.Graph(17), run.model, run.meta)}
     for name, (share, left_in_fp32) in VARIANTS.items():

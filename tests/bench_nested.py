@@ -2,10 +2,10 @@
 
     python tests/bench_nested.py --epochs 3 --seeds 0,1,2 [options of train.py]
 
-In each step the adapters use only their first r hidden units, r drawn from RANKS (DyLoRA,
-https://arxiv.org/abs/2210.07558). Then the validation images are read with each rank. Printed: the
-mean loss by rank, and the least rank whose loss is within a standard error of the least (of the
-differences, image by image).
+In each step the adapters use only their first r hidden units, with r drawn from RANKS (DyLoRA,
+https://arxiv.org/abs/2210.07558). Afterwards each rank is evaluated on the validation images. The
+table shows the mean loss by rank, and the lowest rank whose mean loss exceeds the lowest mean loss
+by at most one standard error of the differences per image.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class FirstUnits(nn.Module):
-    """An adapter of which only the first `rank` hidden units are in use."""
+    """An adapter that uses only its first `rank` hidden units."""
 
     def __init__(self, adapter: adaptertune.Adapter):
         super().__init__()
@@ -46,14 +46,14 @@ class FirstUnits(nn.Module):
 
 
 def set_rank(model: nn.Module, rank: int) -> None:
-    """Let all adapters use their first `rank` hidden units."""
+    """Make all adapters use only their first `rank` hidden units."""
     for block in model.blocks:
         if block.adapter is not None:
             block.adapter.rank = rank
 
 
 def train_all_ranks(options: argparse.Namespace, seed: int) -> train.Run:
-    """A run after its last epoch, in each step of which a rank was drawn."""
+    """Train a run to its last epoch, with a rank drawn at random in each step."""
     run = train.prepare(options, seed)
     generator = torch.Generator().manual_seed(seed)
     for block in run.model.blocks:
@@ -89,7 +89,7 @@ def validation_losses(run: train.Run) -> Tensor:
 
 
 def least_sufficient(losses: Tensor) -> int:
-    """The least rank whose mean loss is within a standard error of the least, from [ranks, n]."""
+    """The lowest rank whose mean loss is within a standard error of the lowest, from [ranks, n]."""
     best = losses.mean(dim=1).argmin()
     excess = losses - losses[best]
     standard_error = excess.std(dim=1) / losses.shape[1] ** 0.5

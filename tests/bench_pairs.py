@@ -1,13 +1,13 @@
-"""Methods side by side at 224 px, every option at its default: the tables of assets/results.
+"""Methods side by side at 224 px, other options at their defaults: the tables of assets/results.
 
     python tests/bench_pairs.py --real DIR --restored DIR --out pairs.csv [--work DIR]
                                 [--pairs flowers12-deit] [--methods full] [--seeds 0,1] [--jobs 2]
     python tests/bench_pairs.py --table --out pairs.csv
 
-Each run is a command of train.py in the work folder, where its log is left, too. A run that the
-.csv holds isn't repeated, and one that was stopped goes on, so the same command finishes what was
-interrupted. --jobs is how many run at once; each has its share of the CPU's threads. A run that
-fails gets no row, and the others go on.
+Each run is a train.py command in the work folder, which also gets its log. Runs that the .csv holds
+aren't repeated, and an interrupted run is resumed, so the same command continues an interrupted
+table. --jobs is the number of parallel runs; each gets its share of the CPU's threads. A run that
+fails gets no row, and the others continue.
 """
 
 import argparse
@@ -43,11 +43,11 @@ PAIRS = {
     "cifar100-deit": ("cifar100", "deit", ["--epochs", "10"]),
 }
 COLUMNS = ("pair", "method", "seed", "trained", "val_accuracy", "test_accuracy", "made_with")
-writing = threading.Lock()  # of the .csv
+writing = threading.Lock()  # held while the .csv is written
 
 
 def options_of(pair: str, method: str, seed: int, options: argparse.Namespace) -> list[str]:
-    """What train.py is called with, but for the run's name."""
+    """The arguments of train.py, except the run's name."""
     images, weights, more = PAIRS[pair]
     place = run_tables.find(images, options)
     dataset = ["--dataset", str(place)]
@@ -58,7 +58,7 @@ def options_of(pair: str, method: str, seed: int, options: argparse.Namespace) -
 
 
 def train(run: tuple[str, str, int], arguments: list[str], options: argparse.Namespace) -> bool:
-    """Make one run, or finish it, and add its row to the .csv. False if it failed."""
+    """Start or resume one run, and add its row to the .csv. False if it failed."""
     pair, method, seed = run
     name = f"{pair}-{method}-s{seed}"
     threads = str(max(1, len(os.sched_getaffinity(0)) // options.jobs))
@@ -88,8 +88,8 @@ def train(run: tuple[str, str, int], arguments: list[str], options: argparse.Nam
 
 
 def print_table(options: argparse.Namespace) -> None:
-    """Print test accuracy by pair and method: mean ± standard deviation over seeds, and how many
-    seeds if not three."""
+    """Print test accuracy by pair and method: mean ± standard deviation over seeds, and the number
+    of seeds if it isn't three."""
     rows = run_tables.read_rows(options.out, COLUMNS)
     print(f"| | {' | '.join(options.methods)} |\n|---|{'--:|' * len(options.methods)}")
     for pair in options.pairs:
@@ -112,8 +112,8 @@ def main() -> None:
     parser = run_tables.make_parser(__doc__, out="pairs.csv", seeds="0,1,2")
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (1)")
-    parser.add_argument("--work", type=Path, default=Path(), help="where the runs are left (here)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel runs (1)")
+    parser.add_argument("--work", type=Path, default=Path(), help="where to keep the runs (here)")
     options = parser.parse_args()
     if options.table:
         print_table(options)
@@ -123,13 +123,13 @@ def main() -> None:
     run_tables.begin(options.out, COLUMNS)
     rows = run_tables.read_rows(options.out, COLUMNS)
     done = {(row["pair"], row["method"], row["seed"]) for row in rows}
-    missing = {}  # runs, and what train.py is called with
+    missing = {}  # by run: the arguments of train.py
     for seed, pair, method in itertools.product(options.seeds, options.pairs, options.methods):
         if (pair, method, str(seed)) not in done:
             missing[pair, method, seed] = options_of(pair, method, seed, options)
     options.work.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        # Ctrl-C, which the runs get too, leaves out those that haven't begun.
+        # Ctrl-C, which the runs receive too, cancels those that haven't started.
         succeeded = list(pool.map(lambda item: train(*item, options), missing.items()))
     if not all(succeeded):
         failed = f"{succeeded.count(False)} of {len(succeeded)} runs failed"

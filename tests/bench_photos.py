@@ -1,11 +1,11 @@
-"""A large folder of photos: time of the first pass and of a later start, memory, a killed pass.
+"""A large folder of photos: time of the first pass and of later starts, memory, a killed pass.
 
     python tests/bench_photos.py --count 100000 --size 224
 
-The photos are made here, JPEGs of 96 x 72 pixels. Decoded they take 20 GB for 100,000 at 224 px,
-twice: once in one go, and once killed half-way and continued, which must give the same bytes.
-Training is watched for a minute, on all photos and on a thousand of them: what the others take in
-memory is the difference.
+The script generates the photos, JPEGs of 96 x 72 pixels. Decoded at 224 px, 100,000 of them take
+20 GB of disk, twice: once decoded in one pass, and once in a pass that is killed half-way and then
+continued, which must give the same bytes. Training is observed for a minute on all photos and on a
+thousand of them: the difference is the memory that the others take.
 """
 
 import argparse
@@ -36,7 +36,7 @@ print("seconds", time.perf_counter() - started)
 
 
 def make_photos(folder, first, count):
-    """Write photos number `first` and on: blots of colours, in a hundred classes."""
+    """Write `count` photos, numbered from `first`: blobs of colour, in a hundred classes."""
     draw = np.random.default_rng(first)
     for i in range(first, first + count):
         blots = draw.integers(0, 256, (6, 8, 3), np.uint8)
@@ -62,7 +62,7 @@ def reader(folder, size, cache):
 
 
 def read(folder, size, cache):
-    """Seconds that reading a folder takes, without imports."""
+    """Seconds that reading a folder takes, not counting imports."""
     out, _ = reader(folder, size, cache).communicate()
     return float(re.search(r"seconds (\S+)", out)[1])
 
@@ -74,8 +74,8 @@ def cache_file(cache):
 
 
 def memory_of_training(folder, cache, options, place):
-    """The most resident memory in GB of a minute of training, its child's status read every tenth
-    of a second."""
+    """Peak resident memory in GB during --seconds of training, read from the child process's status
+    every tenth of a second."""
     command = [sys.executable, ROOT / "train.py", "--dataset", folder, "--batch", "128"]
     command += ["--weights", options.weights.resolve(), "--epochs", "30"]
     command += ["--image-size", str(options.size)]
@@ -89,7 +89,7 @@ def memory_of_training(folder, cache, options, place):
         most = max(most, int(found[1]) if found else 0)
         time.sleep(0.1)
     if child.poll():
-        sys.exit("train.py failed, as it says above")
+        sys.exit("train.py failed; see its error above")
     child.kill()
     child.wait()
     return most / 1e6

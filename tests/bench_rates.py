@@ -1,17 +1,17 @@
-"""Which learning rate, and which recipe, is best by method and task: a grid of training runs.
+"""Which learning rate and recipe are best for each method and task: a grid of training runs.
 
     python tests/bench_rates.py --real DIR --restored DIR --half rule --out rates.csv
     python tests/bench_rates.py … --pairs pets-deit --methods adaptertune --rates 5e-3
                                   --recipe "--min-scale 0.5" --seeds 0,1
     python tests/bench_rates.py --table --out rates.csv
 
-Each method's rates are climbed: three, then further ones while the best is at an end. Rates and
-recipe are chosen by validation accuracy alone, so each pair of data and backbone has more images
-for validation than train.py would split off; the test set isn't read. The default rates were fixed
-on HALVES["rule"]; the runs of HALVES["confirm"] came after that.
+The search climbs: it tries three rates of a method, then further ones while the best is at an end.
+Rates and recipe are chosen by validation accuracy alone, so each pair of data and backbone has more
+images for validation than train.py would split off; the test set isn't read. The default rates were
+fixed on HALVES["rule"]; the runs of HALVES["confirm"] came after that.
 
-A row of the .csv is one run, its recipe whatever isn't default in it. Runs that it holds already
-aren't repeated, so that a stopped grid goes on.
+Each row of the .csv is one run; its recipe lists further options that aren't at their defaults.
+Runs that the .csv holds aren't repeated, so a stopped grid can be continued.
 """
 
 import argparse
@@ -45,8 +45,8 @@ METHODS = {
     "full": ["--method", "full"],
 }
 RATES = ("6e-4", "1.2e-3", "2.5e-3", "5e-3", "1e-2", "2e-2", "4e-2")
-FULL_RATES = ("3e-5", "6e-5", "1.2e-4", "2.5e-4", "5e-4", "1e-3", "2e-3")  # of the backbone too
-# Data, how many images of each class to train on, and to choose by; weights; image size.
+FULL_RATES = ("3e-5", "6e-5", "1.2e-4", "2.5e-4", "5e-4", "1e-3", "2e-3")  # for the backbone too
+# Data, training images per class, validation images per class, weights, image size.
 PAIRS = {
     "pets-deit": ("pets370", 5, 4, "deit", 64),
     "digits-micro": ("digits", 20, 50, "micro", 32),
@@ -62,7 +62,7 @@ HALVES = {"rule": list(PAIRS)[:5], "confirm": list(PAIRS)[5:]}
 
 
 def read_data(name: str, size: int, options: argparse.Namespace) -> data.Dataset:
-    """A data set with all that may be trained on or chosen by in `train`."""
+    """A data set whose `train` holds all images that may be used for training or validation."""
     if name in ("cifar100", "coarse"):
         folder = run_tables.find("cifar100", options)
         dataset = data.read("cifar100", str(folder.parent), offline=True)
@@ -113,7 +113,7 @@ def climb(method: str, accuracy: Callable[[str], float]) -> None:
 
 
 def train_once(run: dict[str, str], options: argparse.Namespace) -> dict:
-    """A run's result.json."""
+    """Train one run, and return its result.json."""
     backbone, dataset = make_pair(run["pair"], run["seed"], options)
     train.read_dataset = lambda *_: dataset
     arguments = [*backbone, *METHODS[run["method"]], *run["recipe"].split()]
@@ -141,7 +141,7 @@ def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> floa
     except ValueError as error:
         if not str(error).startswith("the loss became"):
             raise
-        print(error, flush=True)  # that it diverged is a result, too
+        print(error, flush=True)  # divergence is a result, too
         result = {"val_accuracy": 0.0, "seconds": 0.0}
     accuracy = round(result["val_accuracy"], 2)
     row = run | {"val_accuracy": f"{accuracy:.2f}", "seconds": f"{result['seconds']:.1f}"}
@@ -150,7 +150,7 @@ def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> floa
 
 
 def accuracies(rows: list[dict[str, str]], pair: str, method: str) -> dict[str, tuple[float, str]]:
-    """By rate: the accuracy with seed 0, and "*" if only the head at that same rate was tried."""
+    """By rate: the accuracy with seed 0, and "*" if only tried with --head-lr at that rate."""
     found = {}
     for row in rows:
         if (row["pair"], row["method"], row["seed"]) != (pair, method, "0"):
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rates", nargs="+")
     parser.add_argument("--recipe", default="", help="further options of train.py")
-    parser.add_argument("--epochs", default="0", help="0: as train.py has it")
+    parser.add_argument("--epochs", default="0", help="0: train.py's default")
     options = parser.parse_args()
     if options.table:
         print_tables(run_tables.read_rows(options.out, COLUMNS))

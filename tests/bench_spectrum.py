@@ -3,25 +3,25 @@
     python tests/bench_spectrum.py estimate [options of train.py]
     python tests/bench_spectrum.py start --rank 8 --seeds 0,1,2,3,4 [options of train.py]
 
-What is estimated. A linear map M, initialised to zero, stands behind each block of the frozen
-network, whose head is fitted to other images. One pass over the images gives
+What is estimated. A linear map M, initialised to zero, follows each block of the frozen network,
+whose head is fitted to other images. One pass over the images gives
 
     G = dLoss/dM = Σ over tokens of (dLoss/dh)·hᵀ       C = Σ over tokens of h·hᵀ
 
 Of all first steps of the same size E|M·h|² = |M·C^½|², the best one is along the whitened gradient
 W = G·C^(-½). The best one of rank r is along W's r leading singular pairs (Eckart and Young); of
 |W|² it takes Σ_{i<=r} σ_i². That much is proved, to first order, for each block by itself.
-n images give W only up to noise, which adds to every σ_i. Two halves of the images, W and W', take
-it out: a pair (u_i, v_i) of one is worth σ_i·u_iᵀ·W'·v_i in the other, whose expectation has no
-noise in it. `estimate` prints the least rank that takes 90 % of what any rank takes.
+With n images W is noisy, and the noise adds to every σ_i. Two halves of the images, with W and W',
+remove it: a pair (u_i, v_i) of one half is worth σ_i·u_iᵀ·W'·v_i in the other, whose expectation is
+free of noise. `estimate` prints the lowest rank that takes 90 % of the most that any rank takes.
 
-What is assumed: the first step wants what the whole training wants; an adapter of rank r does what
-a linear map of rank r does; blocks don't stand in for each other. None of it holds exactly.
+What is assumed: the first step points where the whole training goes; an adapter of rank r does what
+a linear map of rank r does; blocks don't compensate for each other. None of it holds exactly.
 
-What came out. The elbow is the least of the ranks 1, 2, 4, ... 64 whose mean test accuracy is
-within a standard error of the best (seeds 0 to 2; CIFAR-100 with 5,000 training images):
+Results. The elbow is the lowest of the ranks 1, 2, 4, ... 64 whose mean test accuracy is within a
+standard error of the best (seeds 0 to 2; CIFAR-100 with 5,000 training images):
 
-                                          estimate noted    estimate now,
+                                        estimate recorded   estimate now,
                                 blocks   before the sweep      by seed       elbow
     digits on vit_micro            6            19           19, 19, 18       32
     flowers12 on DeiT-tiny        12            20           23, 17, 20       16
@@ -29,25 +29,25 @@ within a standard error of the best (seeds 0 to 2; CIFAR-100 with 5,000 training
     CIFAR-100 on a small ViT       4            10           16, 17, 16       64
     its 20 superclasses on that    4            14           14, 15, 15       64
 
-The estimates noted before are by earlier forms; today's was settled when some of the elbows were
-known. It says nearly the same for every task, and four times too little where there are four
-blocks. So it isn't in train.py. It does tell which blocks want to change most: on digits the first
-three have 72 %. The notes: assets/results/rank-predictions.txt.
+The recorded estimates are from earlier forms; the current form was fixed when some of the elbows
+were known. It gives nearly the same rank for every task, and a rank four times too low for four
+blocks. So it isn't in train.py. It does show which blocks would change most: on digits the first
+three have 72 %. The records: assets/results/rank-predictions.txt.
 
-`start` trains adapters of one rank in every block from four starts, with G and C as above, but from
-all training images, with both halves in either role and without the temperature of `estimate`:
+`start` trains adapters of one rank in every block from four initialisations. G and C are as above,
+but from all training images, with each half in both roles, and without the temperature of
+`estimate`:
 
     zero     V from Xavier's uniform, U = 0: what train.py does
     plain    V's rows are the leading right singular vectors of W, as long as Xavier's; U = 0
-    white    the same seen through the whitening, v·C^(-½), which reads those directions off h; V·h
-             is as large as with Xavier's
-    uneven   zero, but block by block a rank goes where it is worth most, at least 1 each, the same
-             sum of ranks
+    white    the same vectors after whitening, v·C^(-½), which reads those directions off h; V·h is
+             as large as with Xavier's
+    uneven   zero, but each rank goes to the block where it is worth most: at least 1 per block, the
+             same sum of ranks
 
-What came out, against zero, in points of test accuracy (mean of five seeds ± standard error): white
+Results relative to zero, in points of test accuracy (mean of five seeds ± standard error): white
 +0.61 ± 0.19 on digits, +1.33 ± 0.77 on flowers12 and -0.14 ± 0.44 on CIFAR-100; plain -0.06, +0.25
-and +0.03; uneven -0.34, +0.42 and -0.14. None was kept. The runs:
-assets/results/spectrum-start.txt.
+and +0.03; uneven -0.34, +0.42 and -0.14. None was kept. Log: assets/results/spectrum-start.txt.
 
 Shapes: B images, N tokens, D width, L blocks, r rank.
 """
@@ -79,7 +79,7 @@ VARIANTS = ("zero", "plain", "white", "uneven")
 
 
 class Shift(nn.Linear):
-    """A map h -> M·h behind a block, in the place of an adapter, that adds up h·hᵀ as it goes."""
+    """A map h -> M·h after a block, in place of an adapter; it accumulates h·hᵀ on the way."""
 
     reads = "block"
 
@@ -99,15 +99,15 @@ def shift_gradients(
     batches: Iterable[tuple[Tensor, Tensor]],
     loss: Callable = F.cross_entropy,
 ) -> tuple[Tensor, Tensor]:
-    """What a linear map behind each block of a frozen ViT without adapters would learn first.
+    """Gradients and second moments of a linear map after each block of a ViT without adapters.
 
     Args:
         batches: images [B, 3, S, S] and their labels.
         loss: a function of logits and labels, mean over the images.
 
     Returns:
-        G [2, L, D, D], mean over images, from the even and from the odd batches, and C [L, D, D],
-        mean over all images.
+        G [2, L, D, D], the means over the images of the even and of the odd batches, and
+        C [L, D, D], the mean over all images.
     """
     D = model.config.width
     device = model.pos_embed.device
@@ -140,14 +140,14 @@ def whitener(moment: Tensor) -> Tensor:
 
 
 def spectrum(G: Tensor, C: Tensor) -> Tensor:
-    """How much of the loss a map of rank r behind a block takes away at first, without the noise.
+    """How much a map of rank r after a block reduces the loss at first, without the noise.
 
     Args:
         G: gradients [2, L, D, D] of two halves of the images.
         C: second moments [L, D, D].
 
     Returns:
-        [L, D], cumulative over r; the mean of both ways round.
+        [L, D], cumulative over r; the mean over both orders of the halves.
     """
     energy = []
     for pair, moment in zip(G.double().transpose(0, 1), C.double(), strict=True):
@@ -175,16 +175,16 @@ def rank_for(energy: Tensor, share: float = 0.9) -> int:
 
 
 def prepare_head(options: argparse.Namespace, seed: int, epochs: int) -> train.Run:
-    """A run without adapters, to fit a head in."""
+    """A run without adapters, in which to fit a head."""
     changes = {"method": "head", "rank": None, "epochs": epochs, "lr": train.RATES["head"]}
     return train.prepare(argparse.Namespace(**vars(options) | changes), seed)
 
 
 def fit_head(run: train.Run, images: data.Images, val: data.Images) -> None:
-    """Fit the head up to the epoch of the least loss on val, and freeze it.
+    """Fit the head, restore it from the epoch with the lowest loss on val, and freeze it.
 
     Args:
-        images, val: features [n, D] in the place of pixels.
+        images, val: features [n, D] in place of pixels.
     """
     options = run.options
     head = run.model.head
@@ -196,7 +196,7 @@ def fit_head(run: train.Run, images: data.Images, val: data.Images) -> None:
     best_loss = math.inf
     for epoch in range(1, options.epochs + 1):
         for step, (x, labels) in enumerate(run.batches.train(features, run.seed, epoch)):
-            # As in train.train_epochs; a head that is initialised afterwards depends on it.
+            # As in train.train_epochs; a head that is initialised later depends on this seed.
             torch.manual_seed(data.seed_from(f"{run.seed}/{epoch}/{step}"))
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * train.schedule(taken, steps)
@@ -223,7 +223,7 @@ def fit_head(run: train.Run, images: data.Images, val: data.Images) -> None:
 
 
 def flattened_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy at a temperature of 4: the gradient then doesn't come from the few images alone
+    """Cross-entropy at a temperature of 4: the gradient then doesn't come only from the few images
     that the head gets wrong, and differs less between seeds (rank-predictions.txt)."""
     return F.cross_entropy(logits / 4, labels)
 
@@ -231,9 +231,9 @@ def flattened_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def estimate_rank(options: argparse.Namespace, seed: int) -> None:
     """Print the rank that takes 90 % of what the first step could take, and the table of blocks.
 
-    Four fifths of the training images are used, 4,000 at most: less time than an epoch takes. The
-    head is fitted to one half of them and the gradient taken from the other, since the head's own
-    images leave nothing to learn wherever it can follow them.
+    It uses four fifths of the training images, at most 4,000, and takes less time than an epoch.
+    The head is fitted to one half of them and the gradient is taken from the other: on its own
+    images, a head that fits them leaves nothing to learn.
     """
     started = time.perf_counter()
     run = prepare_head(options, seed, epochs=12)
@@ -248,13 +248,13 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> None:
     G, C = shift_gradients(run.model, batches, flattened_loss)
     energy = spectrum(G, C)
     print_blocks(energy)
-    rank = max(1, rank_for(energy.sum(dim=0)))  # 1 if nothing holds for the other half
+    rank = max(1, rank_for(energy.sum(dim=0)))  # 1 if nothing transfers between the halves
     elapsed = train.clock_text(time.perf_counter() - started)
     print(f"spectrum rank {rank} takes 90 % of it (a start, not a prescription); {elapsed}")
 
 
 def print_blocks(energy: Tensor) -> None:
-    """A row for each block: its share of what can be taken, and its ranks; from energy [L, D]."""
+    """Print a row for each block: its share of the total and its ranks, from energy [L, D]."""
     most = energy.max(dim=1)[0].clamp(min=1e-12)
     shares = 100 * most / most.sum()
     print(f"\n{'block':>6}{'share %':>9}{'50 % by rank':>14}{'90 % by rank':>14}")
@@ -268,7 +268,7 @@ def print_blocks(energy: Tensor) -> None:
 
 
 def measure_gradients(options: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """G [L, D, D], C [L, D, D] and the spectrum [L, D], each the mean over both ways round."""
+    """G [L, D, D], C [L, D, D] and the spectrum [L, D], means over the halves' two roles."""
     run = prepare_head(options, seed, epochs=30)
     images = run.dataset.train[data.stratified_order(run.dataset.train.labels, f"spectrum/{seed}")]
     features = train.cache_features(run, images, "train")
@@ -309,7 +309,7 @@ def directions(G: Tensor, C: Tensor, rank: int, white: bool) -> Tensor:
 
 
 def uneven_ranks(energy: Tensor, total: int) -> list[int]:
-    """A rank for each block, `total` in sum: one by one where the next three would bring most.
+    """A rank for each block, `total` in sum: added one by one where the next three would gain most.
 
     Args:
         energy: the spectrum [L, D].
@@ -328,7 +328,7 @@ def uneven_ranks(energy: Tensor, total: int) -> list[int]:
 def set_start(
     run: train.Run, variant: str, found: tuple[Tensor, Tensor, Tensor], rank: int
 ) -> None:
-    """Make the adapters of a new run, one of that rank in every block, a variant's."""
+    """Set up a variant in a new run, whose adapters have `rank` in every block."""
     G, C, energy = found
     blocks = run.model.blocks
     if variant == "uneven":
@@ -347,7 +347,7 @@ def set_start(
 def train_variant(
     options: argparse.Namespace, seed: int, variant: str, found: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[float, float]:
-    """Validation accuracy after the first epoch, and test accuracy, in percent."""
+    """Train one variant: validation accuracy after epoch 1 and test accuracy, in percent."""
     run = train.prepare(options, seed)
     set_start(run, variant, found, options.rank)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

@@ -1,17 +1,17 @@
-"""Do fewer tokens in training pay? As much time spent on all of them, on some, on small images.
+"""Do fewer training tokens pay off? The same time spent on all tokens, on some, on small images.
 
     python tests/bench_tokens.py --real DIR --restored DIR --out tokens.csv [--size 112]
     python tests/bench_tokens.py --cost [--size 112]         what a step of each kind costs here
     python tests/bench_tokens.py --table --out tokens.csv
 
 A schedule is a list of phases, epochs x share of the image's side x share of the patch tokens, such
-as "6x1x0.5 2x1x1". Tokens are dropped as PatchDropout does (https://arxiv.org/abs/2208.07220):
-another random part for each image and step, after the positions were added. For smaller images the
-positions are resized. What is reported was trained on all of its images and is seen in full.
+as "6x1x0.5 2x1x1". Tokens are dropped as in PatchDropout (https://arxiv.org/abs/2208.07220): a new
+random subset for each image and step, after the positions are added. For smaller images the
+positions are resized. Each epoch sees all training images. Accuracy is measured on full images with
+all tokens.
 
-DeiT-tiny, adapters of rank 8, everything else as train.py has it, the last epoch. Accuracy is of
-images drawn from the training set; the test set isn't read. A run that the .csv holds isn't
-repeated.
+DeiT-tiny, adapters of rank 8, train.py's defaults otherwise, the last epoch. Validation images are
+drawn from the training set; the test set isn't read. Runs that the .csv holds aren't repeated.
 """
 
 import argparse
@@ -39,10 +39,10 @@ import train
 import vit
 
 COLUMNS = ("data", "size", "schedule", "seed", "val_accuracy", "seconds")
-# Data: train images a class, validation images a class, how many times a schedule's epochs.
+# Data: training images per class, validation images per class, factor of a schedule's epochs.
 SETS = {"cifar100": (20, 25, 1), "flowers12": (40, 20, 3)}
 PATCH = 16
-# Of a step with all tokens, by side and share of the tokens: medians of `--cost --size 112`.
+# A step's cost relative to all tokens, by side and share of tokens: medians of `--cost --size 112`.
 COSTS = {(1.0, 1.0): 1.0, (1.0, 0.5): 0.51, (0.71, 1.0): 0.55, (0.57, 1.0): 0.36}
 SCHEDULES = (
     "10x1x1",
@@ -56,7 +56,7 @@ SCHEDULES = (
 
 @dataclass(frozen=True)
 class Phase:
-    """Some epochs with images of a share of the side, and a share `keep` of their patch tokens."""
+    """Some epochs: `side` is a share of the image's side, `keep` a share of its patch tokens."""
 
     epochs: int
     side: float
@@ -77,7 +77,7 @@ def read_schedule(text: str, factor: int = 1) -> list[Phase]:
 
 
 def embed(self: vit.ViT, images: Tensor) -> Tensor:
-    """ViT.embed for images of any size, without some of the tokens in training."""
+    """ViT.embed for images of any size; in training it drops some of the tokens."""
     positions = vit.resize_positions(self.pos_embed, images.shape[-1] // self.config.patch)
     patches = self.patch_embed(images) + positions[:, 1:]
     B, n, D = patches.shape
@@ -90,7 +90,7 @@ def embed(self: vit.ViT, images: Tensor) -> Tensor:
 
 
 class Tokens:
-    """What `embed` keeps at present."""
+    """The share of the patch tokens that `embed` keeps at present."""
 
     keep = 1.0
 
@@ -115,7 +115,7 @@ class PhasedBatches(data.Batches):
 
 
 def make_set(name: str, seed: int, options: argparse.Namespace) -> data.Dataset:
-    """A data set with images to train on and others to choose by, drawn from its training set."""
+    """A data set with images for training and others for validation, from its training set."""
     shots, choose, _ = SETS[name]
     folder = run_tables.find(name, options)
     if name == "cifar100":
@@ -124,12 +124,12 @@ def make_set(name: str, seed: int, options: argparse.Namespace) -> data.Dataset:
         dataset = data.read(str(folder), image_size=options.size)
     trained, rest = data.sample_shots(dataset.train, shots, f"tokens/{seed}")
     val, _ = data.sample_shots(rest, choose, f"tokens/{seed}")
-    # train.py's test set is the validation here; its own is empty, so that it keeps the last epoch.
+    # train.py's test set is for validation here; its `val` is empty, so it keeps the last epoch.
     return replace(dataset, train=trained, val=val[torch.arange(0)], test=val)
 
 
 def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace) -> dict:
-    """A run's result.json."""
+    """Train one run, and return its result.json."""
     phases = read_schedule(schedule, SETS[name][2])
     epochs = sum(phase.epochs for phase in phases)
     weights = run_tables.find("deit", options)
@@ -159,7 +159,7 @@ def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace)
 
 
 def measure_costs(size: int) -> None:
-    """Print what a training step of 32 images costs by kind of phase, one thread's CPU time."""
+    """Print the cost of a training step of 32 images by kind of phase: CPU time of one thread."""
     torch.set_num_threads(1)
     bf16 = train.time_bf16() < 0.7
     model = vit.ViT(vit.BACKBONES["deit_ti16"].config)
@@ -186,7 +186,7 @@ def measure_costs(size: int) -> None:
 
 
 def print_table(path: Path, size: int) -> None:
-    """Print validation accuracy by schedule, and what it costs in epochs with all tokens."""
+    """Print the validation accuracy of each schedule, and its cost in epochs with all tokens."""
     rows = [row for row in run_tables.read_rows(path, COLUMNS) if row["size"] == str(size)]
     print("| epochs x share of the side x share of the tokens | cost | " + " | ".join(SETS) + " |")
     print("|---|--:|" + "--:|" * len(SETS))
@@ -208,8 +208,8 @@ def main() -> None:
     parser = run_tables.make_parser(__doc__, out="tokens.csv", seeds="0,1,2")
     parser.add_argument("--data", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
-    parser.add_argument("--size", type=int, default=112, help="of the images in full")
-    parser.add_argument("--cost", action="store_true", help="measure steps")
+    parser.add_argument("--size", type=int, default=112, help="of full images")
+    parser.add_argument("--cost", action="store_true", help="measure what steps cost")
     options = parser.parse_args()
     vit.ViT.embed = embed
     if options.cost:

@@ -1,8 +1,8 @@
-"""What a training step costs, against the published way of writing it; by operation, too.
+"""The cost of a training step, compared with published implementations; also by operation.
 
     pip install timm peft torchvision
     python tests/bench_train.py [--rounds 5] [--threads 1] [--batch 32]
-    python tests/bench_train.py --epoch                wall-clock time with the images' pipeline
+    python tests/bench_train.py --epoch                wall-clock time with the input pipeline
     python tests/bench_train.py --operations ours-bf16
     python tests/bench_train.py --device cuda --batch 128 --steps 30
                                 --variants timm-bf16 ours-bf16 ours-bf16-compiled
@@ -10,22 +10,22 @@
 DeiT-tiny's shape at 224 px with random weights, 100 classes, AdamW, gradients clipped to 1.0:
 
     ours-fp32, ours-bf16    train.py's step: adapters of rank 8 behind every block
-    timm-fp32, timm-bf16    timm's model whose blocks are wrapped, as AdapterTune's recipe has it
+    timm-fp32, timm-bf16    timm's model with wrapped blocks, as in AdapterTune's recipe
     peft-fp32, peft-bf16    peft's LoRA of rank 4 on qkv of the same model: 56,164 trainable
-                            parameters with the head, of the adapters' run 58,564
+                            parameters with the head; the adapters' run has 58,564
     full-fp32, full-bf16    ours, everything trained
     timm-full-bf16          timm's, everything trained
     …-compiled              the same after torch.compile
 
-With --epoch, train.py's batches of uint8 images [n, 3, 32, 32] stand against PIL images,
+With --epoch, train.py's batches of uint8 images [n, 3, 32, 32] are compared with PIL images,
 torchvision's RandomResizedCrop(224) and flip in a DataLoader with two workers.
 
-Ours trains with train.py's settings on a GPU too: fused AdamW, and results that repeat.
+On a GPU, ours also uses train.py's settings: fused AdamW and reproducible results.
 
-Each of a round's variants runs in a process of its own, one after the other: memory is that
-process's peak. The figures are medians over rounds, and ratios of medians. Matrix rate: what one
-product of [batch · 197, 192] by [192, 768] reaches in the same process. On a GPU the seconds are
-wall-clock time, and memory is the GPU's.
+In each round every variant runs in a process of its own, one after the other; memory is that
+process's peak. The figures are medians over rounds, and ratios of medians. The matrix rate is what
+one product of [batch · 197, 192] by [192, 768] reaches in the same process. On a GPU the seconds
+are wall-clock time, and memory is the GPU's.
 """
 
 import argparse
@@ -60,7 +60,7 @@ COMPILED = tuple(f"{variant}-compiled" for variant in VARIANTS)
 
 
 class Wrapped(nn.Module):
-    """A timm block with a bottleneck behind it, as one wraps blocks that one doesn't own."""
+    """A timm block with a bottleneck behind it: the usual way to extend a library's blocks."""
 
     def __init__(self, block: nn.Module, width: int, rank: int):
         super().__init__()
@@ -76,7 +76,7 @@ class Wrapped(nn.Module):
 
 
 def build(kind: str) -> nn.Module:
-    """The network of a variant, with what it trains requiring gradients."""
+    """The network of a variant. Only what it trains requires gradients."""
     torch.manual_seed(0)
     if kind in ("ours", "full"):
         model = vit.ViT(CONFIG)
@@ -134,26 +134,26 @@ def make_step(variant: str, device: str) -> Callable[[Tensor, Tensor], None]:
 
 
 def parse_variant(variant: str) -> tuple[str, bool]:
-    """What a variant's network is, and whether it trains in bf16."""
+    """The kind of a variant's network, and whether it trains in bf16."""
     kind, _, precision = variant.removesuffix("-compiled").rpartition("-")
     return kind, precision == "bf16"
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done what it was asked to."""
+    """Wait until a GPU has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_memory(device: str) -> float:
-    """GiB, of a GPU or of this process."""
+    """Peak memory in GiB, of a GPU or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def matrix_rate(bf16: bool, batch: int, device: str) -> float:
-    """GFLOP/s of this process's threads, or of a GPU, in a product of the network's shape."""
+    """GFLOP/s of this process's threads or of a GPU, in a matrix product of the network's shape."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     x = torch.ones(batch * 197, CONFIG.width, dtype=dtype, device=device)
     weight = torch.ones(4 * CONFIG.width, CONFIG.width, dtype=dtype, device=device)
@@ -171,8 +171,8 @@ def matrix_rate(bf16: bool, batch: int, device: str) -> float:
 
 @functools.cache
 def operations_of(batch: int) -> float:
-    """GFLOP of a training step of ours, by torch's counter. That knows no fused attention of a CPU,
-    so it counts the step in bf16, whose attention is plain products; in fp32 they are as many."""
+    """GFLOP of our training step, by torch's counter. It doesn't know the CPU's fused attention, so
+    the bf16 step is counted, whose attention is plain products; the fp32 step has as many GFLOP."""
     images = torch.zeros(batch, 3, 224, 224)
     labels = torch.zeros(batch, dtype=torch.long)
     step = make_step("ours-bf16", "cpu")
@@ -208,7 +208,7 @@ def time_steps(variant: str, options: argparse.Namespace) -> dict:
 
 
 def time_epoch(variant: str, options: argparse.Namespace) -> dict:
-    """Wall-clock seconds for all images of an epoch, with the pipeline that belongs to the kind."""
+    """Wall-clock seconds for all images of an epoch, with the input pipeline of the variant."""
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (options.images, 3, 32, 32), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, CLASSES, (options.images,), generator=draw)
@@ -263,7 +263,7 @@ def run_worker(variant: str, options: argparse.Namespace) -> dict:
 
 
 def print_operations(variant: str, options: argparse.Namespace) -> None:
-    """Where a step's time goes."""
+    """Print where a step's time goes, by operation."""
     images = torch.randn(options.batch, 3, 224, 224)
     labels = torch.randint(0, CLASSES, (options.batch,))
     step = make_step(variant, "cpu")
@@ -279,7 +279,7 @@ def print_operations(variant: str, options: argparse.Namespace) -> None:
 
 
 def print_table(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
-    """Medians over the rounds, and ratios to the first two variants."""
+    """Print medians over the rounds, and ratios to the first two variants."""
     key = "wall" if options.epoch or options.device == "cuda" else "cpu"
     middle = {}
     for variant, rounds in found.items():
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="in each round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epoch", action="store_true")
-    parser.add_argument("--images", type=int, default=512, help="of an epoch")
+    parser.add_argument("--images", type=int, default=512, help="images in an epoch")
     parser.add_argument("--operations", metavar="VARIANT", choices=VARIANTS)
     parser.add_argument("--worker", choices=VARIANTS + COMPILED, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
-"""What the tests share: tiny networks and data sets, a runner of command lines, an HTTP server.
+"""What the tests share: tiny networks and data sets, a command-line runner, an HTTP server.
 
-They run on the CPU, so that they check the same everywhere. Those of whole runs hold on a GPU too:
+The tests run on the CPU, to check the same everywhere. Tests of whole runs also pass on a GPU:
 
     ADAPTERTUNE_GPU=1 pytest tests/test_train.py -k "same_command or resuming or compiled"
 """
@@ -28,13 +28,13 @@ import data
 import vit
 
 ROOT = Path(__file__).parent.parent
-REAL = os.environ.get("ADAPTERTUNE_REAL")  # a folder of the published files that test_real.py names
+REAL = os.environ.get("ADAPTERTUNE_REAL")  # a folder of the published files in test_real.py
 TINY = {"width": 32, "depth": 2, "heads": 2, "patch": 4, "image_size": 16, "hidden": 64}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """A cache folder of the tests' own, for commands that they start too."""
+    """Give the tests a cache folder of their own, also for the commands that they start."""
     os.environ["ADAPTERTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -43,12 +43,12 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
-    """The file of a random ViT: 2 blocks of width 32, for images of 16 px, which it tells apart."""
+    """The file of a random ViT that tells images apart: 2 blocks of width 32, images of 16 px."""
     return write_backbone(tmp_path_factory.mktemp("weights") / "tiny.safetensors", seed=0)
 
 
 def write_tiny(path, *, seed, **changes):
-    """Write a random ViT of TINY's shape, but for `changes`; the file states its shape."""
+    """Write a random ViT with TINY's shape, updated by `changes`; the file states its shape."""
     shape = TINY | changes
     config = vit.Config(**shape)
     torch.manual_seed(seed)
@@ -62,8 +62,8 @@ def write_tiny(path, *, seed, **changes):
 def write_backbone(path, *, seed, **changes):
     """Write a random ViT whose outputs differ from image to image: matrices from N(0, 1/inputs).
 
-    Those of `write_tiny`, from N(0, 0.02²), hardly do: whatever is trained on it, it predicts one
-    class for all images, and any graph or any other head would agree.
+    With `write_tiny`, whose matrices are from N(0, 0.02²), outputs hardly differ: a network trained
+    on it predicts one class for all images, so any graph and any other head would agree.
     """
     write_tiny(path, seed=seed, **changes)
     tensors, meta = vit.read_tensors(path)
@@ -141,7 +141,7 @@ def tower_shapes(name, norms, width):
 
 
 def write_cifar10(data_dir, monkeypatch):
-    """Write CIFAR-10 in miniature: ten images in each published file, those of file i all of i."""
+    """Write CIFAR-10 in miniature: ten images in each published file, all of value i in file i."""
     folder = data_dir / "cifar-10-batches-py"
     files = [f"data_batch_{i}" for i in range(1, 6)]
     for i, name in enumerate([*files, "test_batch"]):
@@ -153,7 +153,7 @@ def write_cifar10(data_dir, monkeypatch):
 
 
 def publish_pickle(path, content, monkeypatch):
-    """Write a pickle in the place of one of CIFAR's files, and its MD5 in the place of theirs."""
+    """Write a pickle in place of one of CIFAR's files, and let data.py expect its MD5."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(content, protocol=3))
     monkeypatch.setitem(data.CIFAR_FILES, path.name, data.file_hash(path, "md5"))
@@ -180,13 +180,13 @@ def photos(tmp_path):
 
 @pytest.fixture
 def pictures():
-    """For a test that looks at the pictures of its runs."""
+    """Requested by a test that looks at the pictures of its runs."""
 
 
 @pytest.fixture
 def few_pictures(request, monkeypatch):
-    """As if matplotlib weren't installed, but for tests with the fixture `pictures`: to draw takes
-    longer than to train for a few steps."""
+    """Hide matplotlib, except from tests with the fixture `pictures`: drawing takes longer than
+    training for a few steps."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
 
@@ -194,7 +194,7 @@ def few_pictures(request, monkeypatch):
 def runner(main, capsys):
     """A function that calls a command line's `main` with its arguments and returns what it prints.
 
-    The exit status must be `status`. An error must be one line, which then is returned.
+    The exit status must be `status`. An error must be one line, which is returned instead.
     """
 
     def run(*arguments, status=0):
@@ -216,16 +216,16 @@ def runner(main, capsys):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves files from memory, with ranges, and the faults that a test asks for.
+    """Serves files from memory, with ranges and with the faults that a test asks for.
 
     Attributes of the server:
         files: {path: bytes}.
         headers: {path: headers}, to add to an answer.
         redirects: {path: url}.
         ranges: False to ignore the header Range.
-        cut: numbers of bytes after which the connection is closed, once for each.
-        errors: statuses that are answered first.
-        answers: {path: function of this handler}, to answer anything else.
+        cut: positions in the file at which the connection is closed, one for each download.
+        errors: status codes to answer the first requests with.
+        answers: {path: function of this handler}, for any other answer.
         seen: path and headers of each request.
     """
 
@@ -277,13 +277,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def full_disk(size):
-    """For subprocess's preexec_fn: files longer than so many bytes fail, as on a full disk. (In a
-    process of its own, since a limit holds for the file that pytest prints to, too.)"""
+    """For subprocess's preexec_fn: files longer than `size` bytes fail, as on a full disk. (In a
+    subprocess, because the limit would also apply to the file that pytest prints to.)"""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def serve():
-    """A server on 127.0.0.1, see Handler; its `url` is its address."""
+    """A server on 127.0.0.1 with the attributes of Handler; `url` is its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files = {}
     server.headers = {}

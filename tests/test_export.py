@@ -924,7 +924,7 @@ def test_hub_beside_another_readme(run, tmp_path):
     """A README.md that --hub didn't write isn't overwritten."""
     (tmp_path / "README.md").write_text("mine")
     error = run("runs/a", "--hub", tmp_path, status=1)
-    assert "README.md is there and not of --hub; give a folder of its own" in error
+    assert "README.md exists and wasn't written by --hub; give another folder" in error
     assert names_in(tmp_path) == ["README.md"]
 
 

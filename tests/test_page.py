@@ -320,11 +320,11 @@ send({first, second});"""
     [
         ({"classes": None}, "it has no class names"),
         (dict.fromkeys(META), "it has no class names"),
-        ({"input": "float", "resize": "false"}, "it takes something else"),
-        ({"input": "unit", "resize": "false"}, "it takes something else"),
-        ({"resize": "false"}, "it takes something else"),
-        ({"resize": None}, "it takes something else"),
-        ({"batch": "8"}, "it takes something else"),
+        ({"input": "float", "resize": "false"}, "it takes something other"),
+        ({"input": "unit", "resize": "false"}, "it takes something other"),
+        ({"resize": "false"}, "it takes something other"),
+        ({"resize": None}, "it takes something other"),
+        ({"batch": "8"}, "it takes something other"),
         ({"output": "embedding"}, "it doesn't give probabilities"),
     ],
     ids=str,
@@ -357,7 +357,7 @@ def test_class_names_that_do_not_fit(tmp_path):
     save_model(tmp_path, classes='["a", "b"]')
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     text = label_all(tmp_path, "red.png")["labels"]["red.png"]["text"]
-    assert text == "can't label red.png: model.onnx has another number of class names"
+    assert text == "can't label red.png: model.onnx has the wrong number of class names"
 
 
 def test_no_onnxruntime(tmp_path):

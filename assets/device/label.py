@@ -1,12 +1,12 @@
-"""Label photos with an ONNX file of export.py. Needs no torch and no onnx: copy it to the device.
+"""Label photos with an ONNX file from export.py. Needs neither torch nor onnx: copy it to a device.
 
-    pip install onnxruntime pillow (and pillow-heif for the HEIC of phones)
+    pip install onnxruntime pillow (and pillow-heif for HEIC photos from phones)
     python label.py model.onnx photo.jpg …
     python label.py backbone.onnx --adapter flowers.onnx_adapter photo.jpg …
 
-Class names, image size, normalisation and the form of input and output are read from the file. In a
-folder every photo is labelled. A photo that can't be read is reported and skipped, and the exit
-status is 1.
+Class names, image size, normalisation and the form of input and output are read from the file. All
+photos in a folder are labelled. A photo that can't be read is reported and skipped; the exit status
+is then 1.
 """
 
 import argparse
@@ -31,16 +31,16 @@ with contextlib.suppress(ImportError):  # without it HEIC is reported and skippe
 
     pillow_heif.register_heif_opener()
 
-# What Pillow decodes by itself: PostScript by another name would start Ghostscript.
+# Formats that Pillow decodes by itself. PostScript, under any file name, would start Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA", "HEIF")
 HEIC = (".heic", ".heif", ".hif")
-# In folders:
+# Suffixes of the photos in a folder.
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIC)
 
 
 def plain(text):
-    """Text without control characters, which a terminal would obey."""
+    """Text without control characters, which a terminal would interpret."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", text)
 
 
@@ -50,7 +50,7 @@ def fail(text):
 
 
 def reason(error):
-    """The first line of an exception's text; its kind where it has none."""
+    """The first line of an exception's message, or its type if there is no message."""
     first, *_ = str(error).splitlines() or [type(error).__name__]
     return first
 
@@ -78,7 +78,7 @@ def upright_rgb(image):
 
 
 def read_photo(path, task):
-    """A photo as the graph takes it, prepared as in training: a batch of 1."""
+    """A photo as the graph takes it, prepared as in evaluation: a batch of 1."""
     size = task["image_size"]
     side = round(size / task["center"])  # 256 for 224
     if Path(path).exists() and not Path(path).is_file():
@@ -90,7 +90,7 @@ def read_photo(path, task):
     with Image.open(path, formats=formats) as image:
         image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
         image = upright_rgb(image)
-    if not task["resize"]:  # the graph doesn't: centre square to `side` pixels, its middle
+    if not task["resize"]:  # resize here: the centre square to `side` pixels, then its middle
         edge = min(image.size)
         left = (image.width - edge) // 2
         top = (image.height - edge) // 2
@@ -108,7 +108,7 @@ def read_photo(path, task):
 
 
 def photos_in(paths):
-    """The photos, and those in folders and their subfolders, in order of their names."""
+    """The photos given, and those in folders and their subfolders, sorted by name."""
     for path in paths:
         if not Path(path).is_dir():
             yield path
@@ -118,25 +118,25 @@ def photos_in(paths):
 
 
 def read_task(meta):
-    """What is needed of a file's metadata.
+    """The metadata of a file that are needed to label photos.
 
     Raises:
-        KeyError, TypeError, ValueError: they are damaged, or another program's.
+        KeyError, TypeError, ValueError: the metadata are damaged, or another program's.
     """
     task = {
         "classes": json.loads(meta["classes"]),  # ["bluebell", "daisy"]
         "image_size": int(meta["image_size"]),  # 224
-        "center": float(meta["center"]),  # 0.875 of the square is what the network sees
-        "resize": json.loads(meta["resize"]),  # true: the graph does it
+        "center": float(meta["center"]),  # 0.875: share of the square's side that the network sees
+        "resize": json.loads(meta["resize"]),  # true: the graph resizes
         "batch": int(meta["batch"]),  # 0: any
         "input": meta["input"],  # uint8 [B, H, W, 3]; unit, 0..1, or float, normalised [B, 3, S, S]
         "output": meta["output"],
     }
     names = task["classes"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("classes are no list of names")
+        raise ValueError("classes aren't a list of names")
     if not 1 <= task["image_size"] <= 2048 or not 0.5 <= task["center"] <= 1:
-        raise ValueError("the image size or the center can't be")
+        raise ValueError("the image size or the center is out of range")
     if task["input"] not in ("float", "unit", "uint8"):
         raise ValueError(f"input {task['input']} is unknown")
     if task["output"] not in ("logits", "probabilities"):
@@ -148,12 +148,12 @@ def read_task(meta):
 
 
 def load_adapter(path, meta):
-    """Run options with an adapter; the metadata of its task go into `meta`. An adapter has a tensor
-    named after the backbone that it belongs to, which holds them."""
+    """Run options with an adapter active, and the adapter. The metadata of its task go into `meta`;
+    the adapter file holds them in a tensor that is named after the backbone."""
     try:
         tensors = onnxruntime.AdapterFormat.read_adapter(path).get_parameters()
     except RuntimeError:
-        fail(f"{path} is missing or no adapter that onnxruntime can read")
+        fail(f"{path} is missing, or isn't an adapter that onnxruntime can read")
     key = "for another program"
     for name in tensors:
         if name.startswith("for."):
@@ -173,10 +173,10 @@ def load_adapter(path, meta):
 
 
 def task_of(path, meta, batch):
-    """What the metadata of a graph say, as `read_task` gives it, or the end of the program.
+    """A graph's task as `read_task` returns it. Unusable metadata end the program.
 
     Args:
-        batch: the graph's; a name where it takes any.
+        batch: the first dimension of the graph's input; a name if any batch size will do.
     """
     try:
         task = read_task(meta)
@@ -190,15 +190,15 @@ def task_of(path, meta, batch):
 
 
 def open_graph(path, adapter_path):
-    """The session of a graph, its task, and run options with the adapter, if there is one."""
+    """The session of a graph, its task, and run options with the adapter, if one is given."""
     for each in filter(None, (path, adapter_path)):
         if not Path(each).is_file():
             fail(f"{each} is {'a folder' if Path(each).is_dir() else 'missing'}")
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # no warnings of inputs that have a default
+    settings.log_severity_level = 3  # no warnings about inputs that have a default
     try:
         session = onnxruntime.InferenceSession(path, settings)
-    except Exception as error:  # onnxruntime's own kinds derive from nothing else
+    except Exception as error:  # onnxruntime's exceptions have no narrower base class
         fail(f"can't load {path}: {reason(error)}")
     meta = dict(session.get_modelmeta().custom_metadata_map)
     options = adapter = None
@@ -215,7 +215,7 @@ def open_graph(path, adapter_path):
 
 
 def takes(wanted, images):
-    """Does a graph's input take these images? Its type is compared, and the sizes that it fixes."""
+    """Whether a graph's input takes these images: compares the type and the fixed dimensions."""
     kind = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}[images.dtype.name]
     if wanted.type != kind or len(wanted.shape) != images.ndim:
         return False
@@ -233,7 +233,7 @@ def label(photo, session, task, options):
     """
     wanted = session.get_inputs()[0]
     images = read_photo(photo, task)
-    images = np.repeat(images, task["batch"] or 1, axis=0)  # a fixed batch is filled up
+    images = np.repeat(images, task["batch"] or 1, axis=0)  # fill up a fixed batch
     if not takes(wanted, images):
         what = f"{wanted.type} {wanted.shape}"
         fail(f"the graph takes {what}, not what its metadata say; export it again")
@@ -250,7 +250,7 @@ def label(photo, session, task, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Label photos with an ONNX file of export.py.")
+    parser = argparse.ArgumentParser(description="Label photos with an ONNX file from export.py.")
     parser.add_argument("model", help="model.onnx")
     parser.add_argument("photos", nargs="+", metavar="photo", help="a photo, or a folder of photos")
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
@@ -261,7 +261,7 @@ def main():
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - kept open
         getattr(sys, name).reconfigure(errors="replace")  # names that a terminal can't show
-    warnings.simplefilter("ignore")  # Pillow's, of photos that it can read all the same
+    warnings.simplefilter("ignore")  # Pillow's, about photos that it can still read
 
     # The options don't keep the adapter alive, so it stays in a variable.
     session, task, options, _adapter = open_graph(arguments.model, arguments.adapter)
@@ -281,7 +281,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # of "| head": nobody reads on; or the disk is full
+    except OSError as error:  # the pipe's reader has gone ("| head"), or the disk is full
         if not isinstance(error, BrokenPipeError):
             print(plain(f"error: {reason(error)}"), file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
