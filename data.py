@@ -1,23 +1,23 @@
 """Images in, batches out: data sets, their splits, augmentation on the device, and downloads.
 
 A data set is three sets of images, the rows of one table uint8 [N, 3, H, W]. The table is in
-memory; that of photos is in a file, into which each is decoded once (`Photos`). Everything that
-happens to a batch (crop, flip, resize, normalise) runs on the training device. Its randomness comes
-from (seed, epoch, step) only: the same command makes the same crops, and so does a run that was
-stopped and resumed.
+memory, or for photos in a file, into which each photo is decoded once (`Photos`). Everything that
+happens to a batch (crop, flip, resize, normalise) runs on the training device. Its randomness
+depends only on (seed, epoch, step), so the same command makes the same crops, and so does a run
+that was stopped and resumed.
 
 Crop, flip and antialiased resize are linear and separable: two small matrices per image,
 
     out[S, S] = rows[S, H] · image[H, W] · cols[S, W]ᵀ
 
-with the weights of Pillow's bicubic resize in them (Keys' cubic, a = -1/2). A flip reverses the
-order of the rows of `cols`.
+which hold the weights of Pillow's bicubic resize (Keys' cubic, a = -1/2). A flip reverses the order
+of the rows of `cols`.
 
-From the top: splits, the published data sets, folders of photos, photos as they are kept decoded,
-one photo, data sets by name, batches, files, downloads.
+From the top: splits, the published data sets, folders of photos, the cache of decoded photos, one
+photo, data sets by name, batches, files, downloads.
 
-Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels along a side that the
-network sees, K classes.
+Shapes: n images of a set, B images of a batch, H x W stored pixels, S pixels along a side of the
+network's input, K classes.
 """
 
 import contextlib
@@ -62,27 +62,27 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # Windows: there no lock is held
+except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
 ASSETS = Path(__file__).parent / "assets"
-CENTER = 7 / 8  # share of a photo's sides that evaluation looks at: 224 of 256 pixels
+CENTER = 7 / 8  # share of a photo's sides that evaluation uses: 224 of 256 pixels
 CIFAR = "https://www.cs.toronto.edu/~kriz/"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError from a full disk
-# What Pillow decodes without another program, by the files' suffixes and by its own names. EPS and
-# PDF aren't among them, whatever a file is called.
+# Formats that Pillow decodes without another program: suffixes of files, then Pillow's names. EPS
+# and PDF are never decoded, whatever a file is called.
 PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PHOTOS |= {".apng", ".mpo", ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"}
 PHOTOS |= {".dib", ".dds", ".ico", ".icns", ".pcx", ".qoi", ".sgi", ".tga"}
-PHOTOS |= {".heic", ".heif", ".hif"}  # a phone's, by the package pillow-heif
+PHOTOS |= {".heic", ".heif", ".hif"}  # photos of phones; they need the package pillow-heif
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA", "HEIF")
-# How a photo without a suffix begins: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF; HEIC.
+# First bytes of photos, for files without a suffix: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF; HEIC.
 BEGINNINGS = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM|II\*\0|MM\0\*|.{4}ftypavi[fs]", re.DOTALL
 )
 HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
-# Names of the folders that hold a part of the data, in any case.
+# Names of the folders that hold a part of the data, in upper or lower case.
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 PARTS |= {"dev": "val", "test": "test", "testing": "test"}
 
@@ -91,16 +91,16 @@ PARTS |= {"dev": "val", "test": "test", "testing": "test"}
 class Images:
     """n images with their labels: rows of a table, which several sets may share.
 
-    Your own: split(Dataset(name, classes, Images(pixels, labels), None, None)).
+    For your own images: split(Dataset(name, classes, Images(pixels, labels), None, None)).
 
     Raises:
-        ValueError: pixels or labels of another type or shape.
+        ValueError: pixels or labels of the wrong type or shape.
     """
 
-    table: "Tensor | Photos"  # uint8 [N, 3, H, W], RGB; or features [N, D] in their place
-    labels: Tensor  # int64 [n], places in Dataset.classes
-    names: list[str] = field(default_factory=list)  # files in its folder, or numbers
-    rows: Tensor | None = None  # int64 [n], where each image is in the table; in order if left out
+    table: "Tensor | Photos"  # uint8 [N, 3, H, W], RGB; or features [N, D] instead
+    labels: Tensor  # int64 [n], indices into Dataset.classes
+    names: list[str] = field(default_factory=list)  # files in Dataset.folder, or numbers
+    rows: Tensor | None = None  # int64 [n], each image's row in the table; in order if left out
 
     def __post_init__(self):
         self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
@@ -122,7 +122,7 @@ class Images:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> "Images":
-        """Some of the images, by their places, a slice, or a tensor of true and false."""
+        """Some of the images, by a slice, a tensor of indices or a boolean tensor."""
         places = torch.arange(len(self), device=self.rows.device)[index]
         names = [self.names[i] for i in places.tolist()] if self.names else []
         return Images(self.table, self.labels[index], names, self.rows[index])
@@ -133,7 +133,7 @@ class Images:
 
     @property
     def pixels(self) -> Tensor:
-        """All of them, in memory: uint8 [n, 3, H, W]."""
+        """The pixels of all images, in memory: uint8 [n, 3, H, W]."""
         return self.table[self.rows]
 
     @property
@@ -143,12 +143,12 @@ class Images:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all of them take in memory."""
+        """Bytes that all images take in memory."""
         return math.prod(self.shape) * self.table.dtype.itemsize
 
     def to(self, device: torch.device) -> "Images":
-        """The same images, alone in a table on a device, filled in parts: photos needn't fit into
-        this machine's memory."""
+        """The same images in a table of their own on a device. It is filled in parts, so that
+        photos needn't fit into this machine's memory."""
         table = torch.empty(self.shape, dtype=self.table.dtype, device=device)
         for first in range(0, len(self), 1024):
             part = slice(first, first + 1024)
@@ -156,7 +156,7 @@ class Images:
         return Images(table, self.labels.to(device), self.names)
 
     def checksum(self) -> str:
-        """SHA-256 of the pixels; in the place of photos' pixels stand checksums of their files."""
+        """SHA-256 of the pixels; for photos, of their files' checksums instead."""
         if isinstance(self.table, Photos):
             return self.table.checksum(self.rows)
         return hashlib.sha256(self.pixels.cpu().numpy()).hexdigest()
@@ -172,10 +172,10 @@ class Dataset:
     val: Images | None  # None until `split`
     test: Images | None
     flip: bool = True  # a mirror image keeps its label
-    # Least share of the area in a training crop. 0.08 is the default of torchvision's
+    # Smallest share of an image's area in a training crop. 0.08 is the default of torchvision's
     # RandomResizedCrop, which the paper uses.
     min_scale: float = 0.08
-    center: float = 1.0  # share of each side that evaluation looks at; CENTER for photos
+    center: float = 1.0  # share of each side that evaluation uses; CENTER for photos
     whole: tuple[int, int] = (0, 0)  # sizes of train and val before --limit or --shots
     skipped: list[str] = field(default_factory=list)  # files that aren't photos
     folder: Path | None = None  # where the photos are; None for a built-in set
@@ -200,12 +200,12 @@ def read(
         name: a key of DATASETS, or a folder of photos: class folders, or train/ and perhaps val/
             and test/ with class folders in each.
         data_dir: where published data sets are, or are downloaded to.
-        image_size: the network's; photos are stored at 1/CENTER of it (256 for 224), centre square.
+        image_size: the network's; photos' centre squares are kept at 1/CENTER of it (256 for 224).
         offline: never download.
 
     Raises:
         ValueError: unknown name, missing or empty folder, corrupt file, a package that isn't
-            installed; says what to do.
+            installed; the message says what to do.
     """
     check_name(name)
     side = stored_side(image_size, CENTER)
@@ -215,8 +215,8 @@ def read(
 
 
 def stored_side(image_size: int, center: float) -> int:
-    """Side in pixels of the square of whose middle, `center` of each side, the network sees
-    `image_size` pixels."""
+    """Side in pixels of a stored square whose central part, `center` of each side, has `image_size`
+    pixels along a side."""
     return round(image_size / center)
 
 
@@ -230,8 +230,8 @@ def check_name(name: str) -> None:
 
 
 def is_there(name: str, data_dir: str) -> bool:
-    """Whether a data set seems to be in `data_dir`: of torchvision's sets files may still be
-    missing, which reading it then fetches."""
+    """Whether a data set seems to be in `data_dir`. Files of torchvision's sets may still be
+    missing; reading the set then fetches them."""
     reader = DATASETS.get(name)
     return not isinstance(reader, partial) or (Path(data_dir) / reader.keywords["place"]).exists()
 
@@ -242,11 +242,11 @@ def is_there(name: str, data_dir: str) -> bool:
 def split(
     data: Dataset, *, seed: int = 0, limit: int = 0, shots: int = 0, test_share: float = 0.0
 ) -> Dataset:
-    """Split off what is missing, and reduce the training set.
+    """Split off the parts that are missing, and reduce the training set.
 
-    Where there is no published test set (digits, plain class folders) it is a stratified 20 %, the
-    same for every seed. Validation is a stratified 10 % of the rest, drawn by `seed` (the paper's
-    protocol).
+    If there is no published test set (digits, plain class folders), it is a stratified 20 %, the
+    same for every seed. A missing validation set is a stratified 10 % of the rest, drawn by `seed`
+    (the paper's protocol).
 
     Args:
         limit: keep this many training images, preserving class proportions, and a quarter as many
@@ -254,10 +254,10 @@ def split(
         shots: keep this many training images of each class, drawn by `seed`, and at most 4 others
             of each for validation, or none if none are left (the few-shot protocol of CoOp,
             https://arxiv.org/abs/2109.01134); 0 for all.
-        test_share: the share of a missing test set, which then is drawn by `seed`.
+        test_share: the share of a missing test set, which is then drawn by `seed`.
 
     Raises:
-        ValueError: a class has fewer images than `shots`; a share of a test set that isn't missing.
+        ValueError: a class has fewer images than `shots`; `test_share` where there is a test set.
     """
     train = data.train
     val = data.val
@@ -290,19 +290,19 @@ def split(
 
 @dataclass
 class Moved:
-    """How a data set differs from the one that a run was split by."""
+    """How a data set differs from what it was when a run split it."""
 
-    missing: list[str]  # names that it no longer has
-    changed: list[str]  # names whose files have another content
+    missing: list[str]  # names of images that it no longer has
+    changed: list[str]  # names of files whose content has changed
     new: int  # how many images belong to none of the parts
 
 
 def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Dataset, Moved]:
-    """Split as a run did, whatever files came or went since.
+    """Split a data set as a run did, even if files were added or removed since.
 
     Args:
         names: of the images in train, val and test.
-        sums: their checksums, as far as they are known. A file of another content is another image.
+        sums: their checksums, as far as known. A file with other content counts as another image.
 
     Raises:
         ValueError: an image is in two parts.
@@ -335,10 +335,10 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
     """The data set with its labels in the order of a run's `classes`.
 
     Args:
-        some: it needn't have all of them.
+        some: the data set needn't have all of these classes.
 
     Raises:
-        ValueError: a class is missing, or isn't one of them; names it.
+        ValueError: a class is missing, or isn't one of these; the message names it.
     """
     missing = [] if some else sorted(set(classes) - set(data.classes))
     unknown = sorted(set(data.classes) - set(classes))
@@ -364,8 +364,8 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
 
 
 def count_copies(data: Dataset) -> int:
-    """How many test images are files that are among the training images too."""
-    # Of 75,000 and 25,000 different files two have the same CRC-32 by chance in 40 % of cases.
+    """How many test images are copies of training images, byte for byte."""
+    # With 75,000 and 25,000 different files, some pair shares a CRC-32 by chance in 35 % of cases.
     trained = {data.sums[name]: name for name in data.train.names if name in data.sums}
     copies = 0
     for name in data.test.names:
@@ -409,7 +409,7 @@ def stratified_order(labels: Tensor, key: str) -> Tensor:
     labels = labels[shuffled]
     sizes = torch.bincount(labels)[labels]  # of each image's class
     position = (number_in_class(labels) + 0.5) / sizes  # within its class, 0..1
-    # By position, the classes alternate; of equal ones the one that was shuffled first comes first.
+    # Sorted by position, the classes alternate; ties keep the shuffled order.
     return shuffled[position.argsort(stable=True)]
 
 
@@ -428,7 +428,7 @@ def generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
 
 
 def seed_from(key: str) -> int:
-    """A key as a seed of 32 bits; a CPU generator ignores the higher bits of its seed."""
+    """A 32-bit seed from a key; a CPU generator ignores the higher bits of its seed."""
     return zlib.crc32(key.encode())
 
 
@@ -461,13 +461,13 @@ def read_cifar(
     meta: str,
     key: str,
 ) -> Dataset:
-    """CIFAR's python version (Krizhevsky 2009): the extracted folder, the archive, or the network.
+    """CIFAR's Python version (Krizhevsky 2009), from its extracted folder, archive or the network.
 
     Args:
-        place: the folder.
+        place: the extracted folder.
         archive, md5: as published.
         train, test, meta: names of the pickles.
-        key: what stands before "labels" and "label_names" in their keys.
+        key: the prefix of "labels" and "label_names" in the pickles' keys.
     """
     root = data_dir / place
     fetch_archive(root, CIFAR + archive, md5, offline)
@@ -486,8 +486,8 @@ def read_cifar(
 
 
 def train_and_test(table: Tensor, labels: Tensor, trained: int) -> tuple[Images, None, Images]:
-    """A table's first `trained` images, nothing for validation, and the others, with numbers as
-    their names."""
+    """Train, validation and test: a table's first `trained` images, None, and the other images. The
+    images' names are numbers."""
     names = [f"train/{i}" for i in range(trained)]
     names += [f"test/{i}" for i in range(len(labels) - trained)]
     everything = Images(table, labels, names)
@@ -496,11 +496,11 @@ def train_and_test(table: Tensor, labels: Tensor, trained: int) -> tuple[Images,
 
 
 def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
-    """Make the folder `root`, if it isn't there, from the archive beside it, which is downloaded if
-    that isn't there either. The archive holds one folder of that name.
+    """Extract the folder `root`, if it is missing, from the archive beside it, which is downloaded
+    if it is missing too. The archive holds one folder of that name.
 
     Raises:
-        ValueError: it isn't the published one, or can't be fetched.
+        ValueError: the archive isn't the published one, is damaged, or can't be fetched.
     """
     archive = root.with_name(url.rpartition("/")[2])
     if root.is_dir():
@@ -527,8 +527,8 @@ def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Write the files of a .tar, .tar.gz or .zip into a folder, and nowhere else. (The filter that
-    tarfile's extractall has for that is missing in Python 3.11.2, Debian 12's.)"""
+    """Write the files of a .tar, .tar.gz or .zip into a folder, and nowhere else. (The filter of
+    tarfile's extractall that ensures this is missing in Python 3.11.2, Debian 12's.)"""
     started = time.perf_counter()
     total = archive.stat().st_size
     done = 0
@@ -580,7 +580,7 @@ def unpickle(path: Path) -> dict:
     """A CIFAR pickle's dictionary (keys are bytes).
 
     Raises:
-        ValueError: it is missing, or isn't the published file: a pickle can run code.
+        ValueError: the file is missing, or isn't the published one: a pickle can run code.
     """
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.md5(content).hexdigest() != CIFAR_FILES.get(path.name):
@@ -593,13 +593,13 @@ def unpickle(path: Path) -> dict:
 
 class _ArraysOnly(pickle.Unpickler):
     """An unpickler that builds arrays, lists, dictionaries, numbers and text, and calls nothing
-    else. Of the published files it changes nothing; it is a second lock."""
+    else. The published files need no more; this is a second safeguard, after their MD5."""
 
     ALLOWED = {
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),  # as it is in the published files
-        ("numpy._core.multiarray", "_reconstruct"),  # as numpy 2 calls it
+        ("numpy.core.multiarray", "_reconstruct"),  # its name in the published files
+        ("numpy._core.multiarray", "_reconstruct"),  # its name in numpy 2
     }
 
     def find_class(self, module: str, name: str):
@@ -622,12 +622,12 @@ def read_torchvision(
 
     Args:
         kind: the class in torchvision.datasets.
-        place: its folder, or a file of it, in data_dir.
-        train: the splits that are trained on, of which validation is split off too.
+        place: its folder, or one of its files, in data_dir.
+        train: the splits to train on; validation is split off from them too.
     """
     try:
         from torchvision import datasets
-    except Exception as error:  # one that was built for another torch raises a RuntimeError
+    except Exception as error:  # RuntimeError if it was built for another version of torch
         raise ValueError(
             f"{name} needs torchvision ({error}): pip install torchvision scipy"
         ) from error
@@ -639,7 +639,7 @@ def read_torchvision(
         raise ValueError(
             f"{name} needs more packages ({error}): pip install torchvision scipy"
         ) from error
-    except Exception as error:  # of files that may hold anything, and of the network
+    except Exception as error:  # files may hold anything, and the network may fail
         raise ValueError(explain_torchvision(error, name, data_dir / place, offline)) from error
 
     trained = sum(len(source) for source in sources[:-1])
@@ -648,13 +648,13 @@ def read_torchvision(
         labels = torch.cat([torch.from_numpy(source.labels) for source in sources])
         parts = train_and_test(pixels, labels, trained)
         classes = [str(digit) for digit in range(10)]
-        # A mirror image is no digit, and a small crop may show the digit beside it.
+        # A mirrored digit is no digit, and a small crop may show the digit beside it.
         return Dataset(name, classes, *parts, flip=False, min_scale=0.85)
     return from_lists(name, sources, trained, side, data_dir / place)
 
 
 def explain_torchvision(error: Exception, name: str, place: Path, offline: bool) -> str:
-    """What to do where torchvision can't read or fetch a data set."""
+    """Why torchvision can't read or fetch a data set, and what to do about it."""
     by_hand = f"put it there as torchvision unpacks it ({place}), or say where it is by --data-dir"
     if offline:
         return f"no {name} in {place.parent}, or not all of it, and --offline given; {by_hand}"
@@ -668,12 +668,12 @@ def from_lists(name: str, sources: list, trained: int, side: int, root: Path) ->
     """A data set of the photos that torchvision's data sets list.
 
     Args:
-        sources: those of training, and the one of test behind them.
-        trained: photos in all but the last.
-        root: the folder that all of them are in.
+        sources: torchvision's data sets: those of training, then the one of test.
+        trained: the number of photos in all sources but the last.
+        root: the folder that all photos are in.
 
     Raises:
-        ValueError: photos are missing, or the lists aren't of the same classes.
+        ValueError: photos are missing, or the lists don't have the same classes.
     """
     photos = []
     for source in sources:
@@ -707,16 +707,16 @@ def read_archive(
 
 def read_folder(root: Path, side: int) -> Dataset:
     """Photos in class folders, each decoded once to a centre square of `side` pixels."""
-    val = root / "val"  # which many sort into class folders, with the list still beside them
+    val = root / "val"  # many sort it into class folders, and leave the list beside them
     if (val / "val_annotations.txt").is_file() and (val / "images").is_dir():
         return read_tiny_imagenet(root, side)
     parts = find_parts(root)
     skipped = []
-    if parts["train"] != root:  # the photos beside train/
+    if parts["train"] != root:  # photos beside train/ are skipped
         skipped += [str(file) for file in sorted(root.glob("[!.]*")) if is_photo(file)]
         for folder in find_folders(root):
             if folder not in parts.values():
-                with contextlib.suppress(OSError):  # lost+found may not be read, and needn't be
+                with contextlib.suppress(OSError):  # lost+found can't be read, and needn't be
                     skipped += map(str, photos_and_others(folder)[0])
     photos = {part: photos_by_class(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
@@ -746,11 +746,11 @@ def with_labels(by_class: dict[str, list[Path]], classes: list[str]) -> list[tup
 
 
 def read_tiny_imagenet(root: Path, side: int) -> Dataset:
-    """Tiny ImageNet as it is unpacked: train/WNID/images/, and val/images/ with their classes in
-    val_annotations.txt, which is its test set (test/ has no labels). Photos keep their 64 pixels.
+    """Tiny ImageNet as unpacked: train/WNID/images/, and as the test set val/images/, with classes
+    in val_annotations.txt (test/ has no labels). Photos keep their 64 pixels.
 
     Raises:
-        ValueError: the annotations don't belong to the folders.
+        ValueError: the annotations don't match the folders.
     """
     by_class = photos_by_class(root / "train", [])
     classes = list(by_class)
@@ -781,8 +781,8 @@ def read_tiny_imagenet(root: Path, side: int) -> Dataset:
 
 
 def name_classes(listed: Path, classes: list[str]) -> list[str]:
-    """ImageNet's names for classes that are its numbers (n01443537 is "goldfish"), from a file with
-    a line for each; unless that has all of them, and as many names, the numbers."""
+    """ImageNet's names for classes that are WordNet ids (n01443537 is "goldfish"), from a file with
+    a line for each; the ids themselves, unless the file has a different name for each class."""
     if not listed.is_file() or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return classes
     names = {}
@@ -800,8 +800,8 @@ def from_photos(
     """A data set of photos.
 
     Args:
-        parts: photos with their labels of train, and perhaps of val and test.
-        root: the folder that all of them are in.
+        parts: photos with their labels, for train and perhaps for val and test.
+        root: the folder that all photos are in.
     """
     photos = [photo for part in parts.values() for photo in part]
     paths = [path for path, _ in photos]
@@ -817,12 +817,12 @@ def from_photos(
 
 
 def find_folders(folder: Path) -> list[Path]:
-    """The folders inside, sorted, without hidden ones."""
+    """The folders in a folder, sorted, without hidden ones."""
     return [each for each in sorted(folder.glob("[!.]*")) if each.is_dir()]
 
 
 def find_parts(root: Path) -> dict[str, Path]:
-    """The folders of train, val and test, by PARTS; or the root as train, if it has none."""
+    """The folders of train, val and test, by PARTS; if the root has none, it is that of train."""
     parts = {}
     for folder in find_folders(root):
         part = PARTS.get(folder.name.lower())
@@ -833,15 +833,15 @@ def find_parts(root: Path) -> dict[str, Path]:
         if part:
             parts[part] = folder
     if list(parts) == ["train"] and not find_folders(parts["train"]):
-        return {"train": root}  # photos of trains, beside those of other classes
+        return {"train": root}  # a class of photos of trains, beside other classes
     if parts and "train" not in parts:
         raise ValueError(f"{root} has {' and '.join(parts)} but no train folder")
     return parts or {"train": root}
 
 
 def photos_by_class(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
-    """The photos of each class folder inside and of its sub-folders, sorted, without hidden ones.
-    Other files, links to nothing or to folders, and photos outside of class folders are added to
+    """The photos in each class folder and its sub-folders, sorted, without hidden ones. Other
+    files, broken links, links to folders, and photos outside of class folders are added to
     `skipped`."""
     photos = {}
     empty = []
@@ -866,38 +866,38 @@ def photos_by_class(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
 
 
 def one_level_down(folder: Path, classes: list[str]) -> str:
-    """What to say of a folder that holds a single class: perhaps its folders are the classes."""
+    """A hint for a folder that holds a single class: perhaps the folders in it are the classes."""
     if len(classes) == 1 and find_folders(folder / classes[0]):
         return f"; do you mean {folder / classes[0]}?"
     return ""
 
 
 def photos_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The photos inside and in sub-folders, and the other files, sorted, without hidden ones."""
+    """The photos in a folder and its sub-folders, and other files; sorted, without hidden ones."""
 
-    def refuse(error: OSError) -> None:  # os.walk itself passes over a folder that it can't read
+    def refuse(error: OSError) -> None:  # by default, os.walk skips folders that it can't read
         raise error
 
     photos = []
     others = []
     for place, inside, names in os.walk(folder, onerror=refuse):
         inside[:] = [name for name in inside if not name.startswith(".")]
-        # Links to folders may lead in circles: os.walk leaves them out.
+        # Links to folders may form loops, so os.walk doesn't follow them.
         names += [name for name in inside if Path(place, name).is_symlink()]
         for name in names:
             file = Path(place, name)
             if not name.startswith("."):
                 kind = photos if is_photo(file) else others
                 kind.append(file)
-    # As paths compare themselves, but in half the time.
+    # The same order as of the paths themselves, in half the time.
     return sorted(photos, key=attrgetter("parts")), sorted(others)
 
 
 def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
-    """Files as they are given, and of folders all photos inside, sorted, without hidden ones.
+    """Files as they are given; for a folder all photos inside, sorted, without hidden ones.
 
     Args:
-        others: gets the other files in those folders.
+        others: a list to which the other files in those folders are added.
 
     Raises:
         ValueError: a folder without photos.
@@ -917,14 +917,14 @@ def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path
 
 
 def as_utf8(name: str) -> str:
-    """A file's name as UTF-8 has it, whatever the locale; other bytes become "\ufffd", and so do
-    halves of characters, which JSON may hold."""
-    name = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", name)  # the rest stand for bytes
+    """A file's name decoded as UTF-8, whatever the locale. Invalid bytes become "\ufffd", and so do
+    lone surrogates, which JSON may hold."""
+    name = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", name)  # the others stand for bytes
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def is_photo(file: Path) -> bool:
-    """Whether it is a file, and by its suffix a photo; without one by its first bytes."""
+    """Whether a path is a photo: a file, by its suffix or, if it has none, by its first bytes."""
     if not file.is_file():
         return False
     if file.suffix:
@@ -940,24 +940,24 @@ def is_photo(file: Path) -> bool:
 def decode(
     paths: list[Path], labels: list[int], side: int, root: Path, *, keep: bool = True
 ) -> tuple[Images, dict[str, str]]:
-    """Photos as centre squares of `side` pixels, and the checksum of each one's file by its name.
+    """Photos as centre squares of `side` pixels, and the checksums of their files by name.
 
-    They are decoded once: a folder of the cache has those of a folder and size. Where photos come
-    or go, the others keep their pixels, and what a killed process has decoded stays.
+    They are decoded once: the cache has a folder for each folder of photos and size. When photos
+    come or go, the others stay decoded; photos that a killed process has decoded are kept too.
 
     Args:
-        root: the folder that all of them are in.
-        keep: in the cache; else in a file without a name, which goes when this process closes it.
+        root: the folder that all photos are in.
+        keep: in the cache; else in an unlinked file, which vanishes when this process closes it.
 
     Raises:
-        ValueError: no Pillow; photos that can't be read, of which some are named; no room, or no
-            place that can be written to.
+        ValueError: no Pillow; photos that can't be read (some are named); no room, or no place
+            that can be written to.
     """
     path_of = {}
     for path in paths:
         stat = path.stat()
         name = "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
-        # The later time: one is the content's, which comes along with a file that is moved.
+        # The later time: a file that is moved here keeps its mtime, but gets a new ctime.
         path_of[name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)] = path
     root = root.resolve()
     number = seed_from(as_utf8(str(root)))
@@ -986,20 +986,20 @@ def decode(
     return Images(photos, torch.tensor(labels), names, torch.tensor(rows)), sums
 
 
-DECODER = 2  # another number for another outcome of `read_photo`: then all is decoded anew
-PHOTOS_AT_A_TIME = 256  # in memory while they are decoded; fewer of more than 256 MiB
+DECODER = 2  # change it when the result of `read_photo` changes: then all is decoded again
+PHOTOS_AT_A_TIME = 256  # in memory while they are decoded; fewer if they take over 256 MiB
 
 
 class Photos:
     """Decoded photos in a folder of the cache: a table uint8 [N, 3, side, side] on the disk.
 
-    The file `pixels` has them one after the other. `index` has, after a line on what decoded them,
-    a line of JSON for each: its name, its file's size, time in nanoseconds and CRC-32. Both only
-    grow, so a process that has them open never sees its rows change; a photo that is gone or was
-    changed keeps its row.
+    The file `pixels` has them one after the other. `index` has a line that names the decoder, then
+    a line of JSON for each photo: its name, its file's size, time in nanoseconds and CRC-32. Both
+    files only grow, so a process that has them open never sees its rows change; a photo that was
+    removed or changed keeps its row.
 
     Raises:
-        OSError, ValueError, TypeError, RecursionError: it isn't there, is damaged, or of another
+        OSError, ValueError, TypeError, RecursionError: a file is missing, damaged, or of another
             decoder.
     """
 
@@ -1008,7 +1008,7 @@ class Photos:
     def __init__(self, folder: Path, side: int):
         self.file = (folder / "pixels").open("rb", buffering=0)
         listed = (folder / "index").read_bytes()
-        self.end = listed.rfind(b"\n") + 1  # behind it, a line that was cut short
+        self.end = listed.rfind(b"\n") + 1  # any bytes after it are a line that was cut short
         self.made_by, *lines = listed[: self.end].decode("ascii").splitlines()
         self.row_of: dict[tuple[str, int, int], int] = {}
         self.sums = np.zeros(len(lines), np.uint32)
@@ -1022,8 +1022,8 @@ class Photos:
             raise ValueError(f"{folder} is damaged, or of another decoder")
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        # Read and not mapped into memory: what is mapped counts as this process's memory, and a
-        # mapped file that is cut short kills it.
+        # Read and not memory-mapped: mapped pages count as this process's memory, and if a mapped
+        # file is cut short, the process is killed.
         found = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
         for row, image in zip(rows.tolist(), found.numpy(), strict=True):
             self.file.seek(row * image.nbytes)
@@ -1032,21 +1032,21 @@ class Photos:
         return found
 
     def checksum(self, rows: Tensor) -> str:
-        """SHA-256 of what the pixels of some photos follow from."""
+        """SHA-256 of everything that determines the pixels of some photos."""
         key = hashlib.sha256(repr((self.made_by, self.shape[1:])).encode())
         key.update(self.sums[rows.numpy()])
         return key.hexdigest()
 
 
 def made_by() -> str:
-    """What decodes photos, as their index says it."""
+    """The decoder of photos, as the first line of an index names it."""
     return f"Pillow {import_pillow().__version__}, decoder {DECODER}"
 
 
 def open_photos(folder: Path, side: int, wanted: int) -> Photos:
-    """What a folder of the cache has; nothing, if it is new, damaged, of another decoder, or over
-    half of its rows are of photos that are gone or were changed, since only `wanted` are there.
-    Then its files are made anew: other processes may have the old open."""
+    """The photos in a folder of the cache. It starts empty if it is new, damaged, of another
+    decoder, or if over half of its rows are of photos that were removed or changed, since only
+    `wanted` are there. Then new files are made: other processes may have the old ones open."""
     with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
         photos = Photos(folder, side)
         if len(photos.sums) <= 2 * wanted:
@@ -1058,7 +1058,7 @@ def open_photos(folder: Path, side: int, wanted: int) -> Photos:
 
 
 def check_room(folder: Path, count: int, side: int) -> None:
-    """Raise an OSError if so many decoded photos don't fit onto the disk."""
+    """Raise an OSError if `count` decoded photos don't fit onto the disk."""
     needed = count * 3 * side**2
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -1070,13 +1070,13 @@ def check_room(folder: Path, count: int, side: int) -> None:
 
 
 def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int], Path]) -> None:
-    """Decode photos into a folder of the cache, behind those that it has, on all cores.
+    """Decode photos into a folder of the cache, after those that it has, on all cores.
 
     Args:
         missing: their paths, by name, size and time.
 
     Raises:
-        ValueError: photos that can't be read, after all others were.
+        ValueError: photos that can't be read; raised after all others were decoded.
         OSError: the disk is full.
     """
     rows, _, _, side = photos.shape
@@ -1087,10 +1087,10 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
             return read_photo(path, side), file_crc(path)
         except ValueError as error:
             return error
-        except OSError as error:  # gone by now
+        except OSError as error:  # removed meanwhile
             return ValueError(f"can't read {path} as an image ({error.strerror})")
 
-    add_heif()  # not in the threads: a second one gets the module whose import fails in the first
+    add_heif()  # not in threads: one could get the module while its import fails in another
     bad = []
     keys = list(missing)
     at_a_time = max(os.cpu_count(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))
@@ -1116,7 +1116,7 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
                 pixels.write(image.numpy().tobytes())
                 lines += json.dumps([*key, crc]) + "\n"
             pixels.flush()
-            os.fsync(pixels.fileno())  # the pixels are there before their lines say so
+            os.fsync(pixels.fileno())  # pixels are on the disk before the index lists them
             index.write(lines.encode())
             index.flush()
             progress("decoding, photo", first + len(part), len(keys), started)
@@ -1130,7 +1130,7 @@ def file_crc(path: Path) -> str:
 
 
 def list_unread(bad: list[ValueError]) -> str:
-    """Why a photo can't be read, and which others can't."""
+    """Why the first photo can't be read, and the names of a few others."""
     text = str(bad[0])
     if len(bad) > 1:
         names = [str(error).partition(" as an image")[0] for error in bad[1:6]]
@@ -1145,10 +1145,10 @@ def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa:
     """A photo's centre square, resized (bicubic) to `side` pixels: uint8 [3, side, side], RGB.
 
     Args:
-        photo: its file, or what Pillow made of it.
+        photo: its file, or a Pillow image.
 
     Raises:
-        ValueError: Pillow isn't installed, or can't read the file.
+        ValueError: Pillow isn't installed, or can't read the file; `photo` is of another type.
     """
     if isinstance(photo, str | Path):
         image = open_photo(photo, side)
@@ -1163,7 +1163,7 @@ def read_photo(photo: "str | Path | Image.Image", side: int) -> Tensor:  # noqa:
 
 
 def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
-    """A photo as 8-bit RGB, upright; a JPEG perhaps smaller than it is, but enough for `side`."""
+    """A photo as 8-bit RGB, upright. A JPEG may be decoded smaller, but large enough for `side`."""
     Image = import_pillow().Image
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
         raise ValueError(f"can't read {path} as an image (a pipe or a device); remove it")
@@ -1186,7 +1186,7 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
             raise ValueError(
                 f"can't read {path} as an image without pillow-heif: pip install pillow-heif"
             ) from error
-        reason = " ".join(str(error).split())  # pillow-heif's has two lines
+        reason = " ".join(str(error).split())  # pillow-heif's message has two lines
         raise ValueError(
             f"can't read {path} as an image ({reason}); repair or remove it"
         ) from error
@@ -1203,7 +1203,7 @@ def import_pillow() -> ModuleType:
 
 @functools.cache
 def add_heif() -> bool:
-    """Let Pillow read HEIC, in which phones keep their photos; False without pillow-heif."""
+    """Let Pillow read HEIC, the format of phones' photos; False if pillow-heif is missing."""
     try:
         import pillow_heif
     except ImportError:
@@ -1219,8 +1219,8 @@ def is_heif(path: str | Path) -> bool:
 
 
 def square(height: int, width: int) -> tuple[int, int, int, int]:
-    """The centre square of an image: left, top, right and bottom in whole pixels, so that nothing
-    is blurred where nothing is resized."""
+    """The centre square of an image: left, top, right and bottom in whole pixels, so that an image
+    that isn't resized isn't blurred."""
     edge = min(height, width)
     left = (width - edge) // 2
     top = (height - edge) // 2
@@ -1228,15 +1228,15 @@ def square(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
-    """An opened photo as 8-bit RGB: 16-bit grey scaled, transparency over white, turned as its
-    EXIF orientation says, whatever its other tags hold. assets/device/label.py does the same.
+    """An opened photo as 8-bit RGB: 16-bit grey scaled, transparency over white, turned by its EXIF
+    orientation, whatever its other tags hold. assets/device/label.py does the same.
 
     Raises:
-        ValueError: its pixels have 32 bits, of which nothing says which is white.
+        ValueError: its pixels have 32 bits, and nothing says which value is white.
     """
     from PIL import Image
 
-    image.load()  # of a TIFF, Pillow turns the pixels here, and says so in its EXIF data
+    image.load()  # of a TIFF, Pillow turns the pixels here, and drops the EXIF orientation
     orientation = image.getexif().get(0x0112)
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("32 bits a pixel, whose white may be 1, 255 or more; save it in 8 bits")
@@ -1257,9 +1257,9 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
 
 # ----------------------------------------------------------------------------- data sets by name
 
-# A sentence for each class, by a data set's name without the number that it may end in:
-# CLIP-Adapter's and CoOp's (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits and SVHN
-# those of CLIP's own prompts.
+# Templates of a sentence for each class, by the data set's name without digits at its end: those of
+# CLIP-Adapter and CoOp (CUSTOM_TEMPLATES in CoOp's trainers/zsclip.py); for digits and SVHN those
+# of CLIP's own prompts.
 TEMPLATES = {
     "pets": "a photo of a {}, a type of pet.",
     "flowers": "a photo of a {}, a type of flower.",
@@ -1271,10 +1271,10 @@ TEMPLATES = {
 
 
 def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
-    """What CLIP's text tower reads of a data set's classes.
+    """A sentence for each class of a data set, for CLIP's text tower to read.
 
     Args:
-        template: one with {} for the class's name; the published one of the data set if empty.
+        template: a sentence with {} for the class's name; if empty, the data set's published one.
 
     Raises:
         ValueError: the template has no {}.
@@ -1286,7 +1286,7 @@ def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
     return [template.replace("{}", each.replace("_", " ")) for each in classes]
 
 
-# Readers by name. `place` is a folder, or a file, that is in data_dir when the set is there.
+# Readers by name. `place` is a folder or a file that is in data_dir if the set is there.
 DATASETS = {
     "digits": read_digits,
     "cifar10": partial(
@@ -1382,8 +1382,8 @@ def crop_resize(pixels: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None
 
 def random_boxes(n: int, H: int, W: int, min_scale: float, rng: torch.Generator) -> Tensor:
     """Boxes [n, 4] of RandomResizedCrop (Inception, https://arxiv.org/abs/1409.4842): an area of
-    min_scale..1 of the image, an aspect of 3/4..4/3. A side longer than the image is cut to it,
-    where torchvision draws again."""
+    min_scale..1 of the image, an aspect of 3/4..4/3. A side longer than the image's is clamped to
+    it, where torchvision samples again."""
     u = torch.rand(4, n, generator=rng, device=rng.device)
     area = H * W * (min_scale + (1 - min_scale) * u[0])
     ratio = (4 / 3) ** (2 * u[1] - 1)
@@ -1394,7 +1394,7 @@ def random_boxes(n: int, H: int, W: int, min_scale: float, rng: torch.Generator)
 
 def center_boxes(n: int, H: int, W: int, share: float, device: torch.device) -> Tensor:
     """Boxes [n, 4] of the central square whose side is `share` of the shorter side, in whole
-    pixels: no blur."""
+    pixels, to avoid blur."""
     side = round(share * min(H, W))
     box = [(H - side) // 2, (W - side) // 2, side, side]
     return torch.tensor([box], device=device).expand(n, 4)
@@ -1402,10 +1402,10 @@ def center_boxes(n: int, H: int, W: int, share: float, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Batches:
-    """Turns images into what the network sees: normalised floats [B, 3, S, S] on a device.
+    """Turns images into the network's input: normalised floats [B, 3, S, S] on a device.
 
-    Only the raw bytes travel to the device, or lie there already. Of several processes each has its
-    part of every batch: the images rank, rank + world, rank + 2·world and so on.
+    Only raw bytes are copied to the device, unless they are there already. Each of several
+    processes takes a part of every batch: the images rank, rank + world, rank + 2·world and so on.
     """
 
     size: int  # S
@@ -1417,12 +1417,12 @@ class Batches:
 
     @property
     def share(self) -> int:
-        """Images of a full batch that are this process's."""
+        """The number of images of a full batch that this process takes."""
         return len(range(self.rank, self.batch, self.world))
 
     @cached_property
     def mean_std(self) -> Tensor:
-        """[2, 3, 1, 1], made once: a GPU stands still while numbers are copied to it."""
+        """[2, 3, 1, 1], made once, because a GPU waits while numbers are copied to it."""
         return torch.tensor(self.norm, device=self.device)[..., None, None]
 
     def finish(self, pixels: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
@@ -1431,14 +1431,14 @@ class Batches:
         return (crop_resize(pixels, boxes, self.size, flip=flip) - mean) / std
 
     def count(self, images: Images) -> int:
-        """Batches in one pass; the last may be smaller."""
+        """The number of batches in one pass; the last may be smaller."""
         return -(-len(images) // self.batch)
 
     def train(
         self, data: Dataset, seed: int, epoch: int, first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the training images in random order, cropped and flipped; all of it fixed
-        by (seed, epoch, step). To go on after an interruption it begins at step `first`."""
+        """One pass over the training images in random order, cropped and flipped; all of it is
+        determined by (seed, epoch, step). A run that is resumed begins at step `first`."""
         images = data.train
         order = torch.randperm(len(images), generator=generator(f"{seed}/{epoch}"))
         order = order.to(images.labels.device)  # once an epoch: each copy makes a GPU wait
@@ -1447,7 +1447,7 @@ class Batches:
             if step < first:
                 continue
             pixels, labels = images.take(index[mine], self.device)
-            if pixels.ndim == 2:  # features [B, D] in the place of images
+            if pixels.ndim == 2:  # features [B, D] instead of images
                 yield pixels, labels
                 continue
             rng = generator(f"{seed}/{epoch}/{step}", self.device)
@@ -1458,7 +1458,7 @@ class Batches:
             yield self.finish(pixels, boxes[mine], flip), labels
 
     def eval(self, images: Images, center: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order, the central part of each: `center` is their Dataset's."""
+        """All images in order, each cropped to its central part; `center` is their Dataset's."""
         for first in range(0, max(1, len(images)), self.batch):  # without images one empty batch
             end = min(first + self.batch, len(images))
             mine = slice(first + self.rank, end, self.world)
@@ -1474,24 +1474,24 @@ class Batches:
 
 @contextlib.contextmanager
 def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[int]:
-    """Hold a file or a folder, which is made if it isn't there, for this process alone while the
-    block runs. The system lets go of it however the process ends.
+    """Lock a file or a folder, which is made if it is missing, for this process alone while the
+    block runs. The operating system releases the lock however the process ends.
 
     Args:
-        wait: for a process that has it; else that is an error.
+        wait: until another process releases its lock; if False, such a lock is an error.
 
     Yields:
-        Its file descriptor; -1 on Windows, where nothing is held.
+        Its file descriptor; -1 on Windows, where nothing is locked.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process holds the lock.
         FileNotFoundError, FileExistsError: it can't be made: the folder around a file is missing,
-            or something else or a link to nothing is in the way.
+            or something else, such as a broken link, is in the way.
     """
     handle = -1
     tries = 100
     while handle < 0:
-        # Lock what is there now, and see whether it is still there: who had it before may have
+        # Lock what is there now, then check that it is still there: the previous holder may have
         # moved or removed it.
         try:
             if folder:
@@ -1506,8 +1506,8 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
                 os.close(handle)
                 handle = -1
         except (FileNotFoundError, FileExistsError):
-            # Removed between two of these steps (mkdir then calls a folder that is gone a file); or
-            # it can't be made at all.
+            # Removed between two of these steps (mkdir then raises FileExistsError for a folder
+            # that is gone); or it can't be made at all.
             tries -= 1
             if not tries:
                 raise
@@ -1536,7 +1536,7 @@ def take_lock(handle: int, path: Path, wait: bool) -> None:
 
 
 def is_same(handle: int, path: Path) -> bool:
-    """Whether what was opened is still what stands at the path."""
+    """Whether an opened file or folder is still the one at the path."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -1547,9 +1547,9 @@ def is_same(handle: int, path: Path) -> bool:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write the new content of `path` to.
 
-    It stands beside it, and is flushed to the disk and moved there if the block ends well. So
+    It is beside `path`, and if the block succeeds it is flushed to the disk and moved to `path`. So
     `path` is the old file or the new one, never a part of either, whenever the process or the
-    machine stops. What a killed process left beside it is overwritten.
+    machine stops. A file that a killed process left beside `path` is overwritten.
 
     Raises:
         ValueError: the disk is full, or the place can't be written to.
@@ -1569,18 +1569,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.replace(part, path)  # from here on another process may have a new part
         flush(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch.save has a RuntimeError for what the system said.
+        # torch.save raises a RuntimeError while it handles the system's error.
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
         raise ValueError(
-            f"can't write {path} ({reason.strerror}); mend that and run it again"
+            f"can't write {path} ({reason.strerror}); fix that and run it again"
         ) from error
 
 
 def remove_odd(path: Path) -> None:
-    """Remove what is neither a file nor a folder. In a folder of another one's a link may lead
-    anywhere, and a pipe makes who opens it wait."""
+    """Remove what is neither a file nor a folder. In another user's folder a link may lead
+    anywhere, and opening a pipe may wait forever."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not S_ISREG(mode) and not S_ISDIR(mode):
@@ -1588,8 +1588,8 @@ def remove_odd(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring a file's content, or the names in a folder, to the disk."""
-    with contextlib.suppress(OSError):  # Windows opens no folders
+    """Flush a file's content, or the names in a folder, to the disk."""
+    with contextlib.suppress(OSError):  # Windows can't open folders
         handle = os.open(path, os.O_RDONLY)
         with contextlib.suppress(OSError):
             os.fsync(handle)
@@ -1606,8 +1606,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def empty_folder(path: Path) -> Iterator[Path]:
-    """A folder for this process alone while the block runs, removed in the end. What a killed
-    process left in it goes first."""
+    """An empty folder for this process alone while the block runs; it is removed at the end. What a
+    killed process left in it is removed first."""
     remove_odd(path)
     with locked(path, folder=True) as handle:
         for inside in path.iterdir():
@@ -1618,18 +1618,18 @@ def empty_folder(path: Path) -> Iterator[Path]:
         try:
             yield path
         finally:
-            # Not what another process made there after the block had moved this one.
+            # If the block moved the folder, another process may have made a new one there: keep it.
             if handle < 0 or is_same(handle, path):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-NEW_LINE = "\r\x1b[K"  # what a terminal obeys to write a line anew
+NEW_LINE = "\r\x1b[K"  # makes a terminal go to the start of the line and clear it
 # Control characters, which a terminal obeys and XML doesn't allow.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """A text in one line without control characters: names of files and classes may hold any."""
+    """A text in one line, without control characters, which names of files and classes may hold."""
     text = as_utf8(text).replace("\n", "\ufffd").replace("\t", " ")
     return CONTROL.sub("\ufffd", text)
 
@@ -1661,7 +1661,7 @@ def progress(what: str, done: int, total: int, started: float, first: int = 0) -
         progress_lines.append(text)
 
 
-progress_lines: list[str] = []  # the one that stands on the terminal, if any
+progress_lines: list[str] = []  # the line that is on the terminal, if any
 
 
 def wipe_progress() -> None:
@@ -1702,7 +1702,7 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
     HF_ENDPOINT and HF_TOKEN are honoured; files are kept in `cache_folder()`.
 
     Raises:
-        ValueError: it isn't there, and can't be fetched; or one of the two variables can't be.
+        ValueError: the file isn't cached and can't be fetched, or one of the variables is invalid.
     """
     path = cache_folder() / repo / name
     if path.exists():
@@ -1727,7 +1727,7 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
     return path
 
 
-# A transfer that brings less than this is given up and tried again.
+# A transfer that is slower than this is aborted and tried again.
 SLOWEST = 1000  # bytes a second
 PATIENCE = 30.0  # seconds over which they are counted
 
@@ -1740,16 +1740,16 @@ def download(
     token: str = "",
     tries: int = 5,
 ) -> None:
-    """Fetch `url` to `path`, which exists only once it is whole and its checksum right.
+    """Fetch `url` to `path`, which exists only once it is complete and its checksum is right.
 
-    What has arrived stays in `path`.part, which one process at a time writes; another one waits
-    for it. A dropped connection is resumed, with at most `tries` requests per call; a later call
-    goes on from there. Size and SHA-256 are checked against what the hub states (X-Linked-Size and
-    X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal digits), and what arrived against
-    what a file of its name begins with.
+    Received bytes are kept in `path`.part, which one process at a time writes while others wait. A
+    dropped connection is resumed, with at most `tries` requests per call; a later call continues
+    from there. Size and SHA-256 are checked against those that the hub states (X-Linked-Size and
+    X-Linked-Etag of its redirect, or an ETag of 64 hexadecimal digits), and the beginning of the
+    file against its name.
 
     Args:
-        checksum: kind and hexadecimal digest, instead of what the server states.
+        checksum: kind and hexadecimal digest, instead of the one that the server states.
 
     Raises:
         ValueError: not found, no network, a wrong checksum or another kind of file; says how to
@@ -1787,7 +1787,7 @@ class DownloadError(Exception):
 
 
 def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tries: int) -> None:
-    """Requests until `part` is whole (see `download`).
+    """Send requests until `part` is complete (see `download`).
 
     Raises:
         DownloadError: what arrived isn't what was asked for.
@@ -1801,7 +1801,7 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         except urllib.error.HTTPError as error:
             # In our own words: what the server says may repeat the token.
             reason = f"{error.code} {http.client.responses.get(error.code, 'without a reason')}"
-            if error.code == 416:  # the part is as long as the file, or longer: once more
+            if error.code == 416:  # the part is as long as the file, or longer: start again
                 os.truncate(part, 0)
             elif error.code in (401, 403) and not checksum:  # the hub
                 hint = "set HF_TOKEN for a private file, and accept the licence of a gated one on "
@@ -1810,7 +1810,7 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
             elif error.code < 500:
                 raise ValueError(f"{url} answered {reason}") from error
             continue
-        except (http.client.HTTPException, ValueError) as error:  # ValueError: of a bad redirection
+        except (http.client.HTTPException, ValueError) as error:  # ValueError: a bad redirect
             reason = type(error).__name__
             continue
         except OSError as error:
@@ -1826,8 +1826,8 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
 
 
 def check_content(path: Path, name: str) -> None:
-    """Raise DownloadError unless a file is what its `name` says: no page that a portal answers,
-    not compressed, not cut short where no size was stated."""
+    """Raise DownloadError unless a file is of the kind that its `name` says: not the page of a
+    captive portal, not compressed, and not cut short if no size was stated."""
     if not path.stat().st_size:
         raise DownloadError("arrived empty")
     if name.endswith(".safetensors"):
@@ -1845,7 +1845,7 @@ def check_content(path: Path, name: str) -> None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and keeps what the hub says of the file on the way."""
+    """Follows redirects and keeps the headers in which the hub describes the file."""
 
     def __init__(self):
         self.stated: dict[str, str] = {}
@@ -1858,18 +1858,18 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def request_rest(url: str, part: Path, token: str) -> str:
-    """One request for what `part` lacks, which is appended to it.
+    """Request the bytes that `part` lacks, once, and append them to it.
 
     Returns:
-        The whole file's SHA-256 as stated; "" if it isn't.
+        The whole file's SHA-256 as the server states it; "" if it doesn't.
 
     Raises:
-        OSError, http.client.HTTPException: anything that another try may mend.
-        DownloadError: more arrives than the server states.
+        OSError, http.client.HTTPException: anything that another try may fix.
+        DownloadError: more bytes arrive than the server states.
     """
     have = part.stat().st_size
     request = urllib.request.Request(url, headers={"User-Agent": "adaptertune"})
-    if token:  # not for the host that a redirect names
+    if token:  # not sent to the host that a redirect names
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     if have:
         request.add_header("Range", f"bytes={have}-")
@@ -1894,18 +1894,18 @@ def request_rest(url: str, part: Path, token: str) -> str:
 
 
 def receive(answer: http.client.HTTPResponse, part: Path, size: int) -> None:
-    """Append what arrives to `part`, which then has `size` bytes; 0 if that isn't stated.
+    """Append an answer to `part`, which must then have `size` bytes; 0 if no size was stated.
 
     Raises:
-        OSError: it is slower than SLOWEST, or ends before.
-        DownloadError: more arrives.
+        OSError: the transfer is slower than SLOWEST, or ends early.
+        DownloadError: more bytes arrive.
     """
     have = part.stat().st_size
     what = f"fetching {part.name.removesuffix('.part')}, MB"
     first = have >> 20
     started = time.perf_counter()
     moment = started
-    arrived = 0  # since then
+    arrived = 0  # bytes since `moment`
     with part.open("ab") as file:
         while block := answer.read1(1 << 20):
             file.write(block)
@@ -1929,11 +1929,11 @@ def receive(answer: http.client.HTTPResponse, part: Path, size: int) -> None:
 def open_in_time(
     request: urllib.request.Request, redirects: _Redirects
 ) -> http.client.HTTPResponse:
-    """Send a request and read the head of its answer, redirects and all, in twice PATIENCE: a
-    timeout of the connection's is for each byte.
+    """Send a request and read the head of its answer, with all redirects, within twice PATIENCE:
+    the connection's own timeout applies to each read.
 
     Raises:
-        TimeoutError: it didn't come in time.
+        TimeoutError: no answer came in time.
     """
     found = []
 
@@ -1955,5 +1955,5 @@ def open_in_time(
 
 
 def to_integer(text: str | None) -> int:
-    """A header's number; 0 where there is none."""
+    """A header's number; 0 if it has none."""
     return int(text) if text and text.isdecimal() and len(text) < 16 else 0

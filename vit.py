@@ -1,27 +1,27 @@
 """The Vision Transformer: the network that stays frozen, and the loaders of pretrained weights.
 
-An image is cut into square patches, each patch becomes a token of width D, a class token (and
-perhaps R register tokens) joins them, and L equal blocks follow (ViT,
+An image is cut into square patches, and each patch becomes a token of width D. A class token (and
+in some models R register tokens) is prepended, and L blocks of the same shape follow (ViT,
 https://arxiv.org/abs/2010.11929, equations 1 to 4):
 
     h_0 = [class; registers; patches] + positions
-    h   <- h + Attention(LayerNorm(h))        every token looks at every other
-    h   <- h + MLP(LayerNorm(h))              every token by itself
-    logits = W · LayerNorm(h_L)[class]        or of the mean of the patch tokens
+    h   <- h + Attention(LayerNorm(h))        every token attends to every token
+    h   <- h + MLP(LayerNorm(h))              each token on its own
+    logits = W · LayerNorm(h_L)[class]        or W · LayerNorm(mean of the patch tokens)
 
-DINOv3 has no positions in h_0: its attention turns queries and keys by where their patches are
-(Rotary).
+DINOv3 adds no positions to h_0: its attention rotates queries and keys by the positions of their
+patches (Rotary).
 
 Shapes: B images, S pixels along a side, g = S / patch, N = 1 + R + g² tokens, D width, H heads,
 d = D / H, L blocks; T token ids of a text, K texts, E CLIP's embedding width.
 
 Module names are timm's (https://github.com/huggingface/pytorch-image-models), because most
 published files use them; other layouts are translated by LAYOUTS and RENAMES. Loading is strict:
-every tensor must be found with its right shape and none may be left over. So loading gives the
-pretrained network or a ValueError: of one line, which says what is wrong with which file.
+every tensor must be present with the right shape, and none may be left over. Loading either gives
+the pretrained network or raises a one-line ValueError that says what is wrong with which file.
 
     python vit.py           list the backbones
-    python vit.py FILE …    say what files of weights hold
+    python vit.py FILE …    describe files of weights
 """
 
 import argparse
@@ -55,17 +55,17 @@ from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------- the network
 
-ROPE_BASE = 100  # DINOv3's, of the periods of rotary positions
+ROPE_BASE = 100  # base of the periods of DINOv3's rotary positions
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that determines the shape and the function of a ViT, apart from its weights.
 
-    A text tower has one too: its `patch` is 1 and its `image_size` the number of tokens.
+    It also describes a text tower: `patch` is then 1 and `image_size` the number of tokens.
 
     Raises:
-        ValueError: a value that can't be.
+        ValueError: a value is invalid, or doesn't fit another one.
     """
 
     width: int  # D, such as 384
@@ -76,22 +76,22 @@ class Config:
     hidden: int = 0  # width of the MLP; 0 for the usual 4·D
     registers: int = 0  # R; 4 in DINOv2's "_reg" (https://arxiv.org/abs/2309.16588)
     layer_scale: bool = False  # DINOv2
-    norm_pre: bool = False  # a LayerNorm before the first block: CLIP
+    norm_pre: bool = False  # a LayerNorm before the first block, as in CLIP
     quick_gelu: bool = False  # OpenAI's CLIP
     qkv_bias: bool = True
     patch_bias: bool = True  # False in CLIP
-    pool: str = "token"  # the head reads norm(h)[class], or "mean": norm(mean of patch tokens)
+    pool: str = "token"  # the head reads norm(h)[class]; for "mean", norm(mean of patch tokens)
     eps: float = 1e-6  # of the LayerNorms
-    causal: bool = False  # each token looks at itself and earlier ones only: CLIP's text tower
-    rope: bool = False  # rotary positions, and no learnt ones: DINOv3
+    causal: bool = False  # tokens attend only to themselves and earlier ones: CLIP's text tower
+    rope: bool = False  # rotary positions instead of learnt ones: DINOv3
 
     def __post_init__(self):
         for name in ("width", "depth", "heads", "patch", "image_size"):
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= (1000 if name == "depth" else 100_000):
-                raise ValueError(f"{name.replace('_', ' ')} {value!r} can't be")
+                raise ValueError(f"{name.replace('_', ' ')} {value!r} is not valid")
         if type(self.eps) not in (int, float) or not 0 <= self.eps < 1:
-            raise ValueError(f"eps {self.eps!r} of the LayerNorms can't be")
+            raise ValueError(f"eps {self.eps!r} of the LayerNorms is not valid")
         if self.width % self.heads:
             raise ValueError(
                 f"width {self.width} can't be split into {self.heads} heads; "
@@ -101,7 +101,7 @@ class Config:
             raise ValueError(
                 f"image size {self.image_size} is not a multiple of the patch size {self.patch}"
             )
-        if self.rope and self.grid > 256:  # no file bounds what their tables take
+        if self.rope and self.grid > 256:  # no tensor in the file bounds the size of the tables
             raise ValueError(f"image size {self.image_size} is over 256 patches of {self.patch}")
         if self.rope and self.width // self.heads % 4:
             raise ValueError(
@@ -111,7 +111,7 @@ class Config:
 
     @property
     def grid(self) -> int:
-        """g, the patches along a side of the image."""
+        """g, the number of patches along a side of the image."""
         return self.image_size // self.patch
 
 
@@ -126,18 +126,18 @@ class Rotary(nn.Module):
     """Rotary positions in two dimensions for queries or keys [B, H, N, d] (RoFormer,
     https://arxiv.org/abs/2104.09864, equation 34; DINOv3, https://arxiv.org/abs/2508.10104).
 
-    Channels i and i + d/2 are the coordinates of a point, which is turned about the origin: d/4
-    points by the patch's row y, the others by its column x. Both go from -1 to 1 over the image,
-    whatever its size:
+    Channels i and i + d/2 are the coordinates of a point, which is rotated about the origin: the
+    first d/4 points by the patch's row y, the others by its column x. Both run from -1 to 1 across
+    the image, whatever its size:
 
         angle = 2π · y / ROPE_BASE^(4j/d)      j = 0 .. d/4 - 1
 
-    So the product of a query and a key depends on two patches' positions by their difference
-    alone. Tokens that are no patches (class token, registers; prompts, which stand behind the
+    So the dot product of a query and a key depends only on the difference between the positions of
+    their patches. Tokens that aren't patches (class token, registers, and prompts, which follow the
     patches) have the angle 0.
 
-    The tables aren't in the state dict. They are fp32, as in timm and transformers; Meta's code
-    rounds ROPE_BASE^(4j/d) to bf16.
+    The tables of cosines and sines aren't in the state dict. They are fp32, as in timm and
+    transformers; Meta's code rounds ROPE_BASE^(4j/d) to bf16.
     """
 
     def __init__(self, config: Config):
@@ -157,7 +157,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def tables(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [tokens, d], for the N own tokens and prompts behind them."""
+        """Cosines and signed sines [tokens, d], for the ViT's N tokens and prompts after them."""
         prompts = tokens - len(self.cos)
         cos = F.pad(self.cos, (0, 0, 0, prompts), value=1.0)
         sin = F.pad(self.sin, (0, 0, 0, prompts))
@@ -165,7 +165,7 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         cos, sin = self.tables(x.shape[2])
-        exchanged = x.roll(x.shape[3] // 2, dims=3)  # channel i + d/2 in the place of i
+        exchanged = x.roll(x.shape[3] // 2, dims=3)  # channels i and i + d/2 swapped
         return (x * cos + exchanged * sin).to(x.dtype)
 
 
@@ -173,14 +173,14 @@ class Attention(nn.Module):
     """Multi-head self-attention, [B, N, D] to [B, N or queries, D], with one fused projection for
     query, key and value.
 
-    `queries`, if given, is how many tokens, from the first on, the output is wanted for.
+    If `queries` is given, only the first `queries` tokens are output.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.heads = config.heads
         self.causal = config.causal
-        self.rope = nn.Identity()  # or a Rotary, which all blocks share
+        self.rope = nn.Identity()  # or a Rotary that all blocks share
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -208,7 +208,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two linear maps with an activation between them, each token [D] by itself."""
+    """Two linear layers with an activation between them, applied to each token [D] on its own."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -235,9 +235,9 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block, [B, N, D] to [B, N, D].
 
-    `adapter`, if one was put there, maps what its `reads` names to a correction [B, N, D].
-    `prompts` [P, D], if any, are extra tokens that ViT.run_blocks appends. `queries`, if given, is
-    how many tokens, from the first on, come out: [B, queries, D].
+    `adapter`, if set, maps the tensor that its `reads` names to a correction [B, N, D].
+    `prompts` [P, D], if set, are extra tokens that ViT.run_blocks appends. If `queries` is given,
+    only the first `queries` tokens are output: [B, queries, D].
     """
 
     def __init__(self, config: Config):
@@ -266,12 +266,12 @@ class Block(nn.Module):
             return h + self.adapter(z)
         if self.adapter.reads == "mlp":  # AdaptFormer's sequential form: after the MLP
             return h + self.adapter(y)
-        raise ValueError(f"an adapter that reads {self.adapter.reads!r}; see adaptertune.READS")
+        raise ValueError(f"no adapter can read {self.adapter.reads!r}; see adaptertune.READS")
 
 
 class PatchEmbed(nn.Module):
-    """Cut images [B, 3, S, S] into patches and project each, to [B, g², D]: a convolution whose
-    stride is its kernel."""
+    """Cut images [B, 3, S, S] into patches and project each to a token, [B, g², D]: a convolution
+    whose stride equals its kernel size."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -285,7 +285,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Normalised images [B, 3, S, S] to logits [B, classes]; to features [B, D] for 0 classes.
+    """Normalised images [B, 3, S, S] to logits [B, classes], or to features [B, D] for 0 classes.
 
     Raises:
         ValueError: images of another shape, or not of floats.
@@ -311,13 +311,13 @@ class ViT(nn.Module):
             self.build_rotary()
 
     def build_rotary(self) -> None:
-        """The tables of DINOv3's positions, which no file holds."""
+        """Give all blocks the tables of DINOv3's rotary positions, which no file holds."""
         rope = Rotary(self.config)
         for block in self.blocks:
             block.attn.rope = rope
 
     def init_weights(self) -> None:
-        """Random weights to train from (timm's: truncated normal of 0.02, biases 0)."""
+        """Initialise to train from scratch, as in timm: truncated normal, std 0.02; biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -348,29 +348,29 @@ class ViT(nn.Module):
         return self.norm_pre(torch.cat(tokens, dim=1))
 
     def run_blocks(self, images: Tensor, queries: int | None = None) -> Tensor:
-        """Images to the tokens [B, N, D] that leave the last block; with `queries` to so many of
-        them, from the first on."""
+        """Images to the tokens [B, N, D] that leave the last block; if `queries` is given, only to
+        the first `queries` of them."""
         x = self.embed(images)
         B, N, _ = x.shape
         for block in self.blocks:
-            if block.prompts is not None:  # after the N own tokens, in place of earlier prompts
+            if block.prompts is not None:  # after the N tokens, in place of earlier prompts
                 x = torch.cat([x[:, :N], block.prompts.expand(B, -1, -1)], dim=1)
             x = block(x, queries=queries if block is self.blocks[-1] else None)
         return x[:, :N]
 
     def features(self, images: Tensor) -> Tensor:
-        """Images to what the head reads, [B, D]."""
+        """Images to the features [B, D] that the head reads."""
         if self.config.pool == "token":
-            # The head reads the class token alone: so does the last block, apart from its keys
-            # and values.
+            # The head reads only the class token, so the last block computes only that token,
+            # apart from its keys and values.
             return self.norm(self.run_blocks(images, queries=1)[:, 0])
         first_patch = 1 + self.config.registers
         return self.norm(self.run_blocks(images)[:, first_patch:].mean(dim=1))
 
     def tokens(self, images: Tensor) -> Tensor:
         """Images to all tokens after the final LayerNorm, [B, 1 + R + g², D]: class, registers,
-        patches row by row. A forward hook on the last block may see the class token alone, which
-        is all that `features` needs."""
+        patches row by row. A forward hook on the last block may see only the class token, because
+        `features` needs no other."""
         return self.norm(self.run_blocks(images))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -381,10 +381,10 @@ class ViT(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text side: token ids int64 [K, T] to embeddings [K, E].
+    """CLIP's text tower: token ids int64 [K, T] to embeddings [K, E].
 
-    The head reads the token at the end-of-text mark, recognised as the highest id. Hugging Face's
-    rule, the first `eos_token_id`, differs only where tokens were added after that id.
+    The head reads the end mark's token, which is found as the highest id. Hugging Face's rule, the
+    first `eos_token_id`, differs only if tokens with higher ids were added to the vocabulary.
     """
 
     def __init__(self, config: Config, vocabulary: int, embedding: int):
@@ -406,24 +406,24 @@ class TextTower(nn.Module):
 class Tokenizer:
     """CLIP's byte-level byte-pair encoding (https://arxiv.org/abs/2103.00020, section 2.4).
 
-    It gives the ids of OpenAI's simple_tokenizer.py, without the clean-up by its library ftfy.
-    Marks such as <|endoftext|> inside a text are plain text. Ids are numbered in this order:
+    It gives the same ids as OpenAI's simple_tokenizer.py, without that file's clean-up by ftfy.
+    Marks such as <|endoftext|> inside a text count as plain text. Ids are numbered in this order:
 
         0 to 255     each byte
         256 to 511   each byte at the end of a word
-        512 and on   each merge of two ids into one, in the order in which it was learnt: an id is
-                     a rank too, and the lowest possible merge is done first
+        512 and on   each merge of two ids into one, in the order of learning: an id is also the
+                     rank of its merge, and the possible merge of lowest rank is done first
         the last two the start mark and the end mark
 
     Attributes:
-        size: how many ids there are, the text tower's vocabulary.
+        size: the number of ids, which is the size of the text tower's vocabulary.
 
     Raises:
         ValueError: the file is missing, damaged, or not a CLIP vocabulary.
     """
 
-    MERGES = 48_894  # as many as CLIP has; the published list goes on
-    LONGEST = 2**25  # bytes; the published list has 3.2 million
+    MERGES = 48_894  # the number that CLIP uses; the published list is longer
+    LONGEST = 2**25  # bytes that are read at most; the published list has 3.2 million
 
     def __init__(self, path: str | Path):
         """Read the published bpe_simple_vocab_16e6.txt.gz or Hugging Face's merges.txt."""
@@ -464,8 +464,8 @@ class Tokenizer:
         self.end = len(ids) + 1
 
     def __call__(self, texts: list[str], length: int = 77) -> Tensor:
-        """Ids int64 [K, length]: start, the text's, end, zeros. Long texts are truncated; the end
-        mark is kept."""
+        """Ids int64 [K, length]: the start mark, the text's ids, the end mark, then zeros. Long
+        texts are truncated; the end mark is kept."""
         ids = torch.zeros(len(texts), length, dtype=torch.int64)
         for row, text in zip(ids, texts, strict=True):
             encoded = [self.start, *self.encode(text)][: length - 1] + [self.end]
@@ -475,10 +475,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """A text's ids, without marks."""
         text = unicodedata.normalize("NFC", text)
-        text = html.unescape(html.unescape(text))  # twice, as OpenAI's does
+        text = html.unescape(html.unescape(text))  # twice, as OpenAI's code does
         text = " ".join(text.split()).lower()
-        # `re` knows no \p{L} and \p{N}: look for words in a copy that has a letter for each letter,
-        # a digit for each number, and a sign for any other character outside ASCII.
+        # `re` has no \p{L} and \p{N}, so words are searched for in a copy in which letters outside
+        # ASCII are "a", numbers outside ASCII "0", and other characters outside ASCII "!".
         stand_ins = {"L": "a", "N": "0"}
         pattern_text = ""
         for char in text:
@@ -493,8 +493,8 @@ class Tokenizer:
         return ids
 
     def merge_word(self, word: list[int]) -> list[int]:
-        """A word's byte ids, merged pair by pair until no pair can be."""
-        word[-1] += 256  # the byte at the word's end
+        """Merge a word's byte ids pair by pair, until no pair is in `merges`."""
+        word[-1] += 256  # the id of the same byte at the end of a word
         while True:
             possible = []
             for i, pair in enumerate(pairwise(word)):
@@ -517,20 +517,20 @@ NORMS = {"ImageNet": IMAGENET, "CLIP": CLIP, "CIFAR-100": CIFAR100, "Inception":
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pretrained network and what it expects.
+    """A pretrained network and the input that it expects.
 
-    The normalisation belongs to the backbone, not to the data set: with a wrong one it still
-    works, only worse. All of them were trained on images resized bicubically.
+    The normalisation belongs to the backbone, not to the data set: with a wrong one the network
+    still works, only worse. All backbones were trained on images resized bicubically.
     """
 
     repo: str  # on the Hugging Face hub; empty for a local file
     config: Config
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
-    # What states a setting, if not the name or the file: {"heads": "config.json", "std": "guessed"}
+    # Origin of a setting, if not the name or the file: {"heads": "config.json", "std": "guessed"}
     source: dict[str, str] = field(default_factory=dict, hash=False)
     note: str = ""  # which of several networks in its file this is, and what was left out
-    lora: str = ""  # what was merged into it (`merge_lora`)
+    lora: str = ""  # describes the LoRA that was merged into it (`merge_lora`)
 
     def at(self, image_size: int) -> "Backbone":
         """A copy configured for another image size in pixels; 0 keeps its own."""
@@ -542,7 +542,7 @@ class Backbone:
 
     @property
     def guessed(self) -> dict[str, str]:
-        """What nothing states, by the option of train.py that does, such as
+        """The settings that were guessed, by the option of train.py that sets them, such as
         {"--heads": "heads 6", "--std": "ImageNet's std"}."""
         mean, std = self.norm
         guesses = {
@@ -564,7 +564,7 @@ def whose_norm(values: tuple) -> str:
 
 
 def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
-    """The usual shapes: 12 blocks (24 for width 1024), heads of 64 channels."""
+    """A Config of the usual shape: 12 blocks (24 for width 1024), heads of 64 channels."""
     shape = {"depth": 24 if width == 1024 else 12, "heads": width // 64}
     shape.update(more)
     return Config(width=width, patch=patch, image_size=image_size, **shape)
@@ -579,7 +579,7 @@ _MICRO = {"depth": 6, "heads": 4, "hidden": 256, "pool": "mean"}
 
 # Repository, normalisation and licence as in timm's registry (default_cfgs, timm 1.0); CLIP's as in
 # OpenAI's clip.py and, for LAION's, open_clip's registry. DINOv2 was published for 518 px; most use
-# it at 224 (--image-size 518 for the original). DINOv3 has 224 px in transformers, 256 in timm.
+# it at 224 (--image-size 518 for the original). DINOv3: 224 px in transformers, 256 in timm.
 BACKBONES = {
     "vit_ti16": Backbone("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", _vit(192, 16), HALF),
     "vit_s16": Backbone("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", _vit(384, 16), HALF),
@@ -632,7 +632,7 @@ IGNORED = (
     r"(\.\./(.*\.)?decoder\.)?(decoder_|mask_token$)",  # MAE decoder_embed.weight
     r"head_dist\.|\.\./(.*\.)?(cls|distillation)_classifier\.",  # DeiT's second head
     r"(\.\./)?head\.(mlp|last_layer)",  # DINO's projection head
-    # CLIP's text tower, and what stands beside both towers
+    # CLIP's text tower, and tensors outside both towers
     r"\.\./(.*\.)?(text(\.|_model\.|_projection)|transformer\.resblocks\.|token_embedding\.)",
     r"\.\./(.*\.)?(positional_embedding$|ln_final\.)",
     r"\.\./(.*\.)?(logit_|attn_mask$|input_resolution$|context_length$|vocab_size$)",
@@ -648,22 +648,22 @@ TEXT_IGNORED = (
 class Layout:
     """A family of published files. All patterns are regular expressions.
 
-    What precedes the match of `tell` is the prefix of the backbone's keys; it is stripped. A key
-    without the prefix isn't the backbone's and gets "../" in front, so that patterns can tell the
-    two. In a CLIP of Hugging Face `tell` matches "vision_model.embeddings.class_embedding": the
-    prefix is "vision_model.", and "text_model.x" becomes "../text_model.x"; if it isn't in
-    `ignored`, a note names it. Without a prefix all keys count as the backbone's, and one too many
-    is an error.
+    The part of a key before the match of `tell` is the prefix of the backbone's keys; it is
+    stripped. A key without the prefix isn't the backbone's; it gets "../" in front, so that
+    patterns can tell the two apart. In Hugging Face's CLIP, `tell` matches
+    "vision_model.embeddings.class_embedding": the prefix is "vision_model.", and "text_model.x"
+    becomes "../text_model.x"; unless `ignored` matches it, a note names it. If the prefix is empty,
+    all keys count as the backbone's, and an unknown key is an error.
     """
 
-    name: str  # for users
+    name: str  # shown to users
     tell: str  # matches the end of a key that only this family has
-    eps: float = 1e-6  # of the LayerNorms, which no tensor tells; CLIP's and DINOv3's are 1e-5
-    norm: str = "ImageNet"  # what its files expect, if nothing states it; a key of NORMS
+    eps: float = 1e-6  # of the LayerNorms, which tensors don't show; 1e-5 in CLIP and DINOv3
+    norm: str = "ImageNet"  # the normalisation assumed if nothing states it; a key of NORMS
     ignored: tuple[str, ...] = IGNORED
 
 
-LAYOUTS = (  # the first one that fits is taken
+LAYOUTS = (  # the first one that matches is taken
     Layout("OpenAI CLIP, open_clip", r"\bconv1\.weight$"),
     Layout(
         "Hugging Face CLIP",
@@ -673,7 +673,7 @@ LAYOUTS = (  # the first one that fits is taken
     Layout(
         "Hugging Face Dinov2",
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
-        ignored=(*IGNORED, r"\.\./classifier\."),  # reads the class token beside that mean
+        ignored=(*IGNORED, r"\.\./classifier\."),  # reads the class token and that mean
     ),
     Layout("Hugging Face DINOv3", r"\bembeddings\.patch_embeddings\.weight$"),
     Layout(
@@ -694,10 +694,10 @@ TEXT_LAYOUTS = (
 )
 
 # Rules that map keys to timm's names: (regular expression, replacement), each with an example of
-# what it matches. They are applied in this order to the keys of every family, prefixes stripped.
+# what it matches. They are applied in this order to the keys of every family, without prefixes.
 RENAMES = (
-    # Google's .npz, https://github.com/google-research/vision_transformer. The numbers of modules
-    # differ in big_vision (https://github.com/google-research/big_vision, models/vit.py).
+    # Google's .npz, https://github.com/google-research/vision_transformer. Modules are numbered
+    # differently in big_vision (https://github.com/google-research/big_vision, models/vit.py).
     (r"/kernel$", "/weight.T"),  # embedding/kernel
     (r"/scale$", "/weight"),  # Transformer/encoder_norm/scale
     (r"^cls$", "cls_token"),
@@ -728,7 +728,7 @@ RENAMES = (
     (r"^patch_embedding\.", "patch_embed.proj."),  # HF CLIP
     (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),  # HF ViT; HF DINOv3 without
     # norms outside the blocks
-    (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF spells it so
+    (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),  # OpenAI ln_pre.weight; HF's spelling
     (r"^(ln_post|ln_final|encoder\.ln)\.", "norm."),  # OpenAI ln_post.weight, torchvision
     (r"^(post_layernorm|final_layer_norm|layernorm)\.", "norm."),  # HF layernorm.weight
     # blocks
@@ -768,14 +768,14 @@ RENAMES = (
 
 
 class ScriptModule(dict):
-    """Stands for the modules of a TorchScript archive: a dictionary of their attributes."""
+    """Stands in for a module of a TorchScript archive: a dictionary of its attributes."""
 
     def __setstate__(self, state: dict):
         self.update(state)
 
 
 class Placeholder:
-    """Stands for what files hold beside tensors and isn't needed: training arguments, numbers."""
+    """Stands in for objects beside the tensors that aren't needed: training arguments, numbers."""
 
     def __init__(self, *arguments, **more):
         pass
@@ -784,7 +784,8 @@ class Placeholder:
         pass
 
 
-# Names in a pickle that become a Placeholder, whatever they are given. Others are refused.
+# Names that a pickle may hold beside those that torch.load allows. They become a Placeholder,
+# whatever their arguments. All other names are refused.
 HARMLESS = [
     "argparse.Namespace",
     "collections.defaultdict",
@@ -804,7 +805,7 @@ HARMLESS = [
     "pathlib._local.PureWindowsPath",
 ]
 
-# How files begin that aren't read, and what they are.
+# File formats that can't be read: how such a file begins, and what it is.
 FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: `git lfs pull` fetches it",
     b"\x89HDF": "an HDF5 file, as Keras writes",
@@ -816,10 +817,10 @@ FOREIGN = {
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """All tensors of a file, and the JSON that adaptertune.save leaves in its header (or {}).
 
-    A `.safetensors` file; or the `.safetensors.index.json` of one in several parts; else one for
+    The file is a `.safetensors`, the `.safetensors.index.json` of one in several parts, a file for
     torch.load, a TorchScript archive or an `.npz` of numpy. torch.load is called with
     weights_only=True: a pickle that would run code is refused.
-    Of several networks in a file the averaged one (EMA, teacher) is taken, and "note" says so.
+    If a file holds several networks, the averaged one (EMA, teacher) is taken, and "note" says so.
 
     Raises:
         ValueError: the file is missing, truncated, of another format, or holds more than tensors.
@@ -858,7 +859,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
-    """What a file holds, by how it begins, and the metadata of one of ours."""
+    """A file's content, whatever its format, and the metadata if adaptertune.save wrote it."""
     if beginning[8:9] == b"{":  # safetensors, whatever the suffix: a length, then JSON
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("adaptertune", "{}"))
@@ -868,24 +869,24 @@ def read_content(path: Path, beginning: bytes) -> tuple[object, dict]:
     names = archive_names(path)
     if any(name.endswith(".npy") for name in names):
         return read_npz(path), {}
-    # TorchScript, as OpenAI publishes CLIP: it holds code too, and torch.load would run it.
+    # TorchScript, as OpenAI publishes CLIP: it holds code too, so torch.load would refuse it.
     if any(name.endswith("/constants.pkl") for name in names):
         return script_tensors(read_torchscript(path)), {}
     harmless = torch.serialization.safe_globals([(Placeholder, name) for name in HARMLESS])
-    # Opened here, since torch.load goes by the suffix.
+    # The file is opened here, because torch.load judges a path by its suffix.
     with path.open("rb") as file, warnings.catch_warnings(), harmless:
-        warnings.simplefilter("ignore")  # of a pickle that is refused anyway
+        warnings.simplefilter("ignore")  # about a pickle that is refused anyway
         return torch.load(file, map_location="cpu", weights_only=True), {}
 
 
 def first_line(error: Exception) -> str:
-    """Of an exception's text; its kind where it has none."""
+    """The first line of an exception's text, or its type if it has no text."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def foreign_kind(path: Path, beginning: bytes) -> str:
-    """What a file is that isn't read, by its beginning or what a zip archive holds; "" if it may
-    be."""
+    """The kind of a file that can't be read, by its beginning, its suffix or the names in a zip
+    archive; "" if it may be readable."""
     for start, kind in FOREIGN.items():
         if beginning.startswith(start):
             return kind
@@ -906,9 +907,8 @@ def archive_names(path: Path) -> list[str]:
 
 
 def check_archive(path: Path) -> None:
-    """Raise a ValueError for a zip archive that unpacks to far more than it is long: torch.save
-    compresses nothing, torch.jit.save its code alone, and what is compressed may fill the
-    memory."""
+    """Raise a ValueError for a zip archive that unpacks to far more than its own size, and so may
+    fill the memory. (torch.save compresses nothing, and torch.jit.save compresses only code.)"""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -918,7 +918,7 @@ def check_archive(path: Path) -> None:
 
 def check_size(content: object, path: Path) -> None:
     """Raise a ValueError if the tensors in a file are much larger than the file, as views of a few
-    numbers can be. A tensor may stand there by several names."""
+    numbers can be. The limit allows for tensors that are there under several names."""
     total = 0
     for _, value in walk(content, (dict, list, tuple)):
         if isinstance(value, Tensor):
@@ -928,8 +928,8 @@ def check_size(content: object, path: Path) -> None:
 
 
 def walk(content: object, containers: tuple[type, ...]) -> Iterator[tuple[str, object]]:
-    """The containers and tensors in nested containers, in order, and where they stand
-    ("model.ema"); twenty levels down, and each container once, for one may hold itself."""
+    """The containers and tensors in nested containers, in order, each with its path ("model.ema");
+    up to 20 levels deep, and into each container once, because one may contain itself."""
     stack = [("", 0, content)]
     seen = set()
     while stack:
@@ -948,10 +948,10 @@ def walk(content: object, containers: tuple[type, ...]) -> Iterator[tuple[str, o
 
 @contextmanager
 def refusing(path: Path, advice: str) -> Iterator[None]:
-    """Name a file that is missing or damaged in one ValueError: JSON may hold anything, so reading
-    it may raise anything."""
+    """Turn any error of reading a file into a ValueError that names it: JSON may hold anything, so
+    reading it may raise anything."""
     try:
-        if not path.is_file():  # a pipe or a device, which may have no end
+        if not path.is_file():  # missing, or a pipe or device, which may have no end
             raise ValueError("no file")
         yield
     except Exception as error:
@@ -959,7 +959,7 @@ def refusing(path: Path, advice: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """A file of JSON, perhaps with a byte order mark, that holds a dictionary."""
+    """The dictionary in a JSON file, which may begin with a byte order mark."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict):
         raise ValueError("it is no dictionary")
@@ -980,8 +980,8 @@ def read_parts(index: Path) -> dict[str, Tensor]:
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """All arrays of an .npz of numpy, as JAX's checkpoints are; big_vision's bfloat16 among them,
-    which numpy reads as two bytes without a meaning (V2)."""
+    """All arrays of numpy's .npz, the format of JAX's checkpoints. Among them are bfloat16 arrays
+    of big_vision, which numpy reads as two bytes of unknown type (V2)."""
     tensors = {}
     with np.load(path, allow_pickle=False) as arrays:
         for name in arrays.files:
@@ -1002,8 +1002,8 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def read_torchscript(path: Path) -> ScriptModule:
-    """The modules of a TorchScript archive, and nothing of its code: what is left without it is
-    what torch.save writes."""
+    """The modules of a TorchScript archive, without its code: the rest is what torch.save would
+    write."""
     kept = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(kept, "w") as copy:
         for name in archive.namelist():
@@ -1018,19 +1018,19 @@ def read_torchscript(path: Path) -> ScriptModule:
 
 
 def script_tensors(module: ScriptModule) -> dict[str, Tensor]:
-    """The tensors of a module and those inside, by state_dict's names."""
+    """The tensors of a module and its submodules, by their names in a state dict."""
     inside = walk(module, (ScriptModule,))
     return {name: value for name, value in inside if isinstance(value, Tensor)}
 
 
-# Keys that tell a network; names of those whose weights were averaged over training. (Of MoCo's two
-# encoders the field takes the base, which stands first.)
+# Keys that identify a network; names of networks whose weights were averaged over training. (Of
+# MoCo's two encoders the base is the one that is used; it comes first.)
 TELLS = re.compile("|".join(layout.tell for layout in LAYOUTS + TEXT_LAYOUTS))
 AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)")
 
 
 def find_tensors(content: object) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary of tensors in nested dictionaries, and where it stands ("model.ema")."""
+    """Every dictionary of tensors in nested dictionaries, each with its path ("model.ema")."""
     for where, value in walk(content, (dict,)):
         if not isinstance(value, dict):
             continue
@@ -1040,8 +1040,8 @@ def find_tensors(content: object) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def choose_tensors(content: object, path: Path, meta: dict) -> tuple[dict[str, Tensor], dict]:
-    """The ViT in what a file holds, wherever it stands, and its metadata, with a note if there are
-    several."""
+    """The tensors of the ViT in a file's content, at whatever depth, and the metadata, with a note
+    if there are several networks."""
     everything = {}
     check_size(content, path)
     for where, tensors in find_tensors(content):
@@ -1049,7 +1049,7 @@ def choose_tensors(content: object, path: Path, meta: dict) -> tuple[dict[str, T
     if not everything and not isinstance(content, dict):
         raise ValueError(f"{path} holds no dictionary of tensors")
     networks = [where for where, tensors in everything.items() if any(map(TELLS.search, tensors))]
-    if not networks:  # the largest one, for an error that names what it holds
+    if not networks:  # return the largest dictionary, for an error that names its keys
         tensors = max(everything.values(), key=len, default={})
         return tensors, meta
     # The weights that the field evaluates: averaged ones, or the teacher's.
@@ -1062,8 +1062,8 @@ def choose_tensors(content: object, path: Path, meta: dict) -> tuple[dict[str, T
 
 
 def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """One dictionary, or one for each prefix before which it has an averaged network and another
-    one ("teacher.", "student."; "module.teacher.", …)."""
+    """The dictionary as it is, or, if it holds an averaged network and others under different
+    prefixes ("teacher.", "student."; "module.teacher.", …), one for each of them."""
     shared = os.path.commonprefix(list(tensors))
     shared = shared[: shared.rfind(".") + 1]
     parts: dict[str, dict[str, Tensor]] = {}
@@ -1100,7 +1100,7 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
 
 
 def has_text_tower(keys: Iterable[str]) -> bool:
-    """Is CLIP's text tower among these tensors?"""
+    """Whether CLIP's text tower is among these tensors."""
     return any(key.endswith("token_embedding.weight") for key in keys)
 
 
@@ -1110,17 +1110,17 @@ class Translated:
 
     layout: Layout
     tensors: dict[str, Tensor]
-    names: dict[str, str]  # the file's own, by timm's
-    ignored: list[str]  # the file's tensors that are known and not the backbone's
-    kernel_heads: set[int]  # which the kernels [D, H, d] of an .npz state; none for other files
-    note: str  # which others were left out
-    lora: str  # what was merged (`merge_lora`)
+    names: dict[str, str]  # the file's keys, by timm's names
+    ignored: list[str]  # the file's keys that `Layout.ignored` matches
+    kernel_heads: set[int]  # numbers of heads in the kernels [D, H, d] of an .npz; else empty
+    note: str  # which other keys were left out
+    lora: str  # describes the LoRA that was merged (`merge_lora`)
 
 
 def to_timm(
     tensors: dict[str, Tensor], layouts: tuple[Layout, ...] = LAYOUTS, lora: str | Path = ""
 ) -> Translated:
-    """Translate a published state dict, and merge a LoRA of it, if one is given."""
+    """Translate a published state dict, and merge a LoRA into it if one is given."""
     layout, prefix = find_layout(tensors, layouts)
     found = {}
     names = {}
@@ -1156,7 +1156,7 @@ def to_timm(
 
 
 def check_usable(key: str, value: Tensor) -> None:
-    """Raise a ValueError for a tensor that tells a network which this file doesn't have."""
+    """Raise a ValueError for a tensor that shows a network which this module doesn't support."""
     if "relative_position" in key:
         raise ValueError(f"{key}: a ViT with relative positions (BEiT) can't be used")
     if key.endswith("num_batches_tracked"):
@@ -1169,8 +1169,8 @@ def check_usable(key: str, value: Tensor) -> None:
 
 
 def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors; those that hold one for each block [L, …], as big_vision's under lax.scan do, in
-    L parts."""
+    """All tensors; those that stack the weights of all blocks, [L, …], as big_vision does for
+    lax.scan, are split into L."""
     for key, value in tensors.items():
         if "/encoderblock/" not in key:
             yield key, value
@@ -1182,24 +1182,24 @@ def unstack_blocks(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def rename(name: str) -> str:
-    """A key without its prefix by timm's name; itself, if no rule fits."""
+    """timm's name for a key without its prefix; the key itself if no rule matches."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def transpose(kernel: Tensor, name: str) -> Tensor:
-    """A weight [in, out], or one of JAX that has patches [p, p, 3, D] or heads, in torch's order:
+    """A weight [in, out], or a JAX kernel with patches [p, p, 3, D] or heads, in torch's order:
     the outputs first."""
     if kernel.ndim == 4:
         return kernel.permute(3, 2, 0, 1)  # [D, 3, p, p]
     if kernel.ndim == 3 and ".attn.proj." in name:
         return kernel.flatten(0, 1).T  # from [H, d, D]
-    return kernel.flatten(1).T  # of a query, key or value from [D, H, d]
+    return kernel.flatten(1).T  # from [in, out], or [D, H, d] of a query, key or value
 
 
 def first_few(keys: list[str]) -> str:
-    """A few names, and whether there are more."""
+    """The first three names, and how many more there are."""
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
@@ -1207,8 +1207,8 @@ def stack_qkv(found: dict[str, Tensor]) -> None:
     """Join separate query, key and value, each [D, D], to qkv [3D, D]; likewise their biases, which
     are [D], or [H, d] in an .npz.
 
-    Where no key has a bias (BEiT, DINOv3), zeros stand for it: without rotary positions it adds the
-    same to all scores of a query, which the softmax ignores.
+    If no key has a bias (BEiT, DINOv3), it is set to zeros: without rotary positions, a key's bias
+    adds the same number to all scores of a query, which the softmax ignores.
     """
     key_bias = any(name.endswith(".attn.k.bias") for name in found)
     for q in [name for name in found if ".attn.q." in name]:
@@ -1228,16 +1228,16 @@ def stack_qkv(found: dict[str, Tensor]) -> None:
 def arrange_positions(found: dict[str, Tensor]) -> None:
     """Bring the class token to [1, 1, D] and positions to [1, 1+g², D] (class token, patches).
 
-    A position that a file has for its registers, or for DeiT's distillation token, is added to
-    those tokens, which leaves the function unchanged.
+    If the file has positions for registers, or for DeiT's distillation token, they are added to
+    those tokens, which leaves the network's output unchanged.
     """
     D = found["cls_token"].shape[-1]
     found["cls_token"] = found["cls_token"].reshape(1, 1, D)
     positions = found["pos_embed"].reshape(1, -1, D)
     rows = positions.shape[1]
     registers = found["reg_token"].shape[1] if "reg_token" in found else 0
-    # How many rows stand before the g² patches: as many as leave a square number. (The first that
-    # does: of 9 rows and 4 registers 5, for a grid of 2, though a grid of 3 has 9 too.)
+    # The number of rows before the g² patches: the first candidate that leaves a square number. (9
+    # rows with 4 registers are 5 and a grid of 2, although 0 and a grid of 3 would fit too.)
     extra = None
     for candidate in (1, 1 + registers, 0):
         patches = rows - candidate
@@ -1249,7 +1249,7 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
             f"{rows} positions, which is no square grid of patches and a class token; "
             "a ViT for images that aren't square can't be used"
         )
-    if extra == 0:  # timm's DINOv2 with registers: the class token holds its position already
+    if extra == 0:  # timm's DINOv2 with registers: the class token includes its position already
         positions = torch.cat([torch.zeros(1, 1, D), positions], dim=1)
     elif extra > 1:
         found["reg_token"] = found["reg_token"] + positions[:, 1:extra]
@@ -1259,14 +1259,14 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
 
 # ----------------------------------------------------------------- the architecture, from shapes
 
-# Image towers whose heads haven't 64 channels, by width: SO400M; ViT-H, g, bigG in open_clip's
-# registry.
+# Number of heads by width, for image towers whose heads don't have 64 channels: SO400M; ViT-H, g
+# and bigG in open_clip's registry.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 
 
 def usual_heads(width: int, text: bool) -> int:
-    """The number of heads in published towers of this width: all text towers, bigG's of width 1280
-    too, have heads of 64 channels."""
+    """The number of heads in published towers of this width. In all text towers, even bigG's of
+    width 1280, heads have 64 channels."""
     if width in HEADS and not text:
         return HEADS[width]
     if width % 64:
@@ -1278,8 +1278,8 @@ def usual_heads(width: int, text: bool) -> int:
 
 
 def is_dinov3(found: dict[str, Tensor]) -> bool:
-    """No positions, though there are registers, LayerScale and a norm over all tokens; and the
-    keys have no bias, which tells it from a DINOv2 that has lost its positions."""
+    """Whether this is a DINOv3: no positions, but registers, LayerScale and a norm over all tokens;
+    and no bias on the keys, which distinguishes it from a DINOv2 that has lost its positions."""
     parts = ("reg_token", "blocks.0.ls1.gamma", "norm.weight")
     if "pos_embed" in found or not all(key in found for key in parts):
         return False
@@ -1291,21 +1291,21 @@ def is_dinov3(found: dict[str, Tensor]) -> bool:
 
 
 def has_nonzero_bias(found: dict[str, Tensor]) -> bool:
-    """Is any bias of query, key and value other than 0? DINOv3's all came out of training as
-    zeros (timm's model cards); Meta's and transformers' files have them, timm's don't."""
+    """Whether any bias of query, key or value isn't 0. DINOv3's are all zero after training
+    (timm's model cards); Meta's and transformers' files have them, timm's don't."""
     return any(value.any() for key, value in found.items() if key.endswith(".attn.qkv.bias"))
 
 
 def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Config:
     """The architecture of a translated state dict.
 
-    What shapes can't tell is assumed: the usual heads of that width unless `heads` is given,
-    OpenAI's QuickGELU where there is a `norm_pre` (CLIP) or the tower is CLIP's for text, and 224
-    px for a DINOv3, whose tensors are the same for all image sizes.
+    Settings that shapes don't show are assumed: the usual number of heads for that width unless
+    `heads` is given, OpenAI's QuickGELU if there is a `norm_pre` (CLIP) or the tower is CLIP's text
+    tower, and 224 px for DINOv3, whose tensors are the same for all image sizes.
 
     Args:
-        eps: the layout's; CLIP and DINOv3 have their own in any.
-        heads: their number; 0 to guess it.
+        eps: the layout's; CLIP and DINOv3 have 1e-5 in every layout.
+        heads: the number of heads; 0 to guess it.
     """
     text = "token_embed.weight" in found
     rope = is_dinov3(found)
@@ -1346,8 +1346,8 @@ def infer_config(found: dict[str, Tensor], *, eps: float, heads: int = 0) -> Con
 
 
 def check_whole(found: dict[str, Tensor], text: bool, rope: bool) -> None:
-    """Raise a ValueError that names the tensors which every ViT, or text tower, has and this one
-    lacks."""
+    """Raise a ValueError if tensors that every ViT, or every text tower, has are missing, and name
+    them."""
     needed = ["head.weight"] if text else ["cls_token", "patch_embed.proj.weight"]
     if not rope:
         needed.append("pos_embed")
@@ -1382,17 +1382,17 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 # ----------------------------------------------------------- the architecture, from descriptions
 
-# Files that stand beside weights and describe them; a later one overrides an earlier.
+# Files beside the weights that describe them; later files override earlier ones.
 BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 
 def read_beside(path: Path, width: int) -> dict[str, dict]:
-    """What the files beside weights state, by file: heads, eps, quick_gelu, mean, std; whatever is
-    there.
+    """The settings that files beside the weights state, by file: heads, eps, quick_gelu, mean, std,
+    or some of these.
 
-    Hugging Face's config.json and preprocessor_config.json, timm's config.json, open_clip's
-    open_clip_config.json. A file that states another width is another network's: "note" says that
-    it was left out.
+    The files are Hugging Face's config.json and preprocessor_config.json, timm's config.json and
+    open_clip's open_clip_config.json. A file that states another width belongs to another network:
+    it is left out, and "note" says so.
     """
     stated = {}
     for name in BESIDE:
@@ -1410,7 +1410,7 @@ def read_beside(path: Path, width: int) -> dict[str, dict]:
 
 
 def read_description(content: dict, width: int) -> dict:
-    """What one such file states (see `read_beside`)."""
+    """The settings that one such file states (see `read_beside`)."""
     tower = image_tower(content, width)
     other = tower.get("hidden_size")
     if other is not None and type(other) is not int:
@@ -1428,8 +1428,8 @@ def read_description(content: dict, width: int) -> dict:
 
 
 def image_tower(content: dict, width: int) -> dict:
-    """What a description states of the image tower, in the words of transformers' config.json."""
-    if "vision_config" in content:  # a CLIP of transformers, which leaves its defaults out
+    """What a description states about the image tower, named as in transformers' config.json."""
+    if "vision_config" in content:  # transformers' CLIP, which leaves out default values
         defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
         return defaults | content["vision_config"]
     open_clip = content.get("model_cfg")
@@ -1442,7 +1442,7 @@ def image_tower(content: dict, width: int) -> dict:
         return tower
     timm = content.get("model_args") or {}
     tower = {"hidden_size": timm.get("embed_dim"), "num_attention_heads": timm.get("num_heads")}
-    # timm's names of CLIPs state the activation. It has OpenAI's weights by the other name too.
+    # timm's names of CLIPs state the activation, but OpenAI's weights have the plain name too.
     architecture = str(content.get("architecture", ""))
     tag = (content.get("pretrained_cfg") or {}).get("tag")
     if "_clip_quickgelu_" in architecture:
@@ -1453,7 +1453,7 @@ def image_tower(content: dict, width: int) -> dict:
 
 
 def strange_statement(content: dict, width: int) -> str:
-    """What a description states that vit.py doesn't have and no tensor tells; "" for nothing."""
+    """What a description states that vit.py doesn't support and tensors don't show, or ""."""
     tower = image_tower(content, width)
     act = tower.get("hidden_act", "gelu")
     if act not in ("gelu", "quick_gelu"):
@@ -1469,12 +1469,12 @@ def strange_statement(content: dict, width: int) -> str:
 
 
 def read_norm(content: dict) -> dict:
-    """Mean and std that a description states, of pixels from 0 to 1.
+    """The mean and std that a description states, for pixels from 0 to 1.
 
-    Transformers' image processors may leave out a step: pixels times rescale_factor (1/255), minus
-    image_mean, divided by image_std.
+    Transformers' image processors multiply pixels by rescale_factor (1/255), subtract image_mean
+    and divide by image_std; do_rescale and do_normalize can switch these steps off.
     """
-    timm = content.get("pretrained_cfg") or content.get("preprocess_cfg") or {}  # open_clip's too
+    timm = content.get("pretrained_cfg") or content.get("preprocess_cfg") or {}  # or open_clip's
     *_, height, side = timm.get("input_size") or (0, 0)
     if height != side:
         raise ValueError(f"it states images of {height} x {side} pixels, which aren't square")
@@ -1504,9 +1504,9 @@ def read_norm(content: dict) -> dict:
 def choose_backbone(
     name: str, path: Path, translated: Translated, meta: dict, given: dict
 ) -> Backbone:
-    """The named backbone, else the one that the file describes, else what its shapes suggest; what
-    stands beside a file that has neither overrides that, and what is `given` by hand everything."""
-    statements = {}  # settings by what states them; a later one overrides an earlier
+    """The named backbone, else the one that the file describes, else a guess from its shapes. Files
+    beside the weights override only such a guess; the `given` settings override everything."""
+    statements = {}  # settings by their origin; later ones override earlier ones
     if not name and "config" not in meta:
         statements = read_statements(path, translated)
     statements["given"] = given
@@ -1537,7 +1537,7 @@ def choose_backbone(
 
 
 def read_statements(path: Path, translated: Translated) -> dict[str, dict]:
-    """What a file's kernels state of heads, and the files beside it (`read_beside`)."""
+    """The heads that a file's kernels show, and the settings in files beside it (`read_beside`)."""
     stated = {}
     if translated.kernel_heads:
         stated["its kernels' shape"] = {"heads": max(translated.kernel_heads)}
@@ -1547,7 +1547,7 @@ def read_statements(path: Path, translated: Translated) -> dict[str, dict]:
 
 
 def guess_backbone(translated: Translated, heads: int) -> Backbone:
-    """What a file's shapes suggest; `heads` is their number, 0 to guess it."""
+    """A backbone guessed from a file's shapes; `heads` is the number of heads, 0 to guess it."""
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
     if "open_clip" in translated.layout.name and not config.norm_pre:
         raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
@@ -1562,7 +1562,7 @@ def guess_backbone(translated: Translated, heads: int) -> Backbone:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Put a file's name before what its content raises, all of it a ValueError."""
+    """Raise any error about a file's content as a ValueError that begins with the file's name."""
     try:
         yield
     except ValueError as error:
@@ -1583,23 +1583,23 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[ViT, Backbone]:
-    """A pretrained ViT from a file, in eval mode, and what it expects of its input.
+    """A pretrained ViT from a file, in eval mode, and the Backbone that says what input it expects.
 
     Args:
-        name: a key of BACKBONES; then the file must have that shape. Without it the shape is read
-            off the file, and what shapes can't tell off the files beside it (`read_beside`); the
-            rest is guessed, and `Backbone.guessed` names it.
+        name: a key of BACKBONES, whose shape the file must have. Without it the architecture is
+            read from the file's shapes, and what these don't show from the files beside it
+            (`read_beside`); the rest is guessed and listed by `Backbone.guessed`.
         image_size: pixels along a side, if not the backbone's own; positions are resized to it.
         head: keep the file's own classifier (or CLIP's projection) instead of giving features; a
-            classifier that reads something else than these is left out.
-        lora: a LoRA that peft made of this network, to be merged (see `merge_lora`).
-        heads, quick_gelu, mean, std: what is known better than the name, the file or what stands
-            beside it states; mean and std are of pixels from 0 to 1, a value per channel.
+            classifier that reads anything other than these features is left out.
+        lora: a LoRA that peft made for this network, to be merged (see `merge_lora`).
+        heads, quick_gelu, mean, std: override the name, the file and the files beside it; mean and
+            std are for pixels from 0 to 1, one value per channel.
 
     A published one: `load(data.hub_file(BACKBONES[name].repo, "model.safetensors"), name=name)`.
 
     Raises:
-        ValueError: an unreadable file; missing, left-over or misshapen tensors, each of them named.
+        ValueError: an unreadable file; missing, left-over or misshapen tensors, some of them named.
     """
     check_given(path, name, mean, std)
     options = {"heads": heads or None, "quick_gelu": quick_gelu, "mean": mean, "std": std}
@@ -1619,7 +1619,7 @@ def load(
         if others:
             raise ValueError(f"its kernels have {min(others)} heads, not {config.heads}")
         found = take_tensors(translated.tensors, config, head)
-        # No memory and no random numbers: what the file doesn't fill can't be used by mistake.
+        # Meta tensors need no memory or random numbers; one left unfilled can't be used by mistake.
         with torch.device("meta"):
             model = ViT(config)
             if "head.weight" in found:
@@ -1634,7 +1634,7 @@ def load(
 def check_given(
     path: str | Path, name: str, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> None:
-    """Raise a ValueError for arguments of `load` that can't be, whatever the file holds."""
+    """Raise a ValueError for arguments of `load` that are invalid whatever the file holds."""
     if name and name not in BACKBONES:
         raise ValueError(f"no backbone {name!r}: choose {', '.join(BACKBONES)}")
     if str(path) in BACKBONES and not Path(path).exists():
@@ -1648,11 +1648,11 @@ def check_given(
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
-    """What a network of this configuration takes of a translated state dict; with `head` its
-    classifier too, but not a DINOv3's, which in timm reads the mean of the normalised patches."""
+    """Adapt a translated state dict to a configuration. The classifier is kept only with `head`,
+    and never for DINOv3, whose classifier in timm reads the mean of the normalised patches."""
     if not head or config.rope:
         found = {key: value for key, value in found.items() if not key.startswith("head.")}
-    if config.pool == "mean" and "norm.weight" not in found:  # which timm calls fc_norm here
+    if config.pool == "mean" and "norm.weight" not in found:  # timm calls it fc_norm here
         found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
     if config.rope and not config.qkv_bias and not has_nonzero_bias(found):
         found = {key: value for key, value in found.items() if not key.endswith(".qkv.bias")}
@@ -1664,14 +1664,14 @@ def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[s
 def load_text(
     path: str | Path, *, heads: int = 0, quick_gelu: bool = True
 ) -> tuple[TextTower, float | None]:
-    """CLIP's text tower, in eval mode, and exp(logit_scale); None if the file doesn't state it.
+    """CLIP's text tower, in eval mode, and exp(logit_scale), or None if the file doesn't state it.
 
     Args:
-        quick_gelu: OpenAI's activation; no file tells, but both towers have it or neither.
+        quick_gelu: OpenAI's activation; tensors don't show it, but both towers have it or neither.
 
     Raises:
         ValueError: an unreadable file or one without a text tower; missing, left-over or misshapen
-            tensors, each of them named.
+            tensors, some of them named.
     """
     tensors, _ = read_tensors(path)
     if not has_text_tower(tensors):
@@ -1696,8 +1696,8 @@ def load_text(
 
 
 def check_causal(path: Path) -> None:
-    """Raise a ValueError if open_clip's description beside a text tower says that its tokens look
-    at later ones too, as MobileCLIP2's do; no tensor tells."""
+    """Raise a ValueError if open_clip's description beside a text tower says that its tokens attend
+    to later ones too, as in MobileCLIP2; tensors don't show it."""
     file = path.with_name("open_clip_config.json")
     if not file.is_file():
         return
@@ -1712,11 +1712,11 @@ def check_causal(path: Path) -> None:
 
 
 def fill(model: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Give a network built without memory its tensors, and put it in eval mode. Raise a ValueError
-    that names what is missing, left over, of another shape or not finite.
+    """Load tensors into a network on the meta device, and put it in eval mode. Raise a ValueError
+    that names tensors that are missing, left over, of another shape or not finite.
 
     Args:
-        names: the file's own, which its user knows, by ours.
+        names: the file's keys, which its user knows, by our names.
     """
     wanted = model.state_dict()
     misshapen = []
@@ -1743,16 +1743,16 @@ def fill(model: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> N
 # -------------------------------------------------------------------------------- a LoRA of peft
 
 IS_LORA = (
-    "these are LoRA adapters, not a network: give that by --weights or --backbone and, if peft "
-    "made them, these by --init-lora; else merge them with the program that made them"
+    "these are LoRA adapters, not a network: give the network by --weights or --backbone and, if "
+    "peft made the adapters, these by --init-lora; else merge them with the program that made them"
 )
 MERGE_BY_PEFT = "merge it with peft's merge_and_unload() and give the result by --weights"
 LORA_CONFIG = "adapter_config.json"
 LORA_FILE = "adapter_model.safetensors"
-# A factor's key, perhaps with the adapter's name behind it:
+# A factor's key, in which the adapter's name may follow lora_A:
 # base_model.model.vit.encoder.layer.0.attention.attention.query.lora_A.weight
 LORA_KEY = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.(?:\w+\.)?weight)?")
-# The settings of a LoraConfig (peft 0.21) that a merge depends on. The ranks are their factors'.
+# The settings of a LoraConfig (peft 0.21) that a merge depends on. Ranks are read off the factors.
 LORA_SETTINGS = {
     "peft_type": "",
     "lora_alpha": 8,
@@ -1761,8 +1761,8 @@ LORA_SETTINGS = {
     "use_dora": False,  # https://arxiv.org/abs/2402.09353
     "init_lora_weights": True,
 }
-# Those that say how it was trained and on what. `fan_in_fan_out` is of how the other network stores
-# its matrices; in ViTs they are [out, in].
+# Settings that say how a LoRA was trained and on what. `fan_in_fan_out` says how the network that
+# peft adapted stores its matrices; in ViTs they are [out, in].
 LORA_IGNORED = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -1790,7 +1790,7 @@ LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether a path is a LoRA's folder, or a file is named as one of its two."""
+    """Whether a path is a LoRA's folder, or has the name of one of the two files in it."""
     path = Path(path)
     return path.name in (LORA_CONFIG, LORA_FILE) or (path / LORA_CONFIG).is_file()
 
@@ -1818,7 +1818,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def check_settings(settings: dict) -> None:
-    """Raise a ValueError if a LoraConfig states a value that can't be."""
+    """Raise a ValueError if a LoraConfig states an invalid value."""
     for alpha in (settings["lora_alpha"], *settings["alpha_pattern"].values()):
         if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
             raise ValueError(f"alpha {alpha!r}")
@@ -1828,13 +1828,13 @@ def check_settings(settings: dict) -> None:
 
 
 def strange_setting(settings: dict) -> str:
-    """What a LoraConfig states that isn't merged here, as name and value; "" for nothing."""
+    """A setting of a LoraConfig that can't be merged here, as name and value; "" if none."""
     if settings["peft_type"] != "LORA":
         return f"the method {settings['peft_type']!r}, not LORA"
     if settings["init_lora_weights"] not in LORA_INITS:
         return f"init_lora_weights {settings['init_lora_weights']!r}"
     for pattern in settings["alpha_pattern"]:
-        if not re.fullmatch(r"[\w.]+", pattern):  # with a star in it, it can take years to match
+        if not re.fullmatch(r"[\w.]+", pattern):  # a pattern with * can take years to match
             return f"alpha_pattern {pattern!r}"
     for name, value in settings.items():
         if value and name not in (*LORA_SETTINGS, *LORA_IGNORED):
@@ -1843,8 +1843,8 @@ def strange_setting(settings: dict) -> str:
 
 
 def find_place(name: str, found: dict[str, Tensor]) -> tuple[str, str]:
-    """A LoRA's name for a tensor in ours, and what precedes that: "blocks.0.attn.q.weight" and
-    "vit." for "vit.encoder.layer.0.attention.attention.query.weight"."""
+    """Our name for a tensor that a LoRA names, and its prefix there: "blocks.0.attn.q.weight" and
+    "vit" for "vit.encoder.layer.0.attention.attention.query.weight"."""
     parts = name.split(".")
     for start in range(len(parts)):
         ours = rename(".".join(parts[start:]))
@@ -1854,8 +1854,8 @@ def find_place(name: str, found: dict[str, Tensor]) -> tuple[str, str]:
 
 
 def merge_lora(found: dict[str, Tensor], path: Path) -> str:
-    """Merge a LoRA that peft (https://github.com/huggingface/peft) made of a network into that
-    network's tensors, which have our names, but query, key and value apart where they were.
+    """Merge a LoRA that peft (https://github.com/huggingface/peft) made for a network into that
+    network's tensors. They have our names, but separate query, key and value aren't joined yet.
 
     W' = W + s·B·A with A [r, in], B [out, r], s = alpha / r, or alpha / √r with use_rslora. Tensors
     beside the factors (biases, modules_to_save) replace the network's.
@@ -1864,7 +1864,7 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
         path: the folder that save_pretrained wrote, or adapter_model.safetensors in it.
 
     Returns:
-        What was done, for the terminal.
+        A line for the terminal that says what was merged.
     """
     tensors, settings = read_lora(path)
     merged = {}
@@ -1874,7 +1874,7 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
     with naming(path):
         changes = sort_lora(tensors)
         for name, parts in changes.items():
-            if re.search(r"(^|\.)(pooler\.|mask_token)", name):  # which features don't depend on
+            if re.search(r"(^|\.)(pooler\.|mask_token)", name):  # features don't depend on these
                 left_out.append(name)
                 continue
             place, prefix = find_place(name, found)
@@ -1895,12 +1895,12 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
 
 
 def check_tower(towers: set[str], names: Iterable[str], settings: dict, clip: bool) -> None:
-    """Raise a ValueError if a LoRA is of another network than the image tower, or may be.
+    """Raise a ValueError if a LoRA is, or may be, for a network other than the image tower.
 
     Args:
-        towers: what precedes the names that are ours too.
-        names: of all the tensors that it changes.
-        clip: the weights are a CLIP's, whose text tower has tensors of the same names.
+        towers: the prefixes that `find_place` found.
+        names: of all the tensors that the LoRA changes.
+        clip: the weights are a CLIP's, whose text tower has tensors with the same names.
     """
     if len(towers) > 1 or re.search(r"text|decoder|bert", "".join(towers)):
         known = " and ".join(map(repr, sorted(towers)))
@@ -1916,8 +1916,8 @@ def check_tower(towers: set[str], names: Iterable[str], settings: dict, clip: bo
 
 
 def sort_lora(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What a LoRA has for each of the network's tensors, by their names there: the factors "A" and
-    "B", and perhaps "magnitude_vector"; or the "whole" of one that replaces it."""
+    """A LoRA's tensors by the name of the tensor that they change: the factors "A" and "B", and
+    with DoRA "magnitude_vector"; or "whole", a tensor that replaces it."""
     changes: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if not value.is_floating_point() or not value.isfinite().all():
@@ -1933,7 +1933,7 @@ def sort_lora(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             part = match[2]
         value = value.float()
         known = changes.setdefault(name, {}).setdefault(part, value)
-        if not known.equal(value):  # with bias="all" peft saves a classifier's bias by two names
+        if not known.equal(value):  # with bias="all" peft saves a classifier's bias under two names
             raise ValueError(f"it has two adapters for {name}; give a file with one")
     if all(parts.keys() == {"whole"} for parts in changes.values()):
         raise ValueError("it holds no LoRA: no lora_A and lora_B")
@@ -1941,8 +1941,8 @@ def sort_lora(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def alpha_of(name: str, settings: dict) -> float:
-    """The alpha of a weight: that of the first pattern that its module's name ends with, else the
-    general one."""
+    """The alpha of a weight: that of the first alpha_pattern that matches the end of its module's
+    name, else lora_alpha."""
     module = name.removesuffix(".weight")
     for pattern, alpha in settings["alpha_pattern"].items():
         if re.match(rf"(.*\.)?({pattern})$", module):  # as peft's get_pattern_key
@@ -1953,14 +1953,14 @@ def alpha_of(name: str, settings: dict) -> float:
 def merge_parts(
     weight: Tensor | None, parts: dict[str, Tensor], alpha: float, settings: dict
 ) -> Tensor:
-    """A weight [out, in] with its LoRA in it. A convolution's are [out, in, k, k], A [r, in, k, k],
-    B [out, r, 1, 1].
+    """A weight [out, in] with its LoRA merged. For a convolution, the weight is [out, in, k, k],
+    A [r, in, k, k] and B [out, r, 1, 1].
 
-    DoRA's magnitudes m [out] are the lengths of the merged rows: m · W' / |W'|
+    DoRA's magnitudes m [out] become the lengths of the merged rows: m · W' / |W'|
     (https://arxiv.org/abs/2402.09353, equation 5).
     """
     if parts.keys() == {"whole"}:
-        return parts["whole"]  # whose shape is checked with all others
+        return parts["whole"]  # `fill` checks its shape with all others
     if weight is None:
         raise ValueError("it has factors for a classifier, which the weights lack")
     names = {"A", "B", "magnitude_vector"} if settings["use_dora"] else {"A", "B"}
@@ -1986,9 +1986,9 @@ def merge_parts(
 
 
 def reads_features(name: str, found: dict[str, Tensor]) -> bool:
-    """Whether a LoRA's classifier of this name reads what ViT.features gives. Transformers' Dinov2
-    reads the class token beside the mean of the patch tokens, its CLIP that mean without the last
-    norm, timm's DINOv3 that mean after it."""
+    """Whether a LoRA's classifier of this name reads the output of ViT.features. The classifier of
+    transformers' Dinov2 reads the class token and the mean of the patch tokens; that of its CLIP
+    reads the mean without the last norm, and that of timm's DINOv3 the mean after the norm."""
     if "pos_embed" not in found:
         return False
     clip_or_dinov2 = "norm_pre.weight" in found or "blocks.0.ls1.gamma" in found
@@ -1996,7 +1996,7 @@ def reads_features(name: str, found: dict[str, Tensor]) -> bool:
 
 
 def describe_lora(changes: dict[str, dict[str, Tensor]], settings: dict) -> str:
-    """A line on what a LoRA changed."""
+    """A line that says what a LoRA changed."""
     factors = {name: parts for name, parts in changes.items() if "A" in parts}
     ranks = sorted({len(parts["A"]) for parts in factors.values()})
     modules = sorted({name.split(".")[-2] for name in factors})
@@ -2018,17 +2018,17 @@ ROW = "{:16} {:>11} {:>6} {:>5} {:>5} {:>5} {:>6}  {:13} {:14} {}"  # of the tab
 
 
 def printable(text: str) -> str:
-    """A text without control characters: names of files and tensors may hold any."""
+    """A text without control characters, which names of files and tensors may contain."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All of a network's parameters."""
+    """The number of a network's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def list_backbones() -> list[str]:
-    """BACKBONES as the lines of a table; parameters without a head."""
+    """BACKBONES as the lines of a table; parameters are counted without a head."""
     header = "name parameters blocks width heads patch pixels normalisation licence repository"
     lines = [ROW.format(*header.split())]
     for name, backbone in BACKBONES.items():
@@ -2062,14 +2062,14 @@ def describe_norm(norm: tuple) -> str:
 
 
 def shape_of(config: Config) -> Config:
-    """A configuration without what shapes of tensors don't tell, or what may be another."""
+    """A configuration without the settings that tensor shapes don't show, or that may vary."""
     return replace(config, heads=1, image_size=config.patch, quick_gelu=False, eps=0)
 
 
 def describe_file(path: str) -> list[str]:
-    """What a file of weights holds, as lines; what is needed to use it last."""
+    """Lines that describe a file of weights; the last one is a command that uses it."""
     model, backbone = load(path)
-    translated = to_timm(read_tensors(path)[0])  # with what `load` leaves out
+    translated = to_timm(read_tensors(path)[0])  # with the tensors that `load` leaves out
     stated = "stated in the file"
     heads_from = backbone.source.get("heads", stated)
     norm_from = dict.fromkeys(backbone.source.get(name, stated) for name in ("mean", "std"))
@@ -2096,7 +2096,7 @@ def describe_file(path: str) -> list[str]:
 
 
 def describe_guesses(backbone: Backbone) -> list[str]:
-    """A line for each guess, with the option of train.py that states it, and the names that do."""
+    """A line for each guess with its option of train.py, and one of the backbones of that shape."""
     lines = []
     for option, guess in backbone.guessed.items():
         why = "stated neither in the file nor beside it; if it is wrong"
@@ -2118,13 +2118,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status, 1 if a file can't be loaded."""
-    text = "List the backbones; or say what files of weights hold, and whether they can be loaded."
+    text = "List the backbones, or describe files of weights and check that they can be loaded."
     parser = Parser(prog="vit.py", description=text)
     where = "a .safetensors, .pth, .npz, … file; without it the backbones are listed"
     parser.add_argument("files", nargs="*", metavar="FILE", help=where)
     files = parser.parse_args(arguments).files
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what a terminal can't show
+        stream.reconfigure(errors="replace")  # characters that the terminal can't show
     if not files:
         print("\n".join(list_backbones()))
     status = 0
@@ -2142,5 +2142,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if os.name == "posix":
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of "| head": nobody reads on
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" closes the pipe early
     sys.exit(main())

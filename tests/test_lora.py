@@ -706,7 +706,7 @@ def test_missing_and_damaged_files(lora, tmp_path):
 
 def test_a_lora_given_elsewhere(lora, tiny_weights, run):
     """To --weights, --init and --eval; and other programs' files."""
-    advice = "these are LoRA adapters, not a network: give that by --weights or --backbone"
+    advice = "these are LoRA adapters, not a network: give the network by --weights or --backbone"
     file = lora / "adapter_model.safetensors"
     other = lora / "other.safetensors"
     save_file(load_file(file), other)

@@ -1100,7 +1100,7 @@ def test_a_stated_eps_of_a_clip(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert vit.load(path)[1].config.eps == 1e-6
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": "1e-6"}))
-    with pytest.raises(ValueError, match="eps '1e-6' of the LayerNorms can't be"):
+    with pytest.raises(ValueError, match="eps '1e-6' of the LayerNorms is not valid"):
         vit.load(path)
 
 
