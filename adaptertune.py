@@ -14,36 +14,36 @@ parameters for each adapted block) and the classifier ("head") are trained. Ever
 frozen, norms included.
 
 An adapter is nonlinear, so it can't be folded into the backbone's weights, with one exception:
-an adapter that reads LayerNorm(x) through the MLP's own activation is r more hidden units of
-that MLP (`merge_into_mlp`).
+an adapter that reads LayerNorm(x) and uses the MLP's activation is equivalent to r more hidden
+units of that MLP (`merge_into_mlp`).
 
 Besides adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), and the baselines.
 
 Shapes: B images, N tokens, D width, r rank, P prompts, E CLIP's embedding width, K classes.
 
 How to add a method, with LoRA on qkv as the example:
-1. Here: a row in METHODS with its settings, {"rank": 8, "scale": 1.0}; a module of two nn.Linear
-   without biases, down [r, D] and up [3D, r] = 0, which a function `add_lora` puts into each
-   `block.attn.adapter`; and a branch in `adapt` that calls it and `add_head`. A parameter whose
-   name contains ".adapter." is trained, counted and saved (`is_added`).
-   LoRA is linear, so a function that `merge` calls can add s·up·down to qkv.weight and set
-   `attn.adapter` to None.
-2. vit.py, Attention: `self.adapter = None`, and in forward `qkv + self.adapter(x)` where there is
-   one, before qkv is split into heads.
-3. train.py: a row in RATES, the method's learning rate, makes it a choice of --method. Rank and
-   scale are options already; a new setting needs one in `add_method_options`. For --every and
-   --blocks add the method to PLACED_METHODS, and in `adapt` give `placement` to `add_lora`, which
-   asks `choose_blocks`.
-4. export.py: nothing for a method that `merge` takes away; else a branch in `write_block`,
-   `write_attention` or `write_head`. A graph that lacks something fails the check against PyTorch.
-5. tests/test_adaptertune.py: a row in TRAINED with the names that are trained. Training, saving and
-   loading are tested for every method in METHODS.
+1. Here: add a row to METHODS with its settings, {"rank": 8, "scale": 1.0}. Write a module of two
+   nn.Linear without biases, down [r, D] and up [3D, r], with up initialised to zero. Write a
+   function `add_lora` that puts one into each `block.attn.adapter`, and a branch in `adapt` that
+   calls it and `add_head`. A parameter with ".adapter." in its name is trained, counted and saved
+   (`is_added`). LoRA is linear, so a function that `merge` calls can add s·up·down to qkv.weight
+   and set `attn.adapter` to None.
+2. vit.py, Attention: set `self.adapter = None`. In forward, unless it is None, add
+   `self.adapter(x)` to qkv before qkv is split into heads.
+3. train.py: add the method's learning rate to RATES, which makes it a choice of --method. --rank
+   and --scale exist; any other setting needs an option in `add_method_options`. To support --every
+   and --blocks, add the method to PLACED_METHODS (below) and let `adapt` pass `placement` to
+   `add_lora`, which calls `choose_blocks`.
+4. export.py: nothing for a method that `merge` removes. Any other needs a branch in `write_block`,
+   `write_attention` or `write_head`. An incomplete graph fails the check against PyTorch.
+5. tests/test_adaptertune.py: add a row to TRAINED with the names of the trained parameters.
+   Training, saving and loading are tested for every method in METHODS.
 
-Other kinds need no change of vit.py. A module of your own in `block.adapter` needs an attribute
-`reads` (READS), and a branch in export.py's `write_block`. What changes a layer's output (SSF) is a
-child of that layer called `adapter`, which a forward hook calls unless it is None. A method that
-trains weights of the backbone (BitFit) enables their gradients in `adapt`, after `freeze`; they are
-saved too.
+Other kinds of methods need no change to vit.py. A module of your own in `block.adapter` needs an
+attribute `reads` (READS) and a branch in export.py's `write_block`. A module that changes a layer's
+output (SSF) becomes a child of that layer named `adapter`; a forward hook calls it unless it is
+None. A method that trains backbone weights (BitFit) enables their gradients in `adapt`, after
+`freeze`; they are saved too.
 """
 
 import hashlib
@@ -62,10 +62,10 @@ from torch import Tensor, nn
 
 VERSION = 1  # of the adapter file's format
 
-# The settings of each method and their published defaults. AdaptFormer's equation reads LN(x), its
-# code x itself (adapter_layernorm_option="none"); the default follows the code. VPT searches 1 to
-# 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the embedding; the paper's ratio is 0.2
-# for generic photos and 0.6 for fine-grained ones.
+# The settings of each method and their published defaults. AdaptFormer reads LN(x) in the paper's
+# equation, but x itself in its code (adapter_layernorm_option="none"); the default follows the
+# code. The VPT paper searches 1 to 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the
+# embedding width; the paper's ratio is 0.2 for generic photos and 0.6 for fine-grained ones.
 COMMON = {"init": "zero", "learn_scale": False}
 METHODS = {
     "adaptertune": COMMON
@@ -96,15 +96,15 @@ INITS = ("zero", "small")
 class Adapter(nn.Module):
     """The bottleneck s · (U · act(V·z + v) + u), from z [B, N, D] to a correction [B, N, D].
 
-    In a network that is no vit.ViT a forward hook of a block can add it; `adapt` and `save` can't:
+    `adapt` and `save` need a vit.ViT. In any other network a forward hook can add an adapter:
     block.register_forward_hook(lambda block, _, h: h + block.adapter(h)).
 
     Args:
         reads: the z that the block passes in; one of READS.
-        act: a new module, the nonlinearity; GELU if left out.
+        act: the nonlinearity, as a new module; GELU if left out.
         init: "zero" (U = 0, u = 0: no correction) or "small" (both from N(0, 1e-4²), the ablation
             of AdapterTune's paper).
-        kaiming: initialise V by Kaiming's uniform with a = √5 (AdaptFormer) instead of Xavier's
+        kaiming: initialise V with Kaiming uniform, a = √5 (AdaptFormer), instead of Xavier uniform
             (AdapterTune).
         scale: s; with `learn_scale` it is a trained parameter.
         dropout: probability of dropping a hidden unit in training; 0 for off.
@@ -165,8 +165,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_settings(method: str, settings: dict) -> None:
-    """Raise a ValueError for a setting that a method doesn't have, or a value of another type than
-    its default. Names and limits are checked where the values are used."""
+    """Raise a ValueError for a setting that the method doesn't have, or for a value that doesn't
+    fit the type of its default (KINDS). Choices and limits are checked where values are used."""
     for name, value in settings.items():
         if name not in METHODS[method]:
             known = ", ".join(METHODS[method]) or "none"
@@ -174,16 +174,16 @@ def check_settings(method: str, settings: dict) -> None:
         default = METHODS[method][name]
         if type(default) in KINDS and not KINDS[type(default)](value):
             raise ValueError(
-                f"{name} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
-                f"{default!r} ({type(default).__name__})"
+                f"{name} {value!r} ({type(value).__name__}) isn't allowed; the default of "
+                f"{method} is {default!r} ({type(default).__name__})"
             )
 
 
 def check_vit(model: nn.Module) -> None:
-    """Raise a ValueError unless `model` is a vit.ViT, whose blocks call adapters, itself and not
-    wrapped in another module."""
+    """Raise a ValueError unless `model` is a vit.ViT, whose blocks call adapters, and not a module
+    that wraps one."""
     kind = type(model).__name__
-    for inner in ("_orig_mod", "module"):  # of torch.compile, of (Distributed)DataParallel
+    for inner in ("_orig_mod", "module"):  # names in torch.compile and (Distributed)DataParallel
         if inner in dict(model.named_children()):
             raise ValueError(
                 f"a {kind} gives the parameters other names; give the vit.ViT in it, .{inner}"
@@ -200,7 +200,7 @@ def check_vit(model: nn.Module) -> None:
 def merge_into_mlp(block: nn.Module) -> bool:
     """Turn a block's adapter into r more hidden units of its MLP, if that is exact.
 
-    It is exact for an adapter that reads "ln" through the MLP's own activation:
+    It is exact for an adapter that reads "ln" and has the MLP's activation:
 
         fc1' = [W1; V]      fc2' = [W2, sU/γ]      b1' = [b1; v]      b2' = b2 + su/γ
 
@@ -235,8 +235,8 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def merge(model: nn.Module) -> int:
-    """Merge every adapter of a model that can be merged exactly; return how many were. `save` comes
-    before: what was merged is part of the backbone then."""
+    """Merge every adapter that can be merged exactly; return their number. Call `save` first: a
+    merged adapter is part of the backbone and no longer saved."""
     return sum(merge_into_mlp(block) for block in model.blocks)
 
 
@@ -244,8 +244,8 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
     """The blocks that get an adapter, counted from 0.
 
     Args:
-        blocks: which blocks; -1 is the last.
-        every: without `blocks`, every k-th block, the last of each k.
+        blocks: their indices; -1 is the last block.
+        every: without `blocks`, choose every k-th block, the last in each group of k.
 
     Raises:
         ValueError: an index out of range, or no block selected.
@@ -273,13 +273,13 @@ def add_adapters(
     placement: Sequence[int] | None = None,
     **settings,
 ) -> None:
-    """Put an adapter after blocks of a vit.ViT.
+    """Put an adapter into blocks of a vit.ViT.
 
     Args:
-        method: "adaptertune" or "adaptformer", whose defaults hold for what is left out (METHODS).
+        method: "adaptertune" or "adaptformer"; its defaults (METHODS) apply to omitted settings.
         placement: the blocks, counted from 0; every block if left out.
-        settings: `act`, which is "gelu", "relu", or "mlp" for the activation of the block's MLP;
-            `reads`, `init`, `scale`, `learn_scale` and `dropout` of Adapter.
+        settings: `act` ("gelu", "relu", or "mlp" for the activation of the block's MLP), and
+            Adapter's `reads`, `init`, `scale`, `learn_scale` and `dropout`.
 
     Raises:
         ValueError: a rank below 1 or above the width; an unknown method, setting, reads, act or
@@ -302,22 +302,22 @@ def add_adapters(
 
 
 def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Initialise a model's adapters from a file's.
+    """Initialise a model's adapters from the tensors of a file.
 
     Args:
-        tensors: of our own file, or of AdaptFormer's with its published names
+        tensors: from an adapter file of ours, or from AdaptFormer's code with its published names
             ("blocks.0.adaptmlp.down_proj.weight", "blocks.0.adaptmlp.scale").
 
     Raises:
-        ValueError: adapters that are missing, of another shape, or not in the model; values that
-            aren't finite numbers.
+        ValueError: an adapter is missing, has another shape or isn't in the model; values aren't
+            finite numbers.
     """
     found = {}
     for name, value in tensors.items():
         name = re.sub(r"\.adaptmlp\.(down|up)_proj\.", r".adapter.\1.", name)
         name = name.replace(".adaptmlp.", ".adapter.")
         if name.endswith(".adapter.scale") and value.shape == (1,):
-            value = value[0]  # AdaptFormer's
+            value = value[0]  # AdaptFormer's has shape [1], ours []
         if ".adapter." in name:
             found[name] = value
     if not found:
@@ -337,13 +337,13 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def add_prompts(model: nn.Module, *, prompts: int = 10, deep: bool = True) -> None:
-    """Visual Prompt Tuning (https://arxiv.org/abs/2203.12119): P trained tokens join the image's.
+    """Visual Prompt Tuning (https://arxiv.org/abs/2203.12119): add P trained tokens to the image's.
 
-    Each block gets its own (deep), or they enter at the first block and go on from there
-    (shallow). They stand after the image's own tokens, which makes no difference to attention.
+    Each block has its own prompts (deep), or prompts enter at the first block and pass through the
+    rest (shallow). They come after the image's tokens; attention doesn't depend on the order.
 
-    Initialised uniformly in ±√(6 / (3·patch² + D)), as in VPT's code. Unlike adapters, prompts
-    change the function before the first step.
+    Prompts are initialised uniformly in ±√(6 / (3·patch² + D)), as in VPT's code. Unlike adapters,
+    they change the network's function before the first step.
 
     Raises:
         ValueError: fewer than one prompt.
@@ -366,15 +366,15 @@ class ClipHead(nn.Module):
         f' = a · A(f) + (1 - a) · f        W' = b · A'(W) + (1 - b) · W
         logits = scale · norm(f') · norm(W')ᵀ        A(x) = ReLU(U · ReLU(V · x)), no biases
 
-    f [B, E] is CLIP's image embedding (features [B, D] through its projection). W [K, E] has a row
-    per class: its name's embedding, or the mean over its training images. With a = b = 0 this is
-    zero-shot CLIP, bit for bit.
+    f [B, E] is CLIP's image embedding (the projected features [B, D]). W [K, E] has a row per
+    class: the embedding of its name, or the mean embedding of its training images. With a = b = 0
+    this is zero-shot CLIP, bit for bit.
 
     Args:
-        projection: CLIP's own, [E, D]; frozen.
-        rank: width of the bottlenecks; E/4 is the published one.
-        ratio, text_ratio: a and b; a side whose ratio is 0 gets no bottleneck. `learn_ratio` makes
-            the others trained parameters.
+        projection: CLIP's image projection [E, D]; frozen.
+        rank: width of the bottlenecks; E/4 in the paper.
+        ratio, text_ratio: a and b; a ratio of 0 means no bottleneck on that side. `learn_ratio`
+            makes the other ratios trained parameters.
 
     Raises:
         ValueError: a ratio below 0 or above 1.
@@ -395,7 +395,7 @@ class ClipHead(nn.Module):
         self.out_features = classes
         # The projection is the backbone's, not the task's: it isn't saved.
         self.register_buffer("projection", projection.detach().clone(), persistent=False)
-        self.register_buffer("classes", torch.zeros(classes, E))  # W, which the task brings
+        self.register_buffer("classes", torch.zeros(classes, E))  # W, set for each task
         self.register_buffer("scale", torch.tensor(100.0))  # CLIP's exp(t) at the end of training
         self.image = clip_bottleneck(E, rank) if ratio else None
         self.text = clip_bottleneck(E, rank) if text_ratio else None
@@ -410,7 +410,7 @@ class ClipHead(nn.Module):
         return self.image_ratio * self.image(f) + (1 - self.image_ratio) * f
 
     def weights(self) -> Tensor:
-        """W' [K, E], normalised and scaled: what f' / |f'| is multiplied by."""
+        """scale · norm(W') [K, E]: the weights of a linear classifier on norm(f')."""
         W = self.classes
         if self.text is not None:
             W = self.text_ratio * self.text(W) + (1 - self.text_ratio) * W
@@ -438,7 +438,7 @@ def clip_bottleneck(width: int, rank: int) -> nn.Sequential:
 
 
 def clip_ratio(value: float, learn: bool) -> float | nn.Parameter:
-    """A ratio as ClipHead keeps it: trained only where it is asked for and isn't 0."""
+    """A ratio as ClipHead stores it: a trained parameter if `learn` is set and it isn't 0."""
     if not 0 <= value <= 1:
         raise ValueError(f"a ratio of {value}: choose from 0 to 1")
     if learn and value:
@@ -447,7 +447,7 @@ def clip_ratio(value: float, learn: bool) -> float | nn.Parameter:
 
 
 def prototypes(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Class means [K, E] of normalised embeddings [n, E]: a class matrix where there is no text."""
+    """Class means [K, E] of normalised embeddings [n, E]: a class matrix that needs no text."""
     embeddings = F.normalize(embeddings, dim=-1)
     means = [embeddings[labels == label].mean(dim=0) for label in range(int(labels.max()) + 1)]
     return torch.stack(means)
@@ -465,7 +465,7 @@ def add_head(model: nn.Module, classes: int) -> None:
 
 
 def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) -> int:
-    """Put a ClipHead in the place of CLIP's projection; return its rank (E/4 for a rank of 0).
+    """Replace CLIP's projection by a ClipHead; return its rank (E/4 if `rank` is 0).
 
     Raises:
         ValueError: the model isn't CLIP's image tower, loaded with its projection as head.
@@ -484,7 +484,7 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
 def remove_added(model: nn.Module) -> None:
     """Take all adapters and prompts out of a model, wherever `is_added` would find them."""
     for block in model.blocks:
-        block.adapter = None  # of whatever kind
+        block.adapter = None  # whatever its class
         block.prompts = None
     for module in model.modules():
         if "adapter" in dict(module.named_children()):
@@ -499,19 +499,19 @@ def adapt(
     placement: Sequence[int] | None = None,
     **settings,
 ) -> dict:
-    """Turn a pretrained vit.ViT into what a method trains: added parts, a new head, frozen rest.
-    Adapters and prompts that it already has go. What is added follows the backbone: its device, its
-    precision, and whether it is in training mode.
+    """Prepare a pretrained vit.ViT for a method: add its parts and a new head, freeze the rest.
+    Adapters and prompts that the model already has are removed. Added parts take the backbone's
+    device, precision and training mode.
 
     Args:
         placement: the adapted blocks; every block if left out.
-        settings: those of the method (METHODS); its defaults if left out.
+        settings: the method's settings (METHODS); its defaults apply to omitted ones.
 
     Returns:
-        The settings in force, for the adapter file's metadata.
+        The settings in effect, for the adapter file's metadata.
 
     Raises:
-        ValueError: an unknown method, or settings that it or this model doesn't support.
+        ValueError: an unknown method, or a setting that the method or the model doesn't support.
     """
     check_vit(model)
     check_choice("method", method, METHODS)
@@ -546,22 +546,22 @@ def adapt(
 
 
 def is_added(name: str) -> bool:
-    """Was a parameter of this name added to the backbone: an adapter's, a prompt, the head's?
+    """Whether a parameter of this name was added to the backbone (adapter, prompt or head).
 
-    Freezing, counting, saving and the fingerprint use this one predicate. The optimiser gets what
-    isn't frozen.
+    Freezing, counting, saving and the fingerprint use this one predicate. The optimiser gets all
+    parameters that aren't frozen.
     """
     return ".adapter." in name or name.endswith(".prompts") or name.startswith("head.")
 
 
 def freeze(model: nn.Module, *, everything: bool = False) -> None:
-    """Enable gradients only for what was added (adapters, prompts, head), or for `everything`.
+    """Enable gradients only for added parameters (adapters, prompts, head), or for `everything`.
 
     Raises:
-        ValueError: a parameter is neither the backbone's own nor, by its name, an adapter's: it was
-            added to be trained and would be frozen.
+        ValueError: a parameter is neither the backbone's nor, by its name, an added one: it would
+            be frozen although it was added to be trained.
     """
-    with torch.device("meta"):  # the backbone only, without memory
+    with torch.device("meta"):  # a plain backbone that takes no memory
         own = dict(type(model)(model.config).named_parameters())
     for name, parameter in model.named_parameters():
         if name not in own and not is_added(name):
@@ -580,16 +580,16 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr: float, head_lr: float = 0.0
 ) -> list[dict]:
-    """What an optimiser gets: trained matrices with `weight_decay`, all other parameters without.
+    """Parameter groups for an optimiser: trained matrices with `weight_decay`, the rest without.
 
     Biases, norms, scales, tokens and prompts aren't decayed (the paper's setting).
 
     Args:
-        lr: the learning rate; in each group also as "initial_lr", for a schedule to multiply.
-        head_lr: the head's; 0 for the same.
+        lr: the learning rate; each group also has it as "initial_lr", for a schedule to multiply.
+        head_lr: the head's learning rate; 0 for `lr`.
     """
     check_vit(model)
-    groups = {(weight_decay, lr): []}  # by weight decay and rate; zero-shot trains nothing
+    groups = {(weight_decay, lr): []}  # by weight decay and rate; stays empty if nothing is trained
     for name, parameter in trained(model).items():
         is_matrix = name.endswith("weight") and parameter.ndim > 1
         decay = weight_decay if is_matrix else 0.0
@@ -604,7 +604,7 @@ def parameter_groups(
 
 
 def count(model: nn.Module) -> dict[str, int]:
-    """Frozen parameters, and the trained ones of adapters (and prompts), head and backbone."""
+    """Count frozen parameters, and trained ones in adapters (and prompts), head and backbone."""
     check_vit(model)
     counts = {"frozen": 0, "adapters": 0, "head": 0, "backbone": 0}
     for name, parameter in model.named_parameters():
@@ -626,8 +626,8 @@ def count(model: nn.Module) -> dict[str, int]:
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits (of a SHA-256) that identify a backbone, adapted or not.
 
-    They cover names, shapes and values of all its tensors but the head and the positions, which
-    are resized to the image size in use.
+    They cover the names, shapes and values of all its tensors except the head and the position
+    embedding, which is resized to the image size in use.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -638,7 +638,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-# What a value of JSON may be: a file that somebody else made may hold anything.
+# Checks of JSON values, since a file that somebody else made may hold anything.
 
 
 def text(value: object) -> bool:
@@ -650,29 +650,29 @@ def flag(value: object) -> bool:
 
 
 def whole(low: int, high: int = 10**9) -> Callable:
-    """An integer within limits."""
+    """Allow an integer within limits."""
     return lambda value: type(value) is int and low <= value <= high
 
 
 def real(low: float = -1e9, high: float = 1e9) -> Callable:
-    """A number within limits, which NaN isn't."""
+    """Allow a number within limits, which excludes NaN."""
     return lambda value: (
         isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
     )
 
 
 def choice(values: Sequence[str]) -> Callable:
-    """One of these texts."""
+    """Allow one of these strings."""
     return lambda value: isinstance(value, str) and value in values
 
 
 def maybe(kind: Callable) -> Callable:
-    """Null, or what `kind` allows."""
+    """Allow null, and what `kind` allows."""
     return lambda value: value is None or kind(value)
 
 
 def several(kind: Callable, least: int = 0, most: int = 10**9) -> Callable:
-    """A list of so many of them."""
+    """Allow a list of `least` to `most` values, each allowed by `kind`."""
 
     def allows(value: object) -> bool:
         return isinstance(value, list) and least <= len(value) <= most and all(map(kind, value))
@@ -681,15 +681,15 @@ def several(kind: Callable, least: int = 0, most: int = 10**9) -> Callable:
 
 
 def by_name(kind: Callable) -> Callable:
-    """A dictionary of them."""
+    """Allow a dictionary whose values `kind` allows."""
     return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
 
 
 def check_types(content: object, table: dict[str, Callable], required: Sequence[str] = ()) -> None:
-    """Raise a ValueError unless `content` is a dictionary that has what is required, with values
-    that the table allows; other keys may have any."""
+    """Raise a ValueError unless `content` is a dictionary with all `required` keys, whose values
+    the `table` allows. Keys that aren't in the table may have any value."""
     if not isinstance(content, dict):
-        raise ValueError("no dictionary")
+        raise ValueError("not a dictionary")
     missing = [key for key in required if key not in content]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
@@ -698,7 +698,7 @@ def check_types(content: object, table: dict[str, Callable], required: Sequence[
             raise ValueError(f"{key} is {repr(content[key])[:60]}")
 
 
-# The metadata of the files that train.py writes.
+# Metadata of the files that train.py writes, and what their values may be.
 META = {
     "version": whole(1),
     "method": choice(tuple(METHODS)),
@@ -729,12 +729,12 @@ META = {
     "zero_shot_val_accuracy": real(0, 100),
     "placement": several(whole(0)),
 }
-# Settings of methods are of their defaults' types. Their limits are checked where they are used.
+# A method's setting has the type of its default. Its limits are checked where it is used.
 KINDS = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
 
 
 def types_of_settings() -> dict[str, Callable]:
-    """Rows of META for what a method may be given."""
+    """Rows of META for the settings of all methods."""
     found = {}
     for settings in METHODS.values():
         for name, default in settings.items():
@@ -747,8 +747,8 @@ META |= types_of_settings()
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a file holds: adapters and head (with a ClipHead's classes and scale), and
-    whatever else is trained."""
+    """The tensors that `save` writes: adapters, prompts and head (with a ClipHead's classes and
+    scale), and any other trained parameters."""
     names = trained(model)
     tensors = model.state_dict()
     return {name: value for name, value in tensors.items() if is_added(name) or name in names}
@@ -758,12 +758,12 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     """Write what was trained, and `meta` as JSON under "adaptertune" in the safetensors header.
 
     Args:
-        path: a file's name, or what bytes can be written to.
-        meta: what a reader should know: what `adapt` returned, and perhaps "classes", "mean", "std"
-            and others of META, or keys of your own. Its "fingerprint" is that of the backbone
-            before training. If it isn't given, it is computed, which is right as long as the
-            backbone was frozen, and in the precision that it is loaded in; it is empty if the file
-            holds the whole backbone.
+        path: the path of a file, or a binary file that is open for writing.
+        meta: what `adapt` returned, optionally with "classes", "mean", "std", other keys of META
+            or keys of your own. "fingerprint" is that of the backbone before training. If omitted,
+            it is computed from the model, which is right only if the backbone was frozen and has
+            the precision in which it will be loaded; it is empty if the file holds the whole
+            backbone.
 
     Raises:
         ValueError: metadata that `read` would refuse.
@@ -794,10 +794,10 @@ def read(path: str | Path, required: Sequence[str] = ()) -> tuple[dict[str, Tens
     """The tensors and the metadata of a file that `save` wrote.
 
     Args:
-        required: what the metadata must have.
+        required: keys that the metadata must have.
 
     Raises:
-        ValueError: it is missing, damaged, or not ours.
+        ValueError: the file is missing, damaged or not an adapter file.
     """
     path = Path(path)
     if not path.is_file():
@@ -808,10 +808,10 @@ def read(path: str | Path, required: Sequence[str] = ()) -> tuple[dict[str, Tens
             check_types(meta, META)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors has an error type of its own
-        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
     if meta.get("version") != VERSION:
         raise ValueError(
-            f"{path} is no adapter file of train.py "
+            f"{path} is not an adapter file of train.py "
             f"(version {meta.get('version')}, expected {VERSION})"
         )
     missing = [key for key in required if key not in meta]
@@ -821,13 +821,13 @@ def read(path: str | Path, required: Sequence[str] = ()) -> tuple[dict[str, Tens
 
 
 def check_same(path: str | Path, saved: dict, present: dict) -> None:
-    """Compare the metadata of a file with those of the model that takes it up.
+    """Compare a file's metadata with those of the model that it is loaded into.
 
     Args:
-        present: what the model has; a key that isn't in `saved` isn't compared.
+        present: the model's metadata; a key that isn't in `saved` isn't compared.
 
     Raises:
-        ValueError: a value differs; names the first such.
+        ValueError: a value differs; the message names the first.
     """
     for key, value in json.loads(json.dumps(present)).items():
         if key in saved and saved[key] != value:
@@ -838,7 +838,7 @@ def check_same(path: str | Path, saved: dict, present: dict) -> None:
 
 
 def differences(saved: dict[str, Tensor], present: dict[str, Tensor]) -> list[str]:
-    """What a file's tensors and a model's have of other names or shapes, a text for each."""
+    """How a file's tensors differ from a model's in name or shape, one string per difference."""
     found = []
     for name in sorted(set(saved) | set(present)):
         there = list(saved[name].shape) if name in saved else "missing"
@@ -849,8 +849,8 @@ def differences(saved: dict[str, Tensor], present: dict[str, Tensor]) -> list[st
 
 
 def check_values(saved: dict[str, Tensor], present: dict[str, Tensor]) -> None:
-    """Raise a ValueError for what isn't finite, and for integers, such as quantised weights, where
-    the model has none: a module of one's own may have a counter."""
+    """Raise a ValueError for values that aren't finite, and for integers (quantised weights) where
+    the model has floats. A module of your own may have integers too, such as a counter."""
     for name, tensor in saved.items():
         if not tensor.is_floating_point() and tensor.dtype != present[name].dtype:
             raise ValueError(f"{name} is of {tensor.dtype}; save it as floats")
@@ -859,8 +859,8 @@ def check_values(saved: dict[str, Tensor], present: dict[str, Tensor]) -> None:
 
 
 def unseen_settings(model: nn.Module) -> list[tuple[str, object]]:
-    """What a model computes with and its tensors don't show, by the names of a file's metadata: of
-    the backbone, of a ClipHead and of each Adapter. What is learnt is one of the tensors."""
+    """Settings that a model's tensors don't show, named as in a file's metadata: the backbone's, a
+    ClipHead's and each Adapter's. Learnt settings are left out, since they are tensors."""
     quick_gelu = model.config.quick_gelu
     found = [("heads", model.config.heads), ("mlp_act", "quick_gelu" if quick_gelu else "gelu")]
     if isinstance(model.head, ClipHead):
@@ -882,15 +882,15 @@ def name_of_act(act: nn.Module) -> str:
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
     """Copy a file's tensors into a model that has the same adapters and head; return its metadata.
 
-    Names and shapes of tensors are compared, and the settings that don't show in them, as far as
-    the metadata have them: give `save` what `adapt` returned.
+    Names and shapes of tensors are compared. So are the settings that tensors don't show, but only
+    if the metadata have them: pass what `adapt` returned to `save`.
 
     Args:
-        name: what an error calls the model's backbone.
+        name: the name of the model's backbone in error messages.
 
     Raises:
-        ValueError: the file isn't ours, was trained on another backbone (fingerprints differ) or
-            with other settings, or its tensors aren't the model's.
+        ValueError: the file isn't an adapter file, was trained on another backbone (fingerprints
+            differ) or with other settings, or its tensors don't match the model's.
     """
     tensors, meta = read(path, ("fingerprint",))
     check_vit(model)
@@ -900,7 +900,7 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         raise ValueError(
             f"the adapters were trained on {meta.get('backbone', 'another backbone')} "
             f"({trained_on}), not on {name} ({present}); "
-            "give that backbone by --backbone or --weights"
+            "give that backbone with --backbone or --weights"
         )
     wanted = model.state_dict()
     if trained_on and meta.get("method") not in WHOLE_METHODS:  # else the file has the backbone

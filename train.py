@@ -4,13 +4,13 @@
     python train.py --dataset cifar100 --rank 8               CIFAR-100 on ViT-S/16, downloaded
     python train.py --dataset path/to/photos --weights FILE   your own photos, your own weights
     python train.py --method adaptertune vpt --seeds 0,1,2    several runs and a table of them
-    torchrun --nproc-per-node 2 train.py …                    two processes, perhaps of two GPUs
+    torchrun --nproc-per-node 2 train.py …                    two processes, one GPU each if present
 
-The recipe is the paper's (https://arxiv.org/abs/2603.14706) but for the learning rates and label
+The recipe is the paper's (https://arxiv.org/abs/2603.14706) except for the learning rates and label
 smoothing: AdamW, weight decay 0.05 on weight matrices only, linear warm-up over a tenth of the
 steps and then a cosine to zero, gradients clipped to norm 1, random resized crops and flips. The
-epoch kept is the last one that validation can't tell from the best. The test set is read once, at
-the very end, with the weights of that epoch.
+epoch kept is the last whose validation accuracy is within a standard error of the best. The test
+set is read once, at the very end, with the weights of that epoch.
 
 A run leaves runs/NAME/ with adapters.safetensors (only the trained tensors), result.json,
 metrics.csv, predictions.csv, config.json, split.json, README.md and, where matplotlib is installed,
@@ -61,10 +61,10 @@ import adaptertune
 import data
 import vit
 
-# Peak learning rates by method, for every backbone and size of data set. They were chosen on
-# validation over pairs of the two (assets/results, Learning rates). The paper's 1e-3 for adapters
-# belongs to 50 epochs of large sets; in a short run it is too low. AdaptFormer's is that of rank
-# 64, see `default_rate`.
+# Peak learning rates by method, for all backbones and data set sizes. They were chosen on
+# validation over pairs of backbone and data set (assets/results, Learning rates). The paper's 1e-3
+# for adapters is for 50 epochs on large data sets and too low for a short run. AdaptFormer's rate
+# is the one for rank 64 (see `default_rate`).
 RATES = {
     "adaptertune": 5e-3,
     "adaptformer": 1e-2,
@@ -75,7 +75,7 @@ RATES = {
     "full": 2.5e-4,
     "scratch": 1e-3,
 }
-# The new head's, where something pretrained is adapted too; elsewhere there is one rate for all.
+# The new head's learning rate where the backbone is adapted too; other methods use a single rate.
 HEAD_RATE = 1e-2
 ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
@@ -83,20 +83,20 @@ GRID = ("method", "rank", "every", "blocks", "init")
 # Options that config.json leaves out, since they say what is done with a run.
 NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
-# Options whose default depends on data or machine, with the value for "not given". config.json
-# lists under "auto" those that weren't.
+# Options whose default depends on data or machine, with the value that stands for "not given".
+# config.json lists under "auto" which of them weren't given.
 AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto"}
-# What the network of a run and of --eval may differ in. Fingerprints are compared by `load`.
+# Metadata in which the network of --eval may differ from the run's; `load` compares fingerprints.
 EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
-MAY_DIFFER = ("data_dir", "offline", "device", "auto")  # options that don't make it another run
+MAY_DIFFER = ("data_dir", "offline", "device", "auto")  # with other values it is still the same run
 CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 WIDTHS = (6, 8, 9, 8, 9, 10, 10)
-# What metrics.csv has besides: "seconds" of training and evaluation so far (result.json's are of
-# training alone), the last step's rate, the mean loss on validation.
+# Further columns of metrics.csv: "seconds" of training and evaluation so far (in result.json, of
+# training only), the learning rate of the epoch's last step, the mean validation loss.
 FILE_COLUMNS = ("seconds", "lr", "val_loss")
-UNEVEN = 3  # from this ratio of the classes' sizes on accuracy is also given as a mean over classes
+UNEVEN = 3  # above this ratio of class sizes, accuracy is also given as a mean over classes
 
 # --------------------------------------------------------------------------------------- options
 
@@ -105,8 +105,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors (status 2) and one-line definitions of options."""
 
     def parse_known_args(self, arguments=None, namespace=None):
-        """As argparse's, but refuse an empty argument: it is a shell variable that isn't set, and
-        would be taken for an option that isn't given."""
+        """Like argparse's, but refuse an empty argument: it is probably a shell variable that isn't
+        set, and would count as an option that isn't given."""
         for argument in sys.argv[1:] if arguments is None else arguments:
             if not argument or re.fullmatch(r"--[\w-]+=", argument):
                 self.error(f"an argument is empty ({argument or repr(argument)}); give it a value")
@@ -121,17 +121,17 @@ class Parser(argparse.ArgumentParser):
         self.group = self.add_argument_group(title)
 
     def value(self, name: str, metavar: str, kind: Callable, text: str, default, **more) -> None:
-        """An option with a value, which `kind` reads from its text."""
+        """Add an option with a value, which `kind` parses."""
         more |= {"metavar": metavar, "type": kind, "default": default}
         self.group.add_argument(*name.split(), help=text, **more)
 
     def choice(self, name: str, choices: Sequence[str], text: str, default, **more) -> None:
-        """An option with one value of a few."""
+        """Add an option that takes one of a few values."""
         more |= {"metavar": "|".join(choices), "choices": choices, "default": default}
         self.group.add_argument(name, help=text, **more)
 
     def switch(self, name: str, text: str, **more) -> None:
-        """An option without a value."""
+        """Add an option without a value."""
         more.setdefault("action", "store_true")
         self.group.add_argument(name, help=text, **more)
 
@@ -147,12 +147,12 @@ def number(low: float, high: float) -> Callable:
 
 
 def integers(low: int, high: int = 10**9) -> Callable:
-    """Option type: integers within limits, with commas between."""
+    """Option type: distinct integers within limits, separated by commas."""
     return lambda text: distinct([read_number(int, low, high, part) for part in text.split(",")])
 
 
 def distinct(values: list) -> list:
-    """The values, unless one of them is there twice."""
+    """Return the values, or raise an ArgumentTypeError if one of them occurs twice."""
     for value in values:
         if values.count(value) > 1:
             raise argparse.ArgumentTypeError(f"{value} is given twice")
@@ -171,7 +171,7 @@ def read_number(kind: type, low: float, high: float, text: str) -> float:
 
 
 def channels(low: float) -> Callable:
-    """Option type: three numbers from `low` to 1, with commas between."""
+    """Option type: three numbers from `low` to 1, separated by commas."""
 
     def read(text: str) -> list[float]:
         values = [read_number(float, low, 1, part) for part in text.split(",")]
@@ -183,7 +183,7 @@ def channels(low: float) -> Callable:
 
 
 def placement(text: str) -> list[int]:
-    """Option type: blocks counted from 0; first6, or last6 (-6 to -1)."""
+    """Option type: block indices, counted from 0; or first6 (0 to 5), or last6 (-6 to -1)."""
     match = re.fullmatch(r"(first|last)([1-9]\d{0,2})", text)
     if match:
         count = int(match[2])
@@ -226,7 +226,7 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
         parser.error("--name and --resume are for training, not for --eval and --predict")
     if options.eval:  # the run's own options, unless the command line says otherwise
         parser.set_defaults(**saved_options(options.eval))
-        options = parser.parse_args(arguments)  # once more: the first time said which run
+        options = parser.parse_args(arguments)  # again, now with the run's options as defaults
     grid = expand(options)
     if options.eval and len(grid) > 1:
         parser.error(f"--eval {options.eval} is one run; give each option one value")
@@ -238,9 +238,9 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
 
 
 def saved_options(folder: str) -> dict:
-    """The options of a run, as defaults for the parser. Raises ValueError if there is none."""
+    """A run's options, as defaults for the parser. Raises ValueError if the folder holds no run."""
     saved = read_config(Path(folder))
-    # Another one's run decides what is read, but not where a data set is downloaded to.
+    # Somebody else's run decides what is read, but not where a data set is downloaded to.
     if not data.is_there(saved["dataset"], saved["data_dir"]):
         del saved["data_dir"]
     for name in GRID:  # these options hold lists of values
@@ -250,16 +250,16 @@ def saved_options(folder: str) -> dict:
 
 
 def check_predict(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse --predict without photos, and a run that is none."""
+    """Refuse --predict without photos or a finished run, or with options that don't go with it."""
     folder, *photos = options.predict
     if not photos:
         parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
     if options.eval:
-        parser.error("--predict and --eval are two things; give one")
+        parser.error("--predict and --eval exclude each other; give one")
     if options.plot:
         parser.error("--plot is for training and --eval, not --predict")
     if (Path(folder) / "state.pt").exists():
-        parser.error(f"--predict {folder}: that run is unfinished; go on with it by --resume")
+        parser.error(f"--predict {folder}: that run is unfinished; continue it with --resume")
     table = Path(options.csv)
     if options.csv and not (table.is_file() or (not table.exists() and table.parent.is_dir())):
         parser.error(f"--csv {options.csv}: give a file in a folder that exists")
@@ -270,7 +270,7 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
 
 
 def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -> None:
-    """Refuse an option that none of the methods has."""
+    """Refuse an option that none of the chosen methods uses."""
     owners = dict.fromkeys(("every", "blocks"), adaptertune.PLACED_METHODS)
     owners |= dict.fromkeys(CLIP_OPTIONS, adaptertune.CLIP_METHODS)
     owners["cached"] = ("head", *adaptertune.CLIP_METHODS)
@@ -285,8 +285,8 @@ def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -
 
 
 def add_options(parser: Parser) -> None:
-    """The options of task and backbone. Defaults that depend on other options are 0 or empty here,
-    and set in `fill_in`; the help has them in parentheses."""
+    """Add the options of task and backbone. Defaults that depend on other options are 0 or empty
+    here and are set in `fill_in`; the help gives them in parentheses."""
     add = parser.value
     datasets = ", ".join(data.DATASETS)
     backbones = ", ".join(vit.BACKBONES)
@@ -297,7 +297,7 @@ def add_options(parser: Parser) -> None:
     quick = "for a quick look: train on N images, validate on N/4 (0: all)"
     add("--limit", "N", integer(0), quick, 0)
     add("--shots", "K", integer(0), "train on K images of each class (0: all)", 0)
-    share = "share of the images to test on, where there is no test set; drawn by seed "
+    share = "share of the images to test on if there is no test set; drawn by seed "
     share += "(0: a fifth, the same for all seeds)"
     add("--test-share", "P", number(0, 0.9), share, 0.0)
     parser.switch("--offline", "never use the network")
@@ -308,10 +308,10 @@ def add_options(parser: Parser) -> None:
     file = "a .safetensors, .pth or .npz file, instead of the download; config.json, "
     file += "preprocessor_config.json and open_clip_config.json beside it are read too"
     add("--weights", "FILE", str, file, "")
-    lora = "folder or file of a LoRA that peft made for this backbone; merged before all else"
+    lora = "folder or file of a LoRA that peft made for this backbone; merged before anything else"
     add("--init-lora", "PATH", str, lora, "")
-    beside = "as the files beside --weights state, else"
-    heads = f"attention heads (0: {beside} the usual of the width)"
+    beside = "from the files beside --weights, else"
+    heads = f"attention heads (0: {beside} the usual number for the width)"
     add("--heads", "N", integer(0, 10_000), heads, 0)
     norm = f"per channel, 0 to 1 (by backbone; {beside} ImageNet's or CLIP's)"
     add("--mean", "R,G,B", channels(0), f"mean of the pixels {norm}", [])
@@ -322,7 +322,7 @@ def add_options(parser: Parser) -> None:
 
 
 def add_training_options(parser: Parser) -> None:
-    """The options of training."""
+    """Add the options of training."""
     add = parser.value
 
     parser.section("training")
@@ -343,26 +343,26 @@ def add_training_options(parser: Parser) -> None:
     add("--min-scale", "A", number(1e-6, 1), crop, 0.0)
     mirrored = "don't mirror training images: for text, signs, anything whose left and right differ"
     parser.switch("--no-flip", mirrored)
-    weights = "weight the loss by the inverse of each class's size, as if all classes were equal"
+    weights = "weight the loss by the inverse of each class's size, as if all were of equal size"
     parser.switch("--class-weights", weights)
-    seeds = "a run for each; at the end mean and standard deviation (0)"
+    seeds = "one run per seed; at the end their mean and standard deviation (0)"
     add("--seeds --seed", "I,J,…", integers(0), seeds, [0])
     amp = "train in bf16; auto: only where it is faster (auto)"
     parser.choice("--amp", ("auto", "bf16", "off"), amp, "auto")
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
     compiled = "torch.compile the network: a minute at first, then faster steps on a GPU, but a "
-    parser.switch("--compile", compiled + "run no longer repeats to the bit")
+    parser.switch("--compile", compiled + "run is no longer reproducible to the bit")
 
 
 def add_run_options(parser: Parser) -> None:
-    """The options of a run's folder, and of what else is done with a run."""
+    """Add the options of a run's folder, and of what to do with a run."""
     add = parser.value
 
     parser.section("run")
     folder = "the run's folder in runs/; a finished run is never overwritten "
     folder += "(from data set, method and seed)"
     add("--name", "NAME", str, folder, "")
-    more = "continue a run that was stopped; or, with more --epochs, a finished one, in which "
+    more = "continue a run that was stopped; or, with more --epochs, a finished one: "
     parser.switch("--resume", more + "warm-up and cosine begin again for the added epochs")
     again = "don't train: test a finished run again, or with --dataset on other photos of its "
     add("--eval", "runs/NAME", str, again + "classes", "")
@@ -375,7 +375,7 @@ def add_run_options(parser: Parser) -> None:
 
 
 def add_method_options(parser: Parser) -> None:
-    """The options that belong to methods. None stands for the method's own default."""
+    """Add the options that belong to methods. None stands for the method's own default."""
     methods = [name for name in RATES if name != "scratch"]
 
     def add(name: str, metavar: str, kind: Callable, text: str, default=None, **more) -> None:
@@ -395,8 +395,8 @@ def add_method_options(parser: Parser) -> None:
     reads = "what adapters read: the block's output (block), the MLP's input before (raw) or after "
     reads += f"its LayerNorm (ln), or the MLP's output (mlp){defaults_of('reads')}"
     parser.choice("--adapter-input", adaptertune.READS, reads, None, dest="reads")
-    act = "activation of the adapters; mlp is that of the block's MLP, with which an adapter that "
-    act += f"reads ln merges into the MLP on export{defaults_of('act')}"
+    act = "activation of the adapters; mlp: that of the block's MLP, so that an adapter that "
+    act += f"reads ln is merged into the MLP on export{defaults_of('act')}"
     parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
     init = "up-projection: zeros or N(0, 1e-4²); or a file with adapters, ours or AdaptFormer's"
     add("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
@@ -412,7 +412,7 @@ def add_method_options(parser: Parser) -> None:
     add("--ratio", "A", number(0, 1), image)
     add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none")
     parser.switch("--learn-ratio", "train the ratios that aren't 0", default=None)
-    source = "compare with embeddings of class names, or with means of training images (text)"
+    source = "compare images with embeddings of class names or with means of training images (text)"
     parser.choice("--classifier", ("text", "prototypes"), source, "text")
     add("--template", "TEXT", str, 'for class names, such as "a photo of a {}." (by data set)', "")
     add("--text-weights", "FILE", str, "file of CLIP's text tower (in the backbone's file)", "")
@@ -420,7 +420,7 @@ def add_method_options(parser: Parser) -> None:
 
 
 def defaults_of(setting: str) -> str:
-    """The defaults of a method's setting, for its help."""
+    """The default of a setting in each method that has it, for the help."""
     found = []
     for method, settings in adaptertune.METHODS.items():
         if setting in settings:
@@ -450,7 +450,7 @@ def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
 
 
 def label_of(run: dict, runs: list[dict]) -> str:
-    """What tells a run from the others, such as "adaptformer rank 8"."""
+    """The values in which a run differs from the others, such as "adaptformer rank 8"."""
     parts = []
     for name in GRID:
         values = {str(each[name]) for each in runs}
@@ -461,11 +461,11 @@ def label_of(run: dict, runs: list[dict]) -> str:
 
 
 def default_rate(method: str, rank: int | None) -> float:
-    """The peak learning rate of a method, for adapters of a rank.
+    """The peak learning rate of a method, for adapters of this rank.
 
-    A bottleneck sums over `rank` units, each of which AdamW moves by the rate. AdaptFormer wants
-    twice the rate for an eighth of the units; AdapterTune is best with the same for every rank
-    (assets/results, Learning rates).
+    A bottleneck sums over `rank` units, each of which AdamW moves by the learning rate. AdaptFormer
+    needs twice the learning rate for an eighth of the units; AdapterTune is best with the same
+    learning rate for every rank (assets/results, Learning rates).
     """
     rate = RATES[method]
     if method == "adaptformer":
@@ -481,7 +481,7 @@ def fill_in(options: argparse.Namespace) -> None:
     # CLIP's tower is frozen and has no adapters inside, so its features never change.
     clip = options.method in adaptertune.CLIP_METHODS
     options.cached = clip or (options.cached and options.method == "head")
-    if options.method == "zero-shot":  # it has none
+    if options.method == "zero-shot":  # it trains nothing
         options.epochs = 0
     if not options.backbone and not options.weights:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
@@ -496,8 +496,8 @@ def fill_in(options: argparse.Namespace) -> None:
 def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
     """Set the defaults that depend on the data.
 
-    An epoch of a small set has few steps, so at least 15,000 images are seen in all, within 10 and
-    30 epochs. Below 5,000 images smaller batches give more steps too (assets/results).
+    An epoch of a small data set has few steps, so a run has enough epochs to see 15,000 images, but
+    10 to 30. Below 5,000 images a smaller batch also gives more steps (assets/results).
     """
     options.auto = [name for name, auto in AUTO.items() if getattr(options, name) == auto]
     images = len(dataset.train)
@@ -512,7 +512,7 @@ def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
 
 
 def check(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse options that can't go together."""
+    """Refuse options that contradict each other or have unusable values."""
     adapters = options.method in adaptertune.ADAPTER_METHODS
     known = options.init in adaptertune.INITS
     # A finished run (--eval) has its adapters in its own file.
@@ -537,7 +537,7 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
 
 
 def check_no_epochs(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse --epochs 0 where something untrained would be evaluated."""
+    """Refuse --epochs 0 if untrained parameters would be evaluated."""
     if options.epochs != 0 or options.method == "zero-shot" or options.eval:
         return
     if not options.init_lora:
@@ -553,11 +553,11 @@ def check_no_epochs(options: argparse.Namespace, parser: Parser) -> None:
 
 @dataclass
 class State:
-    """How far a run has come: with weights and optimiser all that --resume needs."""
+    """The progress of a run. With the weights and the optimiser it is all that --resume needs."""
 
     epoch: int = 1
-    first_epoch: int = 1  # of the schedule: another one where a finished run got more epochs
-    # Of this epoch (see end_epoch):
+    first_epoch: int = 1  # where the schedule begins; not 1 if a finished run got more epochs
+    # Of the current epoch (end_epoch resets them):
     step: int = 0  # steps done
     seen: int = 0  # images
     hits: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
@@ -588,20 +588,20 @@ class Run:
     meta: dict  # goes into adapters.safetensors
     backbone: vit.Backbone
     state: State = field(default_factory=State)
-    head: str = ""  # where its weights come from, if they aren't new
+    head: str = ""  # with --init-lora: where the head's weights come from
     features_time: float = 0.0  # seconds for features that were computed once
-    originals: data.Dataset | None = None  # the images, where `dataset` has their features
+    originals: data.Dataset | None = None  # the images, if `dataset` has their features instead
     predictions: dict[str, "Predictions"] = field(default_factory=dict)  # of val and test
 
     @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return list(adaptertune.trained(self.model).values())
 
     @functools.cached_property
     def class_weights(self) -> Tensor:
-        """What each class's losses are multiplied by, [K]: 1, or with --class-weights the inverse
-        of its share of the training images, so that their mean over these images is 1."""
+        """The weight of each class in the loss, [K]: 1, or with --class-weights the inverse of its
+        share of the training images, scaled to a mean of 1 over these images."""
         sizes = class_sizes(self.dataset).float()
         if not self.options.class_weights:
             return torch.ones_like(sizes).to(self.device)
@@ -609,22 +609,22 @@ class Run:
 
     @functools.cached_property
     def compiled(self) -> Callable[[Tensor], Tensor]:
-        """model.features as torch compiles it; on a GPU as one CUDA graph for each direction:
-        launching the kernels one by one takes longer than running them."""
-        torch.compiler.reset()  # it compiles only so many networks, and earlier runs had some
+        """model.features, compiled by torch; on a GPU as one CUDA graph each for forward and
+        backward, because launching the kernels one by one takes longer than running them."""
+        torch.compiler.reset()  # torch limits how often it compiles, and earlier runs count
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         return torch.compile(self.model.features, dynamic=False, mode=mode)
 
     def logits(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S], or their cached features [B, D], to logits [B, K].
 
-        With bf16 for training; what is evaluated is the network in fp32, as it is exported. The
-        head is always in fp32: in bf16 two logits are easily equal.
+        Training may use bf16. Evaluation uses fp32, like the exported network. The head is always
+        in fp32: in bf16 two logits are easily equal.
         """
         if images.ndim == 2:
             return self.model.head(images)
         training = self.model.training
-        # Compiled for full batches of training alone: what is evaluated is the plain network, and a
+        # Only full training batches use the compiled network: evaluation uses the plain one, and a
         # smaller last batch isn't worth a compilation.
         compiled = self.options.compile and training and len(images) == self.batches.share
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and training):
@@ -634,7 +634,7 @@ class Run:
 
 @dataclass
 class Predictions:
-    """What a network says of n images."""
+    """A network's predictions for n images."""
 
     best: Tensor  # [n], the class with the highest logit
     second: Tensor  # [n], the runner-up
@@ -654,7 +654,7 @@ class Predictions:
         return hits, images
 
     def class_accuracy(self, classes: int) -> float:
-        """The mean over classes of their accuracies, in percent: of those that have images."""
+        """The mean accuracy in percent over the classes that have images."""
         hits, images = self.by_class(classes)
         return 100 * (hits / images)[images > 0].mean().item()
 
@@ -665,13 +665,13 @@ def class_sizes(dataset: data.Dataset) -> Tensor:
 
 
 def is_uneven(dataset: data.Dataset) -> bool:
-    """Are the largest and the smallest class so unlike that accuracy alone would mislead?"""
+    """Whether class sizes differ so much that accuracy alone would be misleading."""
     sizes = class_sizes(dataset)
     return bool(sizes.max() > UNEVEN * sizes.min())
 
 
 def join_processes() -> None:
-    """Where torchrun started several processes, let them train together; the first one speaks."""
+    """Connect the processes that torchrun started, if any; only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpus = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
@@ -680,24 +680,24 @@ def join_processes() -> None:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """This process's rank, and the number of processes."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here: a sum waits for all."""
+    """Wait until every process gets here: a sum waits for all of them."""
     any_process(False)
 
 
 def any_process(value: bool) -> bool:
-    """Whether it is true in any of the processes."""
+    """Whether `value` is true in any of the processes."""
     return bool(sum_over_processes(torch.tensor(int(value))))
 
 
 def sum_over_processes(sums: Tensor) -> Tensor:
-    """The sum of all processes' tensors of one shape, in place."""
+    """Sum a tensor over all processes, in place. It must have the same shape in each."""
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums
@@ -706,7 +706,7 @@ def sum_over_processes(sums: Tensor) -> Tensor:
 def sum_gradients(
     parameters: list[nn.Parameter], loss: Tensor, hits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum every process's gradients, loss and hits, in one exchange; returns the last two."""
+    """Sum gradients, loss and hits over all processes in one exchange; return loss and hits."""
     if not dist.is_initialized():
         return loss, hits
     gradients = [parameter.grad for parameter in parameters]
@@ -723,7 +723,7 @@ def choose_device(name: str, repeatable: bool = True) -> torch.device:
     """The device that --device names. Raises ValueError if it can't be used.
 
     Args:
-        repeatable: make a GPU repeat a run to the bit.
+        repeatable: make a run on a GPU reproducible to the bit.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -752,27 +752,27 @@ def choose_device(name: str, repeatable: bool = True) -> torch.device:
 
 
 def be_repeatable(bitwise: bool = True) -> None:
-    """Let a GPU count in fp32 where nothing else is asked for, instead of TF32; and, `bitwise`,
-    repeat a run to the bit: by default the backward pass of attention adds in any order.
+    """Make a GPU compute fp32 products in fp32 instead of TF32. `bitwise` also makes a run
+    reproducible to the bit: by default the backward pass of attention adds in any order.
 
-    Not for a compiled network: in this mode the kernels that torch 2.11 fused changed features and
-    gradients by 23 %, and training ended 0.6 points lower.
+    `bitwise` isn't for a compiled network: with it, the kernels that torch 2.11 fused changed
+    features and gradients by 23 %, and training ended 0.6 points lower.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(bitwise)
     if not bitwise:
         return
-    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and for debugging
-    # torch asks for this variable once, at the first product. Left set, it is parsed at every
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow; for debugging
+    # torch checks this variable once, at the first matrix product. Left set, it is parsed at every
     # product, which takes as long as the rest of a small network's step. So: set it, multiply once,
-    # unset it. What it prevents, one handle of cuBLAS on several streams, doesn't happen here.
+    # unset it. It guards against one cuBLAS handle on several streams, which doesn't happen here.
     variable = "CUBLAS_WORKSPACE_CONFIG"
     before = os.environ.get(variable)
     os.environ[variable] = ":4096:8"
     try:
         torch.ones(1, 1, device="cuda").mm(torch.ones(1, 1, device="cuda"))
-    except RuntimeError:  # someone's program multiplied before, so it is too late to ask
+    except RuntimeError:  # the calling program multiplied before this, so it is too late
         torch.use_deterministic_algorithms(False)
     del os.environ[variable]
     if before is not None:
@@ -783,15 +783,15 @@ def check_compiler(device: torch.device) -> None:
     """Raise a ValueError if torch.compile can't be used: it needs a C++ compiler, or Triton."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as error:  # whatever a compiler lacks
+    except Exception as error:  # a missing compiler can raise anything
         reason = vit.first_line(error)
         raise ValueError(f"--compile can't be used here ({reason}); leave it out") from error
 
 
 def place_images(dataset: data.Dataset, device: torch.device) -> data.Dataset:
-    """Keep the images on a GPU if they take less than half of what is free there."""
+    """Move the images to `device` if it is a GPU and they take at most half of its free memory."""
     parts = {part: getattr(dataset, part) for part in ("train", "val", "test")}
-    torch.cuda.empty_cache()  # of an earlier run
+    torch.cuda.empty_cache()  # an earlier run may have left memory there
     size = sum(images.nbytes for images in parts.values())
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return dataset
@@ -799,8 +799,8 @@ def place_images(dataset: data.Dataset, device: torch.device) -> data.Dataset:
 
 
 def choose_bf16(folder: Path, device: torch.device) -> bool:
-    """Whether --amp auto stands for bf16: where it is faster, but a run that goes on in `folder`
-    keeps what it began with."""
+    """Whether --amp auto means bf16: if bf16 is faster. A run that continues in `folder` keeps the
+    precision that it began with."""
     if (folder / "config.json").exists():
         return read_config(folder)["amp"] == "bf16"
     if device.type == "cuda":
@@ -812,8 +812,8 @@ def choose_bf16(folder: Path, device: torch.device) -> bool:
 def time_bf16() -> float:
     """How long this CPU takes for a matrix product in bf16, as a share of its time in fp32.
 
-    A CPU's flags don't say. A training step gains less than its products: where they took 0.5,
-    steps took 0.5 to 0.8, the most for the smallest networks (tests/bench_train.py).
+    It is measured because a CPU's flags don't tell. A training step gains less than its products:
+    where they took 0.5, steps took 0.5 (large networks) to 0.8 (small ones; tests/bench_train.py).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread's CPU time hardly depends on what else is running
@@ -843,7 +843,7 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
         path = data.ASSETS / "vit_micro.safetensors"
     else:
         path = data.hub_file(vit.BACKBONES[name].repo, "model.safetensors", offline=options.offline)
-    given = {}  # by hand
+    given = {}  # settings that options state
     for setting in ("heads", "mean", "std"):
         if getattr(options, setting):
             given[setting] = getattr(options, setting)
@@ -853,7 +853,7 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
         path,
         name=name,
         image_size=options.image_size,
-        # CLIP's projection comes as the head; beside a LoRA its classifier does.
+        # CLIP's projection is loaded as the head; with --init-lora so is a classifier.
         head=options.method in adaptertune.CLIP_METHODS or bool(options.init_lora),
         lora=options.init_lora,
         **given,
@@ -861,7 +861,7 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
 
 
 def backbone_name(options: argparse.Namespace) -> str:
-    """What to call the backbone: its name, or its file's."""
+    """The name of the backbone, or else of its file."""
     weights = Path(options.weights)
     if weights.stem == "adapters":  # a run of --scratch or --method full
         weights = weights.parent
@@ -869,7 +869,7 @@ def backbone_name(options: argparse.Namespace) -> str:
 
 
 def adapt_backbone(model: vit.ViT, options: argparse.Namespace, classes: int) -> dict:
-    """Put into a backbone what the options' method trains; return its settings in force."""
+    """Adapt a backbone by the method that the options name; return the settings in effect."""
     settings = {name: getattr(options, name) for name in adaptertune.METHODS[options.method]}
     if options.method in adaptertune.PLACED_METHODS:
         settings["placement"] = adaptertune.choose_blocks(
@@ -888,8 +888,8 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
     """Initialise the adapters from --init FILE, ours or AdaptFormer's.
 
     Args:
-        used: the settings that are in force. A file of ours must agree with them, and be of the
-            same backbone, or its adapters would do something else here.
+        used: the settings in effect. A file of ours must have the same settings and the same
+            backbone; otherwise its adapters would compute something else here.
     """
     tensors, saved = vit.read_tensors(path)
     if any("lora_" in name for name in tensors):
@@ -905,14 +905,14 @@ def start_from_file(model: vit.ViT, path: str, used: dict) -> None:
 
 
 def start_head(model: vit.ViT, given: nn.Module, classes: list[str], epochs: int) -> str:
-    """Initialise a new head from the classifier of a LoRA or of its weights, if that is of as many
-    classes. Returns what was done, for the terminal.
+    """Initialise a new head from the classifier that came with a LoRA or with the weights, if it
+    has as many classes. Returns what was done, for the terminal.
 
     Args:
         given: that classifier; another module if there is none. (CLIP's projection has no bias.)
 
     Raises:
-        ValueError: it can't be used, and with 0 epochs no other would be trained.
+        ValueError: the classifier can't be used, and with 0 epochs a new one wouldn't be trained.
     """
     K = len(classes)
     if isinstance(given, nn.Linear) and given.bias is not None and given.out_features == K:
@@ -933,12 +933,12 @@ read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the 
 def split_dataset(
     dataset: data.Dataset, options: argparse.Namespace, seed: int, folder: Path
 ) -> data.Dataset:
-    """Split as the split.json in the run's folder says, if there is a run; else by the seed.
+    """Split a data set by the split.json in the run's folder, if there is a run; else by the seed.
 
-    So photos that come or go don't move a split, and a class keeps its number.
+    So a split stays the same if photos are added or removed, and a class keeps its number.
 
     Raises:
-        ValueError: a run that was stopped lacks photos; or the classes aren't the run's.
+        ValueError: a stopped run lacks photos or its split.json; or the classes aren't the run's.
     """
     path = folder / "split.json"
     if not path.exists():
@@ -960,8 +960,8 @@ def split_dataset(
     parts = (dataset.train, dataset.val, dataset.test)
     in_folder = {name for images in parts if images for name in images.names}
     in_split = list(itertools.chain(*listed.values()))
-    # Fewer than half of the split's names: another folder, where a few may be the same by chance
-    # (IMG_0001.jpg).
+    # A folder with fewer than half of the split's names is another one. A few names may be the same
+    # by chance (IMG_0001.jpg).
     if options.eval and len(in_folder.intersection(in_split)) < len(in_split) / 2:
         return take_as_test(dataset, listed, sums)
     dataset, moved = data.split_by(dataset, listed, sums)
@@ -970,7 +970,7 @@ def split_dataset(
             continue
         text = f"{counted(len(images), 'image')} of {path}, such as {images[0]}"
         if not options.eval:
-            raise ValueError(f"{what}: {text}; put them back, or train anew with another --name")
+            raise ValueError(f"{what}: {text}; put them back, or train again with another --name")
         print(f"split    {what}: {text}")
     if not len(dataset.test):
         raise ValueError(f"none of the test images that {path} lists is in {options.dataset}")
@@ -982,15 +982,15 @@ def split_dataset(
 def take_as_test(
     dataset: data.Dataset, listed: dict[str, list[str]], sums: dict[str, str]
 ) -> data.Dataset:
-    """Another folder than the run's own, to test on all of it (or on its test/, if it has one) but
-    for copies of images that the run was trained or chosen on.
+    """Use another folder than the run's own as test set: all of it (or its test/, if it has one)
+    except copies of images that the run was trained or validated on.
 
     Args:
         listed: names of the run's own images in train, val and test.
         sums: their checksums.
 
     Raises:
-        ValueError: nothing else is in it.
+        ValueError: the folder holds only such copies.
     """
     dataset = data.all_as_test(dataset)
     known = {sums[name] for part in ("train", "val") for name in listed[part] if name in sums}
@@ -1010,7 +1010,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     """Load everything that a run needs, before anything is written.
 
     Args:
-        folder: the run's; by its options if left out.
+        folder: the run's folder; derived from the options if left out.
     """
     folder = folder or run_folder(options, seed)
     data.check_name(options.dataset)  # before a backbone is downloaded
@@ -1019,7 +1019,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     if compiled:
         check_compiler(device)
     rank, world = rank_and_world()
-    if rank:  # the first process downloads, the others find it done
+    if rank:  # the others wait until the first process has downloaded everything
         wait_for_all()
     torch.manual_seed(data.seed_from(f"{seed}/init"))
     model, backbone = load_backbone(options)
@@ -1033,7 +1033,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     fit_to_data(options, dataset)
     bf16 = options.amp == "bf16"
     if options.amp == "auto":
-        bf16 = any_process(choose_bf16(folder, device))  # the same for all
+        bf16 = any_process(choose_bf16(folder, device))  # the same in all processes
     options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     dataset.flip = dataset.flip and not options.no_flip
@@ -1083,11 +1083,11 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
 
 
 def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
-    """Images as the features [n, D] that the head reads, computed once, without augmentation.
+    """Replace images by the features [n, D] that the head reads, computed once, not augmented.
 
-    They are kept on disk by backbone, normalisation and content, for other runs to find.
+    They are cached on disk by backbone, normalisation and content, for other runs to use.
     """
-    # All that features depend on: the fingerprint is of the weights only.
+    # All that features depend on. The fingerprint covers only the weights.
     network = (run.meta["fingerprint"], run.model.config, run.batches.norm)
     key = hashlib.sha256(repr((network, run.dataset.center)).encode())
     key.update(images.checksum().encode())
@@ -1105,7 +1105,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
 
 @torch.inference_mode()
 def compute_features(run: Run, images: data.Images, what: str) -> Tensor:
-    """What the head reads of images, without augmentation: [n, D], on the CPU."""
+    """The features of images that the head reads, without augmentation: [n, D], on the CPU."""
     features = []
     total = run.batches.count(images)
     started = time.perf_counter()
@@ -1118,7 +1118,7 @@ def compute_features(run: Run, images: data.Images, what: str) -> Tensor:
 
 @torch.no_grad()
 def embed_class_names(run: Run) -> None:
-    """Give a ClipHead its class matrix from the classes' names, and CLIP's scale."""
+    """Set a ClipHead's class matrix to embeddings of the class names, and its scale to CLIP's."""
     options = run.options
     repo = vit.BACKBONES[options.backbone].repo if options.backbone else ""
     given = options.text_weights or options.weights
@@ -1154,7 +1154,7 @@ def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Pa
 
 @torch.no_grad()
 def average_class_images(run: Run) -> None:
-    """Give a ClipHead its class matrix from the cached features of the training images."""
+    """Set a ClipHead's class matrix to class means, from cached features of the training images."""
     head = run.model.head
     features = run.dataset.train.pixels.to(run.device)  # [n, D]: cache_features made them
     embeddings = features @ head.projection.T  # [n, E]
@@ -1163,11 +1163,11 @@ def average_class_images(run: Run) -> None:
 
 # -------------------------------------------------------------------------------------- training
 
-stop_asked: list[int] = []  # signals that came
+stop_asked: list[int] = []  # signals received
 
 
 def ask_stop(number: int, frame: object) -> None:
-    """Signal handler: note the signal. A second one kills."""
+    """Signal handler: record the signal. If it comes again it kills the process."""
     stop_asked.append(number)
     signal.signal(number, signal.SIG_DFL)
 
@@ -1179,8 +1179,8 @@ def stop_at_once() -> None:
 
 
 def stop_if_asked() -> None:
-    """Raise a KeyboardInterrupt if a signal came, to any of the processes: called where nothing is
-    left half done, and by all processes alike."""
+    """Raise a KeyboardInterrupt if any process received a signal. All processes call this together,
+    at points where nothing is half done."""
     if any_process(bool(stop_asked)):
         raise KeyboardInterrupt
 
@@ -1195,16 +1195,16 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """The training loop, from where run.state stands to the last epoch."""
+    """The training loop, from the epoch and step in run.state to the last epoch."""
     state = run.state
-    if not run.options.epochs:  # zero-shot: what follows may be killed too
+    if not run.options.epochs:  # nothing to train, but the evaluation may be interrupted too
         save_state(run, optimizer)
     while state.epoch <= run.options.epochs:
         train_epoch(run, optimizer)
         predictions = predict(run, run.dataset.val, "validation")
         val = predictions.accuracy
         state.best_val = max(state.best_val, val)
-        # The last epoch that validation can't tell from the best, since it has seen most.
+        # Choose the last epoch within a standard error of the best: it has seen the most images.
         error = standard_error(state.best_val, len(run.dataset.val))
         if math.isnan(val) or val >= state.best_val - error:
             weights = adaptertune.trained(run.model)
@@ -1217,7 +1217,7 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """The steps of run.state's epoch, from where it stands.
+    """The remaining steps of the epoch in run.state.
 
     Raises:
         ValueError: the loss isn't finite.
@@ -1226,26 +1226,26 @@ def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
     options = run.options
     steps = run.batches.count(run.dataset.train)
     run.model.train()
-    first = state.step  # not 0 where a stopped run goes on
+    first = state.step  # not 0 if a stopped run continues
     started = time.perf_counter()
     before = started
     for images, labels in run.batches.train(run.dataset, run.seed, state.epoch, first=first):
         stop_if_asked()  # here, between two steps, weights and optimiser agree
-        # Learning rate and dropout depend only on the position, as the batches do: so a resumed
-        # run takes the steps that it would have taken.
+        # Like the batches, learning rate and dropout depend only on the position, so a resumed run
+        # takes the same steps as one that wasn't stopped.
         position = (state.epoch - state.first_epoch) * steps + state.step
         last = (options.epochs - state.first_epoch + 1) * steps
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(position, last)
-        # A key of its own: the crops are drawn by (seed, epoch, step) alone.
+        # Dropout has a key of its own: the crops are drawn by (seed, epoch, step) alone.
         key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
         torch.manual_seed(data.seed_from(key) + run.batches.rank)
 
-        # Of all processes. The last batch may be smaller.
+        # The images of this batch in all processes. The last batch may be smaller.
         batch = min(options.batch, len(run.dataset.train) - state.step * options.batch)
         loss, hits = take_step(run, optimizer, images, labels, batch)
 
-        # Of the augmented images as they pass; tensors, so that a GPU needn't wait for them.
+        # Sums over the augmented images, kept as tensors so that nothing waits for a GPU.
         state.loss = state.loss + loss.double() * batch
         state.hits = state.hits + hits
         state.seen += batch
@@ -1255,7 +1255,7 @@ def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
         before = now
         what = f"epoch {state.epoch}/{options.epochs}, step"
         data.progress(what, state.step, steps, started, first)
-    finite = math.isfinite(state.loss)  # here a GPU is waited for
+    finite = math.isfinite(state.loss)  # this waits for a GPU
     state.epoch_time += time.perf_counter() - before
     if not finite:
         raise ValueError(
@@ -1267,11 +1267,11 @@ def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
 def take_step(
     run: Run, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, batch: int
 ) -> tuple[Tensor, Tensor]:
-    """Change the weights by what a batch of images teaches.
+    """Take one optimiser step on a batch of images.
 
     Args:
         images, labels: this process's part of the batch.
-        batch: images in all of it.
+        batch: the number of images in the whole batch.
 
     Returns:
         The mean loss and the hits of the whole batch, before the step.
@@ -1286,7 +1286,7 @@ def take_step(
             logits, y, label_smoothing=run.options.label_smoothing, reduction="none"
         )
         part_loss = (losses * run.class_weights[y]).sum() / batch
-        part_loss.backward()  # adds to the gradients of the parts before
+        part_loss.backward()  # adds to the gradients of the earlier parts
         loss += part_loss.detach()
         hits += (logits.argmax(dim=-1) == y).sum()
     check_gradients(run)
@@ -1297,8 +1297,8 @@ def take_step(
 
 
 def check_gradients(run: Run) -> None:
-    """Raise a ValueError for a trained parameter without gradient, which would stay as it is: a
-    module of a new method that nothing calls."""
+    """Raise a ValueError for a trained parameter without a gradient, which would never change. It
+    may be in a module of a new method that no forward calls."""
     if all(parameter.grad is not None for parameter in run.parameters):
         return
     weights = adaptertune.trained(run.model)
@@ -1310,12 +1310,12 @@ def check_gradients(run: Run) -> None:
 
 
 def count_parts(model: vit.ViT, images: Tensor) -> int:
-    """In how many parts a batch [B, 3, S, S] passes through the network.
+    """The number of parts in which a batch [B, 3, S, S] passes through the network.
 
-    A CPU takes about 2,048 patches at a time. Of DeiT-tiny at 224 px that is eight images instead
-    of 32, which in training need half of the memory for activations and no more time
-    (tests/bench_train.py); and features of 128 images take 0.84 of their time. A GPU wants large
-    products, and cached features [B, D] are small.
+    A CPU takes about 2,048 patches at a time. For DeiT-tiny at 224 px these are 8 images instead of
+    32: training then needs half of the memory for activations and no more time
+    (tests/bench_train.py), and computing the features of 128 images takes 0.84 of the time. A GPU
+    needs large products, and cached features [B, D] are small.
     """
     if images.ndim == 2 or images.device.type != "cpu":
         return 1
@@ -1324,20 +1324,20 @@ def count_parts(model: vit.ViT, images: Tensor) -> int:
 
 
 def in_parts(network: Callable[[Tensor], Tensor], model: vit.ViT, images: Tensor) -> Tensor:
-    """What a network, a part of `model`, gives for a batch: the parts one after the other."""
+    """Apply `network`, which calls `model`, to a batch one part after the other (`count_parts`)."""
     parts = images.tensor_split(count_parts(model, images))
     return torch.cat([network(part) for part in parts])
 
 
 def standard_error(accuracy: float, images: int) -> float:
     """The standard error of the difference between two such accuracies, in percentage points. One
-    more hit and one more miss are counted, so that 100 % of a few images aren't certain."""
+    hit and one miss are added, so that 100 % on a few images isn't taken for certain."""
     p = (accuracy / 100 * images + 1) / (images + 2)
     return 100 * math.sqrt(2 * p * (1 - p) / max(1, images))
 
 
 def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
-    """Print the epoch's row, and advance to the next epoch.
+    """Record and print the epoch's row, and advance to the next epoch.
 
     Args:
         rate: the learning rate of the epoch's last step.
@@ -1370,7 +1370,7 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
 
 @torch.inference_mode()
 def predict(run: Run, images: data.Images, what: str) -> Predictions:
-    """What the network says of images; each process has its part of them, and gets all."""
+    """The network's predictions for images. Each process computes a part and gets all of them."""
     table = torch.zeros(4, len(images), dtype=torch.float64, device=run.device)
     rows = torch.arange(len(images), device=run.device).split(run.batches.batch)
     seen = 0
@@ -1391,7 +1391,7 @@ def predict(run: Run, images: data.Images, what: str) -> Predictions:
 
 
 def predict_all(run: Run) -> None:
-    """Set run.predictions: of validation, if there is any, and of test."""
+    """Set run.predictions for validation, if it has images, and for test."""
     for part in ("val", "test"):
         images = getattr(run.dataset, part)
         if len(images):
@@ -1399,7 +1399,7 @@ def predict_all(run: Run) -> None:
 
 
 def validate_zero_shot(run: Run) -> None:
-    """Print validation accuracy of CLIP's class embeddings alone, and put it into the metadata."""
+    """Print the zero-shot validation accuracy (no bottlenecks), and add it to the metadata."""
     with run.model.head.zero_shot():
         val = predict(run, run.dataset.val, "zero-shot").accuracy
     if not math.isnan(val):
@@ -1408,12 +1408,12 @@ def validate_zero_shot(run: Run) -> None:
 
 
 def fit(run: Run) -> None:
-    """Train, or go on training; put back the weights that val chose; read the test set."""
+    """Train or continue training, restore the weights of the chosen epoch, read the test set."""
     state = run.state
     groups = adaptertune.parameter_groups(
         run.model, run.options.weight_decay, run.options.lr, run.options.head_lr
     )
-    # Fused, a GPU takes a step in one launch.
+    # With fused=True a GPU takes a step in one launch.
     optimizer = torch.optim.AdamW(groups, fused=run.device.type == "cuda")
     found = (run.folder / "state.pt").exists()
     if found:
@@ -1444,15 +1444,15 @@ def fit(run: Run) -> None:
 
 
 def set_up_and_fit(run: Run) -> dict:
-    """Describe a prepared run, compute features if it uses them, train it and write its files;
-    returns result.json."""
+    """Describe a prepared run, compute features if it uses cached ones, train it and write its
+    files. Returns the content of result.json."""
     options = run.options
     wait_for_all()  # before the first one writes anything
     peak_memory(run.device, reset=True)
     describe(run)
     describe_recipe(run)
     clip = options.method in adaptertune.CLIP_METHODS
-    if clip and options.classifier == "text":  # before what takes long
+    if clip and options.classifier == "text":  # before the slow part
         embed_class_names(run)
     if options.cached:
         started = time.perf_counter()
@@ -1465,7 +1465,7 @@ def set_up_and_fit(run: Run) -> dict:
     if clip and options.classifier == "prototypes":
         average_class_images(run)
     run.dataset = place_images(run.dataset, run.device)
-    signal.signal(signal.SIGINT, ask_stop)  # a step is brought to its end
+    signal.signal(signal.SIGINT, ask_stop)  # from here on a step is completed first
     signal.signal(signal.SIGTERM, ask_stop)
     fit(run)
     stop_at_once()
@@ -1473,8 +1473,8 @@ def set_up_and_fit(run: Run) -> dict:
 
 
 def finish(run: Run) -> dict:
-    """Write the final files, report, remove what was only for --resume; one process does it.
-    Returns result.json."""
+    """Write the final files, report, and remove the file that was for --resume; the first process
+    does this. Returns the content of result.json."""
     result = run.meta | {
         "trained": sum(parameter.numel() for parameter in run.parameters),
         "seconds": run.state.train_time,
@@ -1494,8 +1494,8 @@ def finish(run: Run) -> dict:
 
 
 def train_run(options: argparse.Namespace, seed: int) -> dict:
-    """One run from loading to the report; returns its result.json, its folder, and whether it was
-    finished before."""
+    """One run, from loading to the report. Returns the content of result.json with the "folder",
+    and with "kept" if the run was finished before."""
     if options.cached and dist.is_initialized():
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
     folder = run_folder(options, seed)
@@ -1518,7 +1518,7 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
 
 
 def run_name(options: argparse.Namespace, seed: int) -> str:
-    """A name such as digits-adaptertune-r8-s0, or the one given and what differs in the grid."""
+    """A name such as digits-adaptertune-r8-s0; or --name, followed by what differs in the grid."""
     if options.name:
         parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
         if len(options.seeds) > 1:
@@ -1536,18 +1536,18 @@ def run_name(options: argparse.Namespace, seed: int) -> str:
     if options.every > 1:
         parts.append(f"every{options.every}")
     if options.blocks:
-        parts.append("b" + ".".join(map(str, options.blocks))[:60])  # folders number themselves
+        parts.append("b" + ".".join(map(str, options.blocks))[:60])  # run_folder numbers repeats
     if options.method in adaptertune.ADAPTER_METHODS and options.init != "zero":
         parts.append(Path(options.init).stem)
     return "-".join([*parts, f"s{seed}"])
 
 
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
-    """runs/NAME of these options; where others have that name, runs/NAME-2 and so on.
+    """The folder of these options: runs/NAME, or runs/NAME-2 and so on if other runs have the name.
 
     Raises:
-        ValueError: another run has the --name; or with --resume, is unfinished or has no fewer
-            epochs.
+        ValueError: a run with other options has the --name or, with --resume, is unfinished; or
+            --resume gives a finished run no more epochs than it has.
     """
     first = Path("runs") / run_name(options, seed)
     folder = first
@@ -1572,13 +1572,13 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
 
 
 def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
-    """In what the run of a folder differs from these options; "" if it is theirs. With --resume it
-    is theirs too if it is finished and they have more epochs."""
+    """How the run in a folder differs from these options; "" if it is the same run. With --resume
+    it is also the same run if it is finished and the options have more epochs."""
     saved = read_config(folder)
     kept = kept_options(options, seed)
     if options.resume and (options.epochs or 0) > saved["epochs"] and not is_unfinished(folder):
         del kept["epochs"]
-    derived = ("lr", "head_lr", "label_smoothing", "cached")  # which follow from others
+    derived = ("lr", "head_lr", "label_smoothing", "cached")  # follow from others: named last
     for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
         value = kept[key]
         before = saved.get(key)
@@ -1594,22 +1594,22 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder's run was stopped: before its end, or when it was given more epochs."""
+    """Whether a folder's run was stopped before its end, or before the end of added epochs."""
     if (folder / "state.pt").exists():
         return True
-    # config.json is written before state.pt: a kill between the two leaves more epochs there.
+    # config.json is written before state.pt: a kill between the two leaves it with more epochs.
     finished = (folder / "result.json").exists()
     return finished and read_result(folder)["epochs"] < read_config(folder)["epochs"]
 
 
 def find_finished(options: argparse.Namespace, folder: Path) -> dict:
-    """The result.json of a run that is done already, said on the terminal; {} if there is
-    something to train."""
+    """The result.json of a run that is already finished, and a line on the terminal that says so;
+    {} if there is something to train."""
     path = folder / "adapters.safetensors"
     if not path.exists() or (folder / "state.pt").exists():
         return {}
     result = read_result(folder)
-    if options.weights or options.init_lora:  # files, which may be others by now
+    if options.weights or options.init_lora:  # files that may have been replaced since
         model, _ = load_backbone(options)
         check_backbone(path, result["fingerprint"], adaptertune.fingerprint(model), options)
     if options.resume and (options.epochs or 0) > result["epochs"]:
@@ -1622,8 +1622,8 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def check_backbone(path: Path, trained_on: str, present: str, options: argparse.Namespace) -> None:
-    """Raise a ValueError if the backbone that the options name isn't the one that a run's file was
-    trained on, by their fingerprints."""
+    """Raise a ValueError if the fingerprints show that a run's file was trained on another backbone
+    than the options name."""
     if present != trained_on:
         given = " with ".join(filter(None, (options.weights, options.init_lora)))
         raise ValueError(
@@ -1633,7 +1633,7 @@ def check_backbone(path: Path, trained_on: str, present: str, options: argparse.
 
 
 def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> None:
-    """Say where a run goes, if that may surprise."""
+    """Print a note if a run's folder may be unexpected."""
     if (folder / "config.json").exists():
         return
     if options.resume:
@@ -1650,7 +1650,7 @@ def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> Non
 
 
 def check_writable(folder: Path) -> None:
-    """Raise a ValueError if files can't be written to a folder, made or not yet made."""
+    """Raise a ValueError if files can't be written to a folder, which needn't exist yet."""
     place = folder
     while not place.exists():
         if place.is_symlink():  # such as one to a disk that isn't mounted
@@ -1669,12 +1669,12 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, which is made if it isn't there, and removed if nothing came into it.
+    """Lock a run's folder. It is made if it doesn't exist, and removed again if it is still empty.
 
     Raises:
         ValueError: another process is at work in it, or nothing can be written there.
     """
-    if rank_and_world()[0]:  # the first process holds it for all
+    if rank_and_world()[0]:  # the first process holds the lock for all
         yield
         return
     check_writable(folder)
@@ -1687,8 +1687,8 @@ def at_work(folder: Path) -> Iterator[None]:
 
 
 def kept_options(options: argparse.Namespace, seed: int) -> dict:
-    """What config.json holds: every option that says what the run is, with paths that hold from
-    any folder."""
+    """The options that config.json holds: every one that says what the run is, with absolute
+    paths."""
     kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
     for name in PATHS:
         kept[name] = absolute(kept[name])
@@ -1696,47 +1696,47 @@ def kept_options(options: argparse.Namespace, seed: int) -> dict:
 
 
 def absolute(path: str) -> str:
-    """The whole path of a file or folder; names of data sets, and "", as they are."""
+    """The absolute path of a file or folder; the name of a data set, or "", as it is."""
     return os.path.abspath(path) if path and path not in data.DATASETS else path  # noqa: PTH100
 
 
 @contextlib.contextmanager
 def refusing(path: Path, advice: str) -> Iterator[None]:
-    """Make one ValueError of all that reading a damaged file can raise, which is nearly anything.
+    """Raise a ValueError for any error in reading a damaged file, which can be nearly anything.
 
     Args:
         advice: what to do about it.
     """
     try:
         yield
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # it may be whole
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be intact
         raise
     except Exception as error:
         raise ValueError(f"{path} is damaged ({vit.first_line(error)}); {advice}") from error
 
 
 def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
-    """A run's file of JSON.
+    """Read a JSON file of a run.
 
     Args:
         table: what the values of its keys may be (see adaptertune.check_types).
         required: keys that it must have.
 
     Raises:
-        ValueError: it is missing or damaged, or a value can't be.
+        ValueError: the file is missing or damaged, or the table doesn't allow a value.
     """
     if not path.exists():
         raise ValueError(f"no run in {path.parent}: {path} is missing")
     with refusing(path, "restore it, or delete that folder and train again"):
         if not path.is_file():  # a pipe or a device, which may have no end
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         content = json.loads(path.read_text(encoding="utf-8"))
         adaptertune.check_types(content, table, required)
     return content
 
 
 def read_config(folder: Path) -> dict:
-    """A run's options, as far as they are still options, with values that these can have.
+    """A run's options, with values checked; options that no longer exist are left out.
 
     Raises:
         ValueError: as read_json.
@@ -1750,14 +1750,14 @@ def read_config(folder: Path) -> dict:
     table["method"] = adaptertune.choice(tuple(adaptertune.METHODS))
     table["seeds"] = adaptertune.several(adaptertune.whole(0), least=1)
     table["auto"] = adaptertune.several(adaptertune.choice(tuple(AUTO)))
-    table["epochs"] = adaptertune.whole(0)  # never left open, as on the command line
+    table["epochs"] = adaptertune.whole(0)  # never None, unlike on the command line
     required = ("method", "seeds", "dataset", "data_dir", "epochs", "amp")
     saved = read_json(folder / "config.json", table, required)
     return {name: saved[name] for name in table if name in saved}
 
 
 def option_allows(action: argparse.Action, value: object) -> bool:
-    """Whether an option can have a value: it is what comes out when its text is read."""
+    """Whether an option can have a value: parsing the value's text gives the value back."""
     if isinstance(value, bool) or action.nargs == 0:
         return isinstance(value, bool | None) and action.nargs == 0
     if value == action.default or [value] == action.default:  # options of GRID have lists
@@ -1801,7 +1801,7 @@ def read_metrics(path: Path, epochs: int) -> list[list[str]]:
     Raises:
         ValueError: it is missing or damaged.
     """
-    with refusing(path, "without it no epochs can be added: train anew with another --name"):
+    with refusing(path, "without it no epochs can be added: train again with another --name"):
         if not path.is_file():
             raise ValueError("it is missing, or no file")
         with path.open(newline="", encoding="utf-8") as file:
@@ -1823,12 +1823,12 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a file of JSON."""
+    """Write a JSON file."""
     data.write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def to_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
-    """A table as text."""
+    """A table as CSV text."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     for row in (header, *rows):
@@ -1837,7 +1837,7 @@ def to_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
 
 
 def write_csv(path: Path, header: Iterable, rows: Iterable[Iterable]) -> None:
-    """Write a table."""
+    """Write a table as a CSV file."""
     data.write_file(path, to_csv(header, rows))
 
 
@@ -1859,7 +1859,7 @@ def write_records(run: Run) -> None:
 
 
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Write state.pt: weights, optimiser, State, which are the same in all processes."""
+    """Write state.pt in the first process: weights, optimiser and State are the same in all."""
     if not run.batches.rank:
         weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
         state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
@@ -1871,12 +1871,12 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Restore an interrupted run: all of it, or a ValueError."""
+    """Restore an interrupted run completely, or raise a ValueError."""
     path = run.folder / "state.pt"
     advice = "delete that folder and train again"
     with refusing(path, advice):
         vit.check_archive(path)
-        with zipfile.ZipFile(path) as archive:  # torch.save writes one, with a checksum a member
+        with zipfile.ZipFile(path) as archive:  # torch.save's format; it has a checksum per member
             if archive.testzip():
                 raise ValueError("a checksum differs")
         saved = torch.load(path, map_location=run.device, weights_only=True)
@@ -1894,12 +1894,12 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Restore an optimiser's moments and rates; its settings come from the options and the device.
-    Raises a ValueError if they aren't of these parameters."""
+    Raises a ValueError if the moments don't fit the parameters."""
     present = optimizer.state_dict()
     present["state"] = saved["state"]
     optimizer.load_state_dict(present)
     for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        group["lr"] = float(before["lr"])  # of a stop after an epoch's last step, for metrics.csv
+        group["lr"] = float(before["lr"])  # for metrics.csv, if stopped after an epoch's last step
     for parameter, moments in optimizer.state.items():
         shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
         for name, shape in shapes.items():
@@ -1917,7 +1917,7 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
             raise ValueError(f"{name} is of another type")
     state = State(**saved)
     if state.hits.shape or state.loss.shape or state.hits.dtype != torch.int64:
-        raise ValueError("hits or loss are no single numbers")
+        raise ValueError("hits or loss aren't single numbers")
     steps = run.batches.count(run.dataset.train)
     epochs = run.options.epochs
     if not (
@@ -1927,7 +1927,7 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
         and 0 <= state.seen <= len(run.dataset.train)
         and min(state.epoch_time, state.train_time, state.eval_time) >= 0
     ):
-        raise ValueError("epochs, steps or times that can't be")
+        raise ValueError("impossible epochs, steps or times")
     check_rows(state.rows, state.epoch - 1)
     shapes = {name: each.shape for name, each in adaptertune.trained(run.model).items()}
     for tensors in (weights, state.chosen):
@@ -1937,8 +1937,8 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
 
 
 def add_epochs(run: Run) -> None:
-    """Set run.state and the weights to where a finished run ended, for it to get more epochs: with
-    a schedule and an optimiser of their own, and the weights of the epoch that was chosen."""
+    """Set run.state and the weights to the end of a finished run, to add epochs to it. These start
+    from the weights of the chosen epoch, with a new schedule and a new optimiser."""
     state = run.state
     path = run.folder / "adapters.safetensors"
     adaptertune.load(path, run.model, name=run.meta["backbone"])
@@ -1951,7 +1951,7 @@ def add_epochs(run: Run) -> None:
     state.chosen_epoch = result["epoch"]
     state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
     vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
-    state.best_val = max(vals, default=state.chosen_val)  # of 0 epochs: of what it began with
+    state.best_val = max(vals, default=state.chosen_val)  # after 0 epochs: the initial accuracy
     trained = adaptertune.trained(run.model)
     state.chosen = {name: each.detach().clone() for name, each in trained.items()}
     added = run.options.epochs - epochs
@@ -1964,26 +1964,25 @@ def add_epochs(run: Run) -> None:
 # --------------------------------------------------------------------------------- opening a run
 
 
-# What the adapters of a run say of it.
+# Metadata that a run's adapters.safetensors must have.
 REQUIRED_META = ("method", "backbone", "license", "fingerprint", "image_size", "mean", "std")
 REQUIRED_META += ("center", "dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
 
 
 def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, dict]:
-    """The network of the finished run that --eval names, with the trained tensors, its backbone,
-    and the metadata.
+    """The network of the finished run that --eval names, with the trained tensors; its backbone;
+    and its metadata.
 
     Raises:
-        ValueError: no finished run there, or the backbone isn't the one that it was trained on, or
-            is used otherwise.
+        ValueError: there is no finished run, or it used another backbone or other settings.
     """
     path = Path(options.eval) / "adapters.safetensors"
-    _, meta = adaptertune.read(path, REQUIRED_META)  # an error before anything is loaded
+    _, meta = adaptertune.read(path, REQUIRED_META)  # fails before anything is loaded
     model, backbone = load_backbone(options)
     present = describe_network(options, model, backbone)
     present |= adapt_backbone(model, options, len(meta["classes"]))
     compared = {name: value for name, value in present.items() if name not in EVAL_MAY_CHANGE}
-    shape = ("method", "rank", "placement", "prompts")  # an error that doesn't name tensors
+    shape = ("method", "rank", "placement", "prompts")  # first, for an error that names settings
     adaptertune.check_same(path, meta, {name: compared[name] for name in shape if name in compared})
     adaptertune.load(path, model, name=present["backbone"])
     adaptertune.check_same(path, meta, compared)
@@ -1994,7 +1993,7 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     """The finished run that --eval names: its data, and its network with the trained tensors.
 
     Args:
-        need_data: without it, a run whose data set is gone gets None for it, and a line says so.
+        need_data: if False and the data set can't be used, it is None and a note is printed.
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
@@ -2026,19 +2025,19 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
 
 @dataclass
 class Classifier:
-    """A finished run for use in one's own code, without its data set (see load_run)."""
+    """A finished run for use in your own code, without its data set (see load_run)."""
 
     network: vit.ViT  # normalised images [B, 3, S, S] to logits [B, K]; in eval mode
     classes: list[str]
     image_size: int  # S
-    center: float  # share of a photo's centre square that is looked at
+    center: float  # the network sees this share of each side of a photo's centre square
     batches: data.Batches
 
     def preprocess(self, photo: "str | Path | Image.Image") -> Tensor:  # noqa: F821
-        """A photo's file, or what Pillow made of it, as the network takes it: [1, 3, S, S].
+        """A photo, given as a file or as Pillow's image, as input of the network: [1, 3, S, S].
 
         Raises:
-            ValueError: it can't be read.
+            ValueError: the photo can't be read.
         """
         pixels = data.read_photo(photo, data.stored_side(self.image_size, self.center))[None]
         pixels = pixels.to(self.batches.device)
@@ -2050,11 +2049,11 @@ class Classifier:
         self,
         photos: "Iterable | str | Path | Image.Image",  # noqa: F821
     ) -> tuple[list[str], Tensor]:
-        """The labels of n photos, files or Pillow's images, and the probabilities [n, K]. One photo
-        may be given alone. For tensors there is `network`.
+        """The labels of n photos, files or Pillow's images, and the probabilities [n, K]. A single
+        photo needn't be in a list. For tensors, call `network`.
 
         Raises:
-            ValueError: one of them can't be read; none are given.
+            ValueError: a photo can't be read, or none is given.
         """
         if isinstance(photos, str | Path) or not isinstance(photos, Iterable):
             photos = [photos]
@@ -2073,15 +2072,15 @@ class Classifier:
 def load_run(
     folder: str | Path, weights: str | Path = "", init_lora: str | Path = "", device: str = "cpu"
 ) -> Classifier:
-    """A finished run for use in one's own code, without its data set:
+    """A finished run for use in your own code, without its data set:
 
         model = train.load_run("runs/NAME")
         labels, probabilities = model.predict(["photo.jpg", "other.jpg"])
 
     Args:
-        weights: where the backbone's file is now, if it isn't where it was.
-        init_lora: the same for its LoRA.
-        device: "cuda" for a GPU, "auto" for one if there is one.
+        weights: the path of the backbone's file, if it has moved.
+        init_lora: the path of the LoRA, if it has moved.
+        device: "cpu"; "cuda" for a GPU; "auto" for a GPU if there is one.
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
@@ -2097,7 +2096,7 @@ def load_run(
 
 
 def open_classifier(options: argparse.Namespace) -> Classifier:
-    """What load_run gives, of the run that --eval names and on the options' device."""
+    """The Classifier of the run that --eval names, on the device that --device names."""
     device = choose_device(options.device)
     model, _, meta = open_network(options)
     model = model.eval().requires_grad_(False).to(device)
@@ -2117,8 +2116,8 @@ def clock_text(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:
-    """The most memory in GiB in use since the last `reset`: the GPU's, else the process's (0 where
-    it is unavailable)."""
+    """The peak memory in GiB since the last `reset`: the GPU's, else the process's (0 if that is
+    unavailable)."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -2128,12 +2127,12 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
         return 0.0
     if reset:
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back (man 5 proc)
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
 
 
 def describe(run: Run) -> None:
-    """The lines above the table: where it runs, what is frozen, what is trained, on what."""
+    """Print the lines above the table: environment, backbone, trained parameters and data."""
     if run.device.type == "cuda":
         where = torch.cuda.get_device_name(run.device)
     else:
@@ -2156,7 +2155,7 @@ def describe(run: Run) -> None:
 
 
 def describe_recipe(run: Run) -> None:
-    """How a run is trained; nothing for what isn't."""
+    """Print how a run is trained; nothing for 0 epochs."""
     options = run.options
     if not options.epochs:
         return
@@ -2174,7 +2173,7 @@ def describe_recipe(run: Run) -> None:
 
 
 def describe_trained(counts: dict[str, int], epochs: int) -> None:
-    """What is trained and kept; with 0 epochs it is kept alone."""
+    """Print what is trained and saved; with 0 epochs it is only saved."""
     total = sum(counts.values())
     trained = total - counts["frozen"]
     text = f"trained  {trained:,} ({100 * trained / total:.2f} %)"
@@ -2187,7 +2186,7 @@ def describe_trained(counts: dict[str, int], epochs: int) -> None:
 
 
 def describe_backbone(backbone: vit.Backbone, meta: dict, frozen: int) -> None:
-    """The network's name and shape, the normalisation, and what was guessed."""
+    """Print the network's name and shape, the normalisation, and what was guessed."""
     heads = counted(backbone.config.heads, "head")
     if "heads" in backbone.source:
         heads += f" ({backbone.source['heads']})"
@@ -2207,7 +2206,7 @@ def describe_backbone(backbone: vit.Backbone, meta: dict, frozen: int) -> None:
 
 
 def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
-    """How many images there are, of what, and what was left out."""
+    """Print the numbers of images and classes, and what was left out."""
     train = of_all(len(images.train), images.whole[0])
     val = of_all(len(images.val), images.whole[1])
     text = f"data     {images.name}: {train} train / {val} val / {len(images.test):,} test, "
@@ -2234,7 +2233,7 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
 
 
 def describe_classes(run: Run) -> None:
-    """The smallest and the largest class of training images, and what to do about it."""
+    """Print the sizes of the smallest and the largest class, and whether the loss is weighted."""
     sizes = class_sizes(run.dataset)
     few = int(sizes.argmin())
     many = int(sizes.argmax())
@@ -2249,33 +2248,33 @@ def describe_classes(run: Run) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """Such as "1 thread", "2,000 images"."""
+    """A number and its noun, such as "1 thread" or "2,000 images"."""
     return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def method_text(meta: dict) -> str:
-    """Such as "adaptertune rank 8", or "head"."""
+    """A method and its rank, if it has one: "adaptertune rank 8", or "head"."""
     return f"{meta['method']} rank {meta['rank']}" if meta.get("rank") else meta["method"]
 
 
 def of_all(part: int, whole: int) -> str:
-    """Such as "2,000 of 45,000", or "45,000" for all of them."""
+    """A part of a whole, such as "2,000 of 45,000"; only "45,000" if it is all."""
     return f"{part:,} of {whole:,}" if part < whole else f"{part:,}"
 
 
 def print_row(cells: Iterable[str]) -> None:
-    """One aligned row of the table of epochs."""
+    """Print one aligned row of the table of epochs."""
     padded = [f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=False)]
     print("".join(padded), flush=True)
 
 
 def is_shown(epoch: int, epochs: int) -> bool:
-    """Does the terminal show this epoch? Of more than 40 every tenth."""
+    """Whether the terminal shows this epoch. Of more than 40 it shows every tenth."""
     return epochs <= 40 or epoch % 10 == 0
 
 
 def print_header(rows: list[list[str]], epochs: int) -> None:
-    """The head of the table of epochs, and the rows of those that are done."""
+    """Print the header of the table of epochs, and the rows of the epochs that are done."""
     print()
     print_row(COLUMNS)
     for row in rows:
@@ -2284,7 +2283,7 @@ def print_header(rows: list[list[str]], epochs: int) -> None:
 
 
 def report_test(run: Run, how: str) -> None:
-    """Accuracy on test, and the five classes with the lowest."""
+    """Print the accuracy on test, and the five classes with the lowest accuracies."""
     predictions = run.predictions["test"]
     text = f"test     {predictions.accuracy:.2f} %"
     K = len(run.dataset.classes)
@@ -2292,7 +2291,7 @@ def report_test(run: Run, how: str) -> None:
         text += f", as a mean over classes {predictions.class_accuracy(K):.2f} %"
     print(f"{text}   ({how})")
     hits, images = predictions.by_class(K)
-    shares = hits / images  # NaN, and last, where a class has no images
+    shares = hits / images  # NaN, which is sorted last, for a class without images
     worst = []
     for label in shares.argsort(stable=True)[:5].tolist():
         if hits[label] < images[label]:
@@ -2316,11 +2315,11 @@ def write_predictions(run: Run, path: Path) -> None:
 
 
 def front_matter(run: Run, library: str, tags: list[str]) -> str:
-    """The head of a model card for Hugging Face's hub; it names only what is on the hub."""
+    """The front matter of a model card for Hugging Face's hub; it names only what is on the hub."""
     license = run.meta["license"]
     front = {"library_name": library, "pipeline_tag": "image-classification"}
     front["license"] = "unknown" if license == "not stated" else license.lower()
-    if license == "DINOv3 License":  # which the hub knows by this name alone
+    if license == "DINOv3 License":  # the hub knows it only by this name
         front |= {"license": "other", "license_name": "dinov3-license"}
     if run.backbone.repo and not run.options.weights:
         front["base_model"] = run.backbone.repo
@@ -2332,8 +2331,8 @@ def front_matter(run: Run, library: str, tags: list[str]) -> str:
 
 
 def model_card(run: Run) -> str:
-    """The run's README.md, in the form of Hugging Face's hub: what the model is, how good, how to
-    use it (https://huggingface.co/docs/hub/model-cards)."""
+    """The run's README.md, a model card for Hugging Face's hub: what the model is, how accurate it
+    is, and how to use it (https://huggingface.co/docs/hub/model-cards)."""
     meta = run.meta
     front = front_matter(run, "adaptertune", ["vision-transformer", meta["method"]])
     method = method_text(meta)
@@ -2384,7 +2383,7 @@ adapters.safetensors holds {held} (licence: {meta["license"]}).
 
 
 def conclude(run: Run) -> None:
-    """The lines below the table."""
+    """Print the lines below the table, and draw the pictures."""
     state = run.state
     if not state.rows:
         how = "nothing to choose"
@@ -2426,7 +2425,7 @@ class Summary:
         return statistics.mean(self.values(key))
 
     def spread(self, key: str = "test_accuracy") -> float:
-        """Standard deviation."""
+        """The standard deviation over the seeds; 0 for a single run."""
         return statistics.stdev(self.values(key)) if len(self.results) > 1 else 0.0
 
     @property
@@ -2443,7 +2442,7 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
 
     Args:
         results: label and result.json of each run.
-        path: of both files, without suffix; where another comparison is, they are numbered.
+        path: of both files, without suffix; a number is added if another comparison is there.
     """
     by_label: dict[str, list[dict]] = {}
     for label, result in results:
@@ -2488,8 +2487,8 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
 
 
 def find_elbow(summaries: list[Summary]) -> int:
-    """Print and return the elbow of runs that differ in rank alone: the least rank whose mean is
-    within a standard error of the best mean; on validation, since it is a choice."""
+    """Print and return the elbow of runs that differ only in rank: the lowest rank whose mean is
+    within a standard error of the best mean; on validation, if any, since it is a choice."""
     key = "val_accuracy"
     if any(math.isnan(each.mean(key)) for each in summaries):
         key = "test_accuracy"
@@ -2508,9 +2507,9 @@ def find_elbow(summaries: list[Summary]) -> int:
 
 
 def can_draw(*paths: Path) -> bool:
-    """Is matplotlib installed? If not, say which pictures are left out."""
+    """Whether matplotlib is installed; if not, print which pictures are left out."""
     try:
-        import matplotlib.image  # noqa: F401 - which wants Pillow
+        import matplotlib.image  # noqa: F401 - it needs Pillow
     except ImportError:
         names = ", ".join(map(str, paths))
         print(f"pictures {names} left out; to have them: pip install matplotlib")
@@ -2519,7 +2518,7 @@ def can_draw(*paths: Path) -> bool:
 
 
 def new_figure(width: float, height: float, panels: int = 1, columns: int = 3):
-    """A matplotlib figure of panels, so many in a row, and the list of their axes.
+    """A matplotlib figure of panels, up to `columns` in a row, and the list of their axes.
 
     Args:
         width, height: of a panel, in inches.
@@ -2539,17 +2538,17 @@ def new_figure(width: float, height: float, panels: int = 1, columns: int = 3):
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a picture and say where."""
+    """Write a picture and print its path."""
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None
     with data.replacing(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks
+        warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks becomes a box
         figure.savefig(file, format=kind, metadata=metadata, bbox_inches="tight")
     print(f"saved    {path}")
 
 
 def draw_curves(rows: list[list[str]], chosen_epoch: int, path: Path) -> None:
-    """Loss and accuracy over the epochs of a run."""
+    """Draw loss and accuracy over the epochs of a run."""
     figure, (loss_axes, accuracy_axes) = new_figure(4.5, 3.5, panels=2)
     for axes in (loss_axes, accuracy_axes):
         axes.xaxis.get_major_locator().set_params(integer=True)  # epochs
@@ -2565,8 +2564,8 @@ def draw_curves(rows: list[list[str]], chosen_epoch: int, path: Path) -> None:
 
 
 def draw_mistakes(run: Run, path: Path) -> None:
-    """The 25 test images of which the network is most certain, and wrong. If there are none, an
-    earlier picture goes."""
+    """Draw the 25 wrong predictions on test of which the network is most certain. If there are
+    none, remove an earlier picture."""
     found = run.predictions["test"]
     wrong = (found.best != found.labels).nonzero().flatten()
     wrong = wrong[found.probability[wrong].argsort(descending=True)][:25].tolist()
@@ -2589,14 +2588,14 @@ def draw_mistakes(run: Run, path: Path) -> None:
 
 
 def shorten(text: str, length: int = 28) -> str:
-    """A text that fits below a picture: its beginning and end."""
+    """A text cut to fit above a picture: its beginning and end."""
     text = data.printable(text)
     half = length // 2
     return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, path: Path) -> None:
-    """Test accuracy over rank, if there is an elbow; else over trained parameters."""
+    """Draw test accuracy over rank, if there is an elbow; else over trained parameters."""
     if not can_draw(path):
         return
     figure, (axes,) = new_figure(6, 4)
@@ -2623,7 +2622,7 @@ def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, pat
 
 @dataclass
 class Examined:
-    """What a run predicts for its test images."""
+    """A run's predictions for its test images, and their features."""
 
     title: str
     classes: list[str]
@@ -2631,7 +2630,7 @@ class Examined:
     labels: Tensor  # [n]
     predictions: Tensor  # [n]
     points: Tensor  # [n, 2], the features in two dimensions
-    projection: str  # how they got there
+    projection: str  # how they were projected
 
     def confusion(self) -> Tensor:
         """Counts [K, K]: images of a class (row) by prediction (column)."""
@@ -2639,7 +2638,7 @@ class Examined:
         return torch.bincount(self.labels * K + self.predictions, minlength=K * K).view(K, K)
 
     def most_confused(self, count: int) -> list[int]:
-        """The classes with the most mistakes, from them or to them; all if there are no more."""
+        """The `count` classes with the most mistakes, as label or as prediction; all if fewer."""
         wrong = self.confusion().fill_diagonal_(0)
         mistakes = wrong.sum(dim=0) + wrong.sum(dim=1)
         chosen = mistakes.argsort(descending=True, stable=True)[:count]
@@ -2668,8 +2667,8 @@ def examine(run: Run) -> Examined:
 
 
 def to_two_dimensions(features: Tensor) -> tuple[Tensor, str]:
-    """Features [n, D] as points [n, 2] to look at, and how: by t-SNE where scikit-learn is
-    installed, else by their two principal components. One image alone has neither."""
+    """Project features [n, D] to points [n, 2] for a plot, and name the method: t-SNE if
+    scikit-learn is installed, else the first two principal components. One image gets neither."""
     if len(features) == 1:
         return torch.zeros(1, 2), "one image"
     try:
@@ -2683,7 +2682,7 @@ def to_two_dimensions(features: Tensor) -> tuple[Tensor, str]:
 
 
 def plot(runs: Iterable[Run], path: Path) -> None:
-    """Draw how finished runs see their test images; name the worst mistakes; write a .csv.
+    """Draw features and confusion matrices of finished runs; print frequent mistakes; write a .csv.
 
     Args:
         path: the files' common beginning.
@@ -2708,7 +2707,7 @@ def plot(runs: Iterable[Run], path: Path) -> None:
 
 
 def print_mistakes(examined: Examined) -> None:
-    """The three most frequent mistakes."""
+    """Print the three most frequent mistakes."""
     counts = examined.confusion()
     wrong = counts.clone().fill_diagonal_(0)
     K = len(examined.classes)
@@ -2723,7 +2722,7 @@ def print_mistakes(examined: Examined) -> None:
 
 
 def draw_features(examined: list[Examined], path: Path) -> None:
-    """The test images' features in two dimensions, at most 20 classes coloured and named."""
+    """Draw the test images' features in two dimensions, at most 20 classes coloured and named."""
     import matplotlib
 
     figure, panels = new_figure(5, 5, panels=len(examined))
@@ -2736,7 +2735,7 @@ def draw_features(examined: list[Examined], path: Path) -> None:
         points = each.points.numpy()
         axes.scatter(points[:, 0], points[:, 1], s=6, color="lightgrey", rasterized=True)
         for colour, label in zip(palette, coloured, strict=False):
-            members = points[(each.labels == label).numpy()]  # a tensor of one would be a number
+            members = points[(each.labels == label).numpy()]  # a one-element tensor is an index
             name = each.classes[label]
             axes.scatter(*members.T, s=8, color=colour, label=name, rasterized=True)
         axes.set(title=f"{each.title} ({each.projection})", xticks=[], yticks=[])
@@ -2749,8 +2748,8 @@ def draw_features(examined: list[Examined], path: Path) -> None:
 
 
 def draw_confusion(examined: list[Examined], path: Path) -> None:
-    """Confusion matrices, in percent of a row's images; of more than 40 classes the 20 most
-    confused."""
+    """Draw confusion matrices, in percent of each row's images; with more than 40 classes, only the
+    20 most confused."""
     K = len(examined[0].classes)
     side = 2.5 + 0.25 * (K if K <= 40 else 20)
     figure, panels = new_figure(side, side, panels=len(examined))
@@ -2806,15 +2805,15 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
 
 
 def as_file_name(name: str) -> str:
-    """A data set's name as a part of a file's: from another one's run it may be anything."""
+    """A data set's name as part of a file name: in somebody else's run it may be anything."""
     return re.sub(r"^\.|[/\\\0]", "_", name) or "_"
 
 
 def print_heading(
     options: argparse.Namespace, seed: int, done: int, total: int, times: list[float]
 ) -> None:
-    """The line above one of several runs: which it is, and how long all that are left will take,
-    by the seconds that others took."""
+    """Print the line above one of several runs: which it is, and the time left for all of them,
+    estimated from `times`, the seconds that earlier runs took."""
     text = f"{options.label or options.method}, learning rate {options.lr:g}, seed {seed}"
     if times:
         text += f"; about {clock_text(statistics.mean(times) * (total - done))} left for all"
@@ -2828,7 +2827,7 @@ def open_folder(folder: Path) -> Run:
 
 
 def evaluate_again(options: argparse.Namespace) -> None:
-    """--eval: read the test set of a finished run again, or all of another folder."""
+    """--eval: evaluate a finished run on its test set again, or on another folder."""
     run = open_run(options)
     describe(run)
     predict_all(run)
@@ -2879,8 +2878,8 @@ def predict_photos(options: argparse.Namespace) -> int:
 
 
 class Printable:
-    """A stream that shows control characters as "\ufffd": names of files and classes, and what a
-    damaged file says, may hold any."""
+    """A stream that shows control characters as "\ufffd": names of files and classes, and the
+    content of a damaged file, may contain them."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -2894,11 +2893,11 @@ class Printable:
 
 
 def prepare_process() -> None:
-    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt; print "?" for what a terminal can't show,
-    and nothing where it is closed."""
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt. Make stdout and stderr print "?" for what a
+    terminal can't show, and nothing if they are closed."""
     stop_at_once()
     nothing = os.open(os.devnull, os.O_RDWR)
-    while nothing < 3:  # closed, as by 2>&-: else the next file that is opened gets its number
+    while nothing < 3:  # a stream is closed (2>&-): don't let the next file get its number
         nothing = os.open(os.devnull, os.O_RDWR)
     os.close(nothing)
     for name in ("stdout", "stderr"):
@@ -2912,7 +2911,7 @@ def prepare_process() -> None:
 
 
 def run_command(grid: list[argparse.Namespace]) -> int:
-    """What the options ask for. Returns the exit status."""
+    """Do what the options ask for. Returns the exit status."""
     if grid[0].eval and dist.is_initialized():
         raise ValueError("--eval and --predict are for one process, not torchrun")
     if grid[0].predict:
@@ -2925,7 +2924,7 @@ def run_command(grid: list[argparse.Namespace]) -> int:
 
 
 def print_error(error: Exception) -> None:
-    """The one line on an error that a user can do something about; any other is raised again."""
+    """Print one line for an error that the user can do something about; raise any other again."""
     text = str(error)
     no_memory = "can't allocate memory" in text or "could not create a primitive" in text
     if isinstance(error, MemoryError) or no_memory:
@@ -2940,15 +2939,15 @@ def print_error(error: Exception) -> None:
 
 
 def run_program(work: Callable[[], int], stopped: Callable[[], str]) -> int:
-    """A program's exit status: what `work` returns; 1 for an error, which is printed; 130 after
-    Ctrl-C, where the line that `stopped` returns is printed. Afterwards streams and signals are as
-    they were, for a notebook that calls `main`."""
+    """Run `work` and return the exit status: what it returns; 1 for an error, which is printed; 130
+    after Ctrl-C, when the line that `stopped` returns is printed. Streams and signal handlers are
+    restored afterwards, for a notebook that calls `main`."""
     streams = (sys.stdout, sys.stderr)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     prepare_process()
     try:
         return work()
-    except BrokenPipeError:  # of "| head": nobody reads on
+    except BrokenPipeError:  # such as "| head": nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -2961,11 +2960,11 @@ def run_program(work: Callable[[], int], stopped: Callable[[], str]) -> int:
     finally:
         sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None if it isn't Python's
+            signal.signal(number, handler or signal.SIG_DFL)  # None if Python didn't set it
 
 
 def how_to_go_on(arguments: list[str] | None, grid: list[argparse.Namespace]) -> str:
-    """The command that continues a stopped one, whose options were read into `grid`, or not yet."""
+    """The command that continues a stopped one; `grid` is empty if its options weren't parsed."""
     command = sys.argv if arguments is None else ["train.py", *arguments]
     if grid and not grid[0].eval and not grid[0].resume:
         command = [*command, "--resume"]
@@ -2976,8 +2975,8 @@ def how_to_go_on(arguments: list[str] | None, grid: list[argparse.Namespace]) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line, as a list of texts. Returns the exit status: 0, 1 for an error, 130 when
-    stopped; wrong usage raises SystemExit(2)."""
+    """Run the command line, given as a list of strings. Returns the exit status: 0, 1 for an error,
+    130 when stopped. Wrong usage raises SystemExit(2)."""
     grid = []
 
     def work() -> int:
@@ -2990,7 +2989,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if dist.is_initialized():  # whose threads may abort a process that ends in the usual way
+    if dist.is_initialized():  # its threads may abort a process that ends in the usual way
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -519,8 +519,8 @@ def test_settings_that_can_not_be(tiny_weights, method, setting, value):
     """An error before training, and not when the file is written."""
     model, _ = vit.load(tiny_weights)
     default = adaptertune.METHODS[method][setting]
-    message = f"{setting} {value!r} ({type(value).__name__}) can't be; the default of {method} is "
-    with pytest.raises(ValueError, match=re.escape(f"{message}{default!r}")):
+    message = f"{setting} {value!r} ({type(value).__name__}) isn't allowed; the default of "
+    with pytest.raises(ValueError, match=re.escape(f"{message}{method} is {default!r}")):
         adaptertune.adapt(model, method, 7, **{setting: value})
     adaptertune.adapt(model, "adaptertune", 7, scale=np.float64(0.5))  # a float
 
@@ -781,7 +781,7 @@ def test_other_adapters_are_refused(tiny_weights, tmp_path, options, named):
 def test_a_file_of_another_kind_is_refused(tiny_weights, tmp_path, meta):
     """Somebody else's safetensors file, or one of a later version."""
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=meta)
-    with pytest.raises(ValueError, match=r"no adapter file of train.py \(version .*expected 1"):
+    with pytest.raises(ValueError, match=r"not an adapter file of train.py \(version .*expected 1"):
         adaptertune.load(tmp_path / "a.safetensors", adapted(tiny_weights))
 
 
@@ -793,7 +793,7 @@ def test_a_missing_or_damaged_file_is_refused(tiny_weights, tmp_path):
     adaptertune.save(tmp_path / "a.safetensors", model)
     whole = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="a.safetensors is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="a.safetensors is damaged or not a safetensors file"):
         adaptertune.load(tmp_path / "a.safetensors", model)
 
 
