@@ -877,6 +877,19 @@ def test_without_the_runs_photos(run, runs, photos, tmp_path):
     run("runs/gone", "-o", folder, "--precision", "int8", "--force", "--check", tmp_path)
 
 
+def test_with_classes_in_another_order(run, runs, photos, tmp_path):
+    """Where split.json was changed, no label of the photos is trusted."""
+    common = ["--dataset", str(photos), "--weights", str(runs / "tiny.safetensors")]
+    assert train.main([*common, "--epochs", "1", "--name", "mixed"]) == 0
+    split = runs / "runs/mixed/split.json"
+    listed = json.loads(split.read_text())
+    listed["classes"].reverse()
+    split.write_text(json.dumps(listed))
+    out = run("runs/mixed", "-o", tmp_path / "m.onnx")
+    assert "note     the run's data set can't be used: " in out
+    assert "noise images, since the run's own can't be read" in out
+
+
 def test_without_leave_to_read_the_runs_photos(run, tmp_path, monkeypatch):
     """Another one's folder is as good as none."""
 

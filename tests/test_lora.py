@@ -508,6 +508,14 @@ def test_no_head(run, tmp_path):
     assert "head     new, since neither" in run(*as_it_is(weights, lora, "--epochs", 1))
 
 
+def test_a_projection_is_no_classifier():
+    """CLIP's has no bias, and as many outputs as its embeddings are wide."""
+    projection = torch.nn.Linear(8, 5, bias=False)
+    classes = [str(i) for i in range(10)]
+    note = train.start_head(torch.nn.Identity(), projection, classes, epochs=1)
+    assert note == "new, since neither the LoRA nor the weights have a classifier"
+
+
 def test_a_changed_lora_is_noticed(run, exporter, tmp_path):
     """--eval, the same command and export.py refuse another LoRA than the run's; it may move."""
     weights, lora, _ = make(tmp_path)
