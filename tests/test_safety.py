@@ -207,7 +207,7 @@ print([process.exitcode for process in three])
 
 def test_a_place_that_is_not_there(run, tiny_weights, place):
     """A link to nothing, as to a disk that isn't there, or a missing folder is one line."""
-    with pytest.raises(ValueError, match=r"can't write .*x \(No such file or directory\); mend"):
+    with pytest.raises(ValueError, match=r"can't write .*x \(No such file or directory\); fix"):
         data.write_file(place / "gone" / "x", "content")
     (place / "runs").symlink_to(place / "gone")
     error = run("--weights", tiny_weights, *QUICK, status=1)
@@ -230,7 +230,7 @@ def test_full_disk_is_one_line(run, tiny_weights, place):
     process = program(*arguments, preexec_fn=full_disk(10_000))
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.fullmatch(r"error: can't write runs/a/\S+ \(File too large\); mend .* again\n", error)
+    assert re.fullmatch(r"error: can't write runs/a/\S+ \(File too large\); fix .* again\n", error)
     assert (place / "runs/a/split.json").exists()
     assert not list((place / "runs/a").glob("*.part"))
     run(*arguments, "--resume")

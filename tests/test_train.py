@@ -922,7 +922,7 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     for command, message in (
         (["--predict", "runs/a"], "give photos or folders to label"),
         (["--predict", "gone.jpg", "other.jpg"], "no finished run there"),
-        (["--predict", "runs/a", "x.jpg", "--eval", "runs/a"], "two things; give one"),
+        (["--predict", "runs/a", "x.jpg", "--eval", "runs/a"], "exclude each other; give one"),
         (["--predict", "runs/a", "x.jpg", "--csv", "nowhere/x.csv"], "in a folder that exists"),
         (["--predict", "runs/a", "x.jpg", "--csv", "runs"], "give a file in a folder that exists"),
         (["--csv", "x.csv"], "--csv is for --predict"),
