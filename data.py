@@ -313,13 +313,14 @@ def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Da
     everything = data.everything
     places = {name: i for i, name in enumerate(everything.names)}
     changed = {name for name in places if name in sums and sums[name] != data.sums.get(name)}
-    moved = Moved([], sorted(changed), new=len(places) - len(changed))
+    listed = set(itertools.chain(*names.values()))
+    new = len(places.keys() - changed - listed)
+    moved = Moved(missing=[], changed=sorted(changed), new=new)
     parts = {}
     for part, wanted in names.items():
         found = [places[name] for name in wanted if name in places and name not in changed]
         parts[part] = everything[torch.tensor(found, dtype=torch.long)]
         moved.missing += [name for name in wanted if name not in places]
-        moved.new -= len(found)
     sizes = (len(parts["train"]), len(parts["val"]))
     return replace(data, **parts, whole=sizes), moved
 

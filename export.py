@@ -437,18 +437,19 @@ SWAPPED = {
 }
 
 
-def swapped(g: Graph) -> dict[str, list[int | str]]:
+def swapped_inputs(g: Graph) -> dict[str, list[int | str]]:
     """The constants that --swappable turns into inputs, and their shapes. Ranks may differ from
     block to block."""
     found = {}
     for name, value in g.constants.items():
-        for end, free in SWAPPED.items():
+        for end, task_dimension in SWAPPED.items():
             if not name.endswith(end):
                 continue
             shape: list[int | str] = list(value.shape)
-            if free is not None:
+            if task_dimension is not None:
                 block, _, _ = name.partition(".adapter")
-                shape[free] = "classes" if end.startswith("head") else f"{block}.rank"
+                size = "classes" if end.startswith("head") else f"{block}.rank"
+                shape[task_dimension] = size
             found[name] = shape
     return found
 
@@ -474,7 +475,7 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
         inputs = [typed(g.image, TensorProto.FLOAT, [B, 3, S, S])]
     width = model.head.out_features
     if key:
-        for name, shape in swapped(g).items():
+        for name, shape in swapped_inputs(g).items():
             inputs.append(typed(name, TensorProto.FLOAT, shape))
         inputs.append(typed(key, TensorProto.UINT8, ["bytes"]))
         g.constants[key] = np.zeros(0, np.uint8)
@@ -1195,19 +1196,32 @@ def with_empty_adapters(model: vit.ViT, *, reads: str, act: str) -> vit.ViT:
     return empty.requires_grad_(False)
 
 
+def kind_of_adapters(meta: dict) -> dict[str, str]:
+    """The `reads` and `act` of a run's adapters, which a swappable backbone has places for. Raises
+    a ValueError for a run of another method."""
+    if meta["method"] == "head":  # no adapters: AdapterTune's placeholders stay empty
+        return {"reads": "block", "act": "gelu"}
+    if meta["method"] in adaptertune.ADAPTER_METHODS:
+        return {"reads": meta["reads"], "act": meta["act"]}
+    swappable = ", ".join(("head", *adaptertune.ADAPTER_METHODS))
+    raise ValueError(
+        f"a {meta['method']} run can't be swapped (only {swappable}); export it without --swappable"
+    )
+
+
+def changed_constants(g: Graph, bare: Graph) -> dict[str, np.ndarray]:
+    """The adapter of a graph: the swapped constants that differ from its backbone's."""
+    values = {}
+    for name in swapped_inputs(g):
+        if not np.array_equal(g.constants[name], bare.constants[name]):
+            values[name] = g.constants[name]
+    return values
+
+
 def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check and move into place NAME.onnx_adapter, and backbone.onnx unless it exists."""
     meta = run.meta
-    if meta["method"] == "head":  # no adapters: AdapterTune's placeholders stay empty
-        kind = {"reads": "block", "act": "gelu"}
-    elif meta["method"] in adaptertune.ADAPTER_METHODS:
-        kind = {"reads": meta["reads"], "act": meta["act"]}
-    else:
-        swappable = ", ".join(("head", *adaptertune.ADAPTER_METHODS))
-        raise ValueError(
-            f"a {meta['method']} run can't be swapped (only {swappable}); "
-            "export it without --swappable"
-        )
+    kind = kind_of_adapters(meta)
     key = f"for.{meta['fingerprint']}.{meta['image_size']}px.{kind['reads']}.{kind['act']}"
     empty = with_empty_adapters(run.model, **kind)
     bare = Graph(options.opset)
@@ -1215,14 +1229,9 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     shared["swappable"] = key
     proto = to_model(bare, empty, shared)
 
-    # The adapter is the constants that differ from the backbone's.
     adapted = Graph(options.opset)
     write_vit(adapted, run.model, meta)
-    values = {}
-    for name in swapped(adapted):
-        value = adapted.constants[name]
-        if not np.array_equal(value, bare.constants[name]):
-            values[name] = value
+    values = changed_constants(adapted, bare)
     values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
 
     home = run.folder

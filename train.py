@@ -464,8 +464,8 @@ def default_rate(method: str, rank: int | None) -> float:
     """The peak learning rate of a method, for adapters of this rank.
 
     A bottleneck sums over `rank` units, each of which AdamW moves by the learning rate. AdaptFormer
-    needs twice the learning rate for an eighth of the units; AdapterTune at rank 64 gains nothing
-    by another than that of rank 8 (assets/results, Learning rates).
+    needs twice the learning rate for an eighth of the units; for AdapterTune the learning rate of
+    rank 8 also suits rank 64 (assets/results, Learning rates).
     """
     rate = RATES[method]
     if method == "adaptformer":
@@ -689,6 +689,17 @@ def rank_and_world() -> tuple[int, int]:
 def wait_for_all() -> None:
     """Wait until every process gets here: a sum waits for all of them."""
     any_process(False)
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process run the block before all others do."""
+    rank, _ = rank_and_world()
+    if rank:
+        wait_for_all()
+    yield
+    if not rank:
+        wait_for_all()
 
 
 def any_process(value: bool) -> bool:
@@ -1018,15 +1029,11 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     device = choose_device(options.device, repeatable=not compiled)
     if compiled:
         check_compiler(device)
-    rank, world = rank_and_world()
-    if rank:  # the others wait until the first process has downloaded everything
-        wait_for_all()
-    torch.manual_seed(data.seed_from(f"{seed}/init"))
-    model, backbone = load_backbone(options)
-    size = backbone.config.image_size
-    dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
-    if not rank:
-        wait_for_all()
+    with first_process_first():  # it downloads
+        torch.manual_seed(data.seed_from(f"{seed}/init"))
+        model, backbone = load_backbone(options)
+        size = backbone.config.image_size
+        dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
     dataset = split_dataset(dataset, options, seed, folder)
     data.check_split(dataset)
     options = copy.copy(options)  # of this run alone
@@ -1054,7 +1061,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     note = ""
     if options.init_lora and options.method not in adaptertune.CLIP_METHODS:
         note = start_head(model, given, dataset.classes, options.epochs)
-    batches = data.Batches(size, backbone.norm, options.batch, device, rank, world)
+    batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
     model.to(device)
     return Run(
         options, seed, folder, dataset, model, batches, device, bf16, meta, backbone, head_note=note

@@ -1026,7 +1026,7 @@ def script_tensors(module: ScriptModule) -> dict[str, Tensor]:
 
 # Keys that identify a network; names of networks whose weights were averaged over training. (Of
 # MoCo's two encoders the base is the one that is used; it comes first.)
-TELLS = re.compile("|".join(layout.tell for layout in LAYOUTS + TEXT_LAYOUTS))
+NETWORK_KEY = re.compile("|".join(layout.tell for layout in LAYOUTS + TEXT_LAYOUTS))
 AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)")
 
 
@@ -1043,15 +1043,15 @@ def find_tensors(content: object) -> Iterator[tuple[str, dict[str, Tensor]]]:
 def choose_tensors(content: object, path: Path, meta: dict) -> tuple[dict[str, Tensor], dict]:
     """The tensors of the ViT in a file's content, at whatever depth, and the metadata, with a note
     if there are several networks."""
-    everything = {}
+    candidates = {}
     check_size(content, path)
     for where, tensors in find_tensors(content):
-        everything |= by_network(where, tensors)
-    if not everything and not isinstance(content, dict):
+        candidates |= by_network(where, tensors)
+    if not candidates and not isinstance(content, dict):
         raise ValueError(f"{path} holds no dictionary of tensors")
-    networks = [where for where, tensors in everything.items() if any(map(TELLS.search, tensors))]
+    networks = [where for where, tensors in candidates.items() if is_network(tensors)]
     if not networks:  # return the largest dictionary, for an error that names its keys
-        tensors = max(everything.values(), key=len, default={})
+        tensors = max(candidates.values(), key=len, default={})
         return tensors, meta
     # The weights that the field evaluates: averaged ones, or the teacher's.
     averaged = [where for where in networks if AVERAGED.search(where)]
@@ -1059,7 +1059,12 @@ def choose_tensors(content: object, path: Path, meta: dict) -> tuple[dict[str, T
     if len(networks) > 1:
         others = ", ".join(where or "its top level" for where in networks if where != chosen)
         meta["note"] = f"{chosen or 'its top level'} of {path.name}; it also holds {others}"
-    return everything[chosen], meta
+    return candidates[chosen], meta
+
+
+def is_network(keys: Iterable[str]) -> bool:
+    """Whether tensors of these names are a network in one of the layouts."""
+    return any(map(NETWORK_KEY.search, keys))
 
 
 def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -1071,7 +1076,7 @@ def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     for key, value in tensors.items():
         begin, _, _ = key.removeprefix(shared).partition(".")
         parts.setdefault(begin, {})[key] = value
-    networks = [begin for begin, inside in parts.items() if any(map(TELLS.search, inside))]
+    networks = [begin for begin, inside in parts.items() if is_network(inside)]
     if len(networks) < 2 or not any(map(AVERAGED.search, networks)):
         return {where: tensors}
     return {f"{where}.{begin}".lstrip("."): parts[begin] for begin in networks}
@@ -1403,9 +1408,9 @@ def read_beside(path: Path, width: int) -> dict[str, dict]:
         with refusing(file, "correct it, or remove it from beside the weights"):
             content = read_json(file)
             found = read_description(content, width)
-        strange = "" if "note" in found else strange_statement(content, width)
-        if strange:
-            raise ValueError(f"{file}, beside the weights, states {strange}: it can't be used")
+        unsupported = "" if "note" in found else unsupported_statement(content, width)
+        if unsupported:
+            raise ValueError(f"{file}, beside the weights, states {unsupported}: it can't be used")
         stated[name] = found
     return stated
 
@@ -1453,7 +1458,7 @@ def image_tower(content: dict, width: int) -> dict:
     return tower | content
 
 
-def strange_statement(content: dict, width: int) -> str:
+def unsupported_statement(content: dict, width: int) -> str:
     """What a description states that vit.py doesn't support and tensors don't show, or ""."""
     tower = image_tower(content, width)
     act = tower.get("hidden_act", "gelu")
@@ -1809,9 +1814,9 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict]:
         given = {name: value for name, value in content.items() if value is not None}
         settings = LORA_SETTINGS | given
         check_settings(settings)
-    strange = strange_setting(settings)
-    if strange:
-        raise ValueError(f"{stated} states {strange[:100]}; {MERGE_BY_PEFT}")
+    unsupported = unsupported_setting(settings)
+    if unsupported:
+        raise ValueError(f"{stated} states {unsupported[:100]}; {MERGE_BY_PEFT}")
     if not path.is_file():
         raise ValueError(f"no LoRA at {path}; give the folder that peft's save_pretrained wrote")
     tensors, _ = read_tensors(path)
@@ -1828,7 +1833,7 @@ def check_settings(settings: dict) -> None:
             raise ValueError(f"{name} {settings[name]!r}")
 
 
-def strange_setting(settings: dict) -> str:
+def unsupported_setting(settings: dict) -> str:
     """A setting of a LoraConfig that can't be merged here, as name and value; "" if none."""
     if settings["peft_type"] != "LORA":
         return f"the method {settings['peft_type']!r}, not LORA"

@@ -128,7 +128,7 @@ def swappable(model: vit.ViT, folder: str) -> Callable:
     proto = export.to_model(export.Graph(17), empty, meta)
     graph = export.Graph(17)
     export.write_vit(graph, model, META)
-    values = {name: graph.constants[name] for name in export.swapped(graph)}
+    values = {name: graph.constants[name] for name in export.swapped_inputs(graph)}
     path = Path(folder, "bench.onnx_adapter")
     export.save_adapter(values, path)
     return in_onnxruntime(proto.SerializeToString(), str(path))
