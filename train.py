@@ -350,7 +350,7 @@ def add_training_options(parser: Parser) -> None:
     amp = "train in bf16; auto: only where it is faster (auto)"
     parser.choice("--amp", ("auto", "bf16", "off"), amp, "auto")
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
-    compiled = "torch.compile the network: a minute at first, then faster steps on a GPU, but a "
+    compiled = "torch.compile the network: slow to start, then faster steps on a GPU, but a "
     parser.switch("--compile", compiled + "run is no longer reproducible to the bit")
 
 
