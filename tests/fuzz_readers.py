@@ -1,16 +1,16 @@
-"""Damage every kind of file that is read, and see that the answer is a result or one line of error.
+"""Damage every kind of input file and check that the answer is a result or a one-line error.
 
     python tests/fuzz_readers.py --count 10000
     python tests/fuzz_readers.py --count 500 --only state photo.jpg
 
-Each input is an honest file with a few bytes changed, cut, doubled or zeroed; or, of JSON and of
-what torch.save writes, with values replaced by others: other types, numbers without measure, deep
-nesting, tensors that are views of one number, dictionaries that hold themselves.
+Each input is a valid file with a few bytes changed, cut, doubled or zeroed; or, for JSON and files
+of torch.save, with values replaced: by other types, huge numbers, deep nesting, tensors that are
+views of one number, or dictionaries that contain themselves.
 
-Wrong is an exception that train.py, export.py or label.py wouldn't turn into one line, a crash of
-the process, a file made outside of the run's own folder, more than 2 s, or more than 500 MB of
-memory beyond what was in use before and what a photo's pixels take. Inputs are drawn by (--seed,
-reader, number).
+A problem is an exception that train.py, export.py or label.py wouldn't turn into one line, a crash
+of the process, a file created outside the run's own folder, more than 2 s, or more than 500 MB of
+memory beyond what was in use before and what a photo's pixels take. An input is determined by
+(--seed, reader, number).
 """
 
 import argparse
@@ -55,10 +55,10 @@ MEMORY = 500e6  # bytes
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, cut, doubled, zeroed or inserted."""
+    """The content with a few bytes changed, cut, doubled, zeroed or inserted."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
-        # Headers are at the beginning, directories of archives at the end.
+        # Half of the places are among the first 200 bytes, where most headers are.
         size = len(content)
         place = rng.choice((rng.randrange(size + 1), min(size, rng.randrange(200))))
         kind = rng.choice(("flip", "byte", "cut", "double", "zero", "insert", "number"))
@@ -87,7 +87,7 @@ ODD += ({"x": None}, [1, 2, 3], [0.5] * 3, "float", "a" * 5000)
 
 
 def nested(rng: random.Random) -> object:
-    """A value in many lists or dictionaries."""
+    """A value nested in many lists or dictionaries."""
     value = copy.deepcopy(rng.choice(ODD))
     for _ in range(rng.choice((3, 30, 300))):
         value = [value] if rng.random() < 0.5 else {"x": value}
@@ -95,7 +95,7 @@ def nested(rng: random.Random) -> object:
 
 
 def places_in(value: object, found: list, depth: int = 0) -> list:
-    """Every (container, key) of nested lists and dictionaries, down to ten levels."""
+    """Every (container, key) pair in nested lists and dictionaries, down to ten levels."""
     pairs = []
     if isinstance(value, dict):
         pairs = list(value.items())
@@ -109,7 +109,7 @@ def places_in(value: object, found: list, depth: int = 0) -> list:
 
 
 def vary(value: object, rng: random.Random, odd: Callable) -> object:
-    """A copy with one to three values replaced, removed, renamed or doubled."""
+    """A copy with one to three values replaced, removed or renamed; or an odd value instead."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = places_in(value, [])
@@ -133,7 +133,7 @@ def odd_json(rng: random.Random) -> object:
 
 
 def odd_object(rng: random.Random) -> object:
-    """What torch.save can write, too."""
+    """A value that torch.save can write: JSON's, a tensor, or a dictionary that holds itself."""
     kind = rng.randrange(8)
     if kind == 0:
         itself = {}
@@ -158,7 +158,7 @@ def of_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def of_safetensors(content: bytes, rng: random.Random) -> bytes:
-    """The header's JSON, and in its metadata ours, as well as bytes."""
+    """Change the header's JSON, or our metadata in it, or damage any bytes."""
     if rng.random() < 0.3:
         return damage(content, rng)
     length = int.from_bytes(content[:8], "little")
@@ -173,7 +173,7 @@ def of_safetensors(content: bytes, rng: random.Random) -> bytes:
 
 
 def of_pth(content: bytes, rng: random.Random) -> bytes:
-    """The objects in what torch.save wrote, as well as bytes."""
+    """Change the objects that torch.save wrote, or damage any bytes."""
     if rng.random() < 0.4:
         return damage(content, rng)
     objects = torch.load(io.BytesIO(content), weights_only=True)
@@ -185,7 +185,7 @@ def of_pth(content: bytes, rng: random.Random) -> bytes:
 
 
 def of_npz(content: bytes, rng: random.Random) -> bytes:
-    """The arrays in an .npz and their headers, as well as bytes."""
+    """Replace arrays of an .npz, damage their headers, or damage any bytes."""
     if rng.random() < 0.3:
         return damage(content, rng)
     written = io.BytesIO()
@@ -195,7 +195,7 @@ def of_npz(content: bytes, rng: random.Random) -> bytes:
         for name in names:
             array = archive.read(name)
             if name in chosen and rng.random() < 0.5:
-                array = damage(array[:128], rng) + array[128:]  # its header
+                array = damage(array[:128], rng) + array[128:]  # the array's header
             elif name in chosen:
                 array = odd_array(rng)
             copied.writestr(name, array, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
@@ -203,7 +203,7 @@ def of_npz(content: bytes, rng: random.Random) -> bytes:
 
 
 def odd_array(rng: random.Random) -> bytes:
-    """What np.save writes of an array of another kind or shape."""
+    """The bytes that np.save writes for an array of another dtype or shape."""
     kinds = ("f4", "f8", "f2", "i4", "u1", "S3", "U2", "O", "V2", "V0", "c8", "M8[s]", ">f4", "?")
     shapes = ((), (0,), (32,), (3, 0), (2000, 0), (1, 1, 32), (4, 4, 3, 32), (1,) * 30)
     array = np.zeros(rng.choice(shapes), dtype=rng.choice(kinds))
@@ -213,7 +213,7 @@ def odd_array(rng: random.Random) -> bytes:
 
 
 def of_text(content: bytes, rng: random.Random) -> bytes:
-    """Lines and fields of a text, as well as bytes; or compressed, and far larger than it looks."""
+    """Replace fields of a text, damage any bytes, or return gzip data that unpacks to far more."""
     kind = rng.random()
     if kind < 0.4:
         return damage(content, rng)
@@ -235,19 +235,19 @@ def of_text(content: bytes, rng: random.Random) -> bytes:
 
 @dataclass
 class Reader:
-    """A file that is read, how it is damaged, and what reads it."""
+    """An input file, the function that damages it, and the function that reads it."""
 
-    path: str  # below the folder of all
+    path: str  # relative to the working folder
     mutate: Callable[[bytes, random.Random], bytes]
     read: Callable[[Path], object]
 
 
-ALLOWED = (ValueError, OSError, MemoryError)  # which main prints as one line
+ALLOWED = (ValueError, OSError, MemoryError)  # `main` prints each as one line
 
 
 def command(*arguments: str) -> Callable[[Path], int]:
-    """What runs train.py with these arguments, and returns its status. Wrong is an exception, or an
-    error of several lines."""
+    """A reader that runs train.py with these arguments and returns its status. An exception, or an
+    error of several lines, is a problem."""
 
     def read(folder: Path) -> int:
         said = io.StringIO()
@@ -283,14 +283,14 @@ def resume(folder: Path) -> None:
 
 
 def label_photo(folder: Path) -> int:
-    """assets/device/label.py, whose errors are a sys.exit with one line."""
+    """Label a photo with assets/device/label.py, whose errors are a sys.exit with one line."""
     import label
 
     try:
         session, task, options, _ = label.open_graph(str(folder / "model.onnx"), "")
         try:
             label.label(str(folder / "honest.png"), session, task, options)
-        except Exception:  # which its main prints as a photo that is skipped
+        except Exception:  # its `main` prints that the photo is skipped
             return 1
     except SystemExit as error:
         assert "\n" not in str(error), error
@@ -299,7 +299,7 @@ def label_photo(folder: Path) -> int:
 
 
 def of_graph(content: bytes, rng: random.Random) -> bytes:
-    """The metadata of a graph. (Its other bytes are onnxruntime's to read.)"""
+    """Damage the metadata of a graph. (onnxruntime reads its other bytes.)"""
     import onnx
 
     proto = onnx.load_from_string(content)
@@ -324,7 +324,7 @@ def read_tiny_imagenet(folder: Path) -> None:
 
 
 def check_download(folder: Path) -> None:
-    with contextlib.suppress(data.DownloadError):  # of which `download` makes a ValueError
+    with contextlib.suppress(data.DownloadError):  # `download` turns it into a ValueError
         data.check_content(folder / "tiny.safetensors", "model.safetensors")
 
 
@@ -386,7 +386,7 @@ for suffix in PHOTOS:
 
 
 def make_files(folder: Path) -> None:
-    """The honest files, in the working folder."""
+    """Write the valid files into the working folder."""
     write_tiny(folder / "tiny.safetensors", seed=0)
     write_tiny(folder / "rotary.safetensors", seed=0, rope=True, registers=4)
     tensors, _ = vit.read_tensors(folder / "tiny.safetensors")
@@ -403,7 +403,7 @@ def make_files(folder: Path) -> None:
         assert train.main([*OPTIONS, "--name", name]) == 0
     shutil.copy(folder / "runs/a/adapters.safetensors", folder / "init.safetensors")
 
-    # A run that was stopped before its first step.
+    # A run that was stopped after its first step.
     (folder / "runs/b/adapters.safetensors").unlink()
     options, *_ = train.parse([*OPTIONS, "--name", "b", "--resume"])
     run = train.prepare(options, 0)
@@ -429,7 +429,7 @@ def make_files(folder: Path) -> None:
         "pretrained_cfg": {"input_size": [3, 16, 16], "mean": [0.5] * 3},
     }
     (folder / "hub/config.json").write_text(json.dumps(stated))
-    # Without the metadata that state its shape.
+    # Without the metadata that state the shape.
     data.write_file(folder / "hub/model.safetensors", train.to_safetensors(tensors))
 
     (folder / "lora").mkdir()
@@ -446,7 +446,7 @@ def make_files(folder: Path) -> None:
     write_tiny_clip(folder / "clip")
     model, _ = vit.load(folder / "tiny.safetensors")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files are of it
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's files use it
         torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, 16, 16)), folder / "vit.pt")
 
     assert export.main(["runs/a", "--images", "2"]) == 0
@@ -454,7 +454,7 @@ def make_files(folder: Path) -> None:
     try:
         from PIL import Image
     except ImportError:
-        return  # without photos
+        return  # without Pillow, no photos
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     image.save(folder / "honest.png")
@@ -476,19 +476,19 @@ def make_files(folder: Path) -> None:
 
 
 def memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """The value of a line of /proc/self/status, in bytes."""
     return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def snapshot(folder: Path) -> set[str]:
-    """All files around, but those of runs/a, runs/b and runs/c."""
+    """Names of all files in and beside the folder, except those of runs/a, runs/b and runs/c."""
     names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     names |= {f"../{path.name}" for path in folder.parent.iterdir()}
     return {name for name in names if not re.match(r"runs/[abc](/|$)", name)}
 
 
 def pixels_of(path: Path) -> int:
-    """The bytes that a photo's pixels take, as it states its size; 0 for anything else."""
+    """The bytes of a photo's pixels, by the size in its header; 0 for any other file."""
     if not path.name.startswith("photo."):
         return 0
     from PIL import Image
@@ -503,12 +503,12 @@ def pixels_of(path: Path) -> int:
 
 
 def try_one(reader: Reader, folder: Path, content: bytes) -> str:
-    """What is wrong with the answer to one input; "" if nothing is."""
+    """Read one input and return what is wrong with the answer; "" if nothing is."""
     (folder / reader.path).write_bytes(content)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    started = time.process_time()  # of this process: others may be at work
+    started = time.process_time()  # CPU time: the machine may be busy
     problem = ""
     try:
         reader.read(folder)
@@ -526,7 +526,7 @@ def try_one(reader: Reader, folder: Path, content: bytes) -> str:
 
 
 def fuzz(name: str, folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Try one reader on `count` inputs, in processes of their own. Returns what went wrong."""
+    """Try one reader on `count` inputs in child processes. Returns what went wrong."""
     reader = READERS[name]
     honest = (folder / reader.path).read_bytes()
     backup = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -542,11 +542,11 @@ def fuzz(name: str, folder: Path, count: int, seed: int = 0) -> list[str]:
             try:
                 os.close(end)
                 signal.alarm(60)
-                answer = reader.read(folder)  # the honest file
+                answer = reader.read(folder)  # the valid file
                 assert not isinstance(answer, int) or answer == 0
                 for i in range(number, count):
                     content = reader.mutate(honest, random.Random(f"{seed}/{name}/{i}"))
-                    signal.alarm(30)  # of a process that hangs
+                    signal.alarm(30)  # ends a process that hangs
                     problem = try_one(reader, folder, content)
                     signal.alarm(0)
                     os.write(other_end, (json.dumps([i, problem]) + "\n").encode())

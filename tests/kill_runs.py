@@ -1,14 +1,14 @@
-"""Kill training wherever it may be, go on with --resume, and compare with an undisturbed run.
+"""Kill training at any point, continue it with --resume, and compare with an undisturbed run.
 
-    python tests/kill_runs.py --random 200     SIGKILL at random moments, up to three in a run
-    python tests/kill_runs.py --points         a kill before each file that is opened for writing,
-                                               moved, removed or made, and amid each that is written
-    python tests/kill_runs.py --downloads 35   the same of a download, over a real connection
+    python tests/kill_runs.py --random 200     SIGKILL at random moments, up to three times a run
+    python tests/kill_runs.py --points         a kill before each file is opened for writing, moved,
+                                               removed or created, and in the middle of each write
+    python tests/kill_runs.py --downloads 35   the same for downloads, over a real connection
 
-What is compared: the names and bytes of all files; of result.json, metrics.csv and config.json all
-but times, memory and --resume.
+The names and bytes of all files are compared; in result.json, metrics.csv and config.json, all
+values except times, memory and --resume.
 
-Each run is a process forked from this one, which has imported torch already.
+Each run is a process forked from this one, which has already imported torch.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import torch._dynamo  # what an optimiser imports: once, here
+import torch._dynamo  # optimisers import it: do so once, here
 
 import data
 import train
 
-with contextlib.suppress(ImportError):  # what pictures are drawn with: once, here, too
+with contextlib.suppress(ImportError):  # for pictures: import these once, too
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg
     import matplotlib.figure
@@ -47,7 +47,7 @@ TIMES = {"img/s", "elapsed", "left", "seconds"}
 
 
 def fork(work: Callable[[], int], folder: Path) -> int:
-    """Start a process that works in a folder, with its output in its file `log`; returns its id."""
+    """Fork a process that does `work` in a folder and logs to its file `log`; return its id."""
     child = os.fork()
     if child:
         return child
@@ -73,12 +73,12 @@ def wait(child: int) -> int:
 
 
 def run(*more: str) -> int:
-    """The command line, in a process of its own."""
+    """Run the command line; called in a forked process."""
     return train.main([*RUN, *more])
 
 
 class Points:
-    """Counts what a run does to its files, and ends the process by SIGKILL at one of them."""
+    """Counts a run's operations on its files, and kills the process with SIGKILL at one of them."""
 
     def __init__(self, folder: Path, target: int = 0):
         self.folder = str(folder)
@@ -86,7 +86,7 @@ class Points:
         self.names: list[str] = []
 
     def passes(self, name: str) -> bool:
-        """Count a point; whether it is the one to be killed at."""
+        """Count a point; return whether the process is to be killed there."""
         self.names.append(name)
         return len(self.names) == self.target
 
@@ -101,12 +101,12 @@ class Points:
             flags = arguments[2] or 0
             if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
-        path = os.path.abspath(path)  # noqa: PTH100 - which isn't an event itself
+        path = os.path.abspath(path)  # noqa: PTH100 - raises no audit event itself
         if path.startswith(self.folder) and self.passes(f"{event} {path[len(self.folder) :]}"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def start(self) -> None:
-        """Watch from now on: every event, and the middle of each content that is written."""
+        """Watch every event from now on, and the middle of each write."""
         replacing = data.replacing
 
         @contextlib.contextmanager
@@ -119,7 +119,7 @@ class Points:
 
 
 class Half:
-    """A file that is killed with half of a content written."""
+    """A file whose process is killed in the middle of a write."""
 
     def __init__(self, file, points: Points, name: str):
         self.file = file
@@ -129,7 +129,7 @@ class Half:
 
     def write(self, content: bytes) -> int:
         self.writes += 1
-        # torch.save writes some hundred times: the 1st, 2nd, 4th, 8th, … will do.
+        # torch.save makes some hundred writes: the 1st, 2nd, 4th, 8th, … are enough.
         chosen = self.writes.bit_count() == 1
         if chosen and self.points.passes(f"amid write {self.writes} of {self.name}"):
             self.file.write(content[: len(content) // 2])
@@ -142,7 +142,7 @@ class Half:
 
 
 def ending(folder: Path) -> dict[str, str]:
-    """What a run has left: a text for each of its files."""
+    """A hash for each file that a run has left."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
@@ -162,21 +162,21 @@ def ending(folder: Path) -> dict[str, str]:
 
 
 def differences(found: dict[str, str], expected: dict[str, str]) -> str:
-    """In what an ending differs from the undisturbed one; "" if it doesn't."""
+    """The names of the files that differ from the undisturbed run's; "" if none does."""
     names = sorted(set(found) | set(expected))
     return ", ".join(name for name in names if found.get(name) != expected.get(name))
 
 
 @contextlib.contextmanager
 def work_folder(outer: Path):
-    """A new folder for one run."""
+    """A new folder for one run, removed afterwards."""
     folder = Path(tempfile.mkdtemp(dir=outer))
     yield folder
     shutil.rmtree(folder)
 
 
 def undisturbed(outer: Path) -> tuple[dict[str, str], float]:
-    """What a run leaves that nothing disturbs, and how long it takes."""
+    """The files of an undisturbed run, and how long it takes."""
     with work_folder(outer) as folder:
         started = time.perf_counter()
         if wait(fork(run, folder)):
@@ -185,7 +185,7 @@ def undisturbed(outer: Path) -> tuple[dict[str, str], float]:
 
 
 def finish(folder: Path, expected: dict[str, str]) -> str:
-    """Go on with a killed run. Returns what went wrong, or ""."""
+    """Resume a killed run. Returns what went wrong, or ""."""
     status = wait(fork(lambda: run("--resume"), folder))
     if status:
         return f"status {status}: {(folder / 'log').read_text()[-300:]}"
@@ -193,8 +193,8 @@ def finish(folder: Path, expected: dict[str, str]) -> str:
 
 
 def kill_at_points(outer: Path, step: int = 1, first: int = 1) -> tuple[int, list[str]]:
-    """A run killed at each `step`-th point, and continued. Returns how many there were, and what
-    went wrong."""
+    """Kill a run at every `step`-th point and resume it. Returns the number of kills, and what went
+    wrong."""
     expected, _ = undisturbed(outer)
     with work_folder(outer) as folder:
 
@@ -227,7 +227,7 @@ def kill_at_points(outer: Path, step: int = 1, first: int = 1) -> tuple[int, lis
 
 
 def kill_at_random(outer: Path, count: int) -> tuple[int, int, list[str]]:
-    """Runs killed up to three times at random moments, until there were `count` kills. Returns
+    """Kill runs up to three times each at random moments, until there were `count` kills. Returns
     how many kills and runs there were, and what went wrong."""
     expected, seconds = undisturbed(outer)
     rng = random.Random(0)
@@ -251,8 +251,8 @@ def kill_at_random(outer: Path, count: int) -> tuple[int, int, list[str]]:
 
 
 def kill_downloads(outer: Path, count: int) -> list[str]:
-    """Downloads of a file over a slow connection, killed once and called again; every second one
-    beside another process that wants the same file. Returns what went wrong."""
+    """Kill each download over a slow connection once and start it again; every second one runs
+    beside another process that downloads the same file. Returns what went wrong."""
     from conftest import serve
 
     rng = random.Random(0)
@@ -268,7 +268,7 @@ def kill_downloads(outer: Path, count: int) -> list[str]:
             time.sleep(0.01)
 
     server = next(serving := serve())
-    server.handle_error = lambda *_: None  # of clients that are killed
+    server.handle_error = lambda *_: None  # killed clients cause errors
     server.answers["/f"] = send
     wrong = []
     for number in range(count):

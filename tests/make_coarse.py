@@ -1,6 +1,6 @@
-"""Write CIFAR-100 as a folder of photos by its 20 superclasses, for a sweep over ranks.
+"""Write CIFAR-100 as folders of photos, one per superclass, for a sweep over ranks.
 
-5,000 of the training images, 1,250 others to choose by, and the whole test set. Needs Pillow.
+It writes 5,000 training images, 1,250 others for validation, and the whole test set. Needs Pillow.
 
     python tests/make_coarse.py data coarse && python train.py --dataset coarse …
 """
@@ -16,7 +16,7 @@ import data
 
 
 def write(folder, batch, index, names):
-    """Write the images `index` of a batch as PNG files, in a folder for each superclass."""
+    """Write the images `index` of a batch as PNG files, in one folder for each superclass."""
     images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [n, H, W, 3]
     for i in index:
         superclass = names[batch[b"coarse_labels"][i]].decode()

@@ -1,10 +1,10 @@
-"""Write tests/golden/*.safetensors, by which test_parity.py checks vit.py without the libraries.
+"""Write tests/golden/*.safetensors, with which test_parity.py checks vit.py without the libraries.
 
-Each file has a tiny random network of a family, as its library stores it, with an input and the
-library's own output for it. Run by hand when a family is added:
+Each file holds a tiny random network of one family in its library's format, an input, and the
+library's output for that input. Run this by hand after adding a family:
 
     pip install timm transformers open_clip_torch torchvision
-    python tests/make_golden.py FAMILY      # without it, all
+    python tests/make_golden.py FAMILY      # without FAMILY: all of them
 """
 
 import json
@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @torch.no_grad()
 def write(name, made_with):
-    """Write one family's file, floats in fp16 but for input and output."""
+    """Write one family's file: its floating-point weights in fp16, input and output in fp32."""
     state, reference, options = references.FAMILIES[name]()
     tensors = {}
     for key, value in state.items():
@@ -38,7 +38,7 @@ def write(name, made_with):
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    torch.set_num_threads(1)  # so that the files come out the same each time
+    torch.set_num_threads(1)  # so that the files are the same each time
     packages = ("torch", "timm", "transformers", "open_clip_torch", "torchvision")
     versions = {package: version(package) for package in packages}
     for family in sys.argv[1:] or references.FAMILIES:

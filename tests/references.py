@@ -1,10 +1,10 @@
 """Tiny random networks of every family that vit.py reads, built by the libraries that publish them.
 
 Each builder in FAMILIES returns
-    the state dict, as that library's files have it,
-    a reference function, images to outputs,
+    the state dict, as in that library's files,
+    a reference function from images to outputs,
     the options that vit.load needs.
-make_golden.py keeps them as files; test_parity.py builds them anew.
+make_golden.py writes them to files; test_parity.py builds them again.
 """
 
 import copy
@@ -23,21 +23,21 @@ HEADS = 2
 HIDDEN = 64  # of the MLP
 CLASSES = 5
 
-# Of an open_clip text tower, which has to be there and isn't looked at.
+# The text tower that open_clip requires; no test uses it.
 OPEN_CLIP_TEXT = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
 
 
 def images(count=3, size=SIZE):
-    """Random images that are the same everywhere and fit into fp16."""
+    """Random images, the same on every machine, with values that fp16 represents exactly."""
     generator = torch.Generator().manual_seed(2)
     return torch.randn(count, 3, size, size, generator=generator).half().float()
 
 
 @torch.no_grad()
 def randomise(model):
-    """Random values for all tensors, far from their usual start, so that a mix-up shows.
+    """Set every tensor to random values far from its initialisation, so that a mix-up shows.
 
-    They fit into fp16.
+    fp16 represents the values exactly.
     """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -52,7 +52,7 @@ def randomise(model):
 
 
 def is_factor(name):
-    """Does the tensor lie about 1? LayerNorm's weights and LayerScale's gammas do."""
+    """Whether the tensor is centred on 1, as LayerNorm weights and LayerScale gammas are."""
     norms = r"(norm\w*|ln|ln_\w+|layernorm\w*|layrnorm|layernorm_\w+)\.weight$"
     return bool(re.search(f"{norms}|gamma(_[12])?$|lambda1$", name))
 
@@ -61,7 +61,7 @@ def is_factor(name):
 
 
 def timm_vit(**options):
-    """A ViT with a classifier; `options` of timm's VisionTransformer."""
+    """A ViT with a classifier; `options` are those of timm's VisionTransformer."""
     import timm
 
     shape = {
@@ -79,7 +79,7 @@ def timm_vit(**options):
 
 
 def timm_mean():
-    """The head reads the mean of the patches."""
+    """A ViT whose head reads the mean of the patch tokens."""
     return timm_vit(global_pool="avg", class_token=True)
 
 
@@ -120,9 +120,9 @@ def timm_deit_distilled():
 
 
 def facebook_dinov2_reg():
-    """DINOv2's own files, which timm reads by its filter.
+    """DINOv2's own files, which timm's filter translates.
 
-    They call registers `register_tokens`, and have a position for the class token and a mask token.
+    They call registers `register_tokens`, give the class token a position, and hold a mask token.
     """
     import timm
 
@@ -140,7 +140,7 @@ def facebook_dinov2_reg():
 
 
 def timm_dinov3(qkv_bias=False):
-    """DINOv3 as timm publishes it, without a bias for queries, keys and values."""
+    """DINOv3 as timm publishes it, by default without a bias for queries, keys and values."""
     import timm
 
     norm = partial(torch.nn.LayerNorm, eps=1e-5)
@@ -170,12 +170,12 @@ def timm_dinov3(qkv_bias=False):
 
 
 def timm_dinov3_qkvb():
-    """DINOv3 of timm with a bias for queries and values."""
+    """timm's DINOv3 with a bias for queries and values."""
     return timm_dinov3(qkv_bias=True)
 
 
 def facebook_dinov3():
-    """DINOv3's own files, which timm reads by its filter: the bias of the keys is masked."""
+    """DINOv3's own files, which timm's filter translates; the bias of the keys is masked."""
     import timm
 
     state, model, options = timm_dinov3(qkv_bias=True)
@@ -198,7 +198,7 @@ def facebook_dinov3():
 
 
 def timm_beit():
-    """BEiT's blocks with absolute positions: biases of queries and values alone, gammas."""
+    """BEiT's blocks with absolute positions, gammas, and biases for queries and values only."""
     import timm
 
     model = timm.models.beit.Beit(
@@ -220,7 +220,7 @@ def timm_beit():
 
 
 def google_vit():
-    """Google's ViT, by the names and shapes of its .npz, which timm reads into another network."""
+    """Google's ViT with the names and shapes of its .npz, which timm reads into another network."""
     state, model, options = timm_vit()
     published = as_google(state, attention=1, mlp=3, norm2=2)
     published["Transformer/posembed_input/pos_embedding"] = state["pos_embed"]
@@ -228,7 +228,7 @@ def google_vit():
 
 
 def google_big_vision():
-    """big_vision's: other numbers of modules, all blocks in one array, no position of the class
+    """big_vision's layout: other module numbers, all blocks in one array, no position for the class
     token."""
     state, model, options = timm_vit(no_embed_class=True)
     published = {}
@@ -246,10 +246,10 @@ def google_big_vision():
 
 
 def as_google(state, *, attention, mlp, norm2):
-    """The tensors of timm's ViT but its positions, as flax names and orders them.
+    """The tensors of timm's ViT except its positions, as flax names and orders them.
 
     Args:
-        attention, mlp, norm2: numbers of these modules in a block.
+        attention, mlp, norm2: the numbers of these modules in a block.
     """
     published = {
         "cls": state["cls_token"],
@@ -441,7 +441,7 @@ def hf_clip_vision_features():
 
 
 def hf_clip_both():
-    """CLIPModel: both towers in one file, as openai/clip-vit-base-patch16 has them."""
+    """CLIPModel: both towers in one file, as in openai/clip-vit-base-patch16."""
     import transformers
 
     vision = {
@@ -475,7 +475,7 @@ def hf_clip_both():
 
 
 def open_clip_openai():
-    """Both towers with OpenAI's own key names, which open_clip has kept."""
+    """Both towers under OpenAI's own key names, which open_clip has kept."""
     import open_clip
 
     vision = open_clip.CLIPVisionCfg(
@@ -493,7 +493,7 @@ def open_clip_openai():
 
 
 def open_clip_timm():
-    """open_clip around a tower of timm: keys begin with visual.trunk and visual.head.proj."""
+    """open_clip around a tower of timm: its keys begin with visual.trunk and visual.head.proj."""
     import open_clip
     import timm
 

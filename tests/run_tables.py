@@ -1,7 +1,7 @@
-"""A table of training runs in a .csv, which the same command goes on with; published files.
+"""CSV tables of training runs, continued by the same command; the paths of published files.
 
-bench_pairs.py, bench_rates.py and bench_tokens.py have their options, files and tables from here. A
-row is a run. One that the table holds isn't made again.
+bench_pairs.py, bench_rates.py and bench_tokens.py take options, paths and tables from here. A row
+is a run; a run that the table already holds isn't repeated.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Name: the option that says in which folder it is, and where there. See test_real.py.
+# Name: the option that gives its folder, and the path in that folder. See test_real.py.
 PUBLISHED = {
     "cifar100": ("restored", "cifar-100-python"),
     "flowers12": ("real", "data/flowers12"),
@@ -23,14 +23,14 @@ PUBLISHED = {
 
 
 def integers(text: str) -> list[int]:
-    """Option type: integers with commas between."""
+    """Option type: integers separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def make_parser(description: str, out: str, seeds: str) -> argparse.ArgumentParser:
-    """A parser with the options that all tables of runs have, and their defaults."""
+    """A parser with the options that all tables of runs share, and their defaults."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # the description has it; so an error is one line
+        usage=argparse.SUPPRESS,  # it is in the description; this keeps errors to one line
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,7 +44,7 @@ def make_parser(description: str, out: str, seeds: str) -> argparse.ArgumentPars
 
 
 def find(name: str, options: argparse.Namespace) -> Path:
-    """Where published weights or images are. FileNotFoundError if they aren't."""
+    """The path of published weights or images. FileNotFoundError if it doesn't exist."""
     option, place = PUBLISHED[name]
     path = (getattr(options, option) / place).resolve()
     if not path.exists():
@@ -54,13 +54,13 @@ def find(name: str, options: argparse.Namespace) -> Path:
 
 
 def begin(path: Path, columns: tuple[str, ...]) -> None:
-    """Make a table without rows, if there is none."""
+    """Create a table without rows, unless the file exists."""
     if not path.exists():
         path.write_text(",".join(columns) + "\n")
 
 
 def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """The runs that a table holds. ValueError if it is another table or cut off."""
+    """The runs in a table. ValueError if the columns differ or the last row is cut off."""
     text = path.read_text()
     lines = text.splitlines()
     if lines[:1] != [",".join(columns)]:
@@ -78,7 +78,7 @@ def add_row(path: Path, row: dict) -> None:
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """Mean ± standard deviation, the mean alone of one value, "" of none."""
+    """Mean ± standard deviation; for one value the mean alone, for none ""."""
     if not values:
         return ""
     text = f"{statistics.mean(values):.2f}"
@@ -88,7 +88,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def call(main: Callable[[], None]) -> None:
-    """Run a benchmark. What goes wrong, and Ctrl-C, end it with one line."""
+    """Run a benchmark; an error or Ctrl-C ends it with one line."""
     try:
         main()
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The adapters: what they compute, where they stand, what is trained, what a file holds."""
+"""The adapters: their equations, initialisation and placement, what is trained, and their files."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def randomise(model):
 
 
 def bottleneck(adapter, z, act):
-    """s · (U · act(V · z + v) + u) of an adapter's own tensors, by einsum."""
+    """s · (U · act(V · z + v) + u) with an adapter's own tensors, by einsum."""
     V, v = adapter.down.weight, adapter.down.bias
     U, u = adapter.up.weight, adapter.up.bias
     hidden = act(torch.einsum("rd,bnd->bnr", V, z) + v)
@@ -50,7 +50,7 @@ def bottleneck(adapter, z, act):
 
 
 def by_the_equations(model, images, method):
-    """Features of an adapted ViT, from the papers' equations for the adapter."""
+    """Features of an adapted ViT, computed from the papers' equations."""
     x = model.embed(images)
     for block in model.blocks:
         adapter = block.adapter
@@ -81,7 +81,7 @@ METHODS = {
 @pytest.mark.parametrize("layer_scale", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_equation(tmp_path, method, layer_scale):
-    """Outputs and the gradients of all adapters are those of the papers' equations."""
+    """Outputs and the gradients of all adapters agree with the papers' equations."""
     path = write_tiny(tmp_path / "w.safetensors", seed=0, layer_scale=layer_scale)
     model = randomise(adapted(path, **METHODS[method])).double()
     found = model.features(IMAGES.double())
@@ -97,7 +97,7 @@ def test_equation(tmp_path, method, layer_scale):
 
 @pytest.mark.parametrize("changes", [{}, {"layer_scale": True}, {"quick_gelu": True}])
 def test_merge_is_exact(tmp_path, changes):
-    """An adapter merged into the MLP leaves the outputs as they were."""
+    """Merging an adapter into the MLP leaves the outputs unchanged."""
     path = write_tiny(tmp_path / "w.safetensors", seed=0, **changes)
     model = randomise(adapted(path, reads="ln", act="mlp", scale=0.3)).double()
     if changes.get("layer_scale"):
@@ -118,7 +118,7 @@ def test_merge_is_exact(tmp_path, changes):
     "options", [{}, {"reads": "ln", "act": "relu"}, {"reads": "raw", "act": "gelu"}]
 )
 def test_what_cannot_be_merged_is_left(tiny_weights, options):
-    """Adapters with another input or activation than the MLP's stay where they are."""
+    """Adapters whose input or activation isn't the MLP's aren't merged."""
     model = adapted(tiny_weights, **options)
     assert adaptertune.merge(model) == 0
     assert all(block.adapter is not None for block in model.blocks)
@@ -126,7 +126,7 @@ def test_what_cannot_be_merged_is_left(tiny_weights, options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_init_is_the_backbone_bit_for_bit(tiny_weights, method):
-    """New adapters change no output, and those of the ablation "small" do."""
+    """Zero-initialised adapters leave outputs bit for bit the same; init "small" doesn't."""
     plain, _ = vit.load(tiny_weights)
     zero = adapted(tiny_weights, **METHODS[method])
     small = adapted(tiny_weights, init="small")
@@ -136,7 +136,7 @@ def test_zero_init_is_the_backbone_bit_for_bit(tiny_weights, method):
 
 
 def spread(model, images):
-    """How much louder than the usual channel the loudest one is, of what enters the first qkv."""
+    """The largest channel range at the input of the first qkv, relative to the median range."""
     low, high = export.channel_ranges(model, images)["blocks.0.attn.qkv"]
     return (high - low).max() / (high - low).median()
 
@@ -154,7 +154,7 @@ def spread(model, images):
 )
 @torch.no_grad()
 def test_equalise_is_exact(tmp_path, changes, reads):
-    """The same function of an adapted network, and channels whose ranges differ less."""
+    """Equalising keeps an adapted network's outputs and makes its channels' ranges more alike."""
     path = write_tiny(tmp_path / "w.safetensors", seed=0, **changes)
     model = randomise(adapted(path, reads=reads)).double()
     images = IMAGES.double()
@@ -162,7 +162,7 @@ def test_equalise_is_exact(tmp_path, changes, reads):
         if "norm" in name or "bias" in name:
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
             parameter += 0.3 * noise.double()
-    model.blocks[0].norm1.weight[3] = 50  # a channel as loud as those that spoil int8
+    model.blocks[0].norm1.weight[3] = 50  # a channel as wide as those that spoil int8
     before = model(images)
     spread_before = spread(model, images)
     export.equalise(model, images)
@@ -175,7 +175,7 @@ def test_equalise_is_exact(tmp_path, changes, reads):
 
 
 def test_initial_values():
-    """V is Xavier's, biases are 0; U and u are 0 or, with "small", from N(0, 1e-4²)."""
+    """V is Xavier-uniform, biases are 0; U and u are 0 or, with "small", from N(0, 1e-4²)."""
     torch.manual_seed(0)
     zero = adaptertune.Adapter(256, 64)
     small = adaptertune.Adapter(256, 64, init="small")
@@ -188,7 +188,7 @@ def test_initial_values():
 
 
 def test_adaptformer_starts_from_kaiming(tiny_weights):
-    """V of AdaptFormer is within the bound of Kaiming's uniform, and fills it."""
+    """AdaptFormer's V lies within the bound of Kaiming's uniform initialisation and fills it."""
     torch.manual_seed(0)
     model = adapted(tiny_weights, method="adaptformer", rank=32)
     bound = 1 / D**0.5  # sqrt(6 / ((1 + 5) D)); Xavier's would be sqrt(6 / (D + r))
@@ -207,7 +207,7 @@ def test_a_rank_alone_is_enough(tiny_weights):
 
 
 def test_without_a_rank_it_is_the_methods(tiny_weights):
-    """All that isn't said is the method's own default."""
+    """Settings that aren't given, such as the rank, take the method's own defaults."""
     model, _ = vit.load(tiny_weights)
     adaptertune.add_adapters(model, placement=[-1])
     assert model.blocks[0].adapter is None
@@ -232,7 +232,7 @@ def test_without_a_rank_it_is_the_methods(tiny_weights):
     ],
 )
 def test_placement(options, chosen):
-    """Every k-th block, the last of each k; or blocks by number, from either end."""
+    """choose_blocks takes the last of every k blocks, or blocks by number, from either end."""
     assert adaptertune.choose_blocks(6, **options) == chosen
 
 
@@ -240,13 +240,13 @@ def test_placement(options, chosen):
     "options", [{"every": 7}, {"every": 0}, {"blocks": [6]}, {"blocks": [-7]}, {"blocks": []}]
 )
 def test_blocks_that_are_not_there(options):
-    """The error states which blocks there are."""
+    """Block numbers or intervals out of range are refused; the error states the valid ones."""
     with pytest.raises(ValueError, match="choose from (0 to 5|1 to 6)"):
         adaptertune.choose_blocks(6, **options)
 
 
 def test_placement_of_add_adapters_is_checked(tiny_weights):
-    """A block that the model doesn't have is refused there too."""
+    """add_adapters, too, refuses a block that the model doesn't have."""
     with pytest.raises(ValueError, match="choose from 0 to 1"):
         adapted(tiny_weights, placement=[2])
 
@@ -261,13 +261,13 @@ def test_placement_of_add_adapters_is_checked(tiny_weights):
     ],
 )
 def test_choices(tiny_weights, options, message):
-    """An error names the value and the valid choices."""
+    """An unknown choice is refused; the error names the value and the valid choices."""
     with pytest.raises(ValueError, match=message):
         adapted(tiny_weights, **options)
 
 
 def test_choices_of_an_adapter():
-    """`Adapter` by itself checks its choices: a near miss isn't taken for the ablation."""
+    """`Adapter` itself checks its choices: init "zeros" isn't taken for the ablation "small"."""
     with pytest.raises(ValueError, match="init 'zeros': choose zero, small"):
         adaptertune.Adapter(D, 4, init="zeros")
     with pytest.raises(ValueError, match="reads 'input': choose block, raw, ln, mlp"):
@@ -276,7 +276,7 @@ def test_choices_of_an_adapter():
 
 @pytest.mark.parametrize("rank", [0, -1, 33])
 def test_rank_that_cannot_be(tiny_weights, rank):
-    """A rank is at least 1 and at most the width; 0 isn't taken for the default."""
+    """A rank must be from 1 to the width; 0 isn't taken for the default."""
     with pytest.raises(ValueError, match=f"rank {rank}: choose from 1 to the backbone's width, 32"):
         adapted(tiny_weights, rank=rank)
 
@@ -286,7 +286,7 @@ def test_rank_that_cannot_be(tiny_weights, rank):
 
 @pytest.mark.parametrize("learn_scale", [False, True])
 def test_counts(tiny_weights, learn_scale):
-    """2Dr + r + D trained parameters for a block, and one more for a learnt scale."""
+    """A block has 2Dr + r + D trainable parameters, and one more if its scale is learnt."""
     plain, _ = vit.load(tiny_weights)
     model = adapted(tiny_weights, learn_scale=learn_scale)
     r = 4
@@ -299,7 +299,7 @@ def test_counts(tiny_weights, learn_scale):
 
 
 def test_the_predicate_says_what_is_trained(tiny_weights):
-    """Gradients reach what is_added names, and nothing else."""
+    """Exactly the parameters that is_added names are trainable and get gradients."""
     model = adapted(tiny_weights)
     model(IMAGES).sum().backward()
     for name, parameter in model.named_parameters():
@@ -308,7 +308,7 @@ def test_the_predicate_says_what_is_trained(tiny_weights):
 
 
 def test_freeze_refuses_a_stray_parameter(tiny_weights):
-    """A module that would be frozen unnoticed is named, and the name that it needs."""
+    """freeze refuses a module that would be frozen unnoticed, and says what to call it."""
     model, _ = vit.load(tiny_weights)
     model.blocks[1].lora = nn.Linear(D, 4, bias=False)
     message = r"^blocks\.1\.lora\.weight is neither the backbone's .* the name 'adapter'"
@@ -319,7 +319,7 @@ def test_freeze_refuses_a_stray_parameter(tiny_weights):
 
 
 def test_freeze_accepts_an_adapter_of_ones_own(tiny_weights):
-    """A module called `adapter` is trained, wherever in a block it is."""
+    """freeze leaves a module called `adapter` trainable, wherever in a block it is."""
     model, _ = vit.load(tiny_weights)
     model.blocks[1].attn.adapter = nn.Linear(D, 4, bias=False)
     adaptertune.freeze(model)
@@ -327,7 +327,7 @@ def test_freeze_accepts_an_adapter_of_ones_own(tiny_weights):
 
 
 def test_weight_decay_on_matrices_alone(tiny_weights):
-    """Biases, norms, tokens, positions and scales aren't decayed."""
+    """Only weight matrices are decayed: not biases, norms, tokens, positions or scales."""
     model = adapted(tiny_weights, learn_scale=True)
     adaptertune.freeze(model, everything=True)
     groups = adaptertune.parameter_groups(model, 0.05, 1e-3)
@@ -384,7 +384,7 @@ TRAINED = {  # "full" and "scratch" train everything
 
 
 def adapt(clip, tiny_weights, method, **settings):
-    """A backbone that the method can have, turned by `adapt` into a classifier of 7 classes."""
+    """A backbone that the method accepts, turned by `adapt` into a classifier of 7 classes."""
     if method in adaptertune.CLIP_METHODS:
         model, _ = vit.load(clip, head=True)
     else:
@@ -394,7 +394,7 @@ def adapt(clip, tiny_weights, method, **settings):
 
 @pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_adapt_trains_what_the_method_trains(clip, tiny_weights, method):
-    """The exact names of trained parameters, and logits for each class."""
+    """Each method trains exactly the listed parameters and gives a logit for each class."""
     settings = {"rank": 4} if method == "adaptformer" else {}
     model, _ = adapt(clip, tiny_weights, method, **settings)
     everything = sorted(name for name, _ in model.named_parameters())
@@ -410,10 +410,10 @@ def test_adapt_trains_what_the_method_trains(clip, tiny_weights, method):
 
 @pytest.mark.parametrize("before", ["adaptertune", "vpt"])
 def test_adapt_begins_from_the_backbone(tiny_weights, before):
-    """The adapters or prompts of an earlier call would be trained along without a word."""
+    """adapt removes the adapters or prompts of an earlier call; they would be trained unnoticed."""
     model, _ = vit.load(tiny_weights)
     adaptertune.adapt(model, before, 5)
-    model.blocks[1].attn.adapter = nn.Linear(D, 4)  # of a method of one's own
+    model.blocks[1].attn.adapter = nn.Linear(D, 4)  # of a user's own method
     model.patch_embed.proj.adapter = nn.Linear(D, D)
     adaptertune.adapt(model, "head", 5)
     assert list(adaptertune.trained(model)) == ["head.weight", "head.bias"]
@@ -431,8 +431,8 @@ def test_adapt_begins_from_the_backbone(tiny_weights, before):
 
 @pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_what_adapt_adds_follows_the_backbone(clip, tiny_weights, method):
-    """Its device and precision, else the first batch fails; and its mode, else a network in eval
-    mode has a dropout that is at work."""
+    """What adapt adds has the backbone's device and precision, else the first batch fails; and its
+    mode, else dropout is active in eval mode."""
     settings = {"rank": 4} if method == "adaptformer" else {}
     model, _ = vit.load(clip if method in adaptertune.CLIP_METHODS else tiny_weights, head=True)
     for training in (True, False):
@@ -448,7 +448,7 @@ def test_what_adapt_adds_follows_the_backbone(clip, tiny_weights, method):
 
 @pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_adapt_returns_the_settings_in_force(clip, tiny_weights, method):
-    """The method's defaults, what was given instead, and what was worked out."""
+    """adapt returns the method's defaults, updated by the given settings and by computed ones."""
     expected = dict(adaptertune.METHODS[method])
     given = {}
     if method in adaptertune.ADAPTER_METHODS:
@@ -466,7 +466,7 @@ def test_adapt_returns_the_settings_in_force(clip, tiny_weights, method):
 
 
 def test_adapt_by_the_settings_given(clip, tiny_weights):
-    """Placement, shallow prompts and learnt ratios do what they say."""
+    """adapt applies the given placement, shallow prompts and learnt ratios."""
     model, settings = adapt(clip, tiny_weights, "adaptertune", placement=[-1], scale=0.5)
     assert model.blocks[0].adapter is None
     assert model.blocks[1].adapter.scale == 0.5
@@ -483,7 +483,7 @@ def test_adapt_by_the_settings_given(clip, tiny_weights):
 
 
 def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
-    """An unknown method, and methods of CLIP on another backbone."""
+    """adapt refuses unknown methods, CLIP methods on other backbones, and invalid arguments."""
     with pytest.raises(ValueError, match="method 'ours': choose adaptertune, adaptformer, .*vpt"):
         adapt(clip, tiny_weights, "ours")
     model, _ = vit.load(tiny_weights)
@@ -516,7 +516,7 @@ def test_adapt_refuses_what_cannot_be(clip, tiny_weights):
     ],
 )
 def test_settings_that_can_not_be(tiny_weights, method, setting, value):
-    """An error before training, and not when the file is written."""
+    """A setting of a wrong type or value is refused before training, not on saving."""
     model, _ = vit.load(tiny_weights)
     default = adaptertune.METHODS[method][setting]
     message = f"{setting} {value!r} ({type(value).__name__}) isn't allowed; the default of "
@@ -526,8 +526,8 @@ def test_settings_that_can_not_be(tiny_weights, method, setting, value):
 
 
 def test_only_a_vit_can_be_adapted(tiny_weights, tmp_path):
-    """Names of a wrapped model's parameters begin otherwise: what is saved could not be loaded,
-    and the head would be counted as the backbone's. timm's blocks call no adapters."""
+    """Only a bare vit.ViT is accepted. A wrapper renames parameters: its file couldn't be loaded,
+    and its head would count as the backbone's. Blocks of other networks call no adapters."""
     model, _ = vit.load(tiny_weights)
     settings = adaptertune.adapt(model, "adaptertune", 7)
     path = tmp_path / "a.safetensors"
@@ -551,7 +551,7 @@ def test_only_a_vit_can_be_adapted(tiny_weights, tmp_path):
 
 
 def test_a_method_half_added(clip, tiny_weights, monkeypatch):
-    """A row in METHODS alone would train nothing; the error says what is missing."""
+    """A method with a row in METHODS but no branch in adapt is refused: it would train nothing."""
     monkeypatch.setitem(adaptertune.METHODS, "ours", {})
     with pytest.raises(ValueError, match="row for ours, but adapt has no branch"):
         adapt(clip, tiny_weights, "ours")
@@ -561,7 +561,7 @@ def test_a_method_half_added(clip, tiny_weights, monkeypatch):
 
 
 def test_file_holds_adapters_and_head_alone(tiny_weights, tmp_path):
-    """The exact set of keys; no other file is left beside it."""
+    """A file holds exactly the tensors of adapters and head; no other file is left beside it."""
     adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert sorted(file.keys()) == ADAPTERS_AND_HEAD
@@ -570,7 +570,7 @@ def test_file_holds_adapters_and_head_alone(tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_round_trip(clip, tiny_weights, tmp_path, method):
-    """What was saved gives the same logits in a new model, for every method; meta comes back."""
+    """For every method, a saved model gives the same logits in a new model, and meta comes back."""
     settings = {"rank": 4} if method == "adaptformer" else {}
     torch.manual_seed(1)
     model, _ = adapt(clip, tiny_weights, method, **settings)
@@ -595,7 +595,7 @@ def test_round_trip(clip, tiny_weights, tmp_path, method):
 
 
 def test_save_without_meta(tiny_weights, tmp_path):
-    """What backbone and adapters are gets worked out, so that others are refused even then."""
+    """save records fingerprint and adapter settings by itself, so another backbone is refused."""
     model = randomise(adapted(tiny_weights))
     adaptertune.save(tmp_path / "a.safetensors", model)
     again = adapted(tiny_weights)
@@ -614,7 +614,7 @@ def test_save_without_meta(tiny_weights, tmp_path):
 
 
 def test_another_backbone_is_refused_by_name(tiny_weights, tmp_path):
-    """The error gives the names and fingerprints of both."""
+    """On another backbone, the error gives the names and fingerprints of both."""
     adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights), {"backbone": "tiny"})
     other = adapted(write_tiny(tmp_path / "other.safetensors", seed=1))
     message = r"trained on tiny \([0-9a-f]{16}\), not on other \([0-9a-f]{16}\)"
@@ -632,7 +632,7 @@ def test_another_backbone_is_refused_by_name(tiny_weights, tmp_path):
     ],
 )
 def test_other_settings_of_the_same_shape_are_refused(tiny_weights, tmp_path, options, differs):
-    """Adapters that compute something else, though their tensors have the same shapes."""
+    """Adapters that compute something else are refused, even if their tensors' shapes agree."""
     model, _ = vit.load(tiny_weights)
     settings = adaptertune.adapt(model, "adaptertune", 5, rank=4)
     adaptertune.save(tmp_path / "a.safetensors", model, settings)
@@ -648,7 +648,7 @@ def test_other_settings_of_the_same_shape_are_refused(tiny_weights, tmp_path, op
 
 @pytest.mark.parametrize("ratio", ["ratio", "text_ratio"])
 def test_another_ratio_is_refused(clip, tiny_weights, tmp_path, ratio):
-    """A CLIP-Adapter's ratio, which no tensor shows; a learnt one is a tensor."""
+    """A different CLIP-Adapter ratio is refused; a learnt ratio is a tensor and is loaded."""
     settings = {"ratio": 0.2, "text_ratio": 0.2}
     model, _ = adapt(clip, tiny_weights, "clip-adapter", **settings)
     adaptertune.save(tmp_path / "a.safetensors", model)
@@ -670,7 +670,7 @@ def test_another_ratio_is_refused(clip, tiny_weights, tmp_path, ratio):
     [({"heads": 4}, "heads 2, not 4"), ({"quick_gelu": True}, "mlp act gelu, not quick_gelu")],
 )
 def test_a_backbone_that_is_used_otherwise_is_refused(tiny_weights, tmp_path, options, differs):
-    """The fingerprint is of the tensors only."""
+    """Another number of heads or MLP activation is refused: the fingerprint covers tensors only."""
     adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
     other, _ = vit.load(tiny_weights, **options)
     adaptertune.adapt(other, "adaptertune", 5, rank=4)
@@ -683,7 +683,7 @@ def test_a_backbone_that_is_used_otherwise_is_refused(tiny_weights, tmp_path, op
     [("adaptertune", False, "blocks.0.attn.proj.bias"), ("full", True, "blocks.1.norm2.bias")],
 )
 def test_a_backbone_that_the_file_lacks(clip, tiny_weights, tmp_path, method, fingerprint, missing):
-    """A file that says it has the whole backbone must have it: any other would pass as its own."""
+    """A file that claims to hold the whole backbone is refused if it lacks any tensor of it."""
     model, _ = adapt(clip, tiny_weights, method)
     tensors = adaptertune.saved_tensors(model)
     tensors.pop(missing, None)
@@ -695,7 +695,7 @@ def test_a_backbone_that_the_file_lacks(clip, tiny_weights, tmp_path, method, fi
 
 
 def test_a_whole_network_comes_back(clip, tiny_weights, tmp_path):
-    """Saved after training without a fingerprint, it is loaded onto any backbone of its shape."""
+    """A whole network, saved after training without a fingerprint, is loaded onto its backbone."""
     model, settings = adapt(clip, tiny_weights, "full")
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.add_(0.1)
@@ -707,7 +707,7 @@ def test_a_whole_network_comes_back(clip, tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64], ids=str)
 def test_values_that_are_no_floats_are_refused(tiny_weights, tmp_path, kind):
-    """Quantised weights, say: they would be taken for the weights themselves."""
+    """Tensors of integers, booleans or complex numbers, such as quantised weights, are refused."""
     model = adapted(tiny_weights)
     tensors = {name: each.to(kind) for name, each in adaptertune.saved_tensors(model).items()}
     header = json.dumps({"version": 1, "fingerprint": adaptertune.fingerprint(model)})
@@ -717,7 +717,7 @@ def test_values_that_are_no_floats_are_refused(tiny_weights, tmp_path, kind):
 
 
 def test_integers_of_a_module_of_ones_own(tiny_weights, tmp_path):
-    """Such as a batch norm's counter: they are saved, and loaded."""
+    """Integers of a user's own module, such as a batch norm's counter, are saved and loaded."""
     models = []
     for _ in range(2):
         model = adapted(tiny_weights)
@@ -731,7 +731,7 @@ def test_integers_of_a_module_of_ones_own(tiny_weights, tmp_path):
 
 
 def test_float8_and_float64(tiny_weights, tmp_path):
-    """Eight bits are taken as they are; what overflows the model's 32 is refused."""
+    """float8 tensors are loaded as they are; float64 values that overflow float32 are refused."""
     model = adapted(tiny_weights)
     tensors = adaptertune.saved_tensors(randomise(model))
     header = json.dumps({"version": 1, "fingerprint": adaptertune.fingerprint(model)})
@@ -748,7 +748,7 @@ def test_float8_and_float64(tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("meta", [{"scale": float("nan")}, {"rank": None}, {"deep": 1}], ids=str)
 def test_what_could_not_be_read_is_not_saved(tiny_weights, tmp_path, meta):
-    """Metadata that `read` refuses would cost what was trained."""
+    """save refuses metadata that `read` would refuse, and writes no file."""
     (name,) = meta
     with pytest.raises(ValueError, match=f"^{name} is {meta[name]}$"):
         adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights), meta)
@@ -767,7 +767,7 @@ def test_what_could_not_be_read_is_not_saved(tiny_weights, tmp_path, meta):
     ],
 )
 def test_other_adapters_are_refused(tiny_weights, tmp_path, options, named):
-    """Adapters of another shape, placement or kind: the error names the tensors."""
+    """Adapters of another shape, placement or kind are refused; the error names the tensors."""
     adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
     model = adapted(tiny_weights, **options)
     message = re.escape(f"the model's tensors differ from the file's: {named}")
@@ -779,14 +779,14 @@ def test_other_adapters_are_refused(tiny_weights, tmp_path, options, named):
     "meta", [None, {"adaptertune": '{"version": 2, "fingerprint": "", "backbone": "tiny"}'}]
 )
 def test_a_file_of_another_kind_is_refused(tiny_weights, tmp_path, meta):
-    """Somebody else's safetensors file, or one of a later version."""
+    """A safetensors file without our metadata, or of a later version, is refused."""
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=meta)
     with pytest.raises(ValueError, match=r"not an adapter file of train.py \(version .*expected 1"):
         adaptertune.load(tmp_path / "a.safetensors", adapted(tiny_weights))
 
 
 def test_a_missing_or_damaged_file_is_refused(tiny_weights, tmp_path):
-    """No traceback of safetensors, but one sentence."""
+    """A missing or truncated file gives a ValueError that names it, not safetensors' error."""
     model = adapted(tiny_weights)
     with pytest.raises(ValueError, match="no adapters at .*a.safetensors; give the folder"):
         adaptertune.load(tmp_path / "a.safetensors", model)
@@ -798,7 +798,7 @@ def test_a_missing_or_damaged_file_is_refused(tiny_weights, tmp_path):
 
 
 def test_start_from_names_what_is_missing(tiny_weights):
-    """A file with one tensor of four: the first that it lacks is named."""
+    """start_from names the first tensor that the file lacks."""
     with pytest.raises(ValueError, match="blocks.0.adapter.down.bias is missing in the file, "):
         adaptertune.start_from(adapted(tiny_weights), {"blocks.0.adapter.up.bias": torch.zeros(D)})
 
@@ -814,7 +814,7 @@ def test_start_from_names_what_is_missing(tiny_weights):
     ],
 )
 def test_start_from_takes_all_or_nothing(tiny_weights, name, value, reason):
-    """What a file has besides would be left out, and the adapters compute something else."""
+    """start_from refuses a file with extra or invalid tensors, and leaves the model unchanged."""
     tensors = randomise(adapted(tiny_weights)).state_dict()
     model = adapted(tiny_weights)
     with pytest.raises(ValueError, match=reason):
@@ -823,7 +823,7 @@ def test_start_from_takes_all_or_nothing(tiny_weights, name, value, reason):
 
 
 def test_fingerprint(tiny_weights):
-    """It is the backbone's alone, at any image size, and any change of a weight changes it."""
+    """The fingerprint covers the backbone alone, at any image size; any weight affects it."""
     model = adapted(tiny_weights)
     larger, _ = vit.load(tiny_weights, image_size=32)
     first = adaptertune.fingerprint(model)
@@ -837,8 +837,8 @@ def test_fingerprint(tiny_weights):
 
 
 def test_a_file_says_what_its_adapters_compute(tiny_weights, tmp_path):
-    """Without the settings too: the same shapes may be another function. A model that wasn't
-    adapted alike is told how."""
+    """A file records what its adapters compute, even if no settings are given, since other
+    functions have the same shapes. For an unadapted model, the error says how to adapt it."""
     path = tmp_path / "a.safetensors"
     model, _ = vit.load(tiny_weights)
     settings = adaptertune.adapt(model, "adaptertune", 5, rank=4)
@@ -862,7 +862,7 @@ def test_a_file_says_what_its_adapters_compute(tiny_weights, tmp_path):
 
 
 def test_the_activation_of_the_mlp(tiny_weights, tmp_path):
-    """A file may call it "mlp": its name is the model's own."""
+    """A file may state the activation "mlp": it is that of the model's own MLP."""
     path = tmp_path / "a.safetensors"
     model = adapted(tiny_weights, act="mlp")
     adaptertune.save(path, model, {"act": "mlp"})
@@ -873,7 +873,7 @@ def test_the_activation_of_the_mlp(tiny_weights, tmp_path):
 
 
 def test_a_file_without_fingerprint(tmp_path):
-    """Adapters that don't say which backbone they belong to aren't loaded onto any."""
+    """Adapters whose file lacks a fingerprint aren't loaded onto any backbone."""
     path = tmp_path / "a.safetensors"
     save_file({"head.weight": torch.zeros(1)}, path, {"adaptertune": json.dumps({"version": 1})})
     with pytest.raises(ValueError, match="its metadata lack fingerprint"):

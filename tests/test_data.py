@@ -1,4 +1,4 @@
-"""Data sets, their splits, and the batches made of them."""
+"""Data sets, their splits, and the batches made from them."""
 
 import os
 import pickle
@@ -41,14 +41,14 @@ def test_crop_and_resize_equal_pillows(size):
 
 
 def test_whole_image_at_its_own_size_is_unchanged():
-    """Cutting the whole image and resizing it to its own size changes nothing."""
+    """Cropping the whole image and resizing it to its own size changes nothing."""
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     boxes = data.center_boxes(4, 32, 32, 1.0, CPU)
     assert torch.allclose(data.crop_resize(pixels, boxes, 32), pixels / 255, atol=1e-6)
 
 
 def test_flip_mirrors():
-    """A flipped crop is the mirror image of the plain one, and only where it is asked for."""
+    """A flip mirrors the plain crop, and only for the images that request it."""
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     boxes = torch.tensor([[2.0, 3.0, 20.0, 25.0]]).expand(2, 4)
     plain = data.crop_resize(pixels, boxes, 24)
@@ -58,7 +58,7 @@ def test_flip_mirrors():
 
 
 def test_random_boxes_lie_inside():
-    """Random boxes lie anywhere inside the image; area and aspect fill their limits."""
+    """Random boxes lie anywhere inside the image; area and aspect ratio span their ranges."""
     boxes = data.random_boxes(1000, 32, 48, 0.08, data.generator("boxes"))
     top, left, height, width = boxes.T
     assert (boxes >= 0).all()
@@ -109,8 +109,8 @@ def as_rows(pixels):
 
 
 def test_digits():
-    """The digits are 1,797 images of 8 x 8 with grey values from 0 to 255. In training none is
-    mirrored, and crops leave most of it."""
+    """The digits are 1,797 images of 8 x 8 with grey values from 0 to 255. In training they are
+    never mirrored, and crops keep at least 85 % of an image."""
     digits = data.read("digits")
     assert (digits.flip, digits.min_scale) == (False, 0.85)
     pixels = digits.train.pixels
@@ -128,7 +128,7 @@ def test_digits_are_those_of_scikit_learn():
 
 
 def test_split_is_stratified_disjoint_and_seeded():
-    """Parts have the classes in proportion and no image in common; the seed draws validation."""
+    """Parts are stratified by class and disjoint; the seed determines the validation set."""
     first = split_digits(seed=0)
     second = split_digits(seed=1)
     assert sizes(first) == [1294, 144, 359]
@@ -153,7 +153,7 @@ def test_limit_keeps_proportions():
 
 
 def test_a_share_for_test_is_drawn_by_the_seed():
-    """With a given share the test set has that size and differs between seeds."""
+    """With a test share, the test set has that size and depends on the seed."""
     first = split_digits(seed=0, test_share=0.5)
     second = split_digits(seed=1, test_share=0.5)
     assert len(first.test) == 898
@@ -162,8 +162,8 @@ def test_a_share_for_test_is_drawn_by_the_seed():
 
 
 def test_shots_are_drawn_by_class_and_seed():
-    """As many of each class for train and val, there at most four, other ones for another seed,
-    none of them twice."""
+    """`shots` draws that many images of each class for training, and at most four for validation.
+    They depend on the seed and are all different."""
     first = split_digits(seed=0, shots=3)
     again = split_digits(seed=0, shots=3)
     other = split_digits(seed=1, shots=3)
@@ -182,7 +182,7 @@ def test_shots_are_drawn_by_class_and_seed():
 
 
 def test_batches_depend_on_seed_epoch_and_step_alone():
-    """A pass that begins later gives the same batches; another epoch or seed gives others."""
+    """A pass that starts at a later step gives the same batches; another epoch or seed doesn't."""
     digits = split_digits()
     batches = data.Batches(32, ((0.5,) * 3, (0.5,) * 3), 64, CPU)
     whole = list(batches.train(digits, seed=0, epoch=1))
@@ -205,7 +205,7 @@ def test_batches_depend_on_seed_epoch_and_step_alone():
 
 
 def test_evaluation_sees_the_normalised_centre():
-    """All images in order: the middle of each, less the mean, divided by the deviation."""
+    """Evaluation takes all images in order, crops the centre and normalises by mean and std."""
     pixels = torch.randint(0, 256, (5, 3, 16, 20), dtype=torch.uint8)
     mean = (0.1, 0.2, 0.3)
     std = (0.5, 1.0, 2.0)
@@ -221,7 +221,7 @@ def test_evaluation_sees_the_normalised_centre():
 
 
 def test_folder(photos):
-    """Class folders become images with names; a folder without parts is split in three."""
+    """Class folders give labels and names; a folder without parts is split in three."""
     pool = data.read(str(photos), image_size=28)
     assert pool.classes == ["apple", "leaf", "sky"]
     assert pool.train.pixels.shape == (60, 3, 32, 32)
@@ -235,7 +235,7 @@ def test_folder(photos):
 
 
 def test_one_photo_is_read_as_its_folder_is(photos):
-    """read_photo gives the pixels that a data set has of the same file."""
+    """read_photo gives the same pixels as a data set that contains the file."""
     images = data.read(str(photos), image_size=28).train
     pixels = data.read_photo(photos / images.names[7], side=32)
     assert torch.equal(pixels, images.pixels[7])
@@ -278,7 +278,7 @@ def turned_photo(orientation):
 
 @pytest.mark.parametrize("orientation", TURNS)
 def test_orientation_beside_an_odd_tag(orientation, tmp_path):
-    """All eight orientations are applied, though another tag can't be written again."""
+    """All eight orientations are applied, even if Pillow can't write another of the EXIF tags."""
     photo, exif, upright = turned_photo(orientation)
     raw = bytearray(exif.tobytes())
     # A second entry: XResolution (0x011A) as text, which Pillow reads, but refuses to write.
@@ -293,7 +293,7 @@ def test_orientation_beside_an_odd_tag(orientation, tmp_path):
 
 @pytest.mark.parametrize("orientation", TURNS)
 def test_a_tiff_is_turned_once(orientation, tmp_path):
-    """Pillow turns the pixels of a TIFF while it decodes them."""
+    """A TIFF, which Pillow turns while decoding it, isn't turned twice."""
     photo, exif, upright = turned_photo(orientation)
     photo.save(tmp_path / "a.tif", exif=exif)
     read = data.read_photo(tmp_path / "a.tif", side=16)
@@ -302,7 +302,7 @@ def test_a_tiff_is_turned_once(orientation, tmp_path):
 
 @pytest.mark.parametrize("orientation", TURNS)
 def test_photos_of_a_phone(orientation, tmp_path):
-    """HEIC, by pillow-heif, upright, whatever the file is called."""
+    """With pillow-heif, HEIC photos are read upright, whatever the files are called."""
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("pillow_heif").register_heif_opener()
     upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -321,7 +321,7 @@ def test_photos_of_a_phone(orientation, tmp_path):
 
 @pytest.mark.parametrize("name", ("a.heic", "a.jpg"))
 def test_photos_of_a_phone_without_pillow_heif(name, tmp_path, monkeypatch):
-    """The error says what to install."""
+    """Without pillow-heif, the error for a HEIC photo says what to install."""
     pytest.importorskip("PIL")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.setattr(data, "add_heif", data.add_heif.__wrapped__)  # without its cache
@@ -333,14 +333,14 @@ def test_photos_of_a_phone_without_pillow_heif(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("brand", ("heic", "heim", "hevc", "mif1", "msf1"))
 def test_photos_of_a_phone_without_a_suffix(brand, tmp_path):
-    """Every kind of HEIC that can be read is found."""
+    """A HEIC photo of any readable brand is recognised without a suffix."""
     (tmp_path / "a").write_bytes(b"\0\0\0\x24ftyp" + brand.encode())
     assert data.is_photo(tmp_path / "a")
     assert data.is_heif(tmp_path / "a")
 
 
 def test_a_link_in_a_circle_without_pillow_heif(tmp_path, monkeypatch):
-    """A file that can't be opened is reported as one that can't be read."""
+    """A .heic file that can't be opened is reported as unreadable, not as needing pillow-heif."""
     pytest.importorskip("PIL")
     monkeypatch.setattr(data, "add_heif", lambda: False)
     (tmp_path / "a.heic").symlink_to("a.heic")
@@ -349,7 +349,7 @@ def test_a_link_in_a_circle_without_pillow_heif(tmp_path, monkeypatch):
 
 
 def test_pillow_heif_that_cannot_be_imported(photos, tmp_path, monkeypatch):
-    """A package that is broken is as good as none, in the threads that decode a folder too."""
+    """A pillow-heif that can't be imported counts as missing, also in threads that decode."""
     (tmp_path / "pillow_heif.py").write_text("import time; time.sleep(0.5); raise ImportError")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
@@ -362,7 +362,7 @@ def test_pillow_heif_that_cannot_be_imported(photos, tmp_path, monkeypatch):
 
 
 def test_a_photo_of_a_phone_that_is_cut_short(tmp_path):
-    """The error is one line, though pillow-heif's has two."""
+    """The error for a truncated HEIC photo is one line, though pillow-heif's has two."""
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("pillow_heif").register_heif_opener()
     image.new("RGB", (64, 64), "red").save(tmp_path / "a.heic")
@@ -373,7 +373,7 @@ def test_a_photo_of_a_phone_that_is_cut_short(tmp_path):
 
 
 def grey_twins(image, pixels):
-    """A grey photo [H, W], 8 bits, and the same in other forms."""
+    """Yield other forms of a grey photo [H, W] of 8 bits, with their names."""
     plain = image.fromarray(pixels)
     yield "palette", plain.convert("P")
     yield "16 bits", image.fromarray(pixels.astype(np.uint16) * 257)
@@ -383,7 +383,7 @@ def grey_twins(image, pixels):
 
 
 def test_forms_of_a_grey_photo(tmp_path):
-    """16 bits are scaled to 8; an opaque alpha channel changes nothing."""
+    """16-bit photos are scaled to 8 bits; a palette or an opaque alpha channel changes nothing."""
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
     for name, twin in grey_twins(image, pixels):
@@ -394,7 +394,7 @@ def test_forms_of_a_grey_photo(tmp_path):
 
 
 def test_what_is_transparent_is_white(tmp_path):
-    """An icon whose shape is in its alpha channel alone: black on white, in every form."""
+    """A black icon whose shape is only in its alpha channel is read as black on white."""
     image = pytest.importorskip("PIL.Image")
     alpha = np.zeros((16, 16), dtype=np.uint8)
     alpha[4:12, 4:12] = 255
@@ -417,7 +417,7 @@ def test_what_is_transparent_is_white(tmp_path):
 
 
 def test_photos_without_pillow(tmp_path, monkeypatch):
-    """Without Pillow the error says what to install."""
+    """Without Pillow, the error says what to install."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -430,7 +430,7 @@ def test_photos_without_pillow(tmp_path, monkeypatch):
 
 
 def test_hidden_files_are_no_photos(photos):
-    """Hidden files and folders and files of other types are passed over."""
+    """Hidden files, hidden folders and files of other types are ignored."""
     (photos / ".cache").mkdir()
     (photos / "leaf" / "._00.png").write_bytes(b"resource fork")
     (photos / "leaf" / "notes.txt").write_text("x")
@@ -438,7 +438,7 @@ def test_hidden_files_are_no_photos(photos):
 
 
 def test_folder_with_published_parts(photos):
-    """A test folder beside train is used as it is; validation comes out of train."""
+    """A test folder beside train is used as it is; validation images are taken from train."""
     for name in ("apple", "leaf", "sky"):
         (photos / "train").mkdir(exist_ok=True)
         (photos / "test" / name).mkdir(parents=True)
@@ -460,7 +460,7 @@ def test_damaged_photo_is_named(photos):
 
 
 def test_every_photo_is_found(photos):
-    """Formats of Pillow's, in sub-folders, in any case, or without a suffix; the rest is listed."""
+    """Photos of any format, in sub-folders or without suffix, are found; other files are listed."""
     image = pytest.importorskip("PIL.Image")
     photo = image.new("RGB", (20, 20), "red")
     found = ["a.tif", "b.GIF", "c.jfif", "d.ppm", "deep/er/e.png", "f.jpe", "g.TIFF"]
@@ -488,7 +488,7 @@ def test_every_photo_is_found(photos):
 
 
 def test_what_is_left_out_is_named(photos):
-    """Photos beside train/, and a link to a folder inside of a class."""
+    """Photos beside train/ and a link to a folder inside a class are listed as skipped."""
     root = photos.parent / "parts"
     shutil.copytree(photos, root / "train")
     shutil.copytree(photos / "sky", root / "more" / ".cache")
@@ -502,7 +502,7 @@ def test_what_is_left_out_is_named(photos):
 
 
 def test_a_folder_that_can_not_be_read(photos, monkeypatch):
-    """Its photos aren't left out without a word."""
+    """A class's sub-folder that can't be read is an error; its photos aren't silently left out."""
     hidden = photos / "leaf" / "more"
     hidden.mkdir()
     (photos / "leaf/00.png").rename(hidden / "00.png")
@@ -519,7 +519,7 @@ def test_a_folder_that_can_not_be_read(photos, monkeypatch):
 
 
 def test_a_folder_beside_train_that_can_not_be_read(photos, monkeypatch):
-    """Such as lost+found of a disk: nothing in it is wanted."""
+    """A folder beside train/ that can't be read, such as a disk's lost+found, is ignored."""
     root = photos.parent / "parts"
     shutil.copytree(photos, root / "train")
     (root / "lost+found").mkdir()
@@ -535,7 +535,7 @@ def test_a_folder_beside_train_that_can_not_be_read(photos, monkeypatch):
 
 
 def test_copies_in_the_test_set(photos):
-    """Files that are the same in train and test; not those that share a checksum by chance."""
+    """Identical files in train and test are counted; files whose checksums collide are not."""
     root = photos.parent / "parts"
     for part in ("train", "val", "test"):
         shutil.copytree(photos, root / part)
@@ -547,7 +547,7 @@ def test_copies_in_the_test_set(photos):
 
 
 def test_a_photo_that_would_start_another_program(tmp_path):
-    """PostScript that is called .png isn't given to Ghostscript: no format of ours begins so."""
+    """PostScript named .png isn't passed to Ghostscript, as no accepted format begins like it."""
     pytest.importorskip("PIL.Image")
     path = tmp_path / "a.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
@@ -560,7 +560,7 @@ def test_a_photo_that_would_start_another_program(tmp_path):
     [("valid", "val"), ("Validation", "val"), ("VAL", "val"), ("dev", "val"), ("Testing", "test")],
 )
 def test_names_of_the_parts(photos, named, part):
-    """What people call the folders of validation and test images."""
+    """Other common names for the folders of training, validation and test images are accepted."""
     root = photos.parent / "parts"
     shutil.copytree(photos, root / ("Train" if part == "val" else "training"))
     shutil.copytree(photos, root / named)
@@ -569,13 +569,13 @@ def test_names_of_the_parts(photos, named, part):
 
 
 def test_a_class_of_trains(photos):
-    """A folder train/ of photos, and not of folders, is a class as those beside it are."""
+    """A folder train/ that holds photos, not folders, is a class like those beside it."""
     (photos / "sky").rename(photos / "train")
     assert data.read(str(photos), image_size=14).classes == ["apple", "leaf", "train"]
 
 
 def test_two_folders_of_one_part(photos):
-    """valid/ beside val/ is refused: which one is it?"""
+    """valid/ beside val/ is refused, since either could be the validation set."""
     root = photos.parent / "parts"
     for name in ("train", "val", "valid"):
         shutil.copytree(photos, root / name)
@@ -584,7 +584,7 @@ def test_two_folders_of_one_part(photos):
 
 
 def test_data_one_level_down(photos):
-    """A folder around the data set is an error that names the data set."""
+    """A folder that only contains the data set's folder is refused; the error names that folder."""
     root = photos.parent / "around"
     root.mkdir()
     shutil.copytree(photos, root / "Data")
@@ -596,8 +596,8 @@ def test_data_one_level_down(photos):
 
 
 def test_images_of_ones_own():
-    """Labels may be a list; what isn't pixels is an error, where floats from 0 to 1 would be black
-    images. Some are chosen by places, a slice or a mask, each with its name."""
+    """Images accepts a list of labels, and refuses pixels that aren't uint8 [N, 3, H, W]: floats
+    from 0 to 1 would be black. Indices, slices and masks select images with their names."""
     pixels = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 4, 4)
     images = data.Images(pixels, [2, 1, 0], ["a", "b", "c"])
     assert images.labels.dtype == torch.int64
@@ -614,8 +614,8 @@ def test_images_of_ones_own():
 
 
 def test_a_class_without_training_images_is_named():
-    """Ten classes of one image, of which two are drawn for test and one for validation; a limit
-    that leaves a class out. Nothing is said where each class has an image."""
+    """Classes that the split or a limit leaves without training images are named in an error; a
+    limit that leaves each class an image is accepted."""
     images = data.Images(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10))
     single = data.Dataset("mine", [f"c{i}" for i in range(10)], images, None, None)
     split = data.split(single)
@@ -630,7 +630,7 @@ def test_a_class_without_training_images_is_named():
 
 
 def test_the_first_few_names():
-    """A long list of names is cut short, and says how many are left out."""
+    """A long list of names is cut short and says how many are left out."""
     names = list("abcdefg")
     assert data.first_few(names) == "a, b, c, d, e and 2 more"
     assert data.first_few(names, 7) == "a, b, c, d, e, f, g"
@@ -644,7 +644,7 @@ def test_empty_class_is_named(photos):
 
 
 def test_two_folders_that_read_alike(photos):
-    """Two names that aren't UTF-8 and differ in such bytes alone: no photo is lost in silence."""
+    """Folder names that differ only in bytes that aren't UTF-8 are refused, so no photo is lost."""
     for name, other in (("leaf", b"caf\xe8"), ("sky", b"caf\xe9")):
         (photos / name).rename(photos / os.fsdecode(other))
     with pytest.raises(ValueError, match="two folders that read caf\ufffd; rename one"):
@@ -652,7 +652,7 @@ def test_two_folders_that_read_alike(photos):
 
 
 def test_classes_must_be_the_same(photos):
-    """The error names a class that train has and test has not."""
+    """The error names a class that train has and test lacks."""
     root = photos.parent / "parts"
     root.mkdir()
     photos.rename(root / "train")
@@ -671,14 +671,14 @@ def test_classes_must_be_the_same(photos):
     ],
 )
 def test_folders_that_arent_data_sets(tmp_path, folder, message):
-    """A folder without classes, or with a test part alone, is refused."""
+    """A folder without classes, or with a test part only, is refused."""
     (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
         data.read(str(tmp_path / "data"))
 
 
 def test_unknown_data_set():
-    """An unknown name is refused with the choices."""
+    """An unknown data set is refused; the error lists the choices."""
     message = (
         "no data set or folder 'cifar99': choose digits, cifar10, .*, imagenet_r or give a folder"
     )
@@ -690,7 +690,7 @@ def test_unknown_data_set():
 
 
 def test_cifar10_folder(tmp_path, monkeypatch):
-    """CIFAR-10 is read from its published file names and keys."""
+    """CIFAR-10 is read by its published file names and keys."""
     write_cifar10(tmp_path, monkeypatch)
     images = data.read("cifar10", str(tmp_path), offline=True)
     assert images.train.pixels[:, 0, 0, 0].tolist() == sorted([*range(5)] * 10)
@@ -717,7 +717,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_only_published_pickles_are_read(tmp_path, monkeypatch, damage):
-    """Any other file by a published name is refused before it is unpickled, and the error says what
+    """Any other file under a published name is refused before it is unpickled; the error says what
     to do."""
     monkeypatch.chdir(tmp_path)
     write_cifar10(tmp_path, monkeypatch)
@@ -730,7 +730,7 @@ def test_only_published_pickles_are_read(tmp_path, monkeypatch, damage):
 
 
 def test_no_code_in_a_pickle_is_run(tmp_path, monkeypatch):
-    """Not even if its MD5 were in the table."""
+    """Unpickling runs no code, even if the file's MD5 is in the table."""
     monkeypatch.chdir(tmp_path)
     publish_pickle(tmp_path / "test", {b"data": Evil()}, monkeypatch)
     with pytest.raises(pickle.UnpicklingError, match="it asks for builtins.eval"):
@@ -742,7 +742,7 @@ def test_no_code_in_a_pickle_is_run(tmp_path, monkeypatch):
 
 
 def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
-    """On a terminal a line says how much is done and how long the rest takes; else nothing."""
+    """On a terminal, a line shows the progress and the time left; elsewhere nothing is shown."""
     monkeypatch.setattr(data.time, "perf_counter", lambda: 110.0)
     data.progress("fetching", 1, 4, started=100.0)
     assert capsys.readouterr().err == ""
@@ -756,7 +756,7 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
 
 
 def test_photos_that_the_disk_can_not_hold(photos, monkeypatch):
-    """Their size is stated before any is decoded, and what moves them to another disk."""
+    """Photos that don't fit on the disk are refused; the error has their size and what to set."""
     usage = shutil.disk_usage(photos)._replace(free=10**6)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
     message = "60 photos of 256 x 256 pixels take 12 MB, .* 1 MB free.*set ADAPTERTUNE_CACHE to"
@@ -768,7 +768,7 @@ def test_photos_that_the_disk_can_not_hold(photos, monkeypatch):
 
 
 def test_large_photos(photos, monkeypatch):
-    """Pillow's warning of one that it decodes all the same isn't shown."""
+    """Pillow's warning about a large photo that it still decodes isn't shown."""
     from PIL import Image
 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)
@@ -778,8 +778,8 @@ def test_large_photos(photos, monkeypatch):
 
 
 def test_photos_in_floats_and_too_large(photos, monkeypatch):
-    """White may be 1 or 255 in a float TIFF: it is refused. A photo that Pillow takes for a bomb is
-    called too large, and not damaged; so is one that doesn't fit into memory."""
+    """A TIFF of 32 bits is refused, since its white may be 1 or 255. A photo that Pillow takes for
+    a bomb, or that doesn't fit into memory, is called too large, not damaged."""
     from PIL import Image
 
     path = photos / "leaf/float.tif"

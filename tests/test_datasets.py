@@ -1,7 +1,7 @@
-"""The published data sets that aren't embedded, from small archives in exactly their layout.
+"""The published data sets that aren't embedded, read from small archives in exactly their layout.
 
-Those that torchvision reads are downloaded by torchvision itself, from a server on loopback; their
-checksums are those of the small files, and its own otherwise.
+torchvision itself downloads the sets that it reads, from a server on loopback; the checksums are
+set to those of the small files, and torchvision is otherwise unchanged.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def photo(mode="RGB", size=(40, 30), kind="JPEG"):
 
 
 def tar(files, mode="w"):
-    """The bytes of an archive of these {name: bytes}."""
+    """The bytes of a tar archive of {name: bytes}."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode=mode) as archive:
         for name, body in files.items():
@@ -48,7 +48,7 @@ def tar(files, mode="w"):
 
 
 def zipped(files):
-    """The bytes of a zip archive of these {name: bytes}."""
+    """The bytes of a zip archive of {name: bytes}."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name, body in files.items():
@@ -73,7 +73,7 @@ def lines(*texts):
 
 
 def names_by_class(dataset, part):
-    """The photos' names of each class."""
+    """{class: names of its photos} for one part of a data set."""
     images = getattr(dataset, part)
     found = {name: [] for name in dataset.classes}
     for name, label in zip(images.names, images.labels.tolist(), strict=True):
@@ -92,8 +92,8 @@ def torchvision():
 
 @pytest.fixture
 def pets(server, torchvision, monkeypatch):
-    """Pets: three classes, of which one is lower case in its files; a stray .mat among the photos;
-    a palette image that is called .jpg."""
+    """Pets: three classes, one of them lower case in its files; a stray .mat among the photos; a
+    palette image named .jpg."""
     photos = {"images/Abyssinian_1.mat": b"no photo"}
     listed = {"trainval": [], "test": []}
     for label, name in enumerate(("Abyssinian", "american_bulldog", "Siamese"), start=1):
@@ -117,7 +117,7 @@ def pets(server, torchvision, monkeypatch):
 
 
 def test_pets(pets, tmp_path):
-    """Classes are numbered as the lists do it; any photo is converted, whatever its kind."""
+    """Classes are numbered as in the lists; a photo of any kind is converted."""
     found = data.read("pets", str(tmp_path), image_size=16)
     assert found.name == "pets"
     assert found.classes == ["Abyssinian", "American Bulldog", "Siamese"]
@@ -132,7 +132,7 @@ def test_pets(pets, tmp_path):
 
 
 def test_a_downloaded_set_is_read_offline(pets, server, tmp_path):
-    """The second time nothing is asked for."""
+    """A downloaded data set is read a second time without any request."""
     data.read("pets", str(tmp_path), image_size=16)
     del server.seen[:]
     found = data.read("pets", str(tmp_path), image_size=16, offline=True)
@@ -143,13 +143,13 @@ def test_a_downloaded_set_is_read_offline(pets, server, tmp_path):
 
 
 def test_the_protocol(pets, tmp_path):
-    """Validation is a tenth of the pool, by seed; the published test set stays whole."""
+    """Validation is a tenth of the training pool; the published test set stays whole."""
     found = data.split(data.read("pets", str(tmp_path), image_size=16), seed=0)
     assert [len(part) for part in (found.train, found.val, found.test)] == [11, 1, 6]
 
 
 def test_food101(server, torchvision, monkeypatch, tmp_path):
-    """Classes are in alphabetical order, whatever the order of the list; labels are theirs."""
+    """Classes are in alphabetical order, whatever the order of the list, and labels follow it."""
     classes = ["waffles", "apple_pie"]
     files = {"food-101/meta/classes.txt": lines(*classes)}
     for part, numbers in {"train": (5, 6, 7), "test": (8,)}.items():
@@ -171,7 +171,7 @@ def test_food101(server, torchvision, monkeypatch, tmp_path):
 
 
 def test_food101_with_another_class_to_test(server, torchvision, monkeypatch, tmp_path):
-    """Labels of the two lists would be of different classes."""
+    """Food-101 is refused if the classes of its two lists differ."""
     files = {}
     for part, classes in {"train": ("apple_pie", "waffles"), "test": ("waffles", "zuppa")}.items():
         listed = {name: [f"{name}/{part}"] for name in classes}
@@ -186,7 +186,7 @@ def test_food101_with_another_class_to_test(server, torchvision, monkeypatch, tm
 
 
 def test_flowers102(server, torchvision, monkeypatch, tmp_path):
-    """Labels begin at 1 in the file; the published train and validation sets are the pool."""
+    """Labels, which begin at 1 in the file, begin at 0 here; the pool is train and validation."""
     photos = {f"jpg/image_{i:05d}.jpg": photo() for i in range(1, 10)}
     labels = np.array([[1, 1, 1, 2, 2, 2, 102, 102, 102]], np.uint8)
     split = {
@@ -218,7 +218,7 @@ AIRCRAFT = ["707-320", "F/A-18", "Boeing 717 x"]
 
 @pytest.fixture
 def aircraft(server, torchvision, monkeypatch):
-    """Aircraft: variants whose names hold a slash or a space; 18 photos to train on, 6 to test."""
+    """Aircraft: variant names that hold a slash or a space; 18 photos to train on, 6 to test on."""
     inside = "fgvc-aircraft-2013b/data"
     files = {f"{inside}/variants.txt": lines(*AIRCRAFT)}
     listed = {"trainval": [], "test": []}
@@ -234,7 +234,7 @@ def aircraft(server, torchvision, monkeypatch):
 
 
 def test_aircraft(aircraft, tmp_path):
-    """Labels are the lines of variants.txt; a name may hold a slash or a space."""
+    """Labels are the lines of variants.txt, even if a name holds a slash or a space."""
     found = data.read("aircraft", str(tmp_path), image_size=16)
     assert found.classes == AIRCRAFT
     assert [len(found.train), len(found.test)] == [18, 6]
@@ -243,7 +243,7 @@ def test_aircraft(aircraft, tmp_path):
 
 
 def test_a_run_with_a_slash_in_a_class_name(aircraft, tiny_weights, tmp_path, monkeypatch, capsys):
-    """Training, evaluation and prediction work with such names."""
+    """Training, evaluation and prediction work if a class name contains a slash."""
     monkeypatch.chdir(tmp_path)
     run = runner(train.main, capsys)
     options = ("--dataset", "aircraft", "--weights", tiny_weights, "--method", "head")
@@ -258,7 +258,7 @@ def test_a_run_with_a_slash_in_a_class_name(aircraft, tiny_weights, tmp_path, mo
 
 
 def test_svhn(server, torchvision, monkeypatch, tmp_path):
-    """The label 10 is the digit 0; pixels come out upright; nothing is mirrored."""
+    """The label 10 becomes the digit 0; pixels are upright; no image is mirrored in training."""
     draw = np.random.default_rng(0)
     split_list = {}
     bodies = {}
@@ -281,8 +281,8 @@ def test_svhn(server, torchvision, monkeypatch, tmp_path):
 
 
 def test_without_torchvision(monkeypatch, tmp_path):
-    """A set that torchvision reads says what to install, where torchvision is missing or doesn't
-    fit torch."""
+    """If torchvision is missing or doesn't fit torch, the error for a set that torchvision reads
+    says what to install."""
     monkeypatch.setitem(data.sys.modules, "torchvision", None)
     with pytest.raises(ValueError, match="pets needs torchvision .*: pip install torchvision sci"):
         data.read("pets", str(tmp_path))
@@ -294,7 +294,7 @@ def test_without_torchvision(monkeypatch, tmp_path):
 
 
 def test_sums_of_cifars_files(torchvision):
-    """They are those that torchvision checks."""
+    """CIFAR_FILES holds the MD5 sums that torchvision checks."""
     published = {}
     for each in (torchvision.CIFAR10, torchvision.CIFAR100):
         published |= dict([*each.train_list, *each.test_list])
@@ -303,7 +303,7 @@ def test_sums_of_cifars_files(torchvision):
 
 
 def test_offline_without_the_files(torchvision, tmp_path):
-    """--offline downloads nothing, and says what would."""
+    """With --offline nothing is downloaded; the error says where to put the data set."""
     with pytest.raises(
         ValueError, match="no food101 in .* and --offline given; put it there as torchvision"
     ):
@@ -324,7 +324,7 @@ def test_offline_without_the_files(torchvision, tmp_path):
     ],
 )
 def test_a_damaged_list(pets, tmp_path, damage, message):
-    """Labels of no class, a list cut short, a photo that isn't there or is there twice."""
+    """A list with an unknown label, cut short, or with a missing or repeated photo is refused."""
     data.read("pets", str(tmp_path), image_size=16)
     name, line = damage
     path = tmp_path / "oxford-iiit-pet" / "annotations" / name
@@ -334,14 +334,14 @@ def test_a_damaged_list(pets, tmp_path, damage, message):
 
 
 def test_without_a_network(torchvision, monkeypatch, tmp_path):
-    """What couldn't be fetched isn't called unreadable."""
+    """A failed download is reported as such, not as an unreadable data set."""
     monkeypatch.setattr(torchvision.Food101, "_URL", "http://127.0.0.1:9/food-101.tar.gz")
     with pytest.raises(ValueError, match="could not fetch food101 .*; put it there as torchvision"):
         data.read("food101", str(tmp_path))
 
 
 def test_a_wrong_archive_of_torchvision(pets, server, tmp_path):
-    """An archive with another checksum is torchvision's to refuse; the line says what to do."""
+    """torchvision refuses an archive with another checksum; our error says what to do."""
     server.files["/images.tar.gz"] = tar({"images/a.jpg": photo()}, "w:gz")
     with pytest.raises(
         ValueError, match="torchvision can't read pets .*; delete .*oxford-iiit-pet"
@@ -378,7 +378,7 @@ def tiny_imagenet():
 
 
 def publish(monkeypatch, server, name, body):
-    """Let the server have a data set's archive."""
+    """Serve a data set's archive, and let data.py expect it."""
     reader = data.DATASETS[name]
     file = reader.keywords["url"].rpartition("/")[2]
     server.files[f"/{file}"] = body
@@ -400,7 +400,7 @@ def check_tiny_imagenet(found):
 
 
 def test_tiny_imagenet(server, monkeypatch, tmp_path):
-    """Its validation set is the test set; photos keep their 64 pixels; it is unpacked once."""
+    """The published validation set is the test set; photos keep 64 pixels; it is unpacked once."""
     publish(monkeypatch, server, "tinyimagenet", zipped(tiny_imagenet()))
     found = data.read("tinyimagenet", str(tmp_path))
     assert found.name == "tinyimagenet"
@@ -410,14 +410,14 @@ def test_tiny_imagenet(server, monkeypatch, tmp_path):
 
 
 def test_tiny_imagenet_as_a_folder(tmp_path):
-    """It is recognised by its annotations where it was unpacked by hand."""
+    """A Tiny ImageNet that was unpacked by hand is recognised by its annotations."""
     with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
         archive.extractall(tmp_path)
     check_tiny_imagenet(data.read(str(tmp_path / "tiny-imagenet-200")))
 
 
 def test_tiny_imagenet_sorted_into_classes(tmp_path):
-    """Its validation set in class folders, with the list left behind, is that of any folder."""
+    """A validation set sorted into class folders is read like any folder of photos."""
     with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
         archive.extractall(tmp_path)
     root = tmp_path / "tiny-imagenet-200"
@@ -433,7 +433,7 @@ def test_tiny_imagenet_sorted_into_classes(tmp_path):
 
 
 def test_tiny_imagenet_of_small_photos_only(tmp_path):
-    """For a small network they are reduced as any photo is."""
+    """For a small network, Tiny ImageNet's photos are reduced like any other photos."""
     with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
         archive.extractall(tmp_path)
     found = data.read(str(tmp_path / "tiny-imagenet-200"), image_size=28)
@@ -441,7 +441,7 @@ def test_tiny_imagenet_of_small_photos_only(tmp_path):
 
 
 def test_tiny_imagenet_that_is_not_whole(tmp_path):
-    """A photo that is listed and isn't there is named."""
+    """Annotations that list a missing photo, a path elsewhere, or too few photos are refused."""
     with zipfile.ZipFile(io.BytesIO(zipped(tiny_imagenet()))) as archive:
         archive.extractall(tmp_path)
     root = tmp_path / "tiny-imagenet-200"
@@ -475,7 +475,7 @@ def imagenet_r(readme=True):
 
 @pytest.mark.parametrize("readme", [True, False])
 def test_imagenet_r(server, monkeypatch, tmp_path, readme):
-    """A fifth is for testing; classes have the names of README.txt, or its numbers without it."""
+    """A fifth is used for testing; classes are named by README.txt, or by number without it."""
     publish(monkeypatch, server, "imagenet_r", tar(imagenet_r(readme)))
     found = data.read("imagenet_r", str(tmp_path), image_size=16)
     assert found.name == "imagenet_r"
@@ -487,7 +487,7 @@ def test_imagenet_r(server, monkeypatch, tmp_path, readme):
 
 
 def test_an_archive_is_unpacked_whole_or_not_at_all(server, monkeypatch, tmp_path):
-    """Where unpacking fails there is no folder that would be taken for the data set."""
+    """If unpacking fails, no folder is left that could be taken for the data set."""
     files = imagenet_r()
     files["imagenet-r/../../outside.txt"] = b"x"
     publish(monkeypatch, server, "imagenet_r", tar(files))
@@ -499,7 +499,7 @@ def test_an_archive_is_unpacked_whole_or_not_at_all(server, monkeypatch, tmp_pat
 
 
 def test_an_archive_that_is_cut_short(server, monkeypatch, tmp_path):
-    """Published so, for its checksum is right: one line, and nothing is left of it."""
+    """A truncated archive with the right checksum gives a one-line error, and no folder is left."""
     publish(monkeypatch, server, "imagenet_r", tar(imagenet_r())[:1500])
     with pytest.raises(ValueError, match=r"imagenet-r.tar is damaged \(.*; delete it to fetch it"):
         data.read("imagenet_r", str(tmp_path))
@@ -507,7 +507,7 @@ def test_an_archive_that_is_cut_short(server, monkeypatch, tmp_path):
 
 
 def test_an_archive_that_was_put_there(monkeypatch, server, tmp_path):
-    """It is used if it is the published one, and refused if it isn't."""
+    """An archive put there by hand is used if it is the published one, and refused otherwise."""
     body = tar(imagenet_r())
     publish(monkeypatch, server, "imagenet_r", body)
     (tmp_path / "imagenet-r.tar").write_bytes(body)
@@ -524,14 +524,14 @@ def test_an_archive_that_was_put_there(monkeypatch, server, tmp_path):
 
 
 def cached_folder():
-    """The only folder of decoded photos."""
+    """The only folder in the cache of decoded photos."""
     (found,) = (data.cache_folder() / "photos").iterdir()
     return found
 
 
 @pytest.fixture
 def counted(monkeypatch, tmp_path):
-    """Decoded photos, as they are decoded; the cache is the test's own."""
+    """The names of photos as they are decoded, with a cache of the test's own."""
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
     seen = []
     plain = data.read_photo
@@ -545,7 +545,7 @@ def counted(monkeypatch, tmp_path):
 
 
 def test_photos_are_decoded_once(photos, counted, capsys):
-    """The second time the pixels come from the cache, and they are the same."""
+    """On a second read, the pixels come from the cache and are the same."""
     first = data.read(str(photos), image_size=16)
     assert len(counted) == 60
     assert f"photos   60 decoded to {cached_folder()}" in capsys.readouterr().out
@@ -566,7 +566,7 @@ def test_another_size_is_decoded_anew(photos, counted):
 
 
 def test_a_changed_photo_is_decoded_anew(photos, counted, capsys):
-    """Only it, and a new one; what is gone leaves the cache."""
+    """Only a changed photo and a new one are decoded again; a removed one leaves the data set."""
     data.read(str(photos), image_size=16)
     del counted[:]
     Image.new("RGB", (50, 50), "red").save(photos / "leaf/03.png")
@@ -584,7 +584,7 @@ def test_a_changed_photo_is_decoded_anew(photos, counted, capsys):
 
 
 def test_photos_that_change_places(photos, counted):
-    """Two of one size and one time of modification, as an archive may have set it."""
+    """Two photos of the same size and modification time that swap names aren't confused."""
     for name, colour in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (20, 20), colour).save(photos / f"leaf/{name}.bmp")
         os.utime(photos / f"leaf/{name}.bmp", (1, 1))
@@ -611,7 +611,7 @@ for _ in range(10):
 
 
 def test_processes_at_once_while_photos_come_and_go(tmp_path, own_cache):
-    """Each process has the pixels of the photos that it lists, whatever the others write."""
+    """Each process gets the pixels of the photos that it lists, whatever the others write."""
     folder = tmp_path / "grey"
     for number in range(60):
         path = folder / ("ab"[number % 2]) / f"{number:03d}.png"
@@ -642,7 +642,7 @@ def test_processes_at_once_while_photos_come_and_go(tmp_path, own_cache):
 
 
 def test_one_process_decodes_a_folder(photos, counted):
-    """Another one waits for it, and says so."""
+    """A process that wants a folder that another one is decoding waits, and says so."""
     data.read(str(photos), image_size=16)
     command = [
         sys.executable,
@@ -658,7 +658,7 @@ def test_one_process_decodes_a_folder(photos, counted):
 
 
 def test_pixels_behind_the_last_that_is_listed(photos, counted):
-    """What a process wrote that was killed before it listed them: they are overwritten."""
+    """Pixels that a killed process wrote but didn't list in the index are overwritten."""
     data.read(str(photos), image_size=16)
     with (cached_folder() / "pixels").open("ab") as file:
         file.write(bytes(5000))
@@ -668,7 +668,7 @@ def test_pixels_behind_the_last_that_is_listed(photos, counted):
 
 
 def test_a_cache_that_is_cut_while_in_use(photos, counted):
-    """An error, where a mapped file would end the process by a signal."""
+    """A cache truncated while in use gives an error; a mapped file would kill the process."""
     found = data.read(str(photos), image_size=16).train
     os.truncate(found.table.file.name, 5000)
     with pytest.raises(ValueError, match="pixels was cut short while in use; run this again"):
@@ -676,7 +676,7 @@ def test_a_cache_that_is_cut_while_in_use(photos, counted):
 
 
 def test_a_full_disk_while_photos_are_decoded(photos, tmp_path):
-    """One line says where; what is decoded is kept."""
+    """A full disk gives a one-line error that says where; photos decoded until then are kept."""
     code = "import sys, data; data.PHOTOS_AT_A_TIME = 8; data.read(sys.argv[1], image_size=64)"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ADAPTERTUNE_CACHE": str(tmp_path / "c")}
     command = [sys.executable, "-c", code, photos]
@@ -700,7 +700,7 @@ def test_another_pillow_decodes_anew(photos, counted, monkeypatch):
 
 
 def test_decoding_goes_on_where_it_was_stopped(photos, counted, monkeypatch):
-    """What was decoded before a stop isn't decoded again."""
+    """Photos that were decoded before an interruption aren't decoded again."""
     monkeypatch.setattr(data.os, "cpu_count", lambda: 1)
     plain = data.progress
 
@@ -722,7 +722,7 @@ def test_decoding_goes_on_where_it_was_stopped(photos, counted, monkeypatch):
 
 
 def test_a_damaged_photo_costs_no_other(photos, counted):
-    """When it is mended it alone is decoded."""
+    """After a damaged photo is repaired, only that photo is decoded."""
     whole = (photos / "leaf/07.png").read_bytes()
     (photos / "leaf/07.png").write_bytes(whole[:50])
     with pytest.raises(ValueError, match=r"can't read .*07.png as an image"):
@@ -738,7 +738,7 @@ def test_a_damaged_photo_costs_no_other(photos, counted):
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 20, b"\n[]\n", None])
 @pytest.mark.parametrize("name", ["pixels", "index"])
 def test_a_damaged_cache_is_made_again(photos, counted, name, damage):
-    """Cut short, or of something else. Of an index, a line that was cut short costs one photo."""
+    """A truncated or foreign cache is rebuilt; a truncated line of the index costs one photo."""
     first = data.read(str(photos), image_size=16).train.pixels
     file = cached_folder() / name
     file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
@@ -748,7 +748,7 @@ def test_a_damaged_cache_is_made_again(photos, counted, name, damage):
 
 
 def test_photos_that_went_leave_the_cache(photos, counted):
-    """Once they are the most of it; then the others are decoded anew."""
+    """Once most of the cache belongs to removed photos, it is rebuilt from the others."""
     data.read(str(photos), image_size=16)
     for i in range(11):
         for folder in photos.iterdir():
@@ -760,7 +760,7 @@ def test_photos_that_went_leave_the_cache(photos, counted):
 
 
 def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path):
-    """An error names the variable that gives another place, before any photo is decoded."""
+    """An unusable cache folder is an error before decoding that names the variable to set."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "file"))
     message = r"can't use .*file/photos/photos-18-.* \(Not a directory\); set ADAPTERTUNE_CACHE"
@@ -773,7 +773,7 @@ def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path):
 
 
 def test_a_cache_that_is_only_read(photos, counted, monkeypatch):
-    """Photos that are decoded need no place that can be written to."""
+    """Photos already decoded are read from a read-only cache; decoding new ones is an error."""
     data.read(str(photos), image_size=16)
 
     def read_only(*_, **more):
@@ -789,7 +789,7 @@ def test_a_cache_that_is_only_read(photos, counted, monkeypatch):
 
 
 def test_memory_is_that_of_a_batch(photos, counted):
-    """A split shares its photos' file; no image is in memory before it is asked for."""
+    """The parts of a split share one file of photos; images are read into memory on request."""
     found = data.split(data.read(str(photos), image_size=16))
     tables = {id(part.table) for part in (found.train, found.val, found.test)}
     assert len(tables) == 1

@@ -1,4 +1,4 @@
-"""assets/device/label.py, as a process without torch and onnx: torch's labels and probabilities."""
+"""assets/device/label.py, run without torch and onnx: it gives torch's labels and probabilities."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ BACKBONE = ["--weights", str(ROOT / "assets/vit_micro.safetensors")]
 PHOTOS = ["--dataset", "photos", "--epochs", "6", "--lr", "3e-3", "--head-lr", "3e-3"]
 CLASSES = ("dark", "light above", "light below", "light in the middle")
 ORIENTATION = 0x0112  # EXIF's tag
-TURNS = {  # from what is seen to the stored pixels, by EXIF's orientation
+TURNS = {  # from upright to stored pixels, by EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -75,7 +75,7 @@ def save_class_folders(folder):
 
 
 def save_odd_photos(folder):
-    """Photos of every form and of odd sizes, of each class."""
+    """Photos of each class, in every form and in odd sizes."""
     folder.mkdir()
     rng = np.random.default_rng(1)
     for kind in CLASSES:
@@ -130,7 +130,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def absent(tmp_path_factory):
-    """A folder for PYTHONPATH: packages that can't be imported, as if they weren't installed."""
+    """A folder for PYTHONPATH whose packages can't be imported, as if they weren't installed."""
     folder = tmp_path_factory.mktemp("absent")
     for name in ("torch", "onnx", "safetensors"):
         (folder / f"{name}.py").write_text(f"raise ImportError('there is no {name} here')")
@@ -154,7 +154,7 @@ def python(work, absent, monkeypatch):
 
 @pytest.fixture
 def label(python):
-    """Runs label.py and gives its output; an error must be one line, which then is given."""
+    """Runs label.py and returns its output; if it fails, its error, which must be one line."""
 
     def run(*arguments, status=0):
         done = python(LABEL, *arguments)
@@ -179,7 +179,7 @@ def in_torch(run, photos, rounded=True):
     """Torch's probabilities, {photo: {class: probability}}.
 
     Args:
-        rounded: to whole pixel values after resizing, which a graph with --resize doesn't do.
+        rounded: to whole pixel values after resizing, unlike a graph with --resize.
     """
     model = train.load_run(run)
     if rounded:
@@ -194,7 +194,7 @@ def in_torch(run, photos, rounded=True):
 
 
 def unrounded(model, photo):
-    """A photo for the network: resized and cropped in one step."""
+    """A photo for the network, resized and cropped in one step."""
     side = data.stored_side(model.image_size, model.center)
     image = data.open_photo(photo, side)
     edge = min(image.size)
@@ -209,14 +209,14 @@ def unrounded(model, photo):
 
 @pytest.fixture(scope="module")
 def odd_photos(work):
-    """The odd photos, and torch's probabilities of them."""
+    """The odd photos, and torch's probabilities for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
         return in_torch("runs/photos", sorted(Path("odd").iterdir()))
 
 
 def check_labels(out, expected, tolerance=0.001):
-    """A line for each photo, in order, with torch's three likeliest classes and probabilities."""
+    """Check that each photo, in order, has a line with torch's three likeliest classes."""
     for line, (photo, probabilities) in zip(out.splitlines(), expected.items(), strict=True):
         path, *labels = line.split("  ")
         assert path == photo
@@ -237,14 +237,14 @@ def check_labels(out, expected, tolerance=0.001):
 
 
 def test_packages_are_absent(python):
-    """The other tests do run without torch: it can't be imported there."""
+    """The processes of the other tests can't import torch, onnx or safetensors."""
     for name in ("torch", "onnx", "safetensors"):
         done = python("-c", f"import {name}")
         assert f"ImportError: there is no {name} here" in done.stderr
 
 
 def test_heic_without_its_package(python, run_export, absent, tmp_path):
-    """A phone's photo is reported with what to install, and skipped."""
+    """Without pillow-heif, HEIC photos are skipped, and a line says what to install."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx")
     for name in ("a.heic", "b.heif", "c.hif"):
         (tmp_path / name).write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
@@ -258,7 +258,7 @@ def test_heic_without_its_package(python, run_export, absent, tmp_path):
 
 
 def test_photos_differ(odd_photos):
-    """The comparisons below aren't blind: each class is torch's likeliest for some photo, and its
+    """The comparisons below can fail: each class is torch's likeliest for some photo, and its
     probabilities vary from photo to photo."""
     likeliest = {max(each, key=each.get) for each in odd_photos.values()}
     assert likeliest == set(CLASSES)
@@ -282,7 +282,7 @@ def test_photos_differ(odd_photos):
     ],
 )
 def test_labels_are_those_of_torch(run_export, label, odd_photos, tmp_path, options):
-    """Every form of input and output that a graph may have, on photos of every form."""
+    """label.py gives torch's labels for every kind of input and output, on photos of every form."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8, *options.split())
     expected = odd_photos
     if "--resize" in options:
@@ -292,9 +292,9 @@ def test_labels_are_those_of_torch(run_export, label, odd_photos, tmp_path, opti
 
 
 def test_turned_photos_are_seen_upright(run_export, label, tmp_path):
-    """Each EXIF orientation: the labels of the photo as it is seen, not as its pixels are stored.
+    """For each EXIF orientation, the labels are those of the photo as displayed, not as stored.
 
-    The comparison with torch couldn't show a mistake that both make.
+    A comparison with torch wouldn't show a mistake that both make.
     """
     image = draw("light above", 64, 64, np.random.default_rng(2))
     upright = str(tmp_path / "upright.png")
@@ -318,8 +318,8 @@ def test_turned_photos_are_seen_upright(run_export, label, tmp_path):
 
 @pytest.fixture(scope="module")
 def swappable(work):
-    """The folder `swappable` below `work`, with backbone.onnx and the adapters of two tasks, and
-    with third.onnx_adapter, which is of another backbone."""
+    """The folder `swappable` below `work`, with backbone.onnx, the adapters of two tasks, and
+    third.onnx_adapter, which belongs to another backbone."""
     folder = work / "swappable"
     third = write_tiny(work / "third.safetensors", seed=1)
     digits = ["--epochs", "1", "--limit", "100"]
@@ -335,7 +335,7 @@ def swappable(work):
 
 
 def test_tasks_on_one_backbone(swappable, label, odd_photos):
-    """Two tasks with ranks, classes and crops of their own, both on backbone.onnx."""
+    """Two tasks with different ranks, classes and crops both run on one backbone.onnx."""
     backbone = swappable / "backbone.onnx"
     out = label(backbone, "--adapter", swappable / "photos.onnx_adapter", *odd_photos)
     check_labels(out, odd_photos)
@@ -346,7 +346,7 @@ def test_tasks_on_one_backbone(swappable, label, odd_photos):
 
 
 def test_adapters_that_do_not_fit(swappable, run_export, label, tmp_path):
-    """An adapter of another backbone, one of another program, and a graph that takes none."""
+    """Adapters of another backbone or program are refused, and any for a graph that takes none."""
     photo = "odd/dark.bmp"
     backbone = swappable / "backbone.onnx"
     error = label(backbone, "--adapter", swappable / "third.onnx_adapter", photo, status=1)
@@ -367,7 +367,7 @@ def test_adapters_that_do_not_fit(swappable, run_export, label, tmp_path):
 
 
 def test_adapter_with_damaged_metadata(swappable, label, tmp_path):
-    """An adapter of this backbone, whose classes can't be read."""
+    """An adapter whose metadata can't be read is refused as damaged."""
     whole = swappable / "photos.onnx_adapter"
     tensors = onnxruntime.AdapterFormat.read_adapter(str(whole)).get_parameters()
     key = next(name for name in tensors if name.startswith("for."))
@@ -379,14 +379,14 @@ def test_adapter_with_damaged_metadata(swappable, label, tmp_path):
 
 
 def test_backbone_without_adapter(swappable, label):
-    """A swappable backbone has no class names of its own."""
+    """A swappable backbone without --adapter is refused, since it has no class names."""
     error = label(swappable / "backbone.onnx", "odd/dark.bmp", status=1)
     assert "backbone.onnx has no class names; give the task's --adapter" in error
 
 
 @pytest.mark.parametrize("name", ["gone.onnx_adapter", "odd/dark.bmp", "."])
 def test_files_that_are_no_adapter(swappable, label, name):
-    """An adapter that is missing, of another kind, or a folder: a line with its name."""
+    """An adapter that is missing, of another kind or a folder gives one line with its name."""
     error = label(swappable / "backbone.onnx", "--adapter", name, "odd/dark.bmp", status=1)
     assert name in error
 
@@ -396,12 +396,12 @@ def test_files_that_are_no_adapter(swappable, label, name):
 
 @pytest.mark.parametrize("name", ["gone.onnx", "odd/dark.bmp", "."])
 def test_files_that_are_no_graph(label, name):
-    """A graph that is missing, of another kind, or a folder: a line with its name."""
+    """A graph that is missing, of another kind or a folder gives one line with its name."""
     assert name in label(name, "odd/dark.bmp", status=1)
 
 
 def test_graphs_that_give_no_labels(run_export, label, tmp_path):
-    """A graph of embeddings, and one that export.py didn't write."""
+    """A graph of embeddings, or one that export.py didn't write, is refused."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--output", "embedding", "--images", 8)
     error = label(tmp_path / "model.onnx", "odd/dark.bmp", status=1)
     assert "model.onnx gives embeddings, not labels" in error
@@ -421,8 +421,8 @@ def test_graphs_that_give_no_labels(run_export, label, tmp_path):
 
 @pytest.fixture
 def changed(run_export, tmp_path):
-    """A function that gives the path of an exported graph whose metadata are changed by hand; None
-    removes a key."""
+    """A function that exports a graph with changed metadata and returns its path; None removes a
+    key."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     proto = onnx.load(tmp_path / "model.onnx")
     meta = {prop.key: prop.value for prop in proto.metadata_props}
@@ -441,7 +441,7 @@ NEEDED = ("classes", "image_size", "center", "resize", "batch", "input", "output
 
 
 def test_damaged_metadata(changed, label):
-    """Any key with another kind of text than export.py writes: one line, never a traceback."""
+    """Invalid text in any metadata key gives one line of error, never a traceback."""
     for key in NEEDED:
         for text in ("two", "", "{"):
             message = label(changed(**{key: text}), "odd/dark.bmp", status=1)
@@ -453,7 +453,7 @@ def test_damaged_metadata(changed, label):
 
 
 def test_metadata_of_other_programs(changed, label):
-    """A key that another program happens to use too doesn't make a graph one of export.py."""
+    """A graph that lacks a key, or has only one that other programs use too, is refused."""
     for key in NEEDED:
         error = label(changed(**{key: None}), "odd/dark.bmp", status=1)
         assert "changed.onnx" in error
@@ -469,14 +469,14 @@ def test_metadata_of_other_programs(changed, label):
     ids=str,
 )
 def test_input_that_metadata_do_not_describe(changed, label, changes):
-    """Metadata that say one thing, and a graph that takes another."""
+    """A graph whose input isn't what its metadata say is refused."""
     error = label(changed(**changes), "odd/dark.bmp", status=1)
     message = "the graph takes tensor(float) ['batch', 3, 32, 32], not what its metadata say"
     assert message in error
 
 
 def test_names_do_not_reach_the_terminal_raw(changed, label, tmp_path):
-    """Control characters in the names of classes and files, which a terminal would obey."""
+    """Control characters in names of classes and files don't reach the terminal."""
     names = '["\\u001b[31mred", "two\\nlines", "\\u009b2J", "é"]'
     photo = tmp_path / "new\nline.png"
     Image.new("RGB", (32, 32)).save(photo)
@@ -489,7 +489,7 @@ def test_names_do_not_reach_the_terminal_raw(changed, label, tmp_path):
 
 
 def test_pixels_from_0_to_1_under_another_name(changed, label, odd_photos):
-    """Input "unit": the graph normalises. Its input's name is read from the graph."""
+    """With input "unit" the graph normalises; label.py reads the input's name from the graph."""
     path = changed()
     meta = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
     proto = onnx.load(changed(input="unit", mean=None, std=None))
@@ -505,26 +505,26 @@ def test_pixels_from_0_to_1_under_another_name(changed, label, odd_photos):
 
 
 def png_chunk(kind, content):
-    """A part of a PNG file, with its length and its check sum."""
+    """A part of a PNG file, with its length and its checksum."""
     checked = kind + content
     return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
 
 def float_tiff():
-    """A TIFF of 32-bit floats, of which nothing says whether white is 1 or 255."""
+    """A TIFF of 32-bit floats, which doesn't say whether white is 1 or 255."""
     written = io.BytesIO()
     Image.new("F", (8, 8), 0.5).save(written, format="TIFF")
     return written.getvalue()
 
 
 def huge_png():
-    """The beginning of a PNG file that claims to be of 30,000 x 30,000 pixels."""
+    """The beginning of a PNG file that claims to have 30,000 x 30,000 pixels."""
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"")
 
 
 def broken_png():
-    """A PNG file whose second part has a wrong check sum."""
+    """A PNG file whose second part has a wrong checksum."""
     header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
     data = png_chunk(b"IDAT", zlib.compress(bytes(25 * 8)))
     end = png_chunk(b"IEND", b"")
@@ -534,7 +534,7 @@ def broken_png():
 
 @pytest.fixture
 def wrong_photos(work):
-    """Files of these names below `work` that are no photos, though the names say so."""
+    """Files below `work` that are named like photos, but aren't."""
     whole = (work / "odd/dark, large.jpg").read_bytes()
     contents = {
         "empty.png": b"",
@@ -559,8 +559,8 @@ def wrong_photos(work):
     ],
 )
 def test_photos_that_are_none(run_export, python, wrong_photos, tmp_path, name):
-    """A missing, damaged or dangerous photo: a line with its name; the others are labelled, those
-    after it too."""
+    """A missing, damaged or dangerous photo is skipped with one line; the photos before and after
+    it are labelled."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     photos = ["odd/dark.bmp", f"wrong/{name}", "odd/dark.webp"]
     done = python(LABEL, tmp_path / "model.onnx", *photos)
@@ -570,7 +570,7 @@ def test_photos_that_are_none(run_export, python, wrong_photos, tmp_path, name):
 
 
 def test_warnings_of_pillow_are_not_shown(run_export, label, tmp_path):
-    """99 million pixels, of which Pillow warns in two lines, are a photo all the same."""
+    """A photo of 99 million pixels is labelled, without Pillow's warning of two lines."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 11000, 9000, 1, 0, 0, 0, 0))
     rows = zlib.compress(bytes(9000 * (1 + 11000 // 8)))
@@ -581,7 +581,7 @@ def test_warnings_of_pillow_are_not_shown(run_export, label, tmp_path):
 
 
 def test_folders_of_photos(run_export, label, tmp_path):
-    """The photos below a folder, in order of their names, whatever else lies there."""
+    """The photos below a folder are labelled in order of their names; other files are ignored."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     folder = tmp_path / "folder"
     (folder / "b").mkdir(parents=True)
@@ -596,7 +596,7 @@ def test_folders_of_photos(run_export, label, tmp_path):
 
 
 def test_nobody_reads_on(run_export, work, tmp_path):
-    """A pipe that is closed early, as of "| head -1", ends it without a traceback."""
+    """A pipe closed early, as by "| head -1", ends label.py without a traceback."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     command = [sys.executable, str(LABEL), str(tmp_path / "model.onnx"), "photos"]
     with subprocess.Popen(
@@ -609,14 +609,14 @@ def test_nobody_reads_on(run_export, work, tmp_path):
 
 
 def test_wrong_usage(python):
-    """No photo at all: status 2, and what is missing."""
+    """Without a photo, the status is 2 and the error names what is missing."""
     done = python(LABEL, "model.onnx")
     assert done.returncode == 2
     assert "error: the following arguments are required: photo" in done.stderr
 
 
 def test_postscript_by_another_name(run_export, python, tmp_path):
-    """PostScript named .png isn't handed to Ghostscript, and a pipe isn't waited for."""
+    """PostScript named .png isn't passed to Ghostscript, and a named pipe isn't waited for."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     evil = tmp_path / "evil.png"
     evil.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")

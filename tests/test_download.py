@@ -1,4 +1,4 @@
-"""The real download code against a real HTTP server on loopback."""
+"""The download code, tested with a real HTTP server on loopback."""
 
 import gzip
 import hashlib
@@ -30,7 +30,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    """No waiting between tries, a cache of the test's own, no proxy and no token."""
+    """Don't wait between tries; use a cache of the test's own, no proxy and no token."""
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -56,7 +56,7 @@ def test_whole_file(server, tmp_path):
 
 
 def test_cut_connection_is_resumed(server, tmp_path):
-    """A connection that is cut twice is resumed where it was cut."""
+    """A download whose connection is cut twice resumes where it was cut."""
     server.files["/f"] = BODY
     server.cut = [100_000, 250_000]
     data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
@@ -66,7 +66,7 @@ def test_cut_connection_is_resumed(server, tmp_path):
 
 
 def test_next_call_resumes(server, tmp_path):
-    """After a failure the file isn't there, and the next call goes on with its part."""
+    """After a failure the file doesn't exist, and the next call resumes the partial download."""
     server.files["/f"] = BODY
     server.cut = [100_000]
     message = "cut at 100,000 of 300,000 bytes; run again to go on"
@@ -80,7 +80,7 @@ def test_next_call_resumes(server, tmp_path):
 
 
 def test_server_without_ranges(server, tmp_path):
-    """A server that ignores ranges sends the whole file again, and the file is right."""
+    """If the server ignores ranges, the whole file is sent again, and it arrives intact."""
     server.files["/f"] = BODY
     server.cut = [100_000]
     server.ranges = False
@@ -90,7 +90,7 @@ def test_server_without_ranges(server, tmp_path):
 
 @pytest.mark.parametrize("left", [BODY, BODY + b"x"], ids=["whole", "too long"])
 def test_part_of_full_length(server, tmp_path, left):
-    """A part that is whole already, or too long, ends as the right file."""
+    """A partial download that is already whole, or too long, ends as the right file."""
     server.files["/f"] = BODY
     (tmp_path / "f.part").write_bytes(left)
     data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
@@ -111,7 +111,7 @@ def test_wrong_checksum_is_refused_and_removed(server, tmp_path):
     [("f.zip", "f.zip$"), ("model.safetensors", "safetensors or give it by --weights$")],
 )
 def test_404(server, tmp_path, name, hint):
-    """A file that isn't there is asked for once; the error says how to supply it."""
+    """A missing file is requested once; the error says how to supply it."""
     message = r"/f answered 404 Not Found; or fetch .* by other means and put it at .*" + hint
     with pytest.raises(ValueError, match=message):
         data.download(f"{server.url}/f", tmp_path / name)
@@ -120,7 +120,7 @@ def test_404(server, tmp_path, name, hint):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_private_file_needs_a_token(server, tmp_path, status):
-    """The error for a private or gated file of the hub names HF_TOKEN."""
+    """The error for a private or gated file of the hub names HF_TOKEN; a data set's doesn't."""
     server.errors = [status]
     with pytest.raises(
         ValueError, match=f"answered {status} .*; set HF_TOKEN for a private file, .* page; or"
@@ -132,7 +132,7 @@ def test_a_private_file_needs_a_token(server, tmp_path, status):
 
 
 def test_server_error_is_tried_again(server, tmp_path):
-    """Errors of the server are tried again."""
+    """Requests that end in a server error are tried again."""
     server.files["/f"] = BODY
     server.errors = [503, 500]
     data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
@@ -141,7 +141,7 @@ def test_server_error_is_tried_again(server, tmp_path):
 
 
 def test_no_network(tmp_path):
-    """Without a connection the error says how to supply the file."""
+    """Without a connection, the error says how to supply the file."""
     url = "http://127.0.0.1:9/f"
     message = f"could not fetch {url}: .*efused.* by other means and put it at"
     with pytest.raises(ValueError, match=message):
@@ -149,7 +149,7 @@ def test_no_network(tmp_path):
 
 
 def test_two_processes_at_once(server, tmp_path):
-    """Of two processes that want a file one fetches it, and the other waits and finds it."""
+    """Of two processes that want the same file, one fetches it; the other waits and finds it."""
     server.files["/f"] = BODY
     server.cut = [100_000]
     code = f"""
@@ -173,11 +173,11 @@ print([process.exitcode for process in both])
     assert done.stdout == "[0, 0]\n", done.stderr
     assert done.stderr.count("waiting for another process") == 1
     assert files_below(tmp_path) == [tmp_path / "f"]
-    assert len(server.seen) == 2  # of one of them, which was cut and waited for half a second
+    assert len(server.seen) == 2  # both by one process: it was cut once, and waited half a second
 
 
 def test_without_locks(server, tmp_path, monkeypatch):
-    """Where the system has no flock (Windows) a file is fetched and written all the same."""
+    """Without flock (on Windows), files are still downloaded and written."""
     monkeypatch.setattr(data, "fcntl", None)
     server.files["/f"] = BODY
     server.cut = [100_000]
@@ -193,7 +193,7 @@ def test_without_locks(server, tmp_path, monkeypatch):
 
 
 def answer(body, status=200, **headers):
-    """A function that answers so."""
+    """A function that sends this answer."""
 
     def send(handler):
         handler.send_response(status)
@@ -221,7 +221,7 @@ POISON = {
 
 @pytest.mark.parametrize("poison", POISON)
 def test_another_thing_is_not_kept(server, tmp_path, poison):
-    """Where no checksum is stated, what is no whole safetensors file isn't kept either."""
+    """Without a checksum, too, an answer that isn't a whole safetensors file isn't kept."""
     path = tmp_path / "model.safetensors"
     server.answers["/w"] = POISON[poison]
     with pytest.raises(
@@ -237,7 +237,7 @@ def test_another_thing_is_not_kept(server, tmp_path, poison):
 
 @pytest.mark.parametrize("name", ["merges.txt", "vocab.txt.gz"])
 def test_a_page_is_no_vocabulary(server, tmp_path, name):
-    """A page in the place of a vocabulary isn't kept."""
+    """A web page received in place of a vocabulary isn't kept."""
     server.answers["/v"] = answer(PAGE)
     with pytest.raises(ValueError, match="isn't a .* and was removed"):
         data.download(f"{server.url}/v", tmp_path / name)
@@ -245,7 +245,7 @@ def test_a_page_is_no_vocabulary(server, tmp_path, name):
 
 
 def test_part_of_another_offset(server, tmp_path):
-    """A server that answers a range by another one isn't believed; the whole file is asked for."""
+    """If the server sends another range than the requested one, the whole file is requested."""
     path = tmp_path / "model.safetensors"
     path.with_name(f"{path.name}.part").write_bytes(WEIGHTS[:1000])
 
@@ -261,7 +261,7 @@ def test_part_of_another_offset(server, tmp_path):
 
 
 def test_more_than_stated(server, tmp_path):
-    """A transfer ends where more arrives than the hub stated, not when the disk is full."""
+    """A transfer ends once more arrives than the hub stated, before the disk is full."""
     sent = []
 
     def endless(handler):
@@ -288,7 +288,7 @@ def test_more_than_stated(server, tmp_path):
     ids=["body", "head"],
 )
 def test_drip(server, tmp_path, monkeypatch, beginning, message):
-    """A transfer of a few bytes a second is given up, though each of them comes in time."""
+    """A transfer of a few bytes a second is given up, even if each byte arrives in time."""
     monkeypatch.setattr(data, "PATIENCE", 0.2)
     finished = threading.Event()
 
@@ -307,7 +307,7 @@ def test_drip(server, tmp_path, monkeypatch, beginning, message):
 
 
 def test_token_that_a_server_repeats(server, tmp_path):
-    """A server that answers with the token, in its phrase or as no HTTP at all, doesn't get it
+    """A token that a server repeats, in its reason phrase or in place of an HTTP answer, isn't
     printed."""
 
     def repeat(handler):
@@ -330,8 +330,8 @@ def test_token_that_a_server_repeats(server, tmp_path):
 
 
 def test_a_phrase_of_several_lines(server, tmp_path):
-    """What a server says of a status doesn't make a second line of error, nor does one without a
-    name."""
+    """A status without a reason, and a redirect loop, whose reason has several lines, each give a
+    one-line error."""
     server.answers["/f"] = answer(b"", status=499)
     with pytest.raises(ValueError, match="/f answered 499 without a reason; or fetch"):
         data.download(f"{server.url}/f", tmp_path / "f")
@@ -342,7 +342,7 @@ def test_a_phrase_of_several_lines(server, tmp_path):
 
 
 def test_full_disk(server, tmp_path):
-    """A full disk ends a download with a line that says so, and not after five more tries."""
+    """A full disk ends a download at once, with a line that says so, and isn't tried again."""
     server.files["/f"] = BODY
     code = f"""
 import pathlib, sys
@@ -365,14 +365,14 @@ NET = "/timm/net/resolve/main/model.safetensors"
 
 
 def serve_as_hub(server, body, etag, path=NET, store=""):
-    """Serve a file as the hub does: a redirect to a store, which states size and SHA-256."""
+    """Serve a file as the hub does: a redirect, which states size and SHA-256, to a store."""
     server.redirects[path] = f"{store or server.url}/store"
     server.headers[path] = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(body))}
     server.files["/store"] = body
 
 
 def test_hub_file(server, tmp_path, monkeypatch):
-    """A file of the hub is kept in the cache and not asked for again."""
+    """A file of the hub is kept in the cache and not requested again."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     serve_as_hub(server, WEIGHTS, WEIGHTS_SHA)
     path = data.hub_file("timm/net", "model.safetensors")
@@ -392,7 +392,7 @@ def test_hub_checksum(server, tmp_path, monkeypatch):
     assert files_below(tmp_path / "cache") == []
 
 
-store = pytest.fixture(serve, name="store")  # a second server, as the hub's store is
+store = pytest.fixture(serve, name="store")  # a second server, in the role of the hub's store
 
 
 def test_token_goes_to_the_hub_alone(server, store, monkeypatch):
@@ -409,8 +409,8 @@ def test_token_goes_to_the_hub_alone(server, store, monkeypatch):
 
 
 def test_token_is_never_printed(server, monkeypatch):
-    """The line break after a token that came from a file is no part of it; another one is refused,
-    and no error shows the token."""
+    """The line break at the end of a token from a file is dropped; a token with any other one is
+    refused, and no error shows it."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     serve_as_hub(server, WEIGHTS, WEIGHTS_SHA)
     monkeypatch.setenv("HF_TOKEN", "hf_secret\nhf_other")
@@ -425,14 +425,14 @@ def test_token_is_never_printed(server, monkeypatch):
 
 @pytest.mark.parametrize("endpoint", ["file:///etc", "hub.example", "http://hub/\nX: y"])
 def test_endpoint(monkeypatch, endpoint):
-    """HF_ENDPOINT is an address of the web."""
+    """HF_ENDPOINT must be a web address."""
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     with pytest.raises(ValueError, match="HF_ENDPOINT is no address like"):
         data.hub_file("timm/net", "model.safetensors")
 
 
 def test_redirected_to_no_address(server, monkeypatch):
-    """What a server calls an address isn't repeated, and no traceback comes of it."""
+    """A redirect to an invalid address gives an error that doesn't repeat the address."""
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr(data.time, "sleep", lambda _: None)
     server.redirects[NET] = "http://[secret]/"
@@ -443,7 +443,7 @@ def test_redirected_to_no_address(server, monkeypatch):
 
 @pytest.mark.parametrize("user", ["me:secret", "me:se#cret", "me:se/cret", "secret"])
 def test_password_is_never_printed(server, monkeypatch, user):
-    """An address with a password is refused, and the password isn't shown."""
+    """An endpoint with a user or password is refused at once, and the password isn't shown."""
     monkeypatch.setenv("HF_ENDPOINT", server.url.replace("//", f"//{user}@"))
     with pytest.raises(ValueError, match="HF_ENDPOINT is no address like") as caught:
         data.hub_file("timm/net", "model.safetensors")
@@ -452,7 +452,7 @@ def test_password_is_never_printed(server, monkeypatch, user):
 
 
 def test_no_home(monkeypatch):
-    """Without a home folder an error names ADAPTERTUNE_CACHE."""
+    """Without a home folder, the error names ADAPTERTUNE_CACHE."""
     monkeypatch.delenv("ADAPTERTUNE_CACHE")
 
     def no_home():
@@ -464,7 +464,7 @@ def test_no_home(monkeypatch):
 
 
 def test_offline():
-    """With --offline a file that isn't in the cache is an error that says what to do."""
+    """With --offline, a file that isn't in the cache is an error that says what to do."""
     message = "--offline given; fetch it once without, or give --weights FILE"
     with pytest.raises(ValueError, match=message):
         data.hub_file("timm/net", "model.safetensors", offline=True)
@@ -489,7 +489,7 @@ def test_train_downloads_a_backbone(server, run, tmp_path):
 
 
 def test_train_without_the_backbone_on_the_hub(run, tmp_path):
-    """A backbone that the hub hasn't is one line of error that names --weights."""
+    """A backbone that the hub doesn't have gives a one-line error that names --weights."""
     error = run("--backbone", "deit_s16", status=1)
     assert "404" in error
     assert "--weights" in error
@@ -501,7 +501,7 @@ def test_train_without_the_backbone_on_the_hub(run, tmp_path):
 
 @pytest.fixture
 def cifar_archive(tmp_path, monkeypatch):
-    """A small archive in the published form of CIFAR-100's python version, of real pickles."""
+    """A small archive in the published form of CIFAR-100's Python version, with real pickles."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "made" / "cifar-100-python"
     for name, count in (("train", 200), ("test", 50)):
@@ -522,7 +522,7 @@ def cifar_archive(tmp_path, monkeypatch):
 
 
 def test_cifar_from_the_network(server, cifar_archive, tmp_path, monkeypatch):
-    """The archive is fetched over a cut connection, extracted, and then read from its folder."""
+    """The archive is fetched over a connection that is cut, extracted, and read from its folder."""
     body = cifar_archive.read_bytes()
     md5 = hashlib.md5(body).hexdigest()
     server.files["/kriz/cifar-100-python.tar.gz"] = body
@@ -547,7 +547,7 @@ def test_cifar_from_the_network(server, cifar_archive, tmp_path, monkeypatch):
 
 
 def test_cifar_with_a_wrong_md5(server, cifar_archive, tmp_path, monkeypatch):
-    """An archive that isn't the published one is refused, fetched or found."""
+    """An archive that isn't the published one is refused, whether downloaded or found."""
     folder = tmp_path / "data"
     server.files["/kriz/cifar-100-python.tar.gz"] = cifar_archive.read_bytes()
     monkeypatch.setattr(data, "CIFAR", f"{server.url}/kriz/")

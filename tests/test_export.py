@@ -1,4 +1,4 @@
-"""The ONNX graph against torch, what travels in its file, and export.py as a user runs it."""
+"""The ONNX graph against torch, the metadata in its file, and export.py as a user runs it."""
 
 import ast
 import json
@@ -59,7 +59,7 @@ META = {
 
 
 def network(adapters=None, **changes):
-    """A small adapted ViT of 3 blocks for images of 16 px, with nothing near zero."""
+    """A small adapted ViT of 3 blocks for images of 16 px, with no tensor near zero."""
     shape = {"width": 64, "depth": 3, "heads": 4, "patch": 4, "image_size": 16, "hidden": 96}
     torch.manual_seed(0)
     model = vit.ViT(vit.Config(**shape | changes))
@@ -77,7 +77,7 @@ def network(adapters=None, **changes):
 
 
 def to_session(model, opset=17, **meta):
-    """The graph's session in onnxruntime, and the ONNX model, which is checked in passing."""
+    """The graph's session in onnxruntime and the ONNX model, which is also checked."""
     proto = export.to_model(export.Graph(opset), model, META | meta)
     onnx.checker.check_model(proto, full_check=True)
     assert proto.ir_version == {17: 8, 18: 8, 20: 9, 23: 11}[opset]
@@ -94,19 +94,19 @@ def random_pixels(batch, height=16, width=16):
 
 
 def normalised(pixels):
-    """What torch gets of pixels uint8 [B, 3, S, S]."""
+    """The images that torch gets for pixels uint8 [B, 3, S, S]."""
     mean = torch.tensor(META["mean"]).view(3, 1, 1)
     std = torch.tensor(META["std"]).view(3, 1, 1)
     return (pixels / 255 - mean) / std
 
 
 def channels_last(pixels):
-    """What a graph that takes uint8 gets of pixels uint8 [B, 3, H, W]."""
+    """The array [B, H, W, 3] that a uint8 graph gets for pixels uint8 [B, 3, H, W]."""
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def difference(session, model, x):
-    """The largest |difference| of the graph's logits from torch's for images x [B, 3, S, S]."""
+    """The largest |difference| between the graph's and torch's logits for images x [B, 3, S, S]."""
     got = session.run(None, {"image": x.numpy()})[0]
     return np.abs(got - model(x).numpy()).max()
 
@@ -140,7 +140,7 @@ def test_parity(changes, opset, kind):
 )
 @pytest.mark.parametrize("adapters", ADAPTERS.values(), ids=ADAPTERS)
 def test_parity_of_every_adapter(adapters, changes):
-    """Every place that an adapter can read from, with every activation and scale."""
+    """Adapters with every input, activation and scale give torch's logits."""
     model = network(adapters, **changes)
     session, _ = to_session(model)
     assert difference(session, model, normalised(random_pixels(3))) < 1e-4
@@ -149,7 +149,7 @@ def test_parity_of_every_adapter(adapters, changes):
 @pytest.mark.parametrize("deep", [True, False])
 @pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS)
 def test_parity_of_prompts(changes, deep):
-    """Prompts in every kind of ViT, new ones in each block or at the first alone."""
+    """Prompts give torch's logits in every kind of ViT, new in each block or in the first only."""
     model = network(None, **changes)
     adaptertune.add_prompts(model, prompts=5, deep=deep)
     model.requires_grad_(False)
@@ -158,7 +158,7 @@ def test_parity_of_prompts(changes, deep):
 
 
 def test_a_wrong_graph_is_noticed():
-    """The comparison above isn't blind: without its adapters the network gives other numbers."""
+    """The comparison above can fail: without its adapters the network gives other numbers."""
     session, _ = to_session(network(None))
     assert difference(session, network({"rank": 8}), normalised(random_pixels(3))) > 0.1
 
@@ -166,7 +166,7 @@ def test_a_wrong_graph_is_noticed():
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize("output", ["logits", "probabilities", "embedding"])
 def test_outputs(output, batch):
-    """Each output has its name, its shape and torch's numbers, in any batch or in a fixed one."""
+    """Each output has its name, its shape and torch's numbers, for any or a fixed batch size."""
     model = network({"rank": 8})
     x = normalised(random_pixels(2))
     wanted = {
@@ -190,7 +190,7 @@ def test_outputs(output, batch):
 @pytest.mark.parametrize("opset", [17, 23])
 @pytest.mark.parametrize("center", [1.0, 0.875])
 def test_resize(opset, center, size):
-    """Photos of any size, as data.py treats them: the centre square, resized, and its middle."""
+    """Photos of any size are treated as in data.py: the centre square is resized, then cropped."""
     model = network({"rank": 8})
     session, _ = to_session(model, opset, input="uint8", resize=True, center=center)
     pixels = random_pixels(3, *size)
@@ -207,8 +207,8 @@ def test_resize(opset, center, size):
 
 
 def test_what_a_viewer_shows():
-    """Names of the torch modules, the class token alone after the last attention, and no shape
-    that is worked out at run time."""
+    """Nodes are named after torch's modules, only the class token is left after the last attention,
+    and no shape is computed at run time."""
     _, proto = to_session(network({"rank": 8}))
     names = [node.name for node in proto.graph.node]
     assert len(names) == len(set(names))
@@ -241,7 +241,7 @@ def test_what_a_viewer_shows():
 
 
 def test_pads_say_how():
-    """Every Pad has its mode: pnnx takes none for granted."""
+    """Every Pad states its mode, since pnnx assumes none."""
     model = network(None)
     adaptertune.add_prompts(model, prompts=5, deep=True)
     model.requires_grad_(False)
@@ -253,7 +253,7 @@ def test_pads_say_how():
 
 
 def test_the_inputs_name():
-    """The input can have another name, in every kind of graph."""
+    """The input can be given another name, in every kind of graph."""
     for kind in ("float", "unit", "uint8"):
         g = export.Graph(17, image="pixel_values")
         proto = export.to_model(g, network(None), META | {"input": kind})
@@ -262,7 +262,7 @@ def test_the_inputs_name():
 
 
 def test_merged_adapters_leave_no_node():
-    """Merged adapters: as many nodes as the backbone alone, and the same function."""
+    """Merged adapters add no node to the backbone's graph, and its logits are the same."""
     model = network(MERGEABLE)
     merged = network(MERGEABLE)
     assert adaptertune.merge(merged) == 3
@@ -276,7 +276,7 @@ def test_merged_adapters_leave_no_node():
 
 
 def test_what_the_benchmark_times(tmp_path):
-    """The graphs of bench_export.py, baked in and swappable, give torch's logits."""
+    """The graphs of bench_export.py, with adapters built in or swappable, give torch's logits."""
     model = bench_export.network(8)
     x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     baked = bench_export.in_onnxruntime(bench_export.to_proto(model).SerializeToString())
@@ -300,7 +300,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder below which runs/NAME are short runs on digits, made by train.py."""
+    """A folder with short runs on digits in runs/NAME, trained by train.py."""
     folder = tmp_path_factory.mktemp("work")
     weights = write_backbone(folder / "tiny.safetensors", seed=0)
     write_backbone(folder / "rotary.safetensors", seed=0, rope=True, registers=4)
@@ -314,7 +314,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def run(runs, monkeypatch, capsys):
-    """Runs export.py's main where the runs are and gives its output; an error must be one line."""
+    """Runs export.py's main where the runs are; returns its output, or its one-line error."""
     monkeypatch.chdir(runs)
     return runner(export.main, capsys)
 
@@ -332,7 +332,7 @@ def metadata(path):
 
 
 def test_a_run_becomes_a_file(run, runs, tmp_path):
-    """Every line that is printed, all that the file says of itself, and that it can be repeated."""
+    """Export prints the expected lines, states the run in the metadata, and repeats bit for bit."""
     out = run("runs/a", "--images", 0)
     lines = [
         r"model    tiny, adaptertune rank 4, 10 classes",
@@ -366,7 +366,7 @@ def test_a_run_becomes_a_file(run, runs, tmp_path):
         "test_accuracy": trained["test_accuracy"],
         "version": 1,
     }
-    assert expected["test_accuracy"] > 20  # twice as good as chance: the labels do vary
+    assert expected["test_accuracy"] > 20  # twice as good as chance, so predictions vary
     props = metadata(runs / "runs/a/model.onnx")
     for key, value in expected.items():
         found = props[key] if isinstance(value, str) else json.loads(props[key])
@@ -396,7 +396,7 @@ def names_in(folder):
     ],
 )
 def test_names(run, tmp_path, options, name):
-    """What isn't as by default stands in the name; labels.txt is beside all but embeddings."""
+    """Options other than the defaults are in the file's name; embeddings have no labels.txt."""
     run("runs/a", "-o", tmp_path, "--force", "--images", 8, *options.split())
     expected = {f"{name}.onnx", "labels.txt"}
     if "embedding" in options:
@@ -405,12 +405,12 @@ def test_names(run, tmp_path, options, name):
 
 
 def test_labels_are_a_line_each():
-    """Any class; what would break the line is replaced."""
+    """labels.txt has one class per line; characters that would break the line are replaced."""
     assert export.to_lines(["a b", "c\nd\u2028e\r", "ö"]) == "a b\nc�d�e�\nö\n"
 
 
 def test_labels_of_another_model_stay(run, tmp_path):
-    """A model isn't put beside other classes than its own."""
+    """A model isn't written beside a labels.txt of other classes, unless it gives embeddings."""
     (tmp_path / "labels.txt").write_text("red\ngreen\n")
     error = run("runs/a", "-o", tmp_path / "digits.onnx", status=1)
     assert "labels.txt has other classes; give this model another folder by -o" in error
@@ -422,7 +422,7 @@ def test_labels_of_another_model_stay(run, tmp_path):
 @pytest.mark.parametrize("kind", ["float", "unit", "uint8"])
 @pytest.mark.parametrize("output", ["logits", "probabilities", "embedding"])
 def test_what_other_programs_read(kind, output):
-    """By their names, and only what is true of the graph; ours are the last."""
+    """Keys that other programs read are written only if true of the graph; `classes` is last."""
     meta = META | {"classes": ["it's", "two words"], "center": 0.875, "batch": 1}
     _, proto = to_session(network({"rank": 8}), **meta | {"input": kind, "output": output})
     props = {prop.key: prop.value for prop in proto.metadata_props}
@@ -450,7 +450,7 @@ def test_what_other_programs_read(kind, output):
 
 
 def test_half_as_mean_and_deviation():
-    """Pixels from -1 to 1 have a name of their own."""
+    """Mean and std of 0.5 are described as pixels from -1 to 1."""
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
     props = export.props_of_others(META | half, network(None).config)
     assert props["Image.NominalPixelRange"] == "Normalized_1_1"
@@ -458,7 +458,7 @@ def test_half_as_mean_and_deviation():
 
 @pytest.mark.parametrize(("count", "singles"), [(1, 0), (2, 1), (30, 26), (64, 55), (359, 55)])
 def test_what_is_checked(runs, monkeypatch, count, singles):
-    """One by one and in odd batches, each image once, however few there are."""
+    """Test images are checked singly and in odd batches, each once, however few there are."""
     monkeypatch.chdir(runs)
     run = opened("a")
     run.meta.update(batch=0, input="float", resize=False)
@@ -477,12 +477,12 @@ def test_what_is_checked(runs, monkeypatch, count, singles):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_constants_beside_a_graph_that_is_too_large(run, tmp_path, monkeypatch, precision):
-    """Past protobuf's limit the constants are in a second file, and all is checked as ever."""
+    """Past protobuf's limit, constants go into a second file, and all checks still run."""
     monkeypatch.setattr(export, "ONE_FILE", 60_000)  # more than int8's, less than fp32's
     out = run("runs/b", "--precision", precision, "-o", tmp_path / "m.onnx", "--force")
     data = ["m.onnx.data"] if precision == "fp32" else []
     assert names_in(tmp_path) == ["labels.txt", "m.onnx", *data]
-    assert len({path.stat().st_mode for path in tmp_path.glob("m.onnx*")}) == 1  # who may read it
+    assert len({path.stat().st_mode for path in tmp_path.glob("m.onnx*")}) == 1  # permissions
     assert out.count("check    onnx.checker ok") == (1 if precision == "fp32" else 2)
     export.session(tmp_path / "m.onnx")
     if precision == "int8":
@@ -491,8 +491,8 @@ def test_constants_beside_a_graph_that_is_too_large(run, tmp_path, monkeypatch, 
 
 
 def test_resizing_is_checked_on_original_photos(run, runs, photos, tmp_path, monkeypatch):
-    """Photos come in the size that their files have, turned as EXIF says; a graph that resizes
-    them otherwise is refused, and its outputs are those of evaluation but for rounding to bytes."""
+    """With --resize, photos are checked in their files' size, turned as EXIF says. Outputs are
+    those of evaluation except for rounding to bytes; a graph that resizes otherwise is refused."""
     from PIL import Image
 
     Image.new("RGB", (90, 33), "olive").save(photos / "leaf/00.png")
@@ -559,7 +559,7 @@ def test_every_method_and_option(run, tmp_path, name, options):
 @pytest.mark.parametrize("name", ["a", "rotary"])
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_precision(run, tmp_path, precision, name):
-    """fp16 and int8 are smaller than fp32, and it is printed how far they agree with it."""
+    """fp16 and int8 files are smaller than fp32, and their agreement with fp32 is printed."""
     run(f"runs/{name}", "-o", tmp_path / "fp32.onnx")
     path = tmp_path / "m.onnx"
     out = run(f"runs/{name}", "-o", path, "--precision", precision, "--force")
@@ -572,7 +572,7 @@ def test_precision(run, tmp_path, precision, name):
     assert re.search(r"^speed .* ms fp32, ratio [\d.]+ ", out, re.M)
     assert ("one scale a batch" in out) == (precision == "int8")
     ratio = path.stat().st_size / (tmp_path / "fp32.onnx").stat().st_size
-    assert 0.25 < ratio < 0.75  # a tiny network: half and a quarter, and the nodes
+    assert 0.25 < ratio < 0.75  # half or a quarter, plus the nodes of a tiny network
     saved = metadata(path)
     assert saved["precision"] == precision
     assert ("one scale a batch" in saved["description"]) == (precision == "int8")
@@ -581,7 +581,7 @@ def test_precision(run, tmp_path, precision, name):
 
 
 def test_int8_that_disagrees(run, tmp_path, monkeypatch):
-    """Too many labels are wrong that fp32 had right: no file, unless --force is given."""
+    """If int8 mislabels too many images that fp32 had right, it is written only with --force."""
 
     def turn_labels_around(model, images):
         model.head.weight.neg_()
@@ -601,7 +601,7 @@ def test_int8_that_disagrees(run, tmp_path, monkeypatch):
 
 
 def agreement(counts, labels=True):
-    """Answers of which `counts` are right in both, before alone, after alone, in neither."""
+    """Answers of which `counts` are right both times, only before, only after, and never."""
     before = np.repeat([1, 1, 0, 0], counts)
     after = np.repeat([1, 0, 1, 2], counts)
     truth = np.ones(len(before), int) if labels else np.full(len(before), -1)
@@ -622,7 +622,7 @@ def agreement(counts, labels=True):
     ],
 )
 def test_the_rule_of_rounding(counts, good, text):
-    """A loss of a point and one standard error of the paired difference is accepted."""
+    """A loss of at most a point plus one standard error of the paired difference is accepted."""
     said, judged = export.judge_rounded(agreement(counts))
     assert text in said
     assert judged == good
@@ -630,21 +630,21 @@ def test_the_rule_of_rounding(counts, good, text):
 
 @pytest.mark.parametrize(("changed", "good"), [(2, True), (3, False)])
 def test_rounding_without_labels(changed, good):
-    """The predictions of 98 % must stay, and the line says why."""
+    """Without labels, at least 98 % of predictions must stay the same, and the line says why."""
     said, judged = export.judge_rounded(agreement((100 - changed, changed, 0, 0), False))
     assert "at least 98 % is wanted, since labels aren't known" in said
     assert judged == good
 
 
 def test_rounding_to_nothing():
-    """NaN isn't good, whatever the answers."""
+    """A difference of NaN is refused, whatever the answers."""
     found = agreement((10, 0, 0, 0))
     found.worst = float("nan")
     assert not export.judge_rounded(found)[1]
 
 
 def test_int8_is_where_it_should_be(run, tmp_path):
-    """The blocks' matrices alone are int8; q, k and v share one rounding of their input."""
+    """Only the blocks' matrices are int8; q, k and v share one rounding of their input."""
     run("runs/a", "-o", tmp_path / "m.onnx", "--precision", "int8", "--force")
     proto = onnx.load(tmp_path / "m.onnx")
     expected = set()
@@ -678,7 +678,7 @@ def test_int8_is_where_it_should_be(run, tmp_path):
 
 
 def test_int8_of_a_fixed_batch(run, tmp_path):
-    """No shape in it says otherwise: tract takes `batch` beside the number for a contradiction."""
+    """An int8 graph of a fixed batch has no dimension `batch`, which tract would refuse."""
     run("runs/a", "-o", tmp_path / "m.onnx", "--precision", "int8", "--batch", 2, "--force")
     proto = onnx.load(tmp_path / "m.onnx")
     assert not proto.graph.value_info
@@ -687,7 +687,7 @@ def test_int8_of_a_fixed_batch(run, tmp_path):
 
 @pytest.mark.parametrize("damage", [0.01, float("nan")])
 def test_a_missed_limit_leaves_no_file(run, tmp_path, monkeypatch, damage):
-    """A graph that isn't the network, even by a hundredth in one logit, is not kept."""
+    """A graph that differs from the network, even by a hundredth in one logit, isn't kept."""
 
     def merge(model):
         model.head.bias[3] += damage
@@ -711,14 +711,14 @@ def test_a_missed_limit_leaves_no_file(run, tmp_path, monkeypatch, damage):
     ids=["channels", "type", "size", "rank"],
 )
 def test_wrong_pixels_are_refused(run, tmp_path, array):
-    """Wrong channels, type, size or rank: the runtime refuses them by itself, in any language."""
+    """onnxruntime itself refuses pixels of wrong channels, type, size or rank."""
     run("runs/a", "-o", tmp_path / "m.onnx", "--input", "uint8")
     with pytest.raises(Exception, match="INVALID_ARGUMENT"):
         export.session(tmp_path / "m.onnx").run(None, {"image": array})
 
 
 def test_a_file_that_is_no_graph(tmp_path):
-    """A ValueError with the file's name, be it missing or of another kind."""
+    """A missing file, or one of another kind, gives a ValueError with its name."""
     (tmp_path / "text.onnx").write_text("no graph")
     for name in ("gone.onnx", "text.onnx"):
         with pytest.raises(ValueError, match=f"onnxruntime can't load .*{name}: "):
@@ -729,8 +729,8 @@ def test_a_file_that_is_no_graph(tmp_path):
 
 
 def test_one_session_serves_several_tasks(run, tmp_path):
-    """Rank 4 in every block, rank 8 in every second and a head alone, in turn on one session: each
-    as its own torch model, and without adapter the backbone."""
+    """One session runs, in turn, rank 4 in every block, rank 8 in every second, and a head alone:
+    each gives its torch model's logits. Without an adapter, it gives the backbone's output."""
     backbone = tmp_path / "backbone.onnx"
     out = run("runs/a", "--swappable", "-o", tmp_path)
     assert f"saved    {backbone}" in out
@@ -754,13 +754,13 @@ def test_one_session_serves_several_tasks(run, tmp_path):
 
 
 def test_rotary_positions_and_swappable_adapters(run, tmp_path):
-    """A backbone with rotary positions takes adapters, and passes both checks."""
+    """A backbone with rotary positions can be exported as swappable and passes both checks."""
     out = run("runs/rotary", "--swappable", "-o", tmp_path)
     assert out.count("top-1 agreement 100 % ok") == 2
 
 
 def test_swappable_from_inside_the_run(run, runs, monkeypatch):
-    """The adapter is named after the run's folder, and lies beside it, where that is "."."""
+    """If the run is ".", the adapter is named after the run's folder and written beside it."""
     monkeypatch.chdir(runs / "runs/b")
     before = names_in(runs / "runs/b")
     run(".", "--swappable", "--images", 8)
@@ -781,8 +781,8 @@ def test_adapters_are_small(run, tmp_path):
 
 
 def test_another_backbones_adapter_is_refused(run, tmp_path):
-    """By onnxruntime itself, in any language, before it gives a label; nor does export.py put it
-    beside that backbone."""
+    """onnxruntime itself refuses another backbone's adapter, and export.py doesn't write one beside
+    that backbone."""
     run("runs/a", "--swappable", "-o", tmp_path)
     weights = write_backbone(tmp_path / "other.safetensors", seed=1)
     options = ["--epochs", "1", "--limit", "40", "--name", "other"]
@@ -804,8 +804,8 @@ def test_another_backbones_adapter_is_refused(run, tmp_path):
 
 
 def test_other_photos(run, runs, photos, tmp_path):
-    """--check takes photos in place of the test images, and says so. Labels are those of folders
-    named like classes; without, predictions decide."""
+    """--check uses photos instead of the test images, and says so. Folders named like classes give
+    labels; without them, only predictions are compared."""
     common = ["--dataset", str(photos), "--weights", str(runs / "tiny.safetensors")]
     assert train.main([*common, "--epochs", "1", "--name", "colours"]) == 0
     arguments = ["runs/colours", "-o", tmp_path, "--images", 30, "--check"]
@@ -839,7 +839,7 @@ def test_other_photos(run, runs, photos, tmp_path):
     ("options", "read"), [("", 64), ("--precision fp16", 90), ("--images 7", 7)]
 )
 def test_no_more_photos_are_read_than_checked(run, photos, tmp_path, monkeypatch, options, read):
-    """Of --check's folder, spread over all of it."""
+    """No more photos of --check's folder are read than are checked."""
     for path in list(photos.rglob("*.png"))[:30]:
         path.with_name(f"again-{path.name}").write_bytes(path.read_bytes())
     counts = []
@@ -855,7 +855,7 @@ def test_no_more_photos_are_read_than_checked(run, photos, tmp_path, monkeypatch
 
 
 def test_without_the_runs_photos(run, runs, photos, tmp_path):
-    """A run whose photos are gone is checked on noise, which the line says; int8 is refused."""
+    """A run whose photos are gone is checked on noise, which is printed; int8 is refused."""
     common = ["--dataset", str(photos), "--weights", str(runs / "tiny.safetensors")]
     assert train.main([*common, "--epochs", "1", "--name", "gone"]) == 0
     photos.rename(tmp_path / "elsewhere")
@@ -878,7 +878,7 @@ def test_without_the_runs_photos(run, runs, photos, tmp_path):
 
 
 def test_with_classes_in_another_order(run, runs, photos, tmp_path):
-    """Where split.json was changed, no label of the photos is trusted."""
+    """Export doesn't use the run's photos if the classes in split.json were changed."""
     common = ["--dataset", str(photos), "--weights", str(runs / "tiny.safetensors")]
     assert train.main([*common, "--epochs", "1", "--name", "mixed"]) == 0
     split = runs / "runs/mixed/split.json"
@@ -891,7 +891,7 @@ def test_with_classes_in_another_order(run, runs, photos, tmp_path):
 
 
 def test_without_leave_to_read_the_runs_photos(run, tmp_path, monkeypatch):
-    """Another one's folder is as good as none."""
+    """If the run's photos may not be read, export checks on noise, as if they were missing."""
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "photos")
@@ -904,7 +904,7 @@ def test_without_leave_to_read_the_runs_photos(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("trained", ["a", "rotary"])
 def test_hub(run, tmp_path, trained):
-    """The files that transformers.js and optimum-onnx look for, and what they look for in them."""
+    """--hub writes the files and the contents that transformers.js and optimum-onnx look for."""
     out = run(f"runs/{trained}", "--hub", tmp_path, "--force")
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
     assert files == [
@@ -942,7 +942,7 @@ def test_hub_beside_another_readme(run, tmp_path):
 
 
 def test_a_card_names_what_the_hub_has():
-    """Backbone, licence and data set by their names on the hub."""
+    """The model card uses the hub's names for backbone, licence and data set."""
     meta = {"backbone": "mae_b16", "license": "CC-BY-NC-4.0", "dataset": "cifar100"}
     meta |= {"method": "head", "classes": ["a", "b"], "test_accuracy": 91.0, "test_images": 10_000}
     options = train.argparse.Namespace(weights="")
@@ -958,9 +958,9 @@ def test_a_card_names_what_the_hub_has():
     ):
         assert f"\n{line}\n" in card
     assert "mae_b16 (head) on cifar100. Accuracy on its test images: 91.00 % of 10,000." in card
-    assert "frozen" not in card  # a full run's isn't
+    assert "frozen" not in card  # a full run's backbone isn't frozen
     assert "int8" not in card
-    run.meta["license"] = "DINOv3 License"  # which isn't in the hub's list
+    run.meta["license"] = "DINOv3 License"  # it isn't in the hub's list
     assert '\nlicense: "other"\nlicense_name: "dinov3-license"\n' in export.model_card(run, False)
     options.weights = "mine.safetensors"  # not the published ones
     assert "base_model" not in export.model_card(run, int8=False)
@@ -1008,14 +1008,14 @@ def test_a_card_names_what_the_hub_has():
     ],
 )
 def test_errors_are_one_line(run, runs, arguments, status, message):
-    """Wrong usage and what goes wrong: one line that says it, and no file more or less."""
+    """Wrong usage and other errors give one line, and no file is added or removed."""
     before = sorted(runs.rglob("*"))
     assert re.search(message, run(*arguments.split(), status=status))
     assert sorted(runs.rglob("*")) == before
 
 
 def test_a_run_without_its_adapters(run, runs):
-    """A run that wasn't finished is an error, and its folder stays as it is."""
+    """Exporting an unfinished run is an error, and its folder stays as it is."""
     folder = runs / "runs/empty"
     folder.mkdir()
     (folder / "config.json").write_bytes((runs / "runs/a/config.json").read_bytes())
@@ -1024,7 +1024,7 @@ def test_a_run_without_its_adapters(run, runs):
 
 
 def test_ctrl_c_leaves_no_file(run, runs, tmp_path, monkeypatch, capsys):
-    """Stopped during the check: status 130, a line that says so, and no file."""
+    """Ctrl-C during the check gives status 130 and a line that says so, and leaves no file."""
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The five files at the top, and which of them imports which: read from their source."""
+"""The five modules at the top, and which of them imports which, read from their source."""
 
 import ast
 
@@ -23,7 +23,7 @@ OPTIONAL = {
 
 
 def packages_of(statement):
-    """The top-level names that an import statement asks for."""
+    """The top-level packages that an import statement imports."""
     if isinstance(statement, ast.ImportFrom):
         assert statement.level == 0  # no relative import
         names = [statement.module]
@@ -33,7 +33,7 @@ def packages_of(statement):
 
 
 def imports_of(nodes):
-    """The top-level names that import statements among the nodes ask for."""
+    """The top-level packages that the import statements among the nodes import."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -42,7 +42,7 @@ def imports_of(nodes):
 
 
 def parse(module):
-    """The syntax tree of one of the five."""
+    """The syntax tree of one of the five modules."""
     return ast.parse((ROOT / f"{module}.py").read_text())
 
 
@@ -62,26 +62,26 @@ def test_five_files():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
-    """vit, adaptertune and data know none of the five; train knows them; export knows all."""
+    """vit, adaptertune and data import none of the five; train imports them, export all four."""
     imported = imports_of(ast.walk(parse(module))) & set(MODULES)
     assert imported == MAY_IMPORT[module]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_stand_at_the_top(module):
-    """Our modules are imported by statements of the module itself: not in a function or an if."""
+    """Our modules are imported at module level only, not inside a function or an if statement."""
     tree = parse(module)
     own = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     own = [node for node in own if packages_of(node) & set(MODULES)]
     for node in own:
         assert node in tree.body
-        assert isinstance(node, ast.Import)  # `import vit`: each name then says where it is from
+        assert isinstance(node, ast.Import)  # as `import vit`, so that each name shows its module
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_optional_packages_only_in_functions(module):
-    """A module can be imported without them; everything else is imported at the top, but for
-    fcntl, which Windows lacks."""
+    """Optional packages are imported in functions only; everything else is imported at the top,
+    except fcntl, which Windows lacks."""
     tree = parse(module)
     everywhere = imports_of(ast.walk(tree))
     top = imports_of(tree.body)
@@ -93,7 +93,7 @@ def test_optional_packages_only_in_functions(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_imported_by_name_at_run_time(module):
-    """No __import__, no importlib: what a module needs can be read from its import statements."""
+    """No module uses __import__ or importlib: import statements list everything that it needs."""
     tree = parse(module)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert "__import__" not in names
@@ -101,7 +101,7 @@ def test_nothing_is_imported_by_name_at_run_time(module):
 
 
 def test_this_reader_of_imports():
-    """Every form of import statement is seen, wherever it stands."""
+    """imports_of finds every form of import statement, at any depth."""
     source = """
 import a, b.c as d
 from e.f import g

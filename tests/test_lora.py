@@ -1,4 +1,4 @@
-"""--init-lora: LoRAs that peft itself makes, merged by vit.py, against peft's own logits."""
+"""--init-lora: LoRAs made by peft itself, merged by vit.py, compared with peft's own logits."""
 
 import json
 import re
@@ -27,7 +27,7 @@ SHAPE = {
     "image_size": references.SIZE,
     "patch_size": references.PATCH,
 }
-# What transformers called the modules before version 5.
+# The names that transformers gave the modules before version 5.
 OLDER = {
     r"\.layers\.": ".encoder.layer.",
     r"\.attention\.q_proj\.": ".attention.attention.query.",
@@ -56,7 +56,7 @@ def timm_vit(**options):
 
 
 def modules_of(model, *ours):
-    """The installed library's names of q, k, v, o: those that it has."""
+    """The installed library's names of q, k and v, as far as it has them."""
     names = {
         "q": ("query", "q_proj"),
         "k": ("key", "k_proj"),
@@ -68,7 +68,7 @@ def modules_of(model, *ours):
 
 @torch.no_grad()
 def with_lora(model, **settings):
-    """The model as peft's, with a LoRA of random values that change its logits much."""
+    """peft's model, with a LoRA of random values that changes the logits much."""
     tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in tuned.named_parameters():
@@ -83,7 +83,7 @@ def with_lora(model, **settings):
 
 
 def save_base(model, folder):
-    """The base model's file, as its library writes it; before it gets a LoRA."""
+    """The path of the base model's file, written by its library before the model gets a LoRA."""
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
         return folder / "model.safetensors"
@@ -94,13 +94,13 @@ def save_base(model, folder):
 
 @torch.no_grad()
 def logits_of(model, images):
-    """What a model of either library says."""
+    """The logits of a model of either library."""
     found = model(images)
     return getattr(found, "logits", found)
 
 
 def merged_logits(weights, lora):
-    """What ours says of the images, with its own head, and the line on the LoRA."""
+    """vit.py's logits after merging the LoRA, with the model's own head, and the note on it."""
     model, _ = vit.load(weights, heads=references.HEADS, head=True)
     merged, backbone = vit.load(weights, heads=references.HEADS, head=True, lora=lora)
     with torch.no_grad():
@@ -117,13 +117,13 @@ def difference(a, b):
 
 
 def edit_config(lora, **changes):
-    """Write other settings into a LoRA's adapter_config.json."""
+    """Change settings in a LoRA's adapter_config.json."""
     path = lora / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_tensors(lora, change):
-    """Write what `change` makes of a LoRA's tensors."""
+    """Replace a LoRA's tensors by what `change` makes of them."""
     path = lora / "adapter_model.safetensors"
     save_file(change(load_file(path)), path)
 
@@ -156,7 +156,7 @@ HF = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HF)
 def test_transformers(name, tmp_path):
-    """Each kind of LoRA that peft makes of a transformers ViT."""
+    """Each kind of LoRA that peft makes of a transformers ViT gives peft's logits."""
     model = hf_vit()
     weights = save_base(model, tmp_path / "base")
     targets = {"target_modules": modules_of(model, "q", "k")}
@@ -187,7 +187,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name, variant, tmp_path):
-    """Of a timm ViT: fused qkv, a convolution, the classifier."""
+    """LoRAs of a timm ViT give peft's logits: fused qkv, a convolution, the classifier."""
     model = timm_vit(**VARIANTS[variant])
     settings = dict(TIMM[name])
     if variant == "mean pool" and "modules_to_save" in settings:
@@ -210,7 +210,7 @@ def older_names(tensors):
 
 
 def with_adapter_name(tensors):
-    """As a state_dict has them: with the adapter's name, and in half precision."""
+    """The tensor names of a state_dict, which hold the adapter's name, in half precision."""
     found = {}
     for name, value in tensors.items():
         name = re.sub(r"(lora_[AB])\.", r"\1.default.", name)
@@ -228,7 +228,7 @@ def without_prefix(tensors):
     [(older_names, LIMIT), (with_adapter_name, 0.02), (without_prefix, LIMIT)],
 )
 def test_other_spellings(change, limit, tmp_path):
-    """The names of transformers before 5; the adapter's own name in them; no "base_model."."""
+    """Older names of transformers, names with the adapter's name, or without a prefix are read."""
     model = hf_vit()
     weights = save_base(model, tmp_path / "base")
     settings = {
@@ -248,7 +248,7 @@ def test_other_spellings(change, limit, tmp_path):
 
 
 def test_a_dot_in_a_pattern_is_any_character(tmp_path):
-    """As in peft, whose patterns are regular expressions."""
+    """A dot in a pattern matches any character, as in peft's regular expressions."""
     model = timm_vit()
     weights = save_base(model, tmp_path / "base")
     patterns = {"alpha_pattern": {"q.v": 40, "blocks...attn.proj": 3}}
@@ -259,7 +259,7 @@ def test_a_dot_in_a_pattern_is_any_character(tmp_path):
 
 
 def test_all_linear_with_a_pooler(tmp_path):
-    """peft's "all-linear" takes the pooler too, on which our features don't depend."""
+    """peft's "all-linear" adapts the pooler, too, which is left out: our features don't use it."""
     transformers = pytest.importorskip("transformers")
     model = references.randomise(transformers.ViTModel(transformers.ViTConfig(**SHAPE)))
     weights = save_base(model, tmp_path / "base")
@@ -275,7 +275,7 @@ def test_all_linear_with_a_pooler(tmp_path):
 
 
 def test_a_text_towers_lora(clip, tmp_path):
-    """The towers of a CLIP may have tensors of the same names and shapes."""
+    """A LoRA of CLIP's text tower, or of an unknown one, isn't merged into the image tower."""
     for name, message in {
         "transformer.resblocks.1.mlp.c_fc": "nothing says whether it is of CLIP's image tower",
         "text_model.encoder.layers.1.mlp.fc1": "it is for 'text_model', not the image tower",
@@ -297,7 +297,7 @@ def test_a_text_towers_lora(clip, tmp_path):
 
 
 def test_patterns_apply_as_in_peft(tmp_path):
-    """The ranks of the file's own tensors are those that the patterns give, each at its place."""
+    """The note on a LoRA states all ranks that the patterns give to its tensors."""
     model = hf_vit()
     weights = save_base(model, tmp_path / "base")
     tuned = with_lora(model, **HF["patterns"], target_modules=modules_of(model, "q", "k"))
@@ -308,7 +308,7 @@ def test_patterns_apply_as_in_peft(tmp_path):
 
 @pytest.mark.parametrize("kind", ["CLIP", "Dinov2"])
 def test_other_towers(kind, tmp_path):
-    """CLIP's image tower, where the projection stays; and Dinov2."""
+    """LoRAs of CLIP's image tower, which keeps its projection, and of Dinov2 give peft's output."""
     transformers = pytest.importorskip("transformers")
     if kind == "CLIP":
         config = transformers.CLIPVisionConfig(**SHAPE, projection_dim=24)
@@ -332,8 +332,8 @@ def test_other_towers(kind, tmp_path):
 @pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("kind", ["CLIP", "Dinov2", "DINOv3"])
 def test_classifiers_that_read_something_else(kind, saved, tmp_path):
-    """Transformers' CLIP and Dinov2 for classification, timm's DINOv3: features are merged, heads
-    left out, the LoRA's (saved whole or as factors) and the weights' own."""
+    """If the classifier reads other features (transformers' CLIP and Dinov2, timm's DINOv3), the
+    LoRA is merged without the heads: its own, saved whole or as factors, and the weights'."""
     transformers = pytest.importorskip("transformers")
     if kind == "DINOv3":
         pytest.importorskip("timm")
@@ -371,7 +371,7 @@ def test_classifiers_that_read_something_else(kind, saved, tmp_path):
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """A function that runs train.py's main in an empty folder and gives the output."""
+    """A function that runs train.py's main in an empty folder and returns the output."""
     monkeypatch.chdir(tmp_path)
     return runner(train.main, capsys)
 
@@ -393,7 +393,7 @@ def make(folder, model=None, **settings):
 
 
 def as_it_is(weights, lora, *more):
-    """Options that evaluate a LoRA."""
+    """Options that evaluate a LoRA without training."""
     common = ["--weights", weights, "--heads", references.HEADS, "--init-lora", lora]
     return [*common, "--epochs", 0, "--limit", 40, "--name", "a", *more]
 
@@ -405,7 +405,7 @@ def graph_logits(path, images):
 
 @torch.no_grad()
 def only_q_and_v(tuned):
-    """Make the key's rows in every B of a fused qkv zero, as LoRAs of q and v alone have them."""
+    """Zero the key's rows in every B of a fused qkv, as in LoRAs of q and v alone."""
     D = references.WIDTH
     for name, parameter in tuned.named_parameters():
         if "qkv.lora_B" in name:
@@ -415,7 +415,7 @@ def only_q_and_v(tuned):
 @pytest.mark.parametrize("kind", ["transformers", "timm", "timm, q and v"])
 @pytest.mark.parametrize("method", ["head", "adaptertune"])
 def test_evaluated_and_exported_as_it_is(kind, method, run, exporter, tmp_path):
-    """--epochs 0: peft's logits in torch, after --eval's way of loading, and in the ONNX graph."""
+    """With --epochs 0, the loaded run and the ONNX graph give peft's logits; --eval agrees."""
     if kind == "transformers":
         weights, lora, tuned = make(tmp_path)
     else:
@@ -451,7 +451,7 @@ def test_evaluated_and_exported_as_it_is(kind, method, run, exporter, tmp_path):
 
 
 def test_accuracy_is_pefts(run, tmp_path):
-    """The test accuracy of a run of no epochs is that of peft's model on the same images."""
+    """The test accuracy of a run with --epochs 0 is that of peft's model on the same images."""
     weights, lora, tuned = make(tmp_path)
     run(*as_it_is(weights, lora, "--method", "head"))
     (options,) = train.parse(["--eval", "runs/a"])
@@ -464,7 +464,7 @@ def test_accuracy_is_pefts(run, tmp_path):
 
 
 def test_cached(run, tmp_path):
-    """Features are cached of the merged network, not of its backbone."""
+    """Cached features are those of the merged network, so the accuracy is that without --cached."""
     weights, lora, _ = make(tmp_path)
     found = []
     for more in (["--cached"], []):
@@ -474,7 +474,7 @@ def test_cached(run, tmp_path):
 
 
 def test_training_starts_at_its_head_and_goes_on(run, tmp_path):
-    """With epochs the LoRA's classifier is where training starts; a run of none gets more."""
+    """Training starts from the LoRA's classifier; a run of 0 epochs can be given more."""
     weights, lora, tuned = make(tmp_path)
     rates = ["--lr", 1e-12, "--head-lr", 1e-12, "--weight-decay", 0]
     out = run(*as_it_is(weights, lora, "--epochs", 1, *rates))
@@ -491,7 +491,7 @@ def test_training_starts_at_its_head_and_goes_on(run, tmp_path):
 
 
 def test_a_head_of_other_classes(run, tmp_path):
-    """It is named and a new one trained; without epochs that is an error."""
+    """A head of other classes is named and a new one trained; with --epochs 0 it is an error."""
     weights, lora, _ = make(tmp_path, hf_vit(labels=7))
     out = run(*as_it_is(weights, lora, "--epochs", 1))
     assert "head     new, since the one that came along has 7 classes, the data set 10" in out
@@ -501,7 +501,7 @@ def test_a_head_of_other_classes(run, tmp_path):
 
 
 def test_no_head(run, tmp_path):
-    """Neither file has a classifier."""
+    """If neither file has a classifier, a new head is trained; with --epochs 0 it is an error."""
     weights, lora, _ = make(tmp_path, timm_vit(num_classes=0), target_modules=["qkv"])
     error = run(*as_it_is(weights, lora), status=1)
     assert "neither the LoRA nor the weights have a classifier" in error
@@ -509,7 +509,7 @@ def test_no_head(run, tmp_path):
 
 
 def test_a_projection_is_no_classifier():
-    """CLIP's has no bias, and as many outputs as its embeddings are wide."""
+    """CLIP's projection, which has no bias, isn't taken for a classifier."""
     projection = torch.nn.Linear(8, 5, bias=False)
     classes = [str(i) for i in range(10)]
     note = train.start_head(torch.nn.Identity(), projection, classes, epochs=1)
@@ -517,7 +517,7 @@ def test_a_projection_is_no_classifier():
 
 
 def test_a_changed_lora_is_noticed(run, exporter, tmp_path):
-    """--eval, the same command and export.py refuse another LoRA than the run's; it may move."""
+    """--eval, the same command and export.py refuse a LoRA that was changed; it may be moved."""
     weights, lora, _ = make(tmp_path)
     run(*as_it_is(weights, lora))
     moved = lora.rename(tmp_path / "moved")
@@ -534,7 +534,7 @@ def test_a_changed_lora_is_noticed(run, exporter, tmp_path):
 
 
 def test_with_clip_methods(clip, run, tmp_path):
-    """The image tower's LoRA is merged before the features are cached; its own head is left out."""
+    """A LoRA of the image tower gives the run another fingerprint; its own head is left out."""
     model, _ = vit.load(clip, head=True)
     D = model.config.width
     generator = torch.Generator().manual_seed(0)
@@ -713,7 +713,7 @@ def test_missing_and_damaged_files(lora, tmp_path):
 
 
 def test_a_lora_given_elsewhere(lora, tiny_weights, run):
-    """To --weights, --init and --eval; and other programs' files."""
+    """A LoRA for --weights, --init or --eval, or of another program, is refused with advice."""
     advice = "these are LoRA adapters, not a network: give the network by --weights or --backbone"
     file = lora / "adapter_model.safetensors"
     other = lora / "other.safetensors"
@@ -753,7 +753,7 @@ def test_wrong_usage(arguments, message, run):
 
 
 def test_without_the_option_nothing_changes(run, tiny_weights, tmp_path):
-    """A run without --init-lora gets a new head, and no line on either."""
+    """A run without --init-lora prints no line about a LoRA or a head."""
     out = run("--weights", tiny_weights, "--limit", 40, "--epochs", 1, "--name", "a")
     assert not re.search(r"^(lora|head) ", out, re.M)
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["init_lora"] == ""

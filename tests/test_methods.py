@@ -1,6 +1,6 @@
-"""The other methods (CLIP-Adapter, zero-shot, VPT, AdaptFormer's files) and what is common to all.
+"""The other methods (CLIP-Adapter, zero-shot, VPT, AdaptFormer's files) and what all share.
 
-Few shots, cached features, comparisons, pictures, opening a run, and how often test is read.
+Few shots, cached features, comparisons, pictures, loading a run, how often the test set is read.
 """
 
 import csv
@@ -32,7 +32,7 @@ IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """Runs train.py's main in an empty folder, with a cache of its own."""
+    """Runs train.py's main in an empty folder, with its own cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
     return runner(train.main, capsys)
@@ -40,18 +40,18 @@ def run(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_matplotlib(monkeypatch):
-    """As if matplotlib weren't installed; where pictures don't matter, this saves their time."""
+    """Hide matplotlib, as if it weren't installed; where pictures don't matter, this saves time."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture
 def no_sklearn(monkeypatch):
-    """As if scikit-learn weren't installed: principal components instead of t-SNE."""
+    """Hide scikit-learn, so that principal components are drawn instead of t-SNE."""
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
 
 
 def open_run(folder):
-    """The finished run of a folder, as --eval opens it."""
+    """The finished run in a folder, as --eval opens it."""
     options, *_ = train.parse(["--eval", str(folder)])
     return train.open_run(options)
 
@@ -62,7 +62,7 @@ def read_result(folder):
 
 
 def accuracies_on_test(out):
-    """The numbers of the lines "test" in the output."""
+    """The accuracies in the lines "test" of the output."""
     return re.findall(r"^test +([\d.]+) %", out, re.M)
 
 
@@ -70,7 +70,7 @@ def accuracies_on_test(out):
 
 
 def clip_head(**options):
-    """A ClipHead for 7 classes whose every tensor is random."""
+    """A ClipHead for 7 classes with random values in every tensor."""
     torch.manual_seed(0)
     head = adaptertune.ClipHead(torch.randn(24, 32), 7, rank=6, **options).double()
     head.classes = torch.randn(7, 24, dtype=torch.float64)
@@ -97,7 +97,7 @@ def by_the_paper(head, x, a, b):
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize(("a", "b"), [(0.2, 0), (0, 0.6), (0.3, 0.5), (0, 0)])
 def test_clip_adapter_is_the_papers(a, b, learn):
-    """Logits and the gradient of every trained parameter; a side of ratio 0 has none."""
+    """Logits and all gradients are those of the paper; a side of ratio 0 has no parameters."""
     head = clip_head(ratio=a, text_ratio=b, learn_ratio=learn)
     x = torch.randn(5, 32, dtype=torch.float64)
     names = set()
@@ -122,7 +122,7 @@ def test_clip_adapter_is_the_papers(a, b, learn):
 
 
 def test_ratio_0_is_zero_shot_bit_for_bit():
-    """So is a head inside `zero_shot`, which gives the bottlenecks back."""
+    """A head of ratios 0 is zero-shot bit for bit; so is any head inside `zero_shot`."""
     head = clip_head(ratio=0.2, text_ratio=0.3)
     plain = clip_head()
     plain.classes = head.classes
@@ -138,7 +138,7 @@ def test_ratio_0_is_zero_shot_bit_for_bit():
 
 
 def test_prototypes_are_class_means():
-    """The mean of a class's normalised embeddings."""
+    """A class's prototype is the mean of its normalised embeddings."""
     embeddings = torch.randn(8, 5)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
     found = adaptertune.prototypes(embeddings, labels)
@@ -160,7 +160,7 @@ def clip_options(request, clip, tmp_path):
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch):
-    """Class names become embeddings; both methods report zero-shot on val; the file is enough."""
+    """Class names become embeddings; zero-shot is measured on val; --eval needs no text tower."""
     common = [*clip_options, "--shots", 2, "--epochs", 3, "--text-ratio", 0.3, "--learn-ratio"]
     out = run(*common, "--method", "zero-shot", "clip-adapter", "--name", "c")
     assert "20 of 1,438 train / 20 val / 359 test" in out
@@ -201,7 +201,7 @@ def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_no_zero_shot_line_without_validation_images(run, clip, tmp_path, monkeypatch):
-    """Where all images of the pool are shots, there is nothing to measure zero-shot on."""
+    """If all images of the pool are shots, no line states zero-shot, since there is no val."""
     write_cifar10(tmp_path, monkeypatch)
     common = ["--dataset", "cifar10", "--data-dir", tmp_path, "--weights", clip]
     common += ["--shots", 5, "--epochs", 2, "--method", "zero-shot", "clip-adapter"]
@@ -216,7 +216,7 @@ def test_no_zero_shot_line_without_validation_images(run, clip, tmp_path, monkey
 
 
 def test_another_vocabulary_is_refused(run, clip, tmp_path):
-    """The numbers of ids differ: the error names both files."""
+    """A vocabulary with another number of ids is refused; the error names both files."""
     (tmp_path / "merges.txt").write_text("#version: 0.2\nd i\n")
     common = ["--weights", clip, "--method", "zero-shot"]
     error = run(*common, "--vocab", tmp_path / "merges.txt", status=1)
@@ -224,7 +224,7 @@ def test_another_vocabulary_is_refused(run, clip, tmp_path):
 
 
 def test_template(run, clip, tmp_path):
-    """--template, what it must have, and the published ones by data set."""
+    """--template is used and must contain {}; published templates go by the data set's name."""
     common = ["--weights", clip, "--method", "zero-shot"]
     run(*common, "--template", "digit {}, photo", "--name", "t")
     tower, _ = vit.load_text(clip)
@@ -242,7 +242,7 @@ def test_template(run, clip, tmp_path):
 
 @torch.no_grad()
 def test_prototypes_need_no_text(run, tmp_path):
-    """Accuracy of class means from an image tower alone, as worked out here."""
+    """With an image tower alone, the accuracy of class means is the one computed here."""
     weights = write_tiny_clip(tmp_path, text=False)
     (tmp_path / "merges.txt").unlink()
     common = ["--weights", weights, "--method", "zero-shot", "--classifier", "prototypes"]
@@ -262,7 +262,7 @@ def test_prototypes_need_no_text(run, tmp_path):
 
 
 def test_a_missing_text_tower_is_found_first(run, tmp_path):
-    """The error comes before the features are computed, which takes long."""
+    """A missing text tower is found before the features are computed, which takes long."""
     weights = write_tiny_clip(tmp_path, text=False)
     error = run("--weights", weights, "--method", "zero-shot", status=1)
     assert "no text tower" in error
@@ -296,14 +296,14 @@ def test_cached_features_depend_on_the_normalisation(run, tmp_path):
 
 @pytest.mark.parametrize("method", adaptertune.CLIP_METHODS)
 def test_clip_methods_want_clip(run, tiny_weights, method):
-    """Another backbone is refused, with what to do."""
+    """A CLIP method refuses another backbone and says what to choose."""
     error = run("--weights", tiny_weights, "--method", method, status=1)
     assert "choose a clip_* --backbone" in error
 
 
 @pytest.mark.parametrize("name", ["clip_b16", "clip_b16_laion"])
 def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path, name):
-    """By name, both towers and the vocabulary are fetched once. LAION's have GELU in both."""
+    """A named CLIP's towers and vocabulary are fetched once. LAION's have GELU in both towers."""
     backbone = vit.BACKBONES[name]
     quick_gelu = backbone.config.quick_gelu
     config = replace(vit.load(clip)[1].config, quick_gelu=quick_gelu)
@@ -322,7 +322,7 @@ def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path, name):
     assert len(server.seen) == 2
 
     by_file = run("--weights", clip, *common[2:], "--name", "file")
-    if quick_gelu:  # which a file of that layout is taken to have
+    if quick_gelu:  # as is assumed of a file of that layout
         assert accuracies_on_test(by_file) == accuracies_on_test(out)
     classes = {}
     for each in ("hub", "file"):
@@ -335,7 +335,7 @@ def test_clip_from_the_hub(run, clip, server, monkeypatch, tmp_path, name):
 
 
 def test_no_image_left_for_val(run, photos, tiny_weights, tmp_path):
-    """All pool images are shots: the last epoch is kept, and the report says so."""
+    """If all images of the pool are shots, the last epoch is kept, and the output says so."""
     common = ["--dataset", photos, "--weights", tiny_weights, "--test-share", 0.5, "--shots", 10]
     out = run(*common, "--epochs", 2, "--name", "a")
     assert "data     photos: 30 train / 0 val / 30 test, 3 classes" in out
@@ -346,7 +346,7 @@ def test_no_image_left_for_val(run, photos, tiny_weights, tmp_path):
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_features_are_computed_once(run, tiny_weights, tmp_path, monkeypatch):
-    """A second run reads them from disk; --eval, which has the images, gives the same accuracy."""
+    """A second run reads the features from disk; --eval, from images, gives the same accuracy."""
     common = ["--method", "head", "--cached", "--shots", 5, "--epochs", 5]
     features = tmp_path / "cache/features"
     out = run("--weights", tiny_weights, *common, "--name", "a")
@@ -391,7 +391,7 @@ def vpt_by_the_paper(model, images, prompts, deep):
 )
 @pytest.mark.parametrize("deep", [True, False])
 def test_vpt_is_the_papers(tmp_path, deep, changes):
-    """Outputs and the gradients of all prompts."""
+    """Outputs and the gradients of all prompts are those of the paper's equations."""
     model, _ = vit.load(write_tiny(tmp_path / "w.safetensors", seed=0, **changes))
     torch.manual_seed(0)
     adaptertune.add_prompts(model, prompts=5, deep=deep)
@@ -411,7 +411,7 @@ def test_vpt_is_the_papers(tmp_path, deep, changes):
 
 
 def test_prompts_start_where_vpts_do(tiny_weights):
-    """Uniform within VPT's bound, and filling it; at least one."""
+    """Prompts are uniform within VPT's bound and fill it; zero prompts are refused."""
     model, _ = vit.load(tiny_weights)
     adaptertune.add_prompts(model, prompts=200, deep=True)
     bound = (6 / (3 * 4 * 4 + 32)) ** 0.5
@@ -421,7 +421,7 @@ def test_prompts_start_where_vpts_do(tiny_weights):
 
 
 class PublishedAdapter(nn.Module):
-    """An AdaptFormer block's `adaptmlp` with the names of its code, from the paper's equation 2."""
+    """AdaptFormer's `adaptmlp` with its code's names, computing the paper's equation 2."""
 
     def __init__(self, width, rank):
         super().__init__()
@@ -446,7 +446,7 @@ def published():
 
 
 def test_adaptformers_published_adapters(tiny_weights, published):
-    """Their tensors give the function that they had."""
+    """AdaptFormer's published tensors give the same function in our adapters."""
     modules, tensors = published
     model, _ = vit.load(tiny_weights)
     adaptertune.add_adapters(model, 4, method="adaptformer", learn_scale=True, dropout=0.0)
@@ -458,7 +458,7 @@ def test_adaptformers_published_adapters(tiny_weights, published):
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_init_from_a_file(run, tiny_weights, published, tmp_path):
-    """--init FILE: AdaptFormer's, and our own; a wrong rank is an error."""
+    """--init FILE reads AdaptFormer's adapters and ours; other settings are an error."""
     _, tensors = published
     content = tensors | {"head.weight": torch.zeros(5, 32)}
     torch.save({"model": content}, tmp_path / "published.pth")
@@ -496,7 +496,7 @@ def test_init_from_a_file(run, tiny_weights, published, tmp_path):
 @pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize("method", [*adaptertune.METHODS, "head --cached"])
 def test_the_test_set_is_read_once(run, clip, tiny_weights, monkeypatch, method):
-    """One evaluation on test, the last, for each method; the network sees its images once."""
+    """Each method evaluates test once and last; its images pass through the network once."""
     arguments = ["--epochs", 2, "--shots", 2]
     if method == "scratch":
         arguments += ["--scratch"]
@@ -534,7 +534,7 @@ def test_the_test_set_is_read_once(run, clip, tiny_weights, monkeypatch, method)
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_an_adapter_that_nothing_calls(run, tiny_weights, monkeypatch):
-    """A module that no forward uses is an error, not a run that trains the head alone."""
+    """A module that no forward calls is an error, instead of a run that trains the head alone."""
 
     def add_uncalled(model, **settings):
         model.blocks[1].attn.adapter = nn.Linear(32, 4, bias=False)
@@ -544,13 +544,13 @@ def test_an_adapter_that_nothing_calls(run, tiny_weights, monkeypatch):
     assert "error: blocks.1.attn.adapter.weight can't be trained: the loss doesn't" in out
 
 
-# ----------------------------------------------------------------- a run, opened in one's own code
+# ----------------------------------------------------------------- a run, loaded in your own code
 
 
 @pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize("method", ["adaptertune", "vpt", "clip-adapter", "full"])
 def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
-    """The pixels and logits of evaluation, photo by photo, when the data set's folder is gone."""
+    """load_run gives evaluation's pixels and logits for each photo without the data set."""
     weights = clip if method == "clip-adapter" else tiny_weights
     common = ["--dataset", photos, "--weights", weights, "--epochs", 2, "--amp", "off"]
     run(*common, "--method", method, "--name", "a")
@@ -595,7 +595,7 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_load_run_refuses_what_is_no_run(run, tiny_weights, tmp_path):
-    """A run on another backbone, a folder that isn't there, an unfinished run."""
+    """load_run refuses a run on another backbone, a missing folder and an unfinished run."""
     weights = shutil.copy(tiny_weights, tmp_path / "w.safetensors")
     run("--weights", weights, "--epochs", 1, "--limit", 40, "--name", "a")
     write_tiny(weights, seed=1)
@@ -612,7 +612,7 @@ def test_load_run_refuses_what_is_no_run(run, tiny_weights, tmp_path):
 
 
 def check_picture(path):
-    """Where matplotlib is installed there is a well-formed SVG, else none. Returns its texts."""
+    """Check for a well-formed SVG, or for none without matplotlib. Returns its texts."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -622,7 +622,7 @@ def check_picture(path):
 
 
 def texts_of(path):
-    """The texts of one of matplotlib's SVGs, which stand in comments beside their outlines."""
+    """The texts in one of matplotlib's SVGs, which are in comments beside their outlines."""
     content = path.read_text()
     root = ElementTree.fromstring(content)
     assert root.tag.endswith("}svg")
@@ -638,7 +638,7 @@ def read_csv(path):
 
 
 def test_comparison(run, tiny_weights, tmp_path):
-    """A run for each method and seed, a table, the same figures in CSV, a picture; --resume."""
+    """A comparison writes a run per method and seed, a table, a CSV and a picture, and resumes."""
     methods = ("adaptertune", "vpt", "head")
     common = ["--weights", tiny_weights, "--epochs", 2, "--limit", 60, "--seeds", "0,1"]
     common += ["--method", *methods]
@@ -673,7 +673,7 @@ def test_comparison(run, tiny_weights, tmp_path):
 
 
 def test_sweep_over_ranks(run, tiny_weights, tmp_path):
-    """The elbow is the least rank within a standard error of the best."""
+    """The elbow is the lowest rank within a standard error of the best."""
     common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60]
     out = run(*common, "--ranks", "1,2,8", "--seeds", "0,1")
     rows = read_csv(tmp_path / "runs/digits-comparison.csv")
@@ -696,7 +696,7 @@ def test_sweep_over_ranks(run, tiny_weights, tmp_path):
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_grid(run, tiny_weights, tmp_path):
-    """Placements and inits with each other; a method without them runs once."""
+    """Placements and inits are combined with each other; a method without them runs once."""
     common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60, "--name", "g"]
     grid = ["--blocks", "first1", "last1", "--init", "zero,small"]
     out = run(*common, "--method", "adaptertune", "head", *grid)
@@ -735,8 +735,8 @@ def test_grid(run, tiny_weights, tmp_path):
 def test_the_elbow_is_within_a_standard_error_of_the_best(
     capsys, tmp_path, accuracies_of, elbow, chosen_on
 ):
-    """Of two seeds that lie 2 apart the standard error is 1. It is a choice, so made on validation;
-    on test only where there are no validation images."""
+    """The elbow allows one standard error, which is 1 for two seeds that lie 2 apart. It is chosen
+    on validation, and on test only without validation images."""
     common = {"method": "adaptertune", "dataset": "d", "backbone": "b", "trained": 9}
     common |= {"lr": 2.5e-4, "seconds": 1.0, "memory": 0.1, "epoch": 1}
     results = []
@@ -744,7 +744,7 @@ def test_the_elbow_is_within_a_standard_error_of_the_best(
         for seed, accuracy in enumerate(accuracies):
             own = {"rank": rank, "seed": seed, f"{chosen_on}_accuracy": float(accuracy)}
             if chosen_on == "val":
-                own["test_accuracy"] = float(seed)  # by which every rank would be as good
+                own["test_accuracy"] = float(seed)  # the same for every rank
             else:
                 own["val_accuracy"] = None
             results.append((f"rank {rank}", common | own))
@@ -760,7 +760,7 @@ def test_the_elbow_is_within_a_standard_error_of_the_best(
 
 @pytest.mark.usefixtures("no_matplotlib", "no_sklearn")
 def test_without_matplotlib_pictures_are_left_out(run, tiny_weights, tmp_path):
-    """A line names each picture that is left out, and what to do; all else is as ever."""
+    """A line names each picture that is left out, and what to install; all else is unchanged."""
     common = ["--weights", tiny_weights, "--limit", 60, "--epochs", 1, "--seeds", "0,1"]
     out = run(*common, "--plot", "features", "--name", "p")
     lines = [line for line in out.splitlines() if line.startswith("pictures")]
@@ -780,7 +780,7 @@ def test_without_matplotlib_pictures_are_left_out(run, tiny_weights, tmp_path):
 
 
 def confusion_of(run):
-    """Counts [10, 10] of a run's test images by label and prediction, worked out here."""
+    """Counts [10, 10] of a run's test images by label and prediction, computed here."""
     counts = np.zeros((10, 10), dtype=int)
     run.model.eval()
     with torch.no_grad():
@@ -792,7 +792,7 @@ def confusion_of(run):
 
 @pytest.mark.usefixtures("no_matplotlib", "no_sklearn")
 def test_predictions_and_mistakes(run, tiny_weights, tmp_path):
-    """--plot features: every test image of every run in a CSV; the worst mistakes by number."""
+    """--plot features writes all test images of all runs to a CSV and prints the worst mistakes."""
     common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60, "--plot", "features"]
     out = run(*common, "--method", "adaptertune", "head", "--name", "p")
     rows = read_csv(tmp_path / "runs/p-features.csv")
@@ -819,7 +819,7 @@ def test_predictions_and_mistakes(run, tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("how", ["t-SNE", "two principal components"])
 def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, request, how):
-    """Panels for each run, with its classes and the percentages of its confusion matrix."""
+    """Pictures have a panel per run, with its classes or its confusion matrix in percent."""
     pytest.importorskip("matplotlib")
     if how == "t-SNE":
         pytest.importorskip("sklearn")
@@ -853,7 +853,7 @@ def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, request
 
 @pytest.mark.usefixtures("no_sklearn")
 def test_principal_components():
-    """Features that lie in a plane keep their distances, the widest direction along x."""
+    """Features in a plane keep their distances; the widest direction is x."""
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(40, 2, generator=generator, dtype=torch.float64)
     points[:, 1] *= 5

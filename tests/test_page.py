@@ -1,8 +1,8 @@
-"""assets/device/index.html in headless Chromium: what it shows of photos, of files and of faults.
+"""assets/device/index.html in headless Chromium: what it shows for photos, files and faults.
 
-The graphs are made here and say which colour a photo has, so that any answer can be foreseen.
-tests/test_runtimes.py has the page with trained networks. Skipped where Chromium or onnxruntime-web
-isn't there.
+The graphs are made here and tell a photo's colour, so that every answer is known in advance.
+tests/test_runtimes.py tests the page with trained networks. Skipped without Chromium or
+onnxruntime-web.
 """
 
 import html
@@ -35,8 +35,8 @@ META = {
 
 
 def colour_graph(*, logits=False, name="image"):
-    """Photos uint8 [B, H, W, 3] to scores of CLASSES: the mean of each channel and 0, times 6/255;
-    3 MB of weights that do nothing make it as large as a network."""
+    """A graph from photos uint8 [B, H, W, 3] to scores of CLASSES: 6/255 times each channel's mean,
+    and 0. 3 MB of unused weights make it as large as a network."""
     ballast = np.random.default_rng(0).random((1, 750_000), np.float32)
     ballast[0, 0] = 0
     constants = []
@@ -62,7 +62,7 @@ def colour_graph(*, logits=False, name="image"):
 
 
 def save_model(folder, *, proto=None, **changes):
-    """Write model.onnx with META, but for `changes`; None removes a key."""
+    """Write model.onnx with META updated by `changes`; None removes a key."""
     proto = proto or colour_graph()
     meta = {key: text for key, text in (META | changes).items() if text is not None}
     helper.set_model_props(proto, meta)
@@ -70,7 +70,7 @@ def save_model(folder, *, proto=None, **changes):
 
 
 def check_colours(text, *colour):
-    """The text that is shown has the three likeliest classes of a photo of this mean colour."""
+    """Check that the text shows the three likeliest classes of a photo of this mean colour."""
     scores = np.exp(np.array([*colour, 0]) * 6 / 255)
     percents = 100 * scores / scores.sum()
     order = np.argsort(-percents, kind="stable")[:3]
@@ -79,13 +79,13 @@ def check_colours(text, *colour):
     for line, i in zip(lines, order, strict=True):
         name, percent = re.fullmatch(r"(.+) (\d+\.\d) %", line).groups()
         assert abs(float(percent) - percents[i]) < 0.3, text
-        if percents[i] > 1:  # those below are nearly alike
+        if percents[i] > 1:  # smaller ones are nearly equal
             assert name == CLASSES[i], text
 
 
 # --------------------------------------------------------------------------------------- visiting
 
-# Before the page: whatever text it shows is noted. After it: files are chosen as a user does it.
+# NOTE, before the page, records the texts that it shows; CHOOSE, after it, picks files like a user.
 NOTE = """<script>
 const shown = [];
 new MutationObserver(() => {
@@ -127,7 +127,7 @@ READ = "send({text: output.textContent, html: output.innerHTML, shown});"
 
 
 def test_ready(tmp_path):
-    """It shows how much is loaded, and then that it is ready; its input has a label."""
+    """The page shows how much is loaded, and then that it is ready; its input has a label."""
     save_model(tmp_path)
     script = "send({shown, labels: [...input.labels].map(each => each.textContent)});"
     answer = visit(tmp_path, script)
@@ -164,8 +164,8 @@ def label_all(folder, *names):
 
 
 def test_photos(tmp_path):
-    """The three likeliest classes of photos of many forms, and a preview of each; names aren't read
-    as HTML; it says what it is doing."""
+    """The page shows a preview and the three likeliest classes for photos of many forms. Class
+    names aren't read as HTML, and the photo being labelled is named."""
     save_model(tmp_path)
     red = Image.new("RGB", (40, 40), (250, 20, 30))
     red.save(tmp_path / "red.png")
@@ -187,7 +187,7 @@ def test_photos(tmp_path):
     assert labels["red.png"]["text"].startswith("<b>red</b> ")
     assert labels["red.png"]["elements"] == 0
     assert labels["red.png"]["corner"] == [250, 20, 30, 255]
-    for name in ("wide.png", "high.png"):  # their middle
+    for name in ("wide.png", "high.png"):  # only their middle counts
         check_colours(labels[name]["text"], 0, 0, 200)
         assert labels[name]["side"] == 100
     check_colours(labels["clear.png"]["text"], 255, 255, 255)  # on white
@@ -201,13 +201,13 @@ def test_photos(tmp_path):
 
 
 def png_chunk(kind, content):
-    """A part of a PNG file, with its length and its check sum."""
+    """A part of a PNG file, with its length and its checksum."""
     checked = kind + content
     return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
 
 def test_pixels_as_they_are_stored(tmp_path):
-    """A file's gamma changes what is seen, but not what is labelled, as in training."""
+    """A file's gamma is ignored, as in training: pixels are used as they are stored."""
     save_model(tmp_path)
     header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
     rows = zlib.compress(8 * (b"\0" + 8 * b"\x80\x40\x20"))
@@ -221,7 +221,7 @@ def test_pixels_as_they_are_stored(tmp_path):
 
 
 def test_large_photo(tmp_path):
-    """12 million pixels are made fewer before the graph sees them: their mean stays."""
+    """A photo of 12 million pixels is reduced before the graph sees it, and keeps its mean."""
     save_model(tmp_path)
     tiles = np.zeros((3000, 4000, 3), np.uint8)
     tiles[::2, ::2] = 240, 120, 40  # a quarter of the pixels
@@ -233,7 +233,7 @@ def test_large_photo(tmp_path):
 
 
 def test_logits(tmp_path):
-    """A graph that gives logits, under another name of its input: probabilities are shown."""
+    """For a graph that gives logits, with another input name, probabilities are shown."""
     save_model(tmp_path, proto=colour_graph(logits=True, name="pixels"), output="logits")
     Image.new("RGB", (40, 40), (20, 30, 250)).save(tmp_path / "blue.png")
     labels = label_all(tmp_path, "blue.png")["labels"]
@@ -241,7 +241,7 @@ def test_logits(tmp_path):
 
 
 def test_photos_that_are_none(tmp_path):
-    """They are named, nothing of an earlier photo stays, and it goes on with the next."""
+    """An unreadable photo is named, nothing of an earlier photo stays, and the next is labelled."""
     save_model(tmp_path)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
@@ -274,8 +274,8 @@ send({shown, corner: [...data], text: output.textContent});
 
 
 def test_photos_chosen_one_after_another(tmp_path):
-    """Others are chosen while a large one is decoded: the last one's labels stay, with its preview;
-    of the others none are shown. No choice at all changes nothing."""
+    """If others are chosen while a large photo is decoded, only the last one's labels and preview
+    are shown. Cancelling the choice changes nothing."""
     save_model(tmp_path)
     Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large.png")
     Image.new("RGB", (40, 40), "lime").save(tmp_path / "small.png")
@@ -291,7 +291,7 @@ def test_photos_chosen_one_after_another(tmp_path):
 
 
 def test_other_metadata(tmp_path):
-    """Keys of other programs, whatever they contain, before and behind the class names."""
+    """Keys of other programs, before and after the class names, don't affect them."""
     text = 'classes\x12\x12["wrong", "names"]'
     others = {"description": text, "names": "{0: 'a'}", "model_info labels": "a b"}
     many = {f"key {i}": "x" * 1000 for i in range(200)}
@@ -303,7 +303,7 @@ def test_other_metadata(tmp_path):
 
 
 def test_no_model(tmp_path):
-    """It says that model.onnx isn't there, and how it is made; a photo doesn't hide that."""
+    """Without model.onnx the page says so and how to make it, also after a photo is chosen."""
     script = """const first = output.textContent;
 await pick(new File([], "a.png"));
 const second = output.textContent;
@@ -330,7 +330,7 @@ send({first, second});"""
     ids=str,
 )
 def test_other_graphs(tmp_path, changes, message):
-    """A graph that isn't for this page: the command that makes one is shown."""
+    """For a graph that isn't for this page, the command that makes one is shown."""
     save_model(tmp_path, **changes)
     text = visit(tmp_path, READ)["text"]
     assert text.startswith(f"can't load model.onnx: {message}")
@@ -338,7 +338,7 @@ def test_other_graphs(tmp_path, changes, message):
 
 
 def test_files_that_are_no_model(tmp_path):
-    """A server's page in the place of the file, an empty and a truncated one."""
+    """A server's page, noise, or an empty or truncated file in place of the graph is reported."""
     save_model(tmp_path)
     whole = (tmp_path / "model.onnx").read_bytes()
     damaged = (b"<!doctype html><title>Not found</title>", whole[:-2000], b"\xff" * 99)
@@ -351,7 +351,7 @@ def test_files_that_are_no_model(tmp_path):
 
 
 def test_class_names_that_do_not_fit(tmp_path):
-    """Class names that are no JSON, and too few of them."""
+    """Class names that aren't JSON, or that are too few, are reported."""
     save_model(tmp_path, classes="two")
     assert visit(tmp_path, READ)["text"].startswith("can't load model.onnx: ")
     save_model(tmp_path, classes='["a", "b"]')
@@ -361,7 +361,7 @@ def test_class_names_that_do_not_fit(tmp_path):
 
 
 def test_no_onnxruntime(tmp_path):
-    """It says what to install."""
+    """Without onnxruntime-web, the page says what to install."""
     page = PAGE.read_text().replace("node_modules", "nowhere")
     text = visit(tmp_path, READ, page)["text"]
     assert text.startswith("can't load model.onnx: onnxruntime-web isn't beside this page")
@@ -369,7 +369,7 @@ def test_no_onnxruntime(tmp_path):
 
 
 def test_opened_as_a_file(tmp_path):
-    """Without a server: it says which command starts one."""
+    """Opened as a file, the page says which command starts a server."""
     command = [find_chromium(), *FLAGS, f"--user-data-dir={tmp_path}", "--dump-dom", PAGE.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     (text,) = re.findall(r"<pre[^>]*>(.*?)</pre>", done.stdout, re.DOTALL)

@@ -1,7 +1,7 @@
 """vit.py against the libraries that published the weights.
 
-Kept outputs of tiny networks (golden files), the same networks built live, and every variant of
-the table of backbones at full size.
+Stored outputs of tiny networks (golden files), the same networks built live, and the table of
+backbones at full size.
 """
 
 import json
@@ -31,7 +31,7 @@ TIMM = [name for name, backbone in vit.BACKBONES.items() if backbone.repo.starts
 
 @torch.inference_mode()
 def difference(path, expected, images, **options):
-    """Largest |ours - expected|, which `pytest -sv` shows."""
+    """The largest |ours - expected|, which `pytest -sv` shows."""
     model, _ = vit.load(path, **options)
     found = model(images)
     assert found.shape == expected.shape
@@ -49,13 +49,13 @@ def large_image():
 
 
 def test_every_family_has_a_golden_file():
-    """None is left out, and none is left over."""
+    """Each family has a golden file, and there is no other golden file."""
     assert {path.stem for path in GOLDEN} == set(references.FAMILIES)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden(path, tmp_path):
-    """The library's own output, from both kinds of file."""
+    """Golden tensors give the library's own output, from .safetensors and from .pth."""
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         options = json.loads(file.metadata()["golden"])["options"]
@@ -70,7 +70,7 @@ def test_golden(path, tmp_path):
 
 @pytest.mark.parametrize("name", references.FAMILIES)
 def test_live(name, tmp_path):
-    """The same networks as the installed version of the library builds and runs them."""
+    """The same networks, built and run by the installed library, give the same outputs."""
     prefix, _, _ = name.partition("_")
     pytest.importorskip(LIBRARIES[prefix])
     state, reference, options = references.FAMILIES[name]()
@@ -85,7 +85,7 @@ def test_live(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in references.FAMILIES if "dinov3" in name])
 @pytest.mark.parametrize("size", [16, 28, 64])
 def test_rotary_positions_in_any_size(name, size, tmp_path):
-    """The libraries turn queries and keys for the image at hand; nothing of it is in the file."""
+    """Outputs are the library's for any image size, though no file holds rotary positions."""
     prefix, _, _ = name.partition("_")
     pytest.importorskip(LIBRARIES[prefix])
     state, reference, options = references.FAMILIES[name]()
@@ -102,7 +102,7 @@ def test_rotary_positions_in_any_size(name, size, tmp_path):
 
 
 def shapes_but_positions(model):
-    """Names, in ours, and shapes of all tensors; positions depend on the image size."""
+    """Our names and the shapes of all tensors except positions, which follow the image size."""
     with torch.device("meta"):  # as the model's
         tensors = vit.to_timm(model.state_dict()).tensors
     return {key: value.shape for key, value in tensors.items() if key != "pos_embed"}
@@ -110,7 +110,7 @@ def shapes_but_positions(model):
 
 @pytest.mark.parametrize("name", TIMM)
 def test_table_shapes(name):
-    """Each row's repository names a timm model of that shape, normalisation and interpolation."""
+    """Each row has its timm model's shape, normalisation and interpolation."""
     timm = pytest.importorskip("timm")
     row = vit.BACKBONES[name]
     with torch.device("meta"):
@@ -128,7 +128,7 @@ def test_table_shapes(name):
 
 @pytest.mark.parametrize("name", [name for name in TIMM if "_l" not in name])
 def test_table_against_timm(name, tmp_path):
-    """Features at full size."""
+    """At full size, features are timm's."""
     timm = pytest.importorskip("timm")
     architecture = vit.BACKBONES[name].repo.removeprefix("timm/")
     options = {"num_classes": 0, "img_size": 224, "global_pool": "token"}
@@ -150,7 +150,7 @@ def test_table_against_timm(name, tmp_path):
     ],
 )
 def test_table_against_open_clip(name, architecture, tmp_path):
-    """CLIP's embeddings at full size, and its normalisation."""
+    """At full size, CLIP's embeddings and normalisation are open_clip's."""
     open_clip = pytest.importorskip("open_clip")
     model = references.randomise(open_clip.create_model(architecture))
     norm = (tuple(model.visual.image_mean), tuple(model.visual.image_std))
@@ -171,7 +171,7 @@ def test_table_against_open_clip(name, architecture, tmp_path):
     ],
 )
 def test_laion_in_open_clips_registry(name, architecture):
-    """Repository and normalisation; no QuickGELU, and all else as in OpenAI's of that size."""
+    """LAION's rows have open_clip's repository and normalisation, and differ in GELU only."""
     open_clip = pytest.importorskip("open_clip")
     row = vit.BACKBONES[name]
     found = []

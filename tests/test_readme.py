@@ -1,4 +1,4 @@
-"""README.md does what it says: its commands and its Python run, its files exist."""
+"""README.md is correct: its commands and its Python run, and the files that it links exist."""
 
 import re
 import runpy
@@ -17,7 +17,7 @@ import vit
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
-# Commands in code, without their comments; those with "…" aren't whole.
+# Commands in code, without their comments; those with "…" are incomplete.
 FOUND = re.findall(r"(?:^|`|&& |\$ |next +)(python [\w/]+\.py[^`\n#]*)", README, re.M)
 COMMANDS = sorted({command.strip() for command in FOUND if "…" not in command})
 WEIGHTS = "deit_tiny_patch16_224.safetensors"
@@ -26,7 +26,7 @@ SMALL = ["--epochs", "1", "--limit", "40"]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with all that README's examples name: weights, runs/NAME and the run of digits."""
+    """A folder with everything that README's examples name: weights, runs/NAME, a run on digits."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "assets").symlink_to(ROOT / "assets")
     write_tiny(folder / WEIGHTS, seed=0, width=64, depth=6, heads=4)
@@ -47,7 +47,7 @@ def in_workplace(workplace, monkeypatch):
 
 @pytest.fixture
 def photos_there(in_workplace, photos):
-    """path/to/photos and photo.jpg, where Pillow is installed."""
+    """Make path/to/photos and photo.jpg; skip without Pillow."""
     image = pytest.importorskip("PIL.Image")
     target = in_workplace / "path" / "to" / "photos"
     if not target.exists():
@@ -56,7 +56,7 @@ def photos_there(in_workplace, photos):
 
 
 def write_published(folder, name):
-    """A random network in the shape of a backbone, where a download would have put it."""
+    """Write a random network in a backbone's shape to where its download would be."""
     path = folder / "cache" / vit.BACKBONES[name].repo / "model.safetensors"
     if path.exists():
         return
@@ -68,7 +68,7 @@ def write_published(folder, name):
 
 
 def run_train(arguments, folder):
-    """A command of train.py, made small."""
+    """Run a command of train.py on few images for one epoch."""
     if "--eval" in arguments or "--predict" in arguments:
         assert train.main(arguments) == 0
         return
@@ -107,7 +107,7 @@ def test_export_commands_run(command, in_workplace, capsys):
             export.main(arguments)
         assert stopped.value.code == 0
         return
-    if "int8" in arguments:  # forty training images make no network that survives 8 bits
+    if "int8" in arguments:  # a network trained on 40 images doesn't survive 8 bits
         arguments.append("--force")
     assert export.main(arguments) == 0
     assert re.search("^saved    (runs|hub)/", capsys.readouterr().out, re.M)
@@ -131,7 +131,7 @@ def test_every_kind_of_command_is_tested():
 
 
 def test_python_runs(in_workplace, capsys):
-    """The importable API: what is counted is what is saved, and loads again."""
+    """README's snippet for the importable API runs, and its parameter counts are right."""
     scope = {}
     exec(SNIPPETS[0], scope)
     assert "'adapters': 13104, 'head': 1290" in capsys.readouterr().out

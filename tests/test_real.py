@@ -1,4 +1,4 @@
-"""Published weights and photographs, which aren't part of the project.
+"""Published weights and photos, which aren't part of the project.
 
 ADAPTERTUNE_REAL names a folder that holds
 
@@ -51,7 +51,7 @@ def photos():
 
 @pytest.fixture
 def commands(capsys, monkeypatch, tmp_path):
-    """Functions that run train.py and export.py in an empty folder and give the output."""
+    """Functions that run train.py and export.py in an empty folder and return the output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "cache"))
     return runner(train.main, capsys), runner(export.main, capsys)
@@ -69,7 +69,7 @@ def prepared(photos, backbone):
 
 @torch.inference_mode()
 def test_deit_tiny_on_imagenet_photos(photos):
-    """DeiT-tiny names at least 160 of 200 photos; a reference implementation names 163."""
+    """DeiT-tiny gets at least 160 of 200 photos right; a reference implementation gets 163."""
     model, backbone = vit.load(DEIT, head=True)
     right = 0
     for x, labels in prepared(photos, backbone):
@@ -80,7 +80,7 @@ def test_deit_tiny_on_imagenet_photos(photos):
 
 @torch.inference_mode()
 def test_deit_tiny_as_timm_runs_it(photos):
-    """timm's own network gives the same logits of the same pixels, and as many right."""
+    """timm's own network gives the same logits for the same pixels, and as many right labels."""
     timm = pytest.importorskip("timm")
     theirs = timm.create_model("deit_tiny_patch16_224.fb_in1k").eval()
     theirs.load_state_dict(vit.read_tensors(DEIT)[0])
@@ -122,7 +122,7 @@ def test_clip_tower_needs_no_option():
 
 
 def test_heads_of_a_narrow_net():
-    """A network with heads of 32 channels is read when their number is given."""
+    """A network with heads of 32 channels is read if their number is given."""
     path = REAL / "weights" / "vit_cifar10_p4_d128_l4_h4.safetensors"
     _, backbone = vit.load(path, heads=4)
     assert backbone.config.grid == 8
@@ -132,7 +132,7 @@ def test_heads_of_a_narrow_net():
 
 
 def test_cifar100_as_published():
-    """CIFAR-100 has its sizes, its class names, and as many images of each class."""
+    """CIFAR-100 has its published sizes and class names, and equally many images per class."""
     images = data.read("cifar100", str(RESTORED), offline=True)
     assert images.train.pixels.shape == (50_000, 3, 32, 32)
     assert images.test.pixels.shape == (10_000, 3, 32, 32)
@@ -146,7 +146,7 @@ def test_cifar100_as_published():
 
 
 def test_flowers_on_deit_tiny(commands):
-    """Two epochs on 200 photos of flowers give over 60 %, and --eval the same from the file."""
+    """Two epochs on 200 flower photos give over 60 %, and --eval gives the same from the file."""
     pytest.importorskip("PIL")
     run, _ = commands
     arguments = ["--dataset", FLOWERS, "--weights", DEIT, "--epochs", 2, "--limit", 200]
@@ -166,7 +166,7 @@ def test_flowers_on_deit_tiny(commands):
 @pytest.mark.parametrize("opset", [17, 20, 23])
 @TOWERS
 def test_export_of_real_weights(photos, path, opset):
-    """The graph of a published network with adapters gives torch's logits and labels of photos."""
+    """The graph of a published network with adapters gives torch's logits and labels for photos."""
     model, backbone = vit.load(path, head=True)
     torch.manual_seed(0)
     adaptertune.add_adapters(model, rank=8)
@@ -240,7 +240,7 @@ def test_two_tasks_on_one_deit_tiny(commands):
 
 
 def test_few_shots_on_clip(commands):
-    """Class means of two photos name most flowers; CLIP-Adapter starts there, and both export.
+    """Class means of two photos get most flowers right; CLIP-Adapter starts there, and both export.
 
     The zero-shot accuracy that both runs print is that of the validation photos.
     """
@@ -266,8 +266,8 @@ def test_few_shots_on_clip(commands):
 
 
 def test_lora_on_photos(commands, tmp_path):
-    """A LoRA that peft fits to three flowers for five steps gives peft's logits and accuracy, and
-    the exported graph the same logits."""
+    """A LoRA that peft trains for five steps on three classes of flowers gives peft's logits and
+    accuracy; the exported graph gives the same logits."""
     peft = pytest.importorskip("peft")
     timm = pytest.importorskip("timm")
     run, exporter = commands

@@ -1,14 +1,14 @@
-"""One file in runtimes that share no code: the same labels in each, and nearly the same numbers.
+"""One file in runtimes that share no code gives the same labels and nearly the same numbers.
 
-They are onnxruntime, the reference evaluator of onnx (numpy), OpenVINO, ncnn, onnxruntime-web in
-headless Chromium, there by assets/device/index.html too. Programs that prepare photos themselves,
-by what the file or the folder of --hub says, are transformers.js, optimum-onnx, Ultralytics and
-OpenVINO's Model API. The images are the test set of digits and, where ADAPTERTUNE_REAL names the
-folder that test_real.py describes, of twelve kinds of flowers.
+They are onnxruntime, onnx's reference evaluator (numpy), OpenVINO, ncnn and onnxruntime-web in
+headless Chromium, also by way of assets/device/index.html. transformers.js, optimum-onnx,
+Ultralytics and OpenVINO's Model API also prepare the photos, as the file or --hub's folder says.
+The images are the test set of digits and, if ADAPTERTUNE_REAL names the folder that test_real.py
+describes, of twelve kinds of flowers.
 
-Skipped, with the reason, where a runtime isn't there: pip install openvino openvino-model-api
-optimum-onnx[onnxruntime] ultralytics pnnx ncnn; Debian's chromium; npm's onnxruntime-web, whose
-folder dist is looked for in node_modules or named by ADAPTERTUNE_ORT_WEB; npm's
+A test is skipped, with the reason, if its runtime is missing: pip install openvino
+openvino-model-api optimum-onnx[onnxruntime] ultralytics pnnx ncnn; Debian's chromium; npm's
+onnxruntime-web, whose folder dist is in node_modules or named by ADAPTERTUNE_ORT_WEB; npm's
 @huggingface/transformers in the node_modules that ADAPTERTUNE_TRANSFORMERS_JS names.
 """
 
@@ -45,7 +45,7 @@ if REAL:
 
 @dataclass
 class Task:
-    """A trained and exported run, and what torch makes of its whole test set."""
+    """A trained and exported run, and torch's logits of its whole test set."""
 
     folder: Path  # holds model.onnx
     run: train.Run
@@ -55,7 +55,7 @@ class Task:
 
 @pytest.fixture(scope="module", params=TASKS)
 def task(request, tmp_path_factory):
-    """Each of TASKS, trained and exported in a folder of its own."""
+    """Each of TASKS, trained and exported in its own folder."""
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -73,20 +73,20 @@ def task(request, tmp_path_factory):
 
 
 def check_logits(got, task):
-    """As many labels as there are images, all of them torch's; the numbers near torch's."""
+    """Check that each image has torch's label and logits close to torch's."""
     got = np.asarray(got, np.float32).reshape(task.logits.shape)
     assert (got.argmax(axis=1) == task.logits.argmax(axis=1)).all()
     assert np.abs(got - task.logits).max() < 1e-3
 
 
 def test_onnxruntime(task):
-    """onnxruntime, image by image."""
+    """onnxruntime gives torch's logits, image by image."""
     session = export.session(task.folder / "model.onnx")
     check_logits([session.run(None, {"image": image[None]})[0] for image in task.images], task)
 
 
 def test_reference_evaluator(task):
-    """onnx's own evaluator, which is numpy and slow: every sixth image, in batches."""
+    """onnx's own evaluator, in slow numpy, gives torch's logits for every sixth image."""
     if task.run.dataset.name != "digits":
         pytest.skip("the reference evaluator takes a second for an image of 224 px")
     from onnx.reference import ReferenceEvaluator
@@ -100,7 +100,7 @@ def test_reference_evaluator(task):
 
 
 def test_openvino(task):
-    """OpenVINO on the CPU in fp32, image by image."""
+    """OpenVINO on the CPU in fp32 gives torch's logits, image by image."""
     openvino = pytest.importorskip("openvino")
     precision = {"INFERENCE_PRECISION_HINT": "f32"}
     path = task.folder / "model.onnx"
@@ -127,7 +127,7 @@ def test_resizing_in_openvino(task, size):
 
 @pytest.fixture(scope="module")
 def unit(task):
-    """The path of a graph that takes 0..1 and gives probabilities, one by one."""
+    """The path of a graph that takes single images from 0 to 1 and gives probabilities."""
     path = task.folder / "unit.onnx"
     options = ["--input", "unit", "--output", "probabilities", "--batch", "1", "-o", str(path)]
     assert export.main([str(task.folder / "runs/run"), *options]) == 0
@@ -135,7 +135,7 @@ def unit(task):
 
 
 def test_ncnn(task, unit):
-    """ncnn on the CPU, by way of pnnx."""
+    """ncnn on the CPU, through pnnx, gives at least 99 % of torch's labels."""
     ncnn = pytest.importorskip("ncnn")
     pnnx = shutil.which("pnnx", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not pnnx:
@@ -150,7 +150,7 @@ def test_ncnn(task, unit):
     labels = []
     for image in task.images:
         extractor = net.create_extractor()
-        pixels = image * std + mean  # a Mat is a view: this keeps them
+        pixels = image * std + mean  # a Mat is only a view: this keeps the pixels
         extractor.input("in0", ncnn.Mat(pixels))
         _, probabilities = extractor.extract("out0")
         labels.append(np.array(probabilities).argmax())
@@ -167,7 +167,7 @@ def fp16(task):
 
 
 def check_rounded(logits, task):
-    """All but a hundredth of torch's labels, and torch's numbers to a few hundredths."""
+    """Check for at least 99 % of torch's labels, and for numbers within 0.05 of torch's."""
     got = np.asarray(logits, np.float32).reshape(task.logits.shape)
     assert (got.argmax(axis=1) == task.logits.argmax(axis=1)).mean() >= 0.99
     assert np.abs(got - task.logits).max() < 0.05
@@ -189,9 +189,9 @@ def test_fp16_in_openvino(task, fp16):
 
 @pytest.fixture(scope="module")
 def photos(task):
-    """120 test photos as files, at most: {path: torch's label}; of those on which it is torn,
-    another resize makes another label. Digits are enlarged already: of 8 pixels everybody makes
-    something else."""
+    """At most 120 test photos as files: {path: torch's label}. Photos on which torch is unsure are
+    left out, since another resize changes their label. Digits are enlarged beforehand, since
+    programs enlarge 8 pixels differently."""
     image = pytest.importorskip("PIL.Image")
     test = task.run.dataset.test
     mean, std = task.run.batches.mean_std
@@ -211,7 +211,7 @@ def photos(task):
 
 
 def check_labels(got, photos, least):
-    """At least this share of the labels are torch's; resized otherwise, not all can be."""
+    """Check that at least this share of the labels are torch's; another resize changes some."""
     same = [label == photos[path] for path, label in got.items()]
     assert list(got) == list(photos)
     print(f"{sum(same)} of {len(same)} labels are torch's")
@@ -220,7 +220,7 @@ def check_labels(got, photos, least):
 
 @pytest.fixture(scope="module")
 def hub(task):
-    """The folder of --hub."""
+    """The folder that --hub writes."""
     folder = task.folder / "models/hub"
     assert export.main([str(task.folder / "runs/run"), "--hub", str(folder), "--force"]) == 0
     return folder
@@ -244,7 +244,7 @@ console.log(JSON.stringify(labels));
 
 @pytest.mark.parametrize("dtype", ["fp32", "q8"])
 def test_transformers_js(task, hub, photos, dtype):
-    """The hub's folder in node, in fp32 and in int8."""
+    """transformers.js in node gives torch's labels from --hub's folder, in fp32 and in int8."""
     modules = os.environ.get("ADAPTERTUNE_TRANSFORMERS_JS")
     if not modules or not shutil.which("node"):
         pytest.skip("no node, or ADAPTERTUNE_TRANSFORMERS_JS names no node_modules")
@@ -260,7 +260,7 @@ def test_transformers_js(task, hub, photos, dtype):
 
 @pytest.mark.parametrize("name", ["model.onnx", "model_quantized.onnx"])
 def test_optimum(hub, photos, name):
-    """The hub's folder in optimum-onnx, with transformers' pipeline."""
+    """optimum-onnx, with transformers' pipeline, gives torch's labels from --hub's folder."""
     optimum = pytest.importorskip("optimum.onnxruntime")
     transformers = pytest.importorskip("transformers")
     ort_model = optimum.ORTModelForImageClassification
@@ -273,7 +273,7 @@ def test_optimum(hub, photos, name):
 
 
 def test_ultralytics(task, unit, photos):
-    """It takes the whole square, where ours takes the middle 7/8 of its side."""
+    """Ultralytics gives 90 % of torch's labels; it takes the whole square, not its middle 7/8."""
     ultralytics = pytest.importorskip("ultralytics")
     model = ultralytics.YOLO(unit)
     labels = {}
@@ -287,7 +287,7 @@ def test_ultralytics(task, unit, photos):
 
 @pytest.mark.parametrize("kind", ["float", "unit"])
 def test_model_api(task, unit, photos, kind):
-    """OpenVINO's Model API; it too takes the whole square, and photos as RGB."""
+    """OpenVINO's Model API gives 90 % of torch's labels; it too takes the whole square, as RGB."""
     models = pytest.importorskip("model_api.models")
     image = pytest.importorskip("PIL.Image")
     path = unit if kind == "unit" else task.folder / "model.onnx"
@@ -301,7 +301,7 @@ def test_model_api(task, unit, photos, kind):
 
 # ----------------------------------------------------------------------------------- the browser
 
-# What a page sends to the test: its result, or the error that it met.
+# With this, a page sends the test its result, or the error that it met.
 REPORT = """<script>
 const send = result => fetch("/", {method: "POST", body: JSON.stringify(result)});
 addEventListener("unhandledrejection", event => send({error: String(event.reason)}));
@@ -328,7 +328,7 @@ def find_chromium():
 
 
 class Page(http.server.SimpleHTTPRequestHandler):
-    """Serves files; server.answer is what a page POSTs, as JSON, and server.answered an event."""
+    """Serves files; `server.answer` is the JSON that a page POSTs, `server.answered` its event."""
 
     def do_POST(self):  # noqa: N802
         length = int(self.headers["Content-Length"])
@@ -387,7 +387,7 @@ send({logits: all});
 
 
 def test_onnxruntime_web(task):
-    """The graph itself in the browser, on normalised images one by one."""
+    """onnxruntime-web gives torch's logits in the browser, for normalised images one by one."""
     (task.folder / "images.bin").write_bytes(task.images.tobytes())
     page = LOGITS_PAGE.replace("SIDE", str(task.images.shape[-1]))
     (task.folder / "logits.html").write_text(REPORT + page)
@@ -417,7 +417,7 @@ def site(task):
 
 
 def check_text(text, classes, probabilities):
-    """The first line that index.html shows names the likeliest class, and its probability."""
+    """Check that index.html's first line shows the likeliest class and its probability."""
     first, _, _ = text.split("\n")
     name, percent = re.fullmatch(r"(.+) ([\d.]+) %", first).groups()
     assert name == classes[probabilities.argmax()]
@@ -436,8 +436,8 @@ send({labels});
 
 
 def test_function_of_the_page(task, site):
-    """index.html's `label` on photos in full size: onnxruntime's labels, nearly its probabilities;
-    the names of the classes are those of the file."""
+    """index.html's `label` gives onnxruntime's labels and nearly its probabilities for photos in
+    full size, with the file's class names."""
     folder, expected = site
     script = CALL_LABEL.replace("COUNT", str(len(expected)))
     (folder / "labels.html").write_text(REPORT + PAGE.read_text() + script)
@@ -446,7 +446,7 @@ def test_function_of_the_page(task, site):
         check_text(text, task.run.dataset.classes, probabilities)
 
 
-# Files are put into the page's input as a user's choice does it, and what the page shows is read.
+# Files are put into the page's input as if a user chose them, and the page's text is read.
 CHOOSE_FILES = """<script type="module">
 const input = document.querySelector("input");
 const output = document.querySelector("pre");
@@ -475,8 +475,8 @@ send({loaded, first, refused, turned});
 
 
 def save_turned(pixels, path):
-    """Save pixels uint8 [H, W, 3] as a JPEG photo that its EXIF data turn by 90°. Returns them as
-    they are to be seen: [W, H, 3]."""
+    """Save pixels uint8 [H, W, 3] as a JPEG photo that its EXIF data turn by 90°. Returns the
+    pixels as displayed, [W, H, 3]."""
     from PIL import Image, ImageOps
 
     exif = Image.Exif()
@@ -487,8 +487,8 @@ def save_turned(pixels, path):
 
 
 def test_elements_of_the_page(task, site):
-    """index.html as a user sees it: it says when it is ready, labels the chosen photo, says that a
-    file is no photo, and goes on after that with one that EXIF data turn."""
+    """index.html, as a user sees it, says when it is ready, labels the chosen photo, reports a file
+    that is no photo, and then labels one that EXIF data turn."""
     folder, expected = site
     photos = task.run.dataset.test.pixels.permute(0, 2, 3, 1).numpy()
     turned = save_turned(photos[0], folder / "turned.jpg")

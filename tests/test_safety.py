@@ -1,6 +1,6 @@
-"""What must not hurt: kills, full disks, closed streams, hostile files, two processes at once.
+"""Robustness: kills, full disks, closed streams, hostile files, two processes at once.
 
-tests/kill_runs.py and tests/fuzz_readers.py do more of it, by hand."""
+tests/kill_runs.py and tests/fuzz_readers.py, which are run by hand, test more of it."""
 
 import contextlib
 import gzip
@@ -49,7 +49,7 @@ def finished(run, tiny_weights, place):
 
 
 def program(*arguments, script="train.py", **more):
-    """A process of one of the programs."""
+    """A process that runs one of the programs."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes | more)
@@ -60,7 +60,7 @@ def program(*arguments, script="train.py", **more):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The processes that are forked may use no pool of threads."""
+    """Use one thread: the processes that are forked can't use a pool of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -68,7 +68,7 @@ def one_thread():
 
 
 def forked(text, place):
-    """Run lines of Python in a process of their own."""
+    """Run lines of Python in a process of their own and return the output."""
     code = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]\n{text}"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=place, check=False
@@ -78,8 +78,8 @@ def forked(text, place):
 
 
 def test_killed_at_any_write(tmp_path, tiny_weights):
-    """A run killed before, amid and after some of its writes ends as an undisturbed one, and leaves
-    the same files."""
+    """A run killed before, amid and after some of its writes, and then resumed, leaves the same
+    files as an undisturbed run."""
     out = forked(
         f"""
 import pathlib, torch, kill_runs
@@ -96,7 +96,7 @@ print(count, wrong)
 
 
 def test_a_state_that_can_not_be_read(run, tiny_weights, place, monkeypatch):
-    """A state for which there is no memory isn't called damaged: its folder would be deleted."""
+    """A state too large for the memory isn't called damaged: its folder would be deleted."""
     run("--weights", tiny_weights, *QUICK, "--name", "a")
     (place / "runs/a/state.pt").write_bytes(b"whole")
 
@@ -110,7 +110,7 @@ def test_a_state_that_can_not_be_read(run, tiny_weights, place, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "{"])
 def test_emptied_config_is_named(run, tiny_weights, place, content):
-    """What an earlier version left half-written is an error that names the file."""
+    """An empty or half-written config.json, as left by an older version, is named in an error."""
     run("--weights", tiny_weights, *QUICK, "--name", "a")
     (place / "runs/a/config.json").write_text(content)
     for arguments in (["--eval", "runs/a"], ["--weights", tiny_weights, *QUICK, "--name", "a"]):
@@ -120,7 +120,7 @@ def test_emptied_config_is_named(run, tiny_weights, place, content):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_export_leaves_nothing(finished, capsys, number):
-    """SIGTERM removes what export had begun; what SIGKILL left goes with the next export."""
+    """SIGTERM removes what export had begun; the next export removes what SIGKILL left."""
     before = sorted(path.name for path in finished.iterdir())
     process = program("runs/a", script="export.py")
     for line in process.stdout:
@@ -144,7 +144,7 @@ def test_export_leaves_nothing(finished, capsys, number):
 
 
 def test_one_process_in_a_folder(run, tiny_weights, place):
-    """A second process that wants a run's folder is told so; the first one goes on."""
+    """A second process that wants a run's folder gets an error; the folder can be used later."""
     with data.locked(place / "runs/a", folder=True):
         error = run("--weights", tiny_weights, *QUICK, "--name", "a", status=1)
         assert error == "error: another process is at work in runs/a; wait for it\n"
@@ -152,8 +152,8 @@ def test_one_process_in_a_folder(run, tiny_weights, place):
 
 
 def test_two_runs_of_one_name(tiny_weights, place):
-    """Of two processes that start the same run one trains it, the other says why it doesn't; or
-    finds it done."""
+    """Of two processes that start the same run, one trains it, and the other says why it doesn't,
+    or finds it finished."""
     arguments = ["--weights", tiny_weights, *QUICK, "--name", "a"]
     both = [program(*arguments) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in both]
@@ -168,8 +168,8 @@ def test_two_runs_of_one_name(tiny_weights, place):
 
 
 def test_other_epochs_go_to_a_folder_of_their_own(run, tiny_weights, place):
-    """The number of epochs that a command gives, and the same one as a default, are two runs: the
-    first one's folder isn't written to again."""
+    """30 epochs given by hand and 30 by default are two runs: the first one's folder isn't written
+    to again."""
     run("--weights", tiny_weights, "--limit", 40, "--epochs", 30)
     folder = place / "runs/digits-adaptertune-r8-n40-s0"
     before = (folder / "split.json").stat().st_mtime_ns
@@ -180,7 +180,7 @@ def test_other_epochs_go_to_a_folder_of_their_own(run, tiny_weights, place):
 
 
 def test_folders_that_come_and_go(tmp_path):
-    """Three processes that make and remove one folder at a time never meet a missing one."""
+    """Three processes that keep making and removing the same folder never find it missing."""
     code = f"""
 import multiprocessing, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -206,7 +206,7 @@ print([process.exitcode for process in three])
 
 
 def test_a_place_that_is_not_there(run, tiny_weights, place):
-    """A link to nothing, as to a disk that isn't there, or a missing folder is one line."""
+    """A missing folder, or a link to one, as on an absent disk, gives a one-line error."""
     with pytest.raises(ValueError, match=r"can't write .*x \(No such file or directory\); fix"):
         data.write_file(place / "gone" / "x", "content")
     (place / "runs").symlink_to(place / "gone")
@@ -224,9 +224,9 @@ def test_a_failed_start_leaves_no_folder(run, tiny_weights, place):
 
 
 def test_full_disk_is_one_line(run, tiny_weights, place):
-    """A full disk ends a run with one line. Nothing is lost: it goes on from the last epoch."""
+    """A full disk ends a run with a one-line error; --resume finishes it."""
     arguments = ["--weights", tiny_weights, *QUICK, "--name", "a"]
-    # config.json, metrics.csv and split.json go in, state.pt doesn't.
+    # config.json, metrics.csv and split.json fit, state.pt doesn't.
     process = program(*arguments, preexec_fn=full_disk(10_000))
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -238,7 +238,7 @@ def test_full_disk_is_one_line(run, tiny_weights, place):
 
 
 def test_full_disk_keeps_the_old_file(tmp_path):
-    """What couldn't be written leaves the earlier file as it was, and nothing beside it."""
+    """A failed write leaves the earlier file as it was, and nothing beside it."""
     path = tmp_path / "state.pt"
     data.write_file(path, "old")
     code = f"""
@@ -258,7 +258,7 @@ data.write_file(pathlib.Path({str(path)!r}), bytes(2000))
 
 @pytest.mark.parametrize("name", ["runs", "runs/a"])
 def test_a_file_in_the_way(run, tiny_weights, place, name):
-    """A file where a folder should be is found before the first epoch."""
+    """A file where a folder should be is reported before the first epoch."""
     path = place / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
@@ -271,8 +271,8 @@ def test_a_file_in_the_way(run, tiny_weights, place, name):
 
 
 def test_closed_streams(tiny_weights, place):
-    """A run needs no terminal: with stderr closed, or all three streams, it trains as ever, and its
-    files hold what they should."""
+    """A run needs no terminal: with stderr closed, or all three streams, it trains, and its
+    adapters can be read."""
     command = [sys.executable, str(ROOT / "train.py"), "--weights", str(tiny_weights), *QUICK]
     both = []
     for name, closed in (("a", "2>&-"), ("b", "0<&- 1>&- 2>&-")):
@@ -285,7 +285,7 @@ def test_closed_streams(tiny_weights, place):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp932"])
 def test_help_on_any_terminal(place, encoding):
-    """--help is shown where a terminal lacks some of its characters."""
+    """--help is shown even if the terminal lacks some of its characters."""
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     process = program("--help", env=environment, encoding=encoding)
     out, error = process.communicate(timeout=60)
@@ -294,9 +294,9 @@ def test_help_on_any_terminal(place, encoding):
 
 
 def test_names_do_not_steer_the_terminal(run, photos, tiny_weights, place):
-    """Control characters in names of classes and files are shown as a mark."""
+    """Control characters in a class name are replaced by a mark, in the output and in README.md."""
     for file in sorted((photos / "leaf").iterdir())[5:]:
-        file.unlink()  # so that it is named as the smallest class
+        file.unlink()  # so that the output names it as the smallest class
     (photos / "leaf").rename(photos / "le\x1b[31maf")
     out = run("--dataset", photos, "--weights", tiny_weights, "--epochs", 1, "--class-weights")
     assert " training images (le\ufffd[31maf) to " in out
@@ -307,14 +307,14 @@ def test_names_do_not_steer_the_terminal(run, photos, tiny_weights, place):
 
 
 def test_a_name_that_is_not_utf8(run, tiny_weights, place):
-    """A run whose name has other bytes ends as any other."""
+    """A run whose name isn't UTF-8 finishes like any other."""
     name = os.fsdecode(b"caf\xe9")
     run("--weights", tiny_weights, *QUICK, "--name", name)
     assert "caf\ufffd" in (place / "runs" / name / "README.md").read_text(encoding="utf-8")
 
 
 def test_half_a_character(run, finished, place):
-    """A class name of another one's run that no text can hold is shown as a mark."""
+    """In a stranger's class name, half of a surrogate pair is replaced by a mark."""
     split = json.loads((finished / "split.json").read_text())
     edit(finished / "split.json", classes=["\ud800", *split["classes"][1:]])
     assert "the run has \ufffd, 1" in run("--eval", "runs/a", status=1)
@@ -322,7 +322,7 @@ def test_half_a_character(run, finished, place):
 
 
 def test_names_of_several_lines(run, finished, place):
-    """A photo's name can't forge a line of results, nor an error a second one."""
+    """A line break in a photo's name can't forge a line of results, nor a second error."""
     image = pytest.importorskip("PIL.Image")
     forged = place / "a\nforged.png  cat 99 %"
     image.new("RGB", (20, 20)).save(forged, format="PNG")
@@ -332,7 +332,7 @@ def test_names_of_several_lines(run, finished, place):
 
 @pytest.mark.parametrize("arguments", [[], ["--eval", "runs/none"], ["--rank", "x"]], ids=" ".join)
 def test_a_notebook_gets_its_process_back(arguments, place, capsys):
-    """Streams and handlers of signals are after `main` what they were before, however it ends."""
+    """`main` leaves streams and signal handlers as they were before, however it ends."""
 
     def state():
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -345,7 +345,7 @@ def test_a_notebook_gets_its_process_back(arguments, place, capsys):
 
 
 def test_a_line_after_the_progress(capsys, place, monkeypatch):
-    """What is printed while a progress line stands takes its place."""
+    """A line that is printed during progress replaces the progress line."""
 
     def work():
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -367,7 +367,7 @@ def test_a_line_after_the_progress(capsys, place, monkeypatch):
     ids=" ".join,
 )
 def test_empty_arguments(run, arguments):
-    """A variable that isn't set isn't taken for an option that isn't given."""
+    """An empty argument, as from an unset variable, isn't taken for a missing option."""
     error = run(*arguments, status=2)
     assert error.startswith("error: an argument is empty (")
 
@@ -383,12 +383,12 @@ def test_empty_arguments(run, arguments):
     ids=" ".join,
 )
 def test_numbers_without_measure(run, arguments):
-    """What would take all memory, or mean something else, is refused as it is read."""
+    """Numbers that would take all memory, or mean something else, are refused when parsed."""
     assert re.match("error: argument --", run(*arguments, status=2))
 
 
 def test_out_of_memory_is_one_line(run, tiny_weights, monkeypatch):
-    """What torch says of a CPU's memory becomes one line."""
+    """torch's error for a CPU that is out of memory becomes one line."""
 
     def no_memory(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 4 bytes")
@@ -402,7 +402,7 @@ def test_out_of_memory_is_one_line(run, tiny_weights, monkeypatch):
 
 
 def test_modules_without_end():
-    """Modules of a TorchScript archive that hold each other twice are read once."""
+    """A TorchScript module that contains itself twice is read once."""
     module = vit.ScriptModule(x=torch.zeros(1))
     module["one"] = module
     module["two"] = module
@@ -411,7 +411,7 @@ def test_modules_without_end():
 
 @pytest.mark.parametrize("content", ['{"weight_map": {"a": 5}}', "[" * 200_000, "{}"])
 def test_a_damaged_index(tmp_path, content):
-    """The index of weights in several parts may hold anything."""
+    """A damaged index of weights in several parts is refused, whatever it contains."""
     path = tmp_path / "x.safetensors.index.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="index.json can't be used .*; fetch that index"):
@@ -419,7 +419,7 @@ def test_a_damaged_index(tmp_path, content):
 
 
 def test_a_file_that_holds_itself(tmp_path):
-    """A dictionary in a .pth that contains itself is read once."""
+    """A dictionary in a .pth file that contains itself is read once."""
     content = {"x": torch.zeros(2)}
     content["again"] = content
     torch.save(content, tmp_path / "w.pth")
@@ -428,7 +428,7 @@ def test_a_file_that_holds_itself(tmp_path):
 
 
 def test_blocks_without_number(tiny_weights, tmp_path):
-    """A tensor of block 300,000,000 doesn't make a network of so many."""
+    """A tensor of block 300,000,000 doesn't make a network of as many blocks."""
     tensors, _ = vit.read_tensors(tiny_weights)
     tensors["blocks.300000000.norm1.weight"] = torch.ones(32)
     save_file(tensors, tmp_path / "w.safetensors")
@@ -456,7 +456,7 @@ def test_a_compressed_archive(tmp_path):
 
 
 def test_a_compressed_vocabulary(tmp_path):
-    """A gzip file of zeros is no vocabulary, and isn't unpacked to its end."""
+    """A gzip file of zeros isn't taken for a vocabulary, nor unpacked to its end."""
     path = tmp_path / "v.txt.gz"
     path.write_bytes(gzip.compress(bytes(10**9), 1))
     started = time.process_time()
@@ -467,7 +467,7 @@ def test_a_compressed_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.png", "w.pth", "v.txt"])
 def test_pipes_are_not_waited_for(tmp_path, name):
-    """A pipe by the name of a photo, of weights or a vocabulary is refused at once."""
+    """A pipe in place of a photo, weights or a vocabulary is refused at once."""
     if name == "x.png":
         pytest.importorskip("PIL")
     path = tmp_path / name
@@ -500,7 +500,7 @@ def edit(path, **changes):
     ids=str,
 )
 def test_wrong_types(run, finished, file, changes):
-    """A value of another type in a run's files is one line that names file and value."""
+    """A value of a wrong type in a run's files gives one line that names file and value."""
     edit(finished / file, **changes)
     error = run("--eval", "runs/a", status=1)
     key = next(iter(changes))
@@ -509,7 +509,7 @@ def test_wrong_types(run, finished, file, changes):
 
 @pytest.mark.parametrize(("file", "key"), [("config.json", "amp"), ("result.json", "epoch")])
 def test_what_more_epochs_need(run, finished, tiny_weights, file, key):
-    """A run's file without what a run with more epochs reads is one line, too."""
+    """A run's file that lacks a value that more epochs need gives a one-line error."""
     values = json.loads((finished / file).read_text())
     del values[key]
     (finished / file).write_text(json.dumps(values))
@@ -519,7 +519,7 @@ def test_what_more_epochs_need(run, finished, tiny_weights, file, key):
 
 @pytest.mark.parametrize("name", ["config.json", "split.json", "result.json", "metrics.csv"])
 def test_a_pipe_in_a_run(run, finished, tiny_weights, name):
-    """A pipe in the place of a run's file isn't waited for."""
+    """A pipe in place of a run's file isn't waited for."""
     (finished / name).unlink()
     os.mkfifo(finished / name)
     arguments = ["--eval", "runs/a"]
@@ -529,14 +529,14 @@ def test_a_pipe_in_a_run(run, finished, tiny_weights, name):
 
 
 def test_a_pipe_where_a_file_is_written(run, finished):
-    """Nor is one by the name under which a file is written first."""
+    """A pipe under a file's temporary name doesn't block the writing of that file."""
     os.mkfifo(finished / "predictions.csv.part")
     run("--eval", "runs/a")
     assert not (finished / "predictions.csv.part").exists()
 
 
 def test_adapters_that_are_not_finite(run, finished):
-    """Adapters with NaN aren't used: whatever they predict would look like a result."""
+    """Adapters with NaN are refused, since their predictions would look like a result."""
     path = finished / "adapters.safetensors"
     tensors, meta = adaptertune.read(path)
     tensors["head.bias"][0] = float("nan")
@@ -546,7 +546,7 @@ def test_adapters_that_are_not_finite(run, finished):
 
 @pytest.mark.parametrize("classes", [[1, 2], ["a"]], ids=str)
 def test_wrong_types_in_adapters(run, finished, classes):
-    """The same of the metadata in the adapters' file; one class leaves nothing to predict."""
+    """Class names of a wrong type, or just one class, in the adapters' metadata are refused."""
     path = finished / "adapters.safetensors"
     tensors, meta = adaptertune.read(path)
     save_file(tensors, path, {"adaptertune": json.dumps(meta | {"classes": classes})})
@@ -555,7 +555,7 @@ def test_wrong_types_in_adapters(run, finished, classes):
 
 
 def test_nothing_is_written_elsewhere(run, finished, place, server, monkeypatch):
-    """Another one's run doesn't decide where a data set is downloaded to."""
+    """A stranger's run doesn't decide where a data set is downloaded to."""
     elsewhere = place / "elsewhere" / "data"
     edit(finished / "config.json", dataset="cifar10", data_dir=str(elsewhere))
     monkeypatch.setattr(data, "CIFAR", f"{server.url}/")
@@ -564,7 +564,7 @@ def test_nothing_is_written_elsewhere(run, finished, place, server, monkeypatch)
 
 
 def test_no_action_of_its_own(run, finished, place):
-    """A run's options say what it is, not what is done with it: a --csv of its own is left out."""
+    """Actions in a stranger's config.json, such as a --csv of its own, are ignored."""
     image = pytest.importorskip("PIL.Image")
     photo = place / "photo.png"
     image.new("RGB", (20, 20)).save(photo)
@@ -578,8 +578,8 @@ def test_no_action_of_its_own(run, finished, place):
 
 @pytest.mark.usefixtures("pictures")
 def test_links_are_not_followed(run, finished, place, capsys):
-    """Links in another one's folder, by the names of what is written there, lead to nothing that is
-    overwritten or emptied."""
+    """Links in a stranger's folder, under the names of files that are written there, don't let
+    anything outside it be overwritten or emptied."""
     mine = place / "mine"
     mine.mkdir()
     (mine / "letter").write_text("dear")
@@ -594,7 +594,7 @@ def test_links_are_not_followed(run, finished, place, capsys):
 
 
 def test_a_name_stays_below_runs(run, tiny_weights, place):
-    """A data set's name in another one's result isn't a path."""
+    """A data set's name in a stranger's result.json isn't used as a path."""
     for seed in (0, 1):
         name = f"digits-adaptertune-r8-n48-s{seed}"
         run("--weights", tiny_weights, *QUICK, "--seed", seed)
@@ -609,7 +609,7 @@ def test_a_name_stays_below_runs(run, tiny_weights, place):
 
 @pytest.mark.parametrize("name", fuzz_readers.READERS)
 def test_damaged_files(name, damaged_folder, monkeypatch):
-    """Ten damaged files of each kind: a result, or one line of error."""
+    """Each of ten damaged files of a kind gives a result or a one-line error."""
     if name in ("predict", "graph", "annotations", "names") or name.startswith("photo"):
         pytest.importorskip("PIL")
     monkeypatch.chdir(damaged_folder)
@@ -618,7 +618,7 @@ def test_damaged_files(name, damaged_folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def damaged_folder(tmp_path_factory, one_thread):
-    """The honest files that are damaged."""
+    """A folder with the valid files, which are damaged one at a time."""
     folder = tmp_path_factory.mktemp("fuzz") / "work"
     folder.mkdir()
     before = Path.cwd()

@@ -1,4 +1,4 @@
-"""CLIP's text side: tower and tokenizer, against those of the libraries that publish them."""
+"""CLIP's text side: tower and tokenizer compared with the publishing libraries' own."""
 
 import gzip
 import html
@@ -86,7 +86,7 @@ HUGGING_FACE_VISION = {
 def hugging_face_both():
     """Both towers, with the `eos_token_id` of OpenAI's published files.
 
-    It is 2, which Hugging Face takes for "the highest id".
+    It is 2, which Hugging Face reads as "the highest id".
     """
     transformers = pytest.importorskip("transformers")
     text = HUGGING_FACE_TEXT | {"eos_token_id": 2}
@@ -102,7 +102,7 @@ def hugging_face_both():
 
 
 def hugging_face_text():
-    """The text tower alone; its `eos_token_id` is looked for, and it has no logit scale."""
+    """The text tower alone; its `eos_token_id` is searched for, and it has no logit scale."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(
         **HUGGING_FACE_TEXT, eos_token_id=END, projection_dim=EMBED
@@ -129,7 +129,7 @@ def test_tower(build, tmp_path):
             state[f"{tower}.embeddings.position_ids"] = torch.arange(3)
     ids = random_ids()
     expected = reference(ids)
-    assert expected.std(dim=0).min() > 0.05  # each text has its own
+    assert expected.std(dim=0).min() > 0.05  # embeddings differ by text
     save_file(state, tmp_path / "w.safetensors")
     torch.save({"state_dict": state}, tmp_path / "w.pth")
     quick_gelu = build is not open_clip_laion
@@ -137,13 +137,13 @@ def test_tower(build, tmp_path):
         tower, scale = vit.load_text(tmp_path / name, heads=HEADS, quick_gelu=quick_gelu)
         assert not tower.training
         assert (tower(ids) - expected).abs().max() < 1e-5
-        if build is hugging_face_text:  # whose file has none
+        if build is hugging_face_text:  # its file has no scale
             assert scale is None
         else:
             assert scale == pytest.approx(logit_scale.exp().item(), rel=1e-6)
 
 
-# Our names, and OpenAI's in their place.
+# Our names, and OpenAI's names for the same tensors.
 RENAMES = {
     "token_embed.": "token_embedding.",
     "pos_embed": "positional_embedding",
@@ -191,7 +191,7 @@ def published(tower):
 
 @torch.no_grad()
 def test_openai_names(tower, published, tmp_path):
-    """OpenAI's file, wrapped and in half precision, gives the same tower in fp32, and its scale."""
+    """OpenAI's file, wrapped and in half precision, gives the same tower in fp32 and its scale."""
     published["logit_scale"] = torch.tensor(2.5)
     published["visual.proj"] = torch.zeros(3, 3)
     published["context_length"] = torch.tensor(LENGTH)
@@ -205,7 +205,7 @@ def test_openai_names(tower, published, tmp_path):
 
 @torch.no_grad()
 def test_a_token_sees_none_after_it(tower):
-    """A changed token changes what comes out at its place and after it, and nothing before."""
+    """A changed token changes the outputs at its place and after it, and none before it."""
     seen = []
     tower.blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output[0]))
     ids = random_ids(1)
@@ -246,7 +246,7 @@ def test_a_missing_tensor_is_named(published, tmp_path, key, message):
     ],
 )
 def test_a_wrong_tensor_is_named(published, tmp_path, key, message):
-    """A text tower with a tensor that is left over or misshapen is refused."""
+    """A text tower with an unexpected or misshapen tensor is refused."""
     published[key] = torch.zeros(3)
     save_file(published, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=f"w.safetensors: .*{message}"):
@@ -261,7 +261,7 @@ def test_a_file_without_a_text_tower_is_refused(tiny_weights):
 
 
 def test_a_tower_without_a_causal_mask(published, tmp_path):
-    """open_clip's description alone tells it; a damaged one is named."""
+    """A tower without a causal mask, as only open_clip's description tells, is refused."""
     save_file(published, tmp_path / "w.safetensors")
     beside = tmp_path / "open_clip_config.json"
     beside.write_text(json.dumps({"model_cfg": {"text_cfg": {"heads": HEADS}}}))
@@ -277,7 +277,7 @@ def test_a_tower_without_a_causal_mask(published, tmp_path):
 
 
 def test_heads_that_cant_be_guessed(published, tmp_path):
-    """A width that isn't a multiple of 64 needs the number of heads."""
+    """A width that isn't a multiple of 64 is refused unless the number of heads is given."""
     save_file(published, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="width 32 is no multiple.*--heads"):
         vit.load_text(tmp_path / "w.safetensors")
@@ -285,8 +285,8 @@ def test_heads_that_cant_be_guessed(published, tmp_path):
 
 @pytest.mark.parametrize(("width", "heads"), [(512, 8), (640, 10), (1024, 16), (1280, 20)])
 def test_the_usual_heads_of_a_width(width, heads):
-    """64 channels each, as in open_clip's registry; ViT-bigG's text tower is as wide as the image
-    tower of a ViT-H, whose heads have 80."""
+    """Heads have 64 channels, as in open_clip's registry; ViT-bigG's text tower is as wide as a
+    ViT-H's image tower, whose heads have 80."""
     found = {"token_embed.weight": torch.empty(9, width), "pos_embed": torch.empty(77, width)}
     found["head.weight"] = torch.empty(9, width)
     found["blocks.0.mlp.fc1.weight"] = torch.empty(4 * width, 0)
@@ -296,11 +296,11 @@ def test_the_usual_heads_of_a_width(width, heads):
 
 # ---------------------------------------------------------------------------------- the tokenizer
 
-# They get the ids 512 to 519; the marks are 520 and 521.
+# The merges get the ids 512 to 519; the marks of start and end are 520 and 521.
 MERGES = ["b c</w>", "a b", "a a", "aa a</w>", "l o", "lo w</w>", "' s</w>", "Ã ©</w>"]
 START = 520
 STOP = 521
-LAST = 256  # what a byte's id is raised by at the end of a word
+LAST = 256  # added to a byte's id at the end of a word
 # The printable bytes come first.
 A = ord("a") - 33
 S = ord("s") - 33
@@ -312,7 +312,7 @@ ONE = ord("1") - 33
 def write_vocabulary(path, merges):
     """A vocabulary file with these merges: OpenAI's for .gz, else Hugging Face's merges.txt."""
     text = "\n".join(["#version: 0.2", *merges])
-    if path.suffix == ".gz":  # no newline at the end: they don't read that line
+    if path.suffix == ".gz":  # no newline at the end, unlike merges.txt
         path.write_bytes(gzip.compress(text.encode()))
     else:
         path.write_text(f"{text}\n", encoding="utf-8")
@@ -341,7 +341,7 @@ def write_vocabulary(path, merges):
     ],
 )
 def test_encoding_by_hand(tmp_path, name, text, expected):
-    """Ids of short texts by a vocabulary of eight merges, worked out by hand."""
+    """The ids of short texts are those worked out by hand for a vocabulary of eight merges."""
     tokenizer = vit.Tokenizer(write_vocabulary(tmp_path / name, MERGES))
     assert tokenizer.encode(text) == expected
     padded = [START, *expected, STOP] + [0] * 10
@@ -351,21 +351,21 @@ def test_encoding_by_hand(tmp_path, name, text, expected):
 
 
 def test_a_long_text_keeps_its_end_mark(tmp_path):
-    """A text that is too long is cut, and the end mark stands at the last place."""
+    """A text that is too long is cut, and its last id is the end mark."""
     tokenizer = vit.Tokenizer(write_vocabulary(tmp_path / "merges.txt", MERGES))
     ids = tokenizer(["low " * 9], length=5)
     assert ids.tolist() == [[START, 517, 517, 517, STOP]]
 
 
 def published_file():
-    """CLIP's published vocabulary, or a skip."""
+    """CLIP's published vocabulary; skips the test without it."""
     if not REAL:
         pytest.skip("ADAPTERTUNE_REAL, a folder with CLIP's published vocabulary, is not set")
     return Path(REAL) / "data/clip_bpe/bpe_simple_vocab_16e6.txt.gz"
 
 
 def test_published_ids():
-    """The ids that Hugging Face's documentation of CLIP prints for its example texts."""
+    """The ids are those that Hugging Face's documentation of CLIP prints for its example texts."""
     tokenizer = vit.Tokenizer(published_file())
     ids = tokenizer(["a photo of a cat", "a photo of a dog"], length=9)
     assert ids.dtype == torch.int64
@@ -405,7 +405,7 @@ def characters(kinds):
 
 
 def texts(count=20_000):
-    """The lines of this repository, and random strings of pieces that a tokenizer may trip over."""
+    """The lines of this repository, and random strings of pieces that a tokenizer may misread."""
     lines = repository_lines()
     words = set()
     for line in lines:
@@ -435,7 +435,7 @@ def nfc(text):
 
 
 def check_equal(ours, theirs, chosen):
-    """All rows are equal, on enough strings and on over-long ones among them."""
+    """Check that all rows are equal, for enough strings, and enough over-long ones among them."""
     got = ours(chosen)
     different = (got != theirs).any(dim=1).nonzero().flatten().tolist()
     for row in different[:1]:
@@ -445,11 +445,11 @@ def check_equal(ours, theirs, chosen):
 
 
 def test_against_open_clip():
-    """open_clip's ids on all strings in which ftfy repairs nothing but NFC and entities."""
+    """The ids are open_clip's for all strings in which ftfy repairs only NFC and entities."""
     reference = pytest.importorskip("open_clip.tokenizer")
     ftfy = pytest.importorskip("ftfy")
     path = published_file()
-    # open_clip's pattern is blind to case: it takes 'ſ for 's, and drops the iota below.
+    # open_clip's pattern ignores case: it takes 'ſ for 's, and drops the iota below.
     amiss = {"ſ", "\u0345"}
     chosen = []
     for text in texts():
@@ -461,7 +461,7 @@ def test_against_open_clip():
 
 
 def write_hugging_face_vocabulary(folder):
-    """Hugging Face's vocab.json and merges.txt out of the published file."""
+    """Write Hugging Face's vocab.json and merges.txt from the published file."""
     lines = gzip.decompress(published_file().read_bytes()).decode().splitlines()
     merges = lines[1 : 49152 - 256 - 2 + 1]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -476,11 +476,11 @@ def write_hugging_face_vocabulary(folder):
 
 
 def test_against_hugging_face(tmp_path):
-    """Hugging Face's ids, through merges.txt, on all strings that it reads as OpenAI does.
+    """The ids are Hugging Face's, through merges.txt, for all strings that it reads as OpenAI does.
 
-    Left out are strings with entities, which it doesn't resolve, and with marks like <|endoftext|>,
-    which it does; with Σ, whose small form ends Python's words as ς; and those where its NFC, of an
-    older Unicode, isn't Python's.
+    Left out are strings with entities, which it doesn't resolve; with marks like <|endoftext|>,
+    which it does; with Σ, which Python lower-cases to ς at the end of a word; and those where its
+    NFC, of an older Unicode, isn't Python's.
     """
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
@@ -515,7 +515,7 @@ BAD = {
 @pytest.mark.parametrize("name", ["v.txt.gz", "merges.txt"])
 @pytest.mark.parametrize("damage", [*BAD, "cut", "missing"])
 def test_a_bad_vocabulary(tmp_path, name, damage):
-    """A missing or damaged vocabulary is an error of one line that says what to give."""
+    """A missing or damaged vocabulary gives a one-line error that says what to give."""
     path = tmp_path / name
     if damage == "cut":
         path.write_bytes(cut(write_vocabulary(path, MERGES).read_bytes()))
@@ -527,7 +527,7 @@ def test_a_bad_vocabulary(tmp_path, name, damage):
 
 
 def test_the_scale_of_a_wrapped_clip(clip, tmp_path):
-    """Beside a loss and behind a prefix the scale is the file's; without one it isn't made up."""
+    """The scale is found beside a loss and behind a prefix; without one in the file it is None."""
     both = {f"model.{key}": value for key, value in load_file(clip).items()}
     save_file(both | {"criterion.weight": torch.zeros(2)}, tmp_path / "w.safetensors")
     assert vit.load_text(tmp_path / "w.safetensors")[1] == pytest.approx(math.exp(3))

@@ -31,13 +31,13 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 @pytest.fixture
 def unstopped(monkeypatch, few_pictures):
-    """Forgets the signals that came."""
+    """Forget signals that have arrived."""
     monkeypatch.setattr(train, "stop_asked", [])
 
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path, unstopped):
-    """A function that runs train.py's main in an empty folder and gives the output.
+    """A function that runs train.py's main in an empty folder and returns the output.
 
     An error must be one line.
     """
@@ -46,24 +46,24 @@ def run(capsys, monkeypatch, tmp_path, unstopped):
 
 
 def quick(weights, *more):
-    """Options of a run that takes a second; the later of two values counts."""
+    """Options of a run that takes a second; if an option is given twice, the later value counts."""
     common = ["--epochs", 3, "--limit", 200, "--batch", 32, "--lr", 0.01]
     return ["--weights", weights, *common, *more]
 
 
 def read_table(folder):
-    """The rows of metrics.csv, its head among them."""
+    """The rows of metrics.csv, including its header."""
     with (folder / "metrics.csv").open(newline="") as file:
         return list(csv.reader(file))
 
 
 def without_times(rows):
-    """The columns that the same command gives again: epoch, loss, accuracies."""
+    """The columns that the same command reproduces: epoch, loss, accuracies."""
     return [row[:4] for row in rows]
 
 
 def printed_rows(out):
-    """The cells of the table of epochs on the terminal, its head among them."""
+    """The cells of the table of epochs on the terminal, including its header."""
     lines = [line.split() for line in out.splitlines()]
     return [
         cells for cells in lines if len(cells) == 7 and (cells[0] == "epoch" or cells[0].isdigit())
@@ -107,7 +107,7 @@ def test_what_a_run_says(run, tiny_weights, tmp_path):
 
 
 def test_what_is_guessed_is_said(run, tmp_path):
-    """A file that states nothing gives a warning that names the guesses; by hand there is none."""
+    """A file that states nothing gives a warning that names the guesses; options prevent it."""
     model = vit.ViT(vit.Config(width=64, depth=1, heads=1, patch=4, image_size=16))
     save_file(model.state_dict(), tmp_path / "bare.safetensors")
     command = ["--weights", tmp_path / "bare.safetensors", "--limit", 64, "--epochs", 1]
@@ -128,7 +128,7 @@ def test_what_is_guessed_is_said(run, tmp_path):
 
 @pytest.mark.usefixtures("pictures")
 def test_what_a_run_leaves(run, tiny_weights, tmp_path):
-    """The folder holds the files of a finished run; adapters.safetensors holds what was trained."""
+    """The folder holds a finished run's files; adapters.safetensors has what was trained."""
     out = run(*quick(tiny_weights))
     folder = tmp_path / "runs/digits-adaptertune-r8-n200-s0"
     files = {"adapters.safetensors", "metrics.csv", "config.json", "result.json", "split.json"}
@@ -167,7 +167,7 @@ def test_what_a_run_leaves(run, tiny_weights, tmp_path):
 
 
 def test_the_terminal_and_metrics_csv_have_the_same_rows(run, tiny_weights, tmp_path):
-    """Every cell of the table of epochs is in metrics.csv, in the same order; after them seconds,
+    """Every cell of the table of epochs is in metrics.csv, in the same order, followed by seconds,
     learning rate and validation loss (without smoothing and dropout)."""
     out = run(*quick(tiny_weights, "--dropout", 0.3, "--name", "a"))
     table = read_table(tmp_path / "runs/a")
@@ -191,7 +191,7 @@ def test_the_terminal_and_metrics_csv_have_the_same_rows(run, tiny_weights, tmp_
 
 
 def test_of_many_epochs_the_terminal_shows_every_tenth(run, tiny_weights, tmp_path):
-    """Of more than 40 epochs every tenth row is shown, as metrics.csv has it, which has all."""
+    """Of more than 40 epochs, the terminal shows every tenth row; metrics.csv has all rows."""
     out = run(*quick(tiny_weights, "--method", "head", "--cached", "--epochs", 50, "--name", "a"))
     head, *rows = read_table(tmp_path / "runs/a")
     assert [row[0] for row in rows] == [str(epoch) for epoch in range(1, 51)]
@@ -199,7 +199,7 @@ def test_of_many_epochs_the_terminal_shows_every_tenth(run, tiny_weights, tmp_pa
 
 
 def test_the_embedded_default_learns(run, tmp_path):
-    """Digits on vit_micro, without an option but for fewer epochs; the adapters are small."""
+    """Two epochs on digits with vit_micro and defaults give over 85 %; adapters are small."""
     out = run("--epochs", 2)
     (accuracy,) = stated_test(out)
     assert float(accuracy) > 85
@@ -247,15 +247,15 @@ def test_frozen_tensors_stay_and_have_no_gradient(tiny_weights, tmp_path, monkey
 
 
 def test_diverging_training_says_so(run, tiny_weights, tmp_path):
-    """A loss that isn't finite ends the run with advice and leaves nothing behind."""
+    """A loss that isn't finite ends the run with advice, and nothing is left behind."""
     diverging = ["--method", "full", "--lr", 1000, "--weight-decay", 900]
     assert "lower --lr (1000)" in run(*quick(tiny_weights, *diverging), status=1)
     assert not (tmp_path / "runs").exists()
 
 
 def test_every_method_trains_with_rotary_positions(run, tmp_path):
-    """Adapters and prompts, a whole network in bf16, and what that leaves as a backbone, in another
-    image size."""
+    """Adapters, prompts and, in bf16, a whole network train with rotary positions; the whole
+    network is then a backbone at another image size."""
     shape = {"rope": True, "registers": 4, "layer_scale": True, "qkv_bias": False}
     weights = write_tiny(tmp_path / "w.safetensors", seed=0, **shape)
     few = ["--epochs", 1, "--limit", 64]
@@ -273,7 +273,7 @@ def test_every_method_trains_with_rotary_positions(run, tmp_path):
 
 
 def test_bf16_is_for_training_alone(tiny_weights):
-    """In training the network runs in bf16, nearly as in fp32; it is evaluated in fp32."""
+    """The network trains in bf16, nearly as in fp32, and is evaluated in fp32."""
     options, *_ = train.parse(["--weights", str(tiny_weights), "--limit", "64", "--amp", "bf16"])
     run = train.prepare(options, 0)
     x, _ = next(run.batches.eval(run.dataset.val, 1.0))
@@ -288,8 +288,8 @@ def test_bf16_is_for_training_alone(tiny_weights):
 
 
 def test_a_batch_in_parts_teaches_what_the_whole_teaches(tiny_weights, monkeypatch):
-    """On a CPU a large batch passes through the network in parts: gradients, loss and hits are
-    those of the whole batch, whose parts and classes have unlike weights."""
+    """On a CPU, a large batch passes through the network in parts: gradients, loss and hits are
+    those of the whole batch, even if its parts and classes differ in weight."""
     weights = ["--weights", str(tiny_weights), "--amp", "off", "--label-smoothing", "0.1"]
     options, *_ = train.parse([*weights, "--shots", "20", "--batch", "151", "--class-weights"])
     run = train.prepare(options, 0)
@@ -334,7 +334,7 @@ def test_compiled_training_is_the_plain_one(run, tmp_path):
 
 
 def test_a_device_that_nothing_was_tried_on(monkeypatch):
-    """Others than a CPU and CUDA are refused before they fail half-way, even if they are there."""
+    """A device other than CPU and CUDA is refused before it fails half-way, even if it exists."""
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
     with pytest.raises(ValueError, match="device 'mps' can't be used here; choose auto, cpu or"):
         train.choose_device("mps")
@@ -342,7 +342,7 @@ def test_a_device_that_nothing_was_tried_on(monkeypatch):
 
 
 def test_a_compiler_that_is_missing(run, tiny_weights, monkeypatch):
-    """Without a compiler --compile is an error of one line that says what torch lacks."""
+    """Without a compiler, --compile gives a one-line error that says what torch lacks."""
 
     def compile(function, **_):  # noqa: A001
         raise RuntimeError("no C++ compiler\nfor many reasons")
@@ -353,7 +353,7 @@ def test_a_compiler_that_is_missing(run, tiny_weights, monkeypatch):
 
 
 def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch, unstopped):
-    """--amp auto takes what is faster, writes it down, and a resumed run keeps it."""
+    """--amp auto takes the faster type and records it, and a resumed run keeps it."""
     for share, amp, word in ((0.5, "bf16", "bf16"), (0.9, "off", "fp32")):
         monkeypatch.setattr(train, "time_bf16", lambda share=share: share)
         assert f"· {word} · seed 0" in run(*quick(tiny_weights, "--name", word, "--epochs", 1))
@@ -370,7 +370,7 @@ def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
 def test_the_faster_type_is_measured(monkeypatch, slow):
-    """The share of the time in bf16, where one of the two types is multiplied three times."""
+    """time_bf16 finds the faster type if the other type's products are computed three times."""
     plain = torch.nn.functional.linear
 
     def linear(x, weight):
@@ -395,9 +395,9 @@ def test_schedule():
 
 @pytest.mark.usefixtures("unstopped")
 def test_training_is_the_stated_recipe(tiny_weights, tmp_path, monkeypatch):
-    """Losses and weights are those of the loop that is written out here: label smoothing, weights
-    of the classes, gradients clipped to a norm of 1, AdamW that decays matrices alone, a peak rate
-    of the head's own, and the schedule for both."""
+    """Losses and weights are those of the loop that is written out here: label smoothing, class
+    weights, gradients clipped to a norm of 1, AdamW that decays matrices only, a separate peak rate
+    for the head, and the schedule for both rates."""
     monkeypatch.chdir(tmp_path)
     recipe = ["--lr", 0.02, "--head-lr", 0.05, "--weight-decay", 0.3, "--label-smoothing", 0.2]
     command = quick(tiny_weights, *recipe, "--class-weights", "--epochs", 2, "--amp", "off")
@@ -436,7 +436,7 @@ def test_training_is_the_stated_recipe(tiny_weights, tmp_path, monkeypatch):
         losses.append(total / 200)
         after.append({name: value.detach().clone() for name, value in weights.items()})
 
-    assert max(norms) > 1.2  # else nothing was clipped
+    assert max(norms) > 1.2  # otherwise nothing would be clipped
     assert [float(row[1]) for row in run.state.rows] == pytest.approx(losses, abs=6e-4)
     expected = after[run.state.chosen_epoch - 1]
     for name, tensor in adaptertune.trained(run.model).items():
@@ -448,7 +448,7 @@ def test_training_is_the_stated_recipe(tiny_weights, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("pictures")
 def test_seeds(run, tiny_weights, tmp_path):
-    """Several seeds end in a row of mean and standard deviation, a .csv and a picture. Each has a
+    """Several seeds give a row of mean and standard deviation, a .csv and a picture. Each run has a
     heading."""
     out = run(*quick(tiny_weights, "--seeds", "0,1", "--method", "head"))
     assert "\nrun      1 of 2: head, learning rate 0.01, seed 0\n" in out
@@ -481,8 +481,8 @@ def test_scratch_leaves_a_backbone(run, tmp_path):
 
 
 def test_a_run_is_not_overwritten_by_another(run, tiny_weights, tmp_path):
-    """A folder takes the same run again, made elsewhere or not; with other options its number is
-    another, unless it was given a name."""
+    """The same command finds its folder again, even with another --data-dir; other options get a
+    numbered folder, or are refused if --name was given."""
     run(*quick(tiny_weights))
     again = run(*quick(tiny_weights, "--dropout", 0.2))
     assert "saved    runs/digits-adaptertune-r8-n200-s0-2/adapters.safetensors" in again
@@ -502,7 +502,7 @@ def test_a_run_is_not_overwritten_by_another(run, tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("method", ["adaptertune", "head", "full"])
 def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
-    """--eval reads the same test accuracy off the saved tensors."""
+    """--eval gives the same test accuracy from the saved tensors."""
     out = run(*quick(tiny_weights, "--method", method, "--name", "a"))
     (stated,) = stated_test(out)
     expected = f"test     {stated} %   (its file says {stated} %)"
@@ -514,7 +514,7 @@ def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
 
 
 def test_another_backbone_is_refused_by_name(run, tiny_weights, tmp_path):
-    """Adapters on another backbone are an error with both names and fingerprints."""
+    """Adapters of another backbone are refused with both names and fingerprints."""
     other = write_tiny(tmp_path / "other.safetensors", seed=1)
     run(*quick(tiny_weights, "--name", "a"))
     error = run("--eval", "runs/a", "--weights", other, status=1)
@@ -551,7 +551,7 @@ def test_eval_with_what_the_run_was_not_trained_with(run, tiny_weights):
 
 @pytest.mark.parametrize("dataset", ["photos", "digits"])
 def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
-    """split.json alone says what a run trains and tests on when it is taken up again."""
+    """split.json alone decides what a run trains and tests on when it is resumed or opened."""
     where = photos if dataset == "photos" else dataset
     command = ["--dataset", where, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a")]
     run(*command)
@@ -574,7 +574,7 @@ def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
 
 
 def test_a_run_without_its_split(run, tiny_weights, tmp_path):
-    """Without split.json a run isn't split anew: it might be tested on what it was trained on."""
+    """Without split.json a run isn't split again: it might be tested on its training images."""
     command = quick(tiny_weights, "--name", "a")
     run(*command, "--epochs", 1)
     (tmp_path / "runs/a/split.json").unlink()
@@ -584,8 +584,8 @@ def test_a_run_without_its_split(run, tiny_weights, tmp_path):
 
 
 def test_the_same_command_again(run, tiny_weights, tmp_path):
-    """The same command again, with --resume or without, leaves every file as it is, and says so
-    with the result."""
+    """The same command, with or without --resume, leaves every file as it is, and says so with the
+    result."""
     command = quick(tiny_weights, "--epochs", 1, "--name", "a")
     (accuracy,) = re.findall(r"test     ([\d.]+) %", run(*command))
     files = {path: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
@@ -599,7 +599,7 @@ def test_the_same_command_again(run, tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("option", [["--epochs", 2], ["--batch", 16], ["--min-scale", 0.5]])
 def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
-    """What the data decide isn't what was given by hand before: that run isn't passed off as it."""
+    """A run with an option given by hand isn't kept for a command that leaves it to the data."""
     command = ["--weights", tiny_weights, "--limit", 40, "--method", "head", "--name", "a"]
     run(*command, *option)
     assert "kept" in run(*command, *option)
@@ -609,7 +609,7 @@ def test_a_finished_run_of_other_options_is_not_kept(option, run, tiny_weights):
 
 
 def test_a_finished_run_whose_weights_were_replaced(run, tiny_weights, tmp_path):
-    """The same command after --weights became another network isn't told the old result."""
+    """If --weights became another network, the same command doesn't return the old result."""
     weights = tmp_path / "weights.safetensors"
     shutil.copy(tiny_weights, weights)
     command = quick(weights, "--epochs", 1, "--name", "a")
@@ -621,7 +621,7 @@ def test_a_finished_run_whose_weights_were_replaced(run, tiny_weights, tmp_path)
 
 
 def test_a_run_from_before_an_option_came(run, tiny_weights, tmp_path):
-    """config.json without an option that came later: the same run where that is off."""
+    """An option that is missing in an older config.json counts as off."""
     command = quick(tiny_weights, "--epochs", 1, "--name", "a")
     run(*command)
     path = tmp_path / "runs/a/config.json"
@@ -644,8 +644,8 @@ def test_a_change_of_method_is_named(run, tiny_weights):
 
 
 def test_skipped_files_are_counted(run, photos, tiny_weights):
-    """Files that aren't photos, links to nothing, and photos outside of the class folders are
-    counted in a line."""
+    """Files that aren't photos, broken links and photos outside the class folders are counted in
+    one line."""
     for name in ("a.txt", "b.txt"):
         (photos / "leaf" / name).write_text("no photo")
     (photos / "leaf" / "gone.png").symlink_to(photos / "nothing.png")
@@ -677,7 +677,7 @@ def test_test_images_that_were_trained_on(run, photos, tiny_weights):
 
 
 def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
-    """New photos belong to no part. Missing ones stop training, and evaluation says so."""
+    """New photos belong to no part. Evaluation reports missing ones, and training stops."""
     photos = shutil.copytree(photos, tmp_path / "mine")
     command = [
         "--dataset",
@@ -706,8 +706,8 @@ def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
 
 
 def test_a_split_holds_wherever_the_photos_are(run, photos, tiny_weights, tmp_path):
-    """A copy of the folder has the same split, one photo less or not; so no training photo is
-    tested. Photos that were never in the run are another data set."""
+    """A copy of the folder has the same split, even with other names or one photo less, so no
+    training photo is tested. Photos that were never in the run are another data set."""
     run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
     listed = json.loads((tmp_path / "runs/a/split.json").read_text())
     copy = shutil.copytree(photos, tmp_path / "elsewhere")
@@ -738,7 +738,7 @@ def test_a_split_holds_wherever_the_photos_are(run, photos, tiny_weights, tmp_pa
 
 
 def test_photos_whose_content_changed(run, photos, tiny_weights, tmp_path):
-    """A test photo in the place of a training photo isn't tested or trained on as that one."""
+    """A test photo overwritten by a training photo is neither tested nor trained on."""
     arguments = ["--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1)]
     run(*arguments, "--name", "a")
     path = tmp_path / "runs/a/split.json"
@@ -767,14 +767,14 @@ def test_photos_whose_content_changed(run, photos, tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", "/tmp/a"])
 def test_names_that_are_no_folder_below_runs(run, tiny_weights, tmp_path, name):
-    """A run is written nowhere but below runs/."""
+    """A run's name must be that of a folder directly below runs/."""
     error = run(*quick(tiny_weights, "--name", name), status=2)
     assert "give the name of a folder below runs/, without / in it" in error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
-    """A class keeps its number whatever the order of the folders; an unknown one is refused."""
+    """A class keeps its number, whatever the order of the folders; an unknown class is refused."""
     photos = shutil.copytree(photos, tmp_path / "mine")
     command = [
         "--dataset",
@@ -786,7 +786,7 @@ def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
     listed = json.loads(path.read_text())
     listed["classes"] = ["sky", "apple", "leaf"]
     path.write_text(json.dumps(listed))
-    assert "with classes" in run("--eval", "runs/a", status=1)  # which its own file contradicts
+    assert "with classes" in run("--eval", "runs/a", status=1)  # the adapters' file disagrees
     (options,) = train.parse([str(each) for each in command])
     test = train.prepare(options, 0).dataset.test
     folders = [name.split("/")[0] for name in test.names]
@@ -809,9 +809,9 @@ def read_predictions(path):
 
 @pytest.mark.usefixtures("pictures")
 def test_predictions_of_every_image(run, photos, tiny_weights, tmp_path):
-    """predictions.csv has each image of val and test once; its mistakes are the accuracy's, and the
+    """predictions.csv has each image of val and test once; its hits give the accuracies, and the
     worst classes are named."""
-    for i in range(6):  # which are in the wrong folder, and so will be mistaken
+    for i in range(6):  # photos in the wrong folder, which will be mistaken
         (photos / f"leaf/{i:02}.png").rename(photos / f"sky/leaf{i:02}.png")
         (photos / f"sky/{i:02}.png").rename(photos / f"leaf/sky{i:02}.png")
     command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a")
@@ -851,8 +851,8 @@ def test_predictions_of_every_image(run, photos, tiny_weights, tmp_path):
 
 
 def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
-    """--eval --dataset OTHER tests every photo that the run wasn't trained or chosen on, by the
-    names of the classes, of which some may be missing."""
+    """--eval --dataset OTHER tests every photo that the run wasn't trained or chosen on. Classes
+    are matched by name, and some may be missing."""
     from PIL import Image
 
     run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
@@ -887,7 +887,7 @@ def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
 
 
 def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
-    """--predict labels files and folders as the run's own test does, though its data set is gone; a
+    """--predict labels files and folders as the run's own test did, even without its data set; a
     bad photo is reported and skipped."""
     run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
     expected = {}
@@ -937,7 +937,7 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
 
 
 def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
-    """README.md of a run says what it is in the hub's form, and its commands do what they say."""
+    """A run's README.md describes it in the hub's form, and its commands and Python code run."""
     name = 'a "b"'
     command = quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", name)
     out = run("--dataset", photos, *command)
@@ -969,7 +969,7 @@ def test_the_model_cards_commands_run(run, photos, tiny_weights, tmp_path):
 
 
 def test_classes_of_unlike_sizes(run, photos, tiny_weights, tmp_path):
-    """Their sizes are printed, and accuracy is given as a mean over classes, too."""
+    """Uneven class sizes are printed, and accuracy is also given as a mean over classes."""
     for file in sorted((photos / "sky").iterdir())[5:]:
         file.unlink()
     train.read_dataset.cache_clear()
@@ -1011,8 +1011,8 @@ def test_class_weights():
 def test_a_finished_run_gets_more_epochs(
     run, tiny_weights, tmp_path, monkeypatch, capsys, stopped, unstopped
 ):
-    """--resume with more --epochs begins where the run ended, with a schedule of its own; stopped
-    in them, it goes on to the same end."""
+    """--resume with more --epochs starts where the run ended, with a new schedule; if it is
+    stopped, it resumes to the same end."""
     command = quick(tiny_weights, "--epochs", 2, "--dropout", 0.1)
     run(*command)
     folder = tmp_path / "runs/digits-adaptertune-r8-n200-s0"
@@ -1030,7 +1030,7 @@ def test_a_finished_run_gets_more_epochs(
     table = read_table(folder)
     assert table[:3] == first
     assert [row[0] for row in table[1:]] == ["1", "2", "3", "4"]
-    rates = [0.01 * train.schedule(step, 14) for step in (6, 13)]  # anew
+    rates = [0.01 * train.schedule(step, 14) for step in (6, 13)]  # a new schedule
     assert [float(row[8]) for row in table[3:]] == pytest.approx(rates, rel=1e-2)
     result = json.loads((folder / "result.json").read_text())
     assert result["epochs"] == 4
@@ -1041,7 +1041,7 @@ def test_a_finished_run_gets_more_epochs(
     assert "with epochs 4, not 2; this one goes to runs/digits-adaptertune-r8-n200-s0-2\n" in again
     assert "-3; --resume would add epochs to it\n" in run(*command, "--epochs", 5)
     assert "would add" not in run(*command, "--epochs", 6, "--batch", 16)
-    if stopped:  # the other end
+    if stopped:  # undisturbed, for comparison
         tensors = load_file(folder / "adapters.safetensors")
         shutil.rmtree(folder)
         shutil.move(f"{folder}-2", folder)
@@ -1052,7 +1052,7 @@ def test_a_finished_run_gets_more_epochs(
 
 @pytest.mark.usefixtures("pictures")
 def test_a_picture_without_mistakes_goes(run, tiny_weights, tmp_path):
-    """mistakes.png is never that of an earlier reading."""
+    """mistakes.png is removed if there are no mistakes, so it is never an earlier one."""
     pytest.importorskip("matplotlib")
     run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
     (options,) = train.parse(["--eval", "runs/a"])
@@ -1065,7 +1065,7 @@ def test_a_picture_without_mistakes_goes(run, tiny_weights, tmp_path):
 
 
 def test_more_epochs_that_were_cut_at_once(run, tiny_weights, tmp_path):
-    """Killed between config.json and the first state, a run isn't passed off as the longer one."""
+    """A run killed between config.json and its first state isn't taken for the longer run."""
     command = quick(tiny_weights, "--epochs", 2, "--name", "a")
     run(*command)
     path = tmp_path / "runs/a/config.json"
@@ -1080,7 +1080,7 @@ def test_more_epochs_that_were_cut_at_once(run, tiny_weights, tmp_path):
 
 
 def test_a_network_that_is_used_otherwise(run, photos, tiny_weights):
-    """--predict and load_run take the backbone as it was trained on, or refuse."""
+    """--predict refuses a backbone that is used otherwise than in training."""
     run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
     for more in (["--heads", 4], ["--mlp-act", "quick_gelu"], ["--mean", "0.1,0.1,0.1"]):
         error = run("--predict", "runs/a", photos, *more, status=1)
@@ -1088,7 +1088,7 @@ def test_a_network_that_is_used_otherwise(run, photos, tiny_weights):
 
 
 def test_config_says_when_and_with_what(run, tiny_weights, tmp_path):
-    """config.json has resolved values, the date and the versions; none of it is an option."""
+    """config.json has resolved values, the date and the versions, which don't count as options."""
     run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
     saved = json.loads((tmp_path / "runs/a/config.json").read_text())
     assert saved["amp"] in ("bf16", "off")
@@ -1104,8 +1104,8 @@ def test_config_says_when_and_with_what(run, tiny_weights, tmp_path):
 STEPS = 7  # in an epoch of 200 images, 32 at a time
 CHECKS = 2  # batches of its 50 validation images
 EPOCH = STEPS + CHECKS  # places in an epoch where a run may stop
-# Where a run of 3 epochs is stopped: the place counted from where it began or went on, and the
-# epoch and step at which it will go on.
+# Where a run of 3 epochs is stopped: the place, counted from its start or resumption, and the epoch
+# and step from which it will resume.
 STOPS = {
     "before the first step": [(0, 1, 0)],
     "in the first epoch": [(4, 1, 4)],
@@ -1137,7 +1137,7 @@ def whole(tiny_weights, tmp_path_factory):
 def stop_at(patch, place, number):
     """Make a run send itself a signal at a place where it may stop, counted from 0."""
     plain = train.stop_if_asked
-    places = itertools.count(-1)  # the first one is asked before the run
+    places = itertools.count(-1)  # the first call comes before the run
 
     def stop_if_asked():
         if next(places) == place:
@@ -1152,7 +1152,7 @@ def stop_at(patch, place, number):
 def test_resuming_gives_bit_identical_adapters(
     stops, whole, tiny_weights, tmp_path, monkeypatch, unstopped
 ):
-    """A run that is stopped and resumed leaves the bytes of one that never was, and its metrics."""
+    """A stopped and resumed run leaves the same bytes and metrics as one that was never stopped."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/cut"
     for place, epoch, step in stops:
@@ -1172,7 +1172,7 @@ def test_resuming_gives_bit_identical_adapters(
 
 
 def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, capsys):
-    """A flipped bit anywhere in the weights, a missing part, a cut file: never other weights."""
+    """A state with a flipped bit in its weights, without a part, or cut short is refused."""
     command = quick(tiny_weights, "--name", "a")
     with monkeypatch.context() as patch:
         stop_at(patch, EPOCH + 2, signal.SIGTERM)
@@ -1209,7 +1209,7 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
 
 
 def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, unstopped):
-    """What had a file open before it is written again reads the old one, whole."""
+    """A reader that opened a file before it is rewritten reads the old content, whole."""
     monkeypatch.chdir(tmp_path)
     (options,) = train.parse([str(each) for each in quick(tiny_weights, "--name", "a")])
     prepared = train.prepare(options, 0)
@@ -1228,7 +1228,7 @@ def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, unsto
 
 @pytest.mark.usefixtures("unstopped")
 def test_a_run_killed_amid_its_pictures_finishes(tiny_weights, tmp_path, monkeypatch, capsys):
-    """state.pt goes last: a run that is killed before it was reported is resumed to the same."""
+    """A run killed before it was reported still has state.pt and resumes to the same adapters."""
     monkeypatch.chdir(tmp_path)
     command = [str(each) for each in quick(tiny_weights, "--name", "a")]
 
@@ -1247,7 +1247,7 @@ def test_a_run_killed_amid_its_pictures_finishes(tiny_weights, tmp_path, monkeyp
 
 
 def test_resume_on_another_backbone(run, tiny_weights, tmp_path, monkeypatch, capsys):
-    """A stopped run whose --weights were replaced is refused, by both fingerprints."""
+    """A stopped run whose --weights were replaced is refused with both fingerprints."""
     weights = shutil.copy(tiny_weights, tmp_path / "mine.safetensors")
     command = quick(weights, "--name", "a")
     with monkeypatch.context() as patch:
@@ -1278,7 +1278,7 @@ def test_a_resumed_run_shows_the_rows_before(
 
 
 def test_ctrl_c_in_a_notebook(monkeypatch, capsys):
-    """The command to go on with is main's, not that of the process around it."""
+    """In a notebook, the command to resume has main's arguments, not those of the process."""
 
     def stop(grid):
         raise KeyboardInterrupt
@@ -1290,7 +1290,7 @@ def test_ctrl_c_in_a_notebook(monkeypatch, capsys):
 
 
 def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
-    """Ctrl-C ends a process with status 130 and the command to go on with."""
+    """Ctrl-C ends a process with status 130 and the command to resume."""
     arguments = quick(tiny_weights, "--epochs", 40, "--name", "cut")
     command = [sys.executable, "-u", str(ROOT / "train.py"), *map(str, arguments)]
     pipe = subprocess.PIPE
@@ -1317,7 +1317,7 @@ def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
 
 
 def torchrun(arguments, folder):
-    """A started pair of processes that train."""
+    """Start two processes that train together."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += [str(ROOT / "train.py"), *map(str, arguments)]
@@ -1326,14 +1326,14 @@ def torchrun(arguments, folder):
 
 
 def in_pairs(weights, name, *more):
-    """Options for 206 images in steps of 5, of which the two processes have 3 and 2; in the last
-    step there is one image alone."""
+    """Options for 206 images in steps of 5, of which the two processes get 3 and 2; the last step
+    has one image only."""
     common = ["--weights", weights, "--limit", "206", "--batch", "5", "--amp", "off"]
     return [*common, "--name", name, *more]
 
 
 def test_two_processes_train_what_one_does(run, tiny_weights, tmp_path):
-    """Half of each batch in each process gives one process's adapters and metrics, said once."""
+    """Half of each batch in each process gives one process's adapters and metrics, printed once."""
     run(*in_pairs(tiny_weights, "one", "--epochs", "2"))
     with torchrun(in_pairs(tiny_weights, "two", "--epochs", "2"), tmp_path) as pair:
         out, error = pair.communicate(timeout=120)
@@ -1354,7 +1354,7 @@ def test_two_processes_train_what_one_does(run, tiny_weights, tmp_path):
 
 
 def test_two_processes_that_are_stopped_or_killed(tiny_weights, tmp_path):
-    """A signal leaves a state to go on with. When one is killed the other ends, with a line."""
+    """A signal leaves a state to resume from. If one process is killed, the other reports it."""
     arguments = in_pairs(tiny_weights, "cut", "--epochs", "400")
     with torchrun(arguments, tmp_path) as pair:
         for line in pair.stdout:
@@ -1379,7 +1379,7 @@ def test_two_processes_that_are_stopped_or_killed(tiny_weights, tmp_path):
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    """Each process wants a GPU of its own; the error says how many there are."""
+    """Each process needs its own GPU; the error says how many there are."""
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -1388,7 +1388,7 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 def test_cached_features_want_one_process(run, tiny_weights, monkeypatch):
-    """Features are computed once, so torchrun would only repeat them."""
+    """Cached features are refused under torchrun, which would only repeat their computation."""
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train, "any_process", bool)
     error = run(*quick(tiny_weights, "--method", "head", "--cached"), status=1)
@@ -1396,7 +1396,7 @@ def test_cached_features_want_one_process(run, tiny_weights, monkeypatch):
 
 
 def test_evaluation_wants_one_process(run, tiny_weights, monkeypatch):
-    """Under torchrun every process would have all images, and their sum would be no prediction."""
+    """--eval under torchrun is refused: every process would add all images to the sums."""
     run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     error = run("--eval", "runs/a", status=1)
@@ -1408,7 +1408,7 @@ def test_evaluation_wants_one_process(run, tiny_weights, monkeypatch):
 
 @pytest.mark.usefixtures("pictures")
 def test_curves(run, tiny_weights, tmp_path):
-    """Where matplotlib is installed a run draws its loss and accuracy."""
+    """If matplotlib is installed, a run draws its loss and accuracy."""
     pytest.importorskip("matplotlib")
     out = run(*quick(tiny_weights, "--name", "a"))
     assert "saved    runs/a/curves.svg\n" in out
@@ -1421,7 +1421,7 @@ def test_curves(run, tiny_weights, tmp_path):
 
 
 def test_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
-    """Without matplotlib a run ends well, says once what is left out, and writes no picture."""
+    """Without matplotlib, a run ends well, says once what is left out, and writes no picture."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = run(*quick(tiny_weights, "--name", "a"))
     left_out = "pictures runs/a/curves.svg, runs/a/mistakes.png left out; to have them: pip install"
@@ -1434,7 +1434,7 @@ def test_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
 
 
 def test_a_process_without_pillow_and_matplotlib(tiny_weights, tmp_path):
-    """train.py starts and trains digits where neither Pillow nor matplotlib is installed."""
+    """train.py starts and trains on digits without Pillow and matplotlib."""
     hidden = tmp_path / "hidden"
     for package in ("PIL", "matplotlib"):
         (hidden / package).mkdir(parents=True)
@@ -1450,7 +1450,7 @@ def test_a_process_without_pillow_and_matplotlib(tiny_weights, tmp_path):
 
 
 def test_without_pillow(run, tiny_weights, tmp_path, monkeypatch):
-    """Without Pillow (so without matplotlib) CIFAR trains; photos say what to install."""
+    """Without Pillow (so without matplotlib), CIFAR trains; the error for photos names Pillow."""
     for package in ("PIL", "matplotlib", "matplotlib.image"):
         monkeypatch.setitem(sys.modules, package, None)
     write_cifar10(tmp_path / "data", monkeypatch)
@@ -1472,7 +1472,7 @@ def foreign(folder, tiny):
 
 
 def truncated(folder, tiny):
-    """A file that is cut."""
+    """A truncated file."""
     (folder / "cut.safetensors").write_bytes(tiny.read_bytes()[:5000])
     return "cut.safetensors"
 
@@ -1491,7 +1491,7 @@ def code(folder, tiny):
 
 
 def lacking(folder, tiny):
-    """A file with a tensor too few and one too many."""
+    """A file that lacks one tensor and has an unexpected one."""
     tensors = load_file(tiny)
     del tensors["norm.bias"]
     tensors["blocks.0.more"] = torch.zeros(1)
@@ -1567,7 +1567,7 @@ def named(arguments):
     ("arguments", "message"), WRONG_USAGE, ids=[named(each) for each, _ in WRONG_USAGE]
 )
 def test_wrong_usage(run, tiny_weights, tmp_path, arguments, message):
-    """Options that can't be are one line and status 2, and nothing is left behind."""
+    """Wrong usage gives a one-line error and status 2, and nothing is left behind."""
     error = run("--weights", tiny_weights, *arguments, status=2)
     assert re.match(f"error: {message}", error)
     assert error.endswith("; python train.py --help lists all options\n")
@@ -1578,7 +1578,7 @@ def test_wrong_usage(run, tiny_weights, tmp_path, arguments, message):
     ("arguments", "message"), REFUSED, ids=[named(each) for each, _ in REFUSED]
 )
 def test_bad_input(run, tiny_weights, tmp_path, arguments, message):
-    """Input that can't be used is one line and status 1, and nothing is left behind."""
+    """Unusable input gives a one-line error and status 1, and nothing is left behind."""
     made = [each(tmp_path, tiny_weights) if callable(each) else each for each in arguments]
     before = set(tmp_path.rglob("*"))
     error = run("--weights", tiny_weights, *made, status=1)
@@ -1587,7 +1587,7 @@ def test_bad_input(run, tiny_weights, tmp_path, arguments, message):
 
 
 def test_init_from_a_run_without_adapters(run, tiny_weights):
-    """The error names the file and says what it lacks."""
+    """--init from a run without adapters is refused; the error names the file."""
     run(*quick(tiny_weights, "--epochs", 1, "--method", "head", "--name", "a"))
     path = "runs/a/adapters.safetensors"
     error = run(*quick(tiny_weights, "--init", path, "--name", "b"), status=1)
@@ -1595,7 +1595,7 @@ def test_init_from_a_run_without_adapters(run, tiny_weights):
 
 
 def test_output_that_nobody_reads(tiny_weights, tmp_path):
-    """`| head -1` ends a run without an error message."""
+    """Closing the output early, as `| head -1` does, ends a run without an error message."""
     arguments = shlex.join(map(str, quick(tiny_weights, "--epochs", 60)))
     command = f"{sys.executable} -u {ROOT / 'train.py'} {arguments} | head -1"
     done = subprocess.run(
@@ -1603,11 +1603,11 @@ def test_output_that_nobody_reads(tiny_weights, tmp_path):
     )
     assert done.stdout.startswith("env ")
     assert done.stderr == ""
-    assert not list(tmp_path.rglob("result.json"))  # of a run that went on to its end
+    assert not list(tmp_path.rglob("result.json"))  # a run that went on would leave one
 
 
 def test_a_share_of_a_test_set_that_is_there(run, photos, tiny_weights):
-    """--test-share is for a missing one."""
+    """--test-share is refused for a data set with its own test set."""
     parts = photos.parent / "parts"
     shutil.copytree(photos, parts / "train")
     shutil.copytree(photos, parts / "test")
@@ -1616,7 +1616,7 @@ def test_a_share_of_a_test_set_that_is_there(run, photos, tiny_weights):
 
 
 def test_a_folder_named_like_a_built_in_set(run, tiny_weights, tmp_path):
-    """The built-in set is meant, and a line says how to get the folder."""
+    """A built-in set's name means that set, and a note says how to get the folder of that name."""
     quick_look = quick(tiny_weights, "--epochs", 1)
     line = "note     that is the built-in set; the folder of this name is ./digits\n"
     assert line not in run(*quick_look, "--name", "a")
@@ -1627,7 +1627,7 @@ def test_a_folder_named_like_a_built_in_set(run, tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_terminals_that_can_not_show_a_name(photos, tiny_weights, tmp_path, encoding):
-    """A name outside the terminal's characters is printed with "?", and written as it is."""
+    """Characters that the terminal lacks are printed as "?"; files keep the class name."""
     (photos / "leaf").rename(photos / "葉 · leaf")
     arguments = quick(tiny_weights, "--epochs", 1, "--limit", 0, "--name", "a")
     command = [sys.executable, str(ROOT / "train.py"), "--dataset", str(photos), *arguments]
@@ -1648,7 +1648,7 @@ def test_terminals_that_can_not_show_a_name(photos, tiny_weights, tmp_path, enco
 @pytest.mark.parametrize("program", ["train.py", "export.py"])
 @pytest.mark.parametrize("module", ["torch", "argparse"])
 def test_ctrl_c_during_the_imports(program, module, tmp_path):
-    """It ends the process, without a traceback."""
+    """Ctrl-C during the imports ends the process without a traceback."""
     slow = tmp_path / f"{module}.py"
     slow.write_text("import time\nprint(1, flush=True)\ntime.sleep(60)\n")
     (tmp_path / "onnx.py").write_text(slow.read_text())
@@ -1667,7 +1667,7 @@ def test_ctrl_c_during_the_imports(program, module, tmp_path):
 
 
 def test_a_name_that_is_not_utf8(run, photos, tiny_weights, tmp_path):
-    """A class folder in Latin-1 trains, with a mark for the odd byte."""
+    """A class folder named in Latin-1 trains, with a mark in place of the odd byte."""
     (photos / "leaf").rename(os.fsdecode(os.fsencode(photos) + b"/caf\xe9"))
     out = run("--dataset", photos, *quick(tiny_weights, "--epochs", 1, "--limit", 0))
     assert "3 classes" in out
@@ -1676,13 +1676,13 @@ def test_a_name_that_is_not_utf8(run, photos, tiny_weights, tmp_path):
 
 
 def test_the_next_command_is_quoted(run, tiny_weights, monkeypatch):
-    """A name with a space can be pasted into a shell."""
+    """A name with a space is quoted in the next command, which can be pasted into a shell."""
     out = run(*quick(tiny_weights, "--epochs", 1, "--name", "two words"))
     assert "next     python export.py 'runs/two words'\n" in out
 
 
 def test_bad_photos(run, photos, tiny_weights, tmp_path):
-    """A damaged photo and an empty class are named, and no run is begun."""
+    """A damaged photo and an empty class are named, and no run is started."""
     arguments = ["--dataset", photos, "--weights", tiny_weights]
     (photos / "sky" / "03.png").write_bytes(b"no photo")
     assert re.search(r"can't read .*sky/03.png", run(*arguments, status=1))
@@ -1694,7 +1694,7 @@ def test_bad_photos(run, photos, tiny_weights, tmp_path):
 
 # -------------------------------------------------------------------------------------------- help
 
-# What the help says of each option's default.
+# What the help says about each option's default.
 STATED = {
     "--dataset": "(digits)",
     "--data-dir": "(data)",
@@ -1737,11 +1737,11 @@ STATED = {
     "--text-weights": "(in the backbone's file)",
     "--vocab": "(beside the weights)",
 }
-# Off unless they are given.
+# Options that are off by default.
 SWITCHES = {"--offline", "--cached", "--resume", "--scratch", "--learn-scale", "--shallow"}
 SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot", "--compile", "--no-flip"}
 SWITCHES |= {"--class-weights", "--predict", "--csv"}
-# What each setting's option is called, where it isn't the setting's name.
+# The options of settings, where they don't have the setting's name.
 OPTIONS = {"reads": "--adapter-input", "act": "--adapter-act", "deep": "--shallow"}
 
 
@@ -1756,7 +1756,7 @@ def help_of_options(text):
 
 
 def test_help_names_every_option_and_its_default(run, monkeypatch):
-    """Every option stands in the help, with its default or as a switch."""
+    """Every option is in the help, with its default or as a switch."""
     monkeypatch.setenv("COLUMNS", "200")
     paragraphs = help_of_options(run("--help"))
     assert set(paragraphs) == set(STATED) | SWITCHES
@@ -1830,7 +1830,7 @@ CLIP_ADAPTER["label_smoothing"] = 0.0
     ],
 )
 def test_the_stated_defaults_are_in_force(arguments, expected):
-    """The defaults that the help states are those of a run."""
+    """A run's defaults are those that the help states."""
     (options,) = train.parse(arguments)
     assert {name: getattr(options, name) for name in expected} == expected
 
@@ -1857,7 +1857,7 @@ def test_the_stated_defaults_are_in_force(arguments, expected):
     ],
 )
 def test_what_the_data_decide(arguments, images, expected):
-    """Epochs and batch follow the training images, the crop the data set; unless given."""
+    """Unless given, epochs and batch follow the number of images, and the crop the data set."""
     (options,) = train.parse(arguments)
     train_images = data.Images(torch.empty(images, 0), torch.zeros(images))
     dataset = data.Dataset("photos", ["a", "b"], train_images, None, None, min_scale=0.5)
@@ -1866,7 +1866,7 @@ def test_what_the_data_decide(arguments, images, expected):
 
 
 def test_the_recipe_is_printed_and_kept(tiny_weights, run):
-    """A run says what it does, and config.json holds it."""
+    """A run prints its recipe, and config.json holds it."""
     out = run("--weights", tiny_weights, "--limit", 640, "--epochs", 1)
     assert (
         "recipe   1 epoch of 20 steps, batch 32, learning rate 0.005 (head 0.01), crops of 0.85"
@@ -1878,8 +1878,8 @@ def test_the_recipe_is_printed_and_kept(tiny_weights, run):
 
 @pytest.mark.usefixtures("unstopped")
 def test_images_that_have_a_side(tiny_weights, tmp_path, monkeypatch):
-    """--no-flip: no training image is mirrored, which about half of them are otherwise. With
-    --min-scale 1 a crop loses what its aspect takes alone."""
+    """With --no-flip no training image is mirrored, otherwise about half of them are. With
+    --min-scale 1 a crop loses only what its aspect ratio takes."""
     write_cifar10(tmp_path / "data", monkeypatch)
     monkeypatch.chdir(tmp_path)
     command = ["--weights", str(tiny_weights), "--dataset", "cifar10", "--min-scale", "1"]
@@ -1912,7 +1912,7 @@ def test_what_is_left_to_the_data_resumes(tiny_weights, run):
 
 
 def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch):
-    """A step's dropout has a seed of its own; both are drawn by the run's seed."""
+    """A step's dropout has its own seed, not that of the crops; both follow from the run's seed."""
     monkeypatch.chdir(tmp_path)
     keys = []
 
@@ -1935,13 +1935,13 @@ def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch
         ([10, 50, 30], 2),
         ([50, 50, 30], 2),
         ([50, 38, 30], 1),  # of 50 images one standard error is 10 points
-        ([50, 42, 34], 2),  # of the best one, not of the one before
+        ([50, 42, 34], 2),  # from the best one, not from the one before
         ([30, 50, 46], 3),
     ],
 )
 def test_validation_chooses_the_epoch(vals, chosen, tiny_weights, tmp_path, monkeypatch, unstopped):
-    """The last epoch that val can't tell from the best one; test is read with its weights, and they
-    stay."""
+    """The chosen epoch is the last that val can't tell from the best one; test is read with its
+    weights, and they are saved."""
     monkeypatch.chdir(tmp_path)
     weights_at = []
 

@@ -1,4 +1,4 @@
-"""Loading: wrappers, strictness, inference of the shape, positions; `python vit.py`.
+"""Loading: wrappers, strictness, inferring the shape, positions; `python vit.py`.
 
 Parity with other libraries is in test_parity.py.
 """
@@ -35,7 +35,7 @@ def tensors(tiny_weights):
 
 
 def outputs(path, **options):
-    """What the network of a file gives for IMAGES."""
+    """The output of a file's network for IMAGES."""
     model, _ = vit.load(path, **options)
     with torch.no_grad():
         return model(IMAGES)
@@ -57,7 +57,7 @@ def test_the_file_states_its_own_shape(tiny_weights):
 @pytest.mark.parametrize("changes", [{}, DINOV3], ids=["plain", "dinov3"])
 @pytest.mark.parametrize("reads", ["block", "raw", "ln", "mlp"])
 def test_the_last_block_for_the_class_token_alone(tmp_path, reads, changes):
-    """What the head reads, and its gradient, are those of a last block that runs for all tokens."""
+    """A last block that runs for the class token alone gives the same features and gradients."""
     model, _ = vit.load(write_tiny(tmp_path / "w.safetensors", seed=0, **changes))
     adaptertune.add_adapters(model, rank=2, reads=reads, init="small")
     x = model.embed(IMAGES)
@@ -77,7 +77,7 @@ def test_the_last_block_for_the_class_token_alone(tmp_path, reads, changes):
 @pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, {"registers": 2}], ids=str)
 @pytest.mark.parametrize("method", ["adaptertune", "vpt"])
 def test_all_tokens(tmp_path, method, changes):
-    """Class, registers and patches in this order, without prompts: what the features are of."""
+    """tokens() gives class, registers and patches in this order, without prompts."""
     model, _ = vit.load(write_tiny(tmp_path / "w.safetensors", seed=0, **changes))
     adaptertune.adapt(model, method, 5)
     tokens = model.tokens(IMAGES)
@@ -94,8 +94,8 @@ def test_all_tokens(tmp_path, method, changes):
 @pytest.mark.parametrize(
     "images",
     [
-        torch.zeros(2, 3, 18, 18),  # the convolution would leave out what is over
-        torch.zeros(2, 3, 8, 32),  # as many patches, in other places
+        torch.zeros(2, 3, 18, 18),  # the convolution would drop the remainder
+        torch.zeros(2, 3, 8, 32),  # as many patches, but in other places
         torch.zeros(2, 16, 16, 3),
         torch.zeros(3, 16, 16),
         torch.zeros(2, 3, 16, 16, dtype=torch.uint8),
@@ -104,7 +104,7 @@ def test_all_tokens(tmp_path, method, changes):
     ids=lambda images: f"{list(images.shape)}-{images.dtype}",
 )
 def test_images_that_are_not_the_models(tiny_weights, images):
-    """One line, also where torch would compute something."""
+    """Images of a wrong shape or type are refused, even if torch would compute something."""
     model, _ = vit.load(tiny_weights)
     message = (
         f"images {list(images.shape)} of {images.dtype}: give normalised floats [B, 3, 16, 16]"
@@ -115,7 +115,7 @@ def test_images_that_are_not_the_models(tiny_weights, images):
 
 @pytest.mark.parametrize("queries", [None, 1])
 def test_attention_in_bf16(queries):
-    """In bf16 attention and its gradient are fp32's, as closely as bf16 can."""
+    """Attention in bf16 and its gradient are fp32's, as closely as bf16 allows."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 9, 8, generator=draw) for _ in range(3))
     results = {}
@@ -133,7 +133,7 @@ def test_attention_in_bf16(queries):
 
 
 def random_dinov3(**changes):
-    """A DINOv3 of 2 blocks for images of 16 px, with nothing near zero."""
+    """A random DINOv3 of 2 blocks for images of 16 px, with nothing near zero."""
     torch.manual_seed(0)
     model = vit.ViT(vit.Config(**TINY | DINOV3 | changes))
     for parameter in model.parameters():
@@ -142,7 +142,7 @@ def random_dinov3(**changes):
 
 
 def metas_layout(model):
-    """The tensors of a random_dinov3 as Meta publishes them: with biases and masks that are 0."""
+    """A random_dinov3's tensors in Meta's layout, with biases and masks of zeros."""
     tensors = {}
     for key, value in model.state_dict().items():
         tensors[key.replace("reg_token", "storage_tokens")] = value
@@ -156,8 +156,8 @@ def metas_layout(model):
 
 
 def test_rotary_positions():
-    """Patches of the same content: what a query and a key give depends on how far they are apart,
-    in rows and in columns. Other tokens stay as they are, those behind the patches too."""
+    """Between patches of the same content, a score depends on their distance in rows and in columns
+    only. Other tokens aren't rotated, even if they are behind the patches."""
     rope = vit.Rotary(vit.Config(**TINY | DINOV3))
     assert not rope.state_dict()
     tokens = 1 + 4 + 16 + 3
@@ -176,7 +176,7 @@ def test_rotary_positions():
 
 
 def test_rotary_positions_leave_prompts_alone():
-    """Prompts behind the patches give what they give as registers, which aren't turned either."""
+    """Prompts behind the patches act like registers, which aren't rotated either."""
     model = random_dinov3()
     adaptertune.add_prompts(model, prompts=5, deep=False)
     more = random_dinov3(registers=9)
@@ -189,7 +189,7 @@ def test_rotary_positions_leave_prompts_alone():
 
 
 def test_rotary_positions_can_be_traced():
-    """torch.export follows them, with prompts and any batch."""
+    """torch.export can trace rotary positions, with prompts and any batch size."""
     model = random_dinov3()
     adaptertune.add_prompts(model, prompts=5, deep=True)
     shapes = {"images": {0: torch.export.Dim("batch")}}
@@ -199,7 +199,7 @@ def test_rotary_positions_can_be_traced():
 
 
 def test_dinov3s_image_size_is_guessed(tmp_path, run):
-    """No tensor tells it: that it is a guess is said, with the option that states it."""
+    """DINOv3's image size, which no tensor tells, is reported as a guess, with its option."""
     save_file(random_dinov3().state_dict(), tmp_path / "w.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
     _, backbone = vit.load(tmp_path / "w.safetensors")
@@ -210,8 +210,8 @@ def test_dinov3s_image_size_is_guessed(tmp_path, run):
 
 
 def test_dinov3_states_its_shape(tmp_path, monkeypatch):
-    """A file is recognised, by its name's row too, and biases of zeros aren't part of it; it has
-    the same fingerprint as one without. One that we write states all of it."""
+    """A DINOv3 is recognised with or without its name; biases of zeros aren't part of it or of
+    its fingerprint. A file that we write states its whole shape."""
     model = random_dinov3()
     backbone = vit.BACKBONES["dinov3_s16"]
     monkeypatch.setitem(vit.BACKBONES, "dinov3_s16", replace(backbone, config=model.config))
@@ -234,7 +234,7 @@ def test_dinov3_states_its_shape(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["timm", "meta"])
 def test_dinov3_is_whole(layout, tmp_path, monkeypatch):
-    """A tensor that is missing, and one too many, is named."""
+    """A missing tensor of a DINOv3 is named, and so is an unexpected one."""
     model = random_dinov3()
     backbone = vit.BACKBONES["dinov3_s16"]
     monkeypatch.setitem(vit.BACKBONES, "dinov3_s16", replace(backbone, config=model.config))
@@ -260,8 +260,8 @@ def test_dinov3_is_whole(layout, tmp_path, monkeypatch):
 
 
 def test_a_network_without_its_positions_is_no_dinov3(tmp_path):
-    """Others that have lost theirs are refused: one without registers or LayerScale, and a DINOv2,
-    whose keys have a bias."""
+    """Networks that lost their positions aren't taken for a DINOv3: one without registers or
+    LayerScale, or a DINOv2, whose keys have a bias."""
     reg = {"registers": 4, "layer_scale": True}
     for changes in ({"qkv_bias": False}, {"registers": 4, "qkv_bias": False}, reg):
         path = write_tiny(tmp_path / "w.safetensors", seed=0, **changes)
@@ -275,8 +275,8 @@ def test_a_network_without_its_positions_is_no_dinov3(tmp_path):
 
 
 def test_rotary_positions_that_can_not_be(tmp_path):
-    """Heads whose channels don't come in fours; more patches than any image has, in a description
-    or asked for; another base than DINOv3's, stated beside."""
+    """Rotary positions are refused if a head's channels aren't a multiple of 4, for more patches
+    than any image has, and if the file beside the weights states another base than DINOv3's."""
     path = tmp_path / "w.safetensors"
     save_file(random_dinov3().state_dict(), path)
     with pytest.raises(ValueError, match="heads of 2 channels can't have rotary positions"):
@@ -313,7 +313,7 @@ def in_teacher(tensors):
 
 
 def with_decoder(tensors):
-    """MAE as it was pretrained, with its decoder."""
+    """MAE as pretrained, with its decoder."""
     decoder = {
         "mask_token": torch.zeros(1, 1, 8),
         "decoder_pos_embed": torch.zeros(1, 17, 8),
@@ -328,26 +328,26 @@ def distributed(tensors):
 
 
 def in_lightning(tensors):
-    """Lightning's: the network as a member, beside its loss and its metrics."""
+    """Lightning's checkpoint: the network as a member, beside its loss and its metrics."""
     network = {f"model.{key}": value for key, value in tensors.items()}
     other = {"criterion.weight": torch.zeros(3), "train_acc.tp": torch.zeros((), dtype=torch.long)}
     return {"state_dict": network | other, "hyper_parameters": {"lr": 0.1}}
 
 
 def in_three(tensors):
-    """A dictionary in a dictionary in a dictionary, `model` being the configuration."""
+    """A dictionary in a dictionary in a dictionary, where `model` is the configuration."""
     compiled = {f"module._orig_mod.{key}": value for key, value in tensors.items()}
     return {"model": {"depth": 2}, "saved": {"params": {"encoder": compiled}}}
 
 
 def with_a_head(tensors):
-    """A classifier of someone's own beside a prefixed backbone."""
+    """A user's own classifier beside a prefixed backbone."""
     network = {f"backbone.{key}": value for key, value in tensors.items() if "head" not in key}
     return {"net": network | {"head.weight": torch.zeros(5, 32), "head.bias": torch.zeros(5)}}
 
 
 def in_chunks(tensors):
-    """DINOv2's blocks in chunks: the number of the chunk, and of the block among all."""
+    """DINOv2's blocks in chunks: keys have the number of the chunk, and of the block among all."""
     return {
         key.replace("blocks.1.", "blocks.0.1.")
         .replace("blocks.0.n", "blocks.0.0.n")
@@ -358,7 +358,7 @@ def in_chunks(tensors):
 
 
 def with_arguments(tensors):
-    """Training arguments, numpy's numbers and paths beside it, as DeiT, MAE and DINO have them."""
+    """Training arguments, numpy numbers and paths beside the tensors, as in DeiT, MAE and DINO."""
     arguments = argparse.Namespace(lr=1e-3, out=pathlib.PurePosixPath("x").name)
     return {
         "model_state_dict": tensors,
@@ -381,7 +381,7 @@ def test_wrappers(tensors, tiny_weights, tmp_path, wrap):
 
 
 def test_what_is_left_out_is_named(tensors, tmp_path):
-    """Beside a prefixed backbone tensors are left out, by the file's own names."""
+    """Tensors beside a prefixed backbone are left out, and named as in the file."""
     torch.save(in_lightning(tensors), tmp_path / "w.pth")
     _, backbone = vit.load(tmp_path / "w.pth", heads=2)
     assert backbone.note == "left out: criterion.weight, train_acc.tp"
@@ -396,7 +396,7 @@ def test_what_is_left_out_is_named(tensors, tmp_path):
 
 
 def test_biases_and_scales_of_other_names(tensors, tmp_path):
-    """BEiT's biases of queries and values alone, DeiT III's gammas."""
+    """BEiT's biases for queries and values only, and DeiT III's gammas, are read."""
     q, v, gamma = torch.randn(3, 32)
     for i in range(2):
         del tensors[f"blocks.{i}.attn.qkv.bias"]
@@ -411,7 +411,7 @@ def test_biases_and_scales_of_other_names(tensors, tmp_path):
 
 
 def test_older_names_of_torchvision(tmp_path):
-    """linear_1 and linear_2, as it wrote them until 2022; a head of several layers is a head."""
+    """torchvision's names until 2022, linear_1 and linear_2, and a head of layers are accepted."""
     pytest.importorskip("torchvision")
     state, model, options = references.torchvision_vit()
     older = {}
@@ -443,7 +443,7 @@ def test_relative_positions(shared, tmp_path):
     [("state_dict_ema", "state_dict"), ("teacher", "student"), ("model.ema", "model.online")],
 )
 def test_of_several_networks_the_averaged_one(better, other, tensors, tiny_weights, tmp_path):
-    """EMA and teacher are taken, whatever their order, and a note names both."""
+    """The EMA or the teacher is loaded, though it comes last, and a note names both networks."""
     worse = {key: torch.zeros_like(value) for key, value in tensors.items()}
     content = {}
     for name, network in ((other, worse), (better, tensors)):
@@ -471,7 +471,7 @@ def test_safetensors_in_several_parts(tensors, tiny_weights, tmp_path):
 
 
 def test_norm_beside_fc_norm(tmp_path):
-    """Two final norms: one of them would be lost, so the file is refused."""
+    """A file with two final norms is refused, since one of them would be lost."""
     path = write_tiny(tmp_path / "mean.safetensors", seed=0, pool="mean")
     both = load_file(path)
     both |= {f"fc_{key}": 2 * value for key, value in both.items() if key.startswith("norm.")}
@@ -481,7 +481,7 @@ def test_norm_beside_fc_norm(tmp_path):
 
 
 def test_what_a_file_is_instead(tensors, tmp_path):
-    """A folder, LoRA adapters, positions of an image that isn't square."""
+    """A folder, LoRA adapters and positions of a non-square image are refused as what they are."""
     with pytest.raises(ValueError, match="is a folder; give the .safetensors or .pth file in it"):
         vit.load(tmp_path)
     save_file({"x.lora_A.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
@@ -503,8 +503,8 @@ def test_what_a_file_is_instead(tensors, tmp_path):
     ],
 )
 def test_a_stated_normalisation(stated, mean, std, tmp_path):
-    """Mean and std of pixels from 0 to 1, whichever steps a description leaves out; it may begin
-    with a byte order mark."""
+    """A stated mean and std become those of pixels from 0 to 1, whichever steps the description
+    leaves out; it may begin with a byte order mark."""
     path = save_bare(tmp_path / "w.safetensors", width=128)
     text = json.dumps(stated)
     (tmp_path / "preprocessor_config.json").write_text(text, encoding="utf-8-sig")
@@ -540,7 +540,7 @@ def test_a_stated_normalisation(stated, mean, std, tmp_path):
     ],
 )
 def test_descriptions_that_can_not_be(name, content, message, tmp_path):
-    """What a description states is checked, and the error names its file."""
+    """Invalid values in a description are refused, and the error names its file."""
     path = save_bare(tmp_path / "w.safetensors", width=128)
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
@@ -561,7 +561,7 @@ def test_descriptions_that_can_not_be(name, content, message, tmp_path):
     ],
 )
 def test_networks_that_only_a_description_tells(content, message, tmp_path):
-    """The error doesn't advise to remove the description: the network would load as another one."""
+    """The error doesn't advise removing the description: the network would load as another one."""
     path = save_bare(tmp_path / "w.safetensors", width=128)
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"config.json, .* states {message}") as error:
@@ -571,8 +571,8 @@ def test_networks_that_only_a_description_tells(content, message, tmp_path):
 
 @pytest.mark.parametrize("width", [1152, 64])
 def test_a_tower_of_timm_in_open_clip(width, tmp_path):
-    """Its description states no heads: TIPSv2's SO400M has 16, not 18 of 64 channels. A SigLIP has
-    no class token, and the error says so."""
+    """open_clip's description of a timm tower states no heads: TIPSv2's SO400M has 16, not 18 of 64
+    channels. The error for a SigLIP says that it has no class token."""
     path = save_bare(tmp_path / "w.safetensors", width=width)
     vision = {"timm_model_name": "vit_so400m_patch14_reg1_tipsv2", "timm_pool": "token"}
     content = {"model_cfg": {"vision_cfg": vision}}
@@ -588,7 +588,7 @@ def test_a_tower_of_timm_in_open_clip(width, tmp_path):
 
 
 def test_what_timm_states(tmp_path):
-    """Heads of model_args; and only what is missing is called a guess."""
+    """Heads are read from timm's model_args, and only what is missing is called a guess."""
     path = save_bare(tmp_path / "w.safetensors", width=128)
     stated = {
         "model_args": {"num_heads": 8, "embed_dim": 128},
@@ -611,7 +611,7 @@ def test_what_timm_states(tmp_path):
     ],
 )
 def test_activation_that_timms_name_states(architecture, tag, quick_gelu, tmp_path):
-    """A CLIP of timm with GELU isn't taken for OpenAI's, which are there by both names."""
+    """A timm CLIP with GELU isn't taken for OpenAI's, which timm has under both names."""
     path = save_bare(tmp_path / "w.safetensors", width=128, norm_pre=True)
     stated = {"architecture": architecture, "pretrained_cfg": {"tag": tag, **HALF_NORM}}
     (tmp_path / "config.json").write_text(json.dumps(stated))
@@ -621,8 +621,8 @@ def test_activation_that_timms_name_states(architecture, tag, quick_gelu, tmp_pa
 
 
 def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
-    """safetensors are recognised by their content; a pointer of Git LFS, a part of several and
-    quantised weights are called what they are."""
+    """safetensors are recognised by their content; a pointer of Git LFS, one part of several and
+    quantised weights are refused as what they are."""
     expected = outputs(tiny_weights)
     for name in ("w.pth", "w", "w.bin"):
         shutil.copy(tiny_weights, tmp_path / name)
@@ -651,7 +651,7 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
 
 
 def test_a_hybrid_with_a_resnet(tensors, tmp_path):
-    """timm's vit_base_resnet50d: what counts batches is no quantised weight."""
+    """A ViT on a ResNet is refused for its batch norms, not for quantised weights."""
     tensors["patch_embed.backbone.bn1.num_batches_tracked"] = torch.tensor(3)
     save_file(tensors, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="bn1.num_batches_tracked: a ViT with batch norms"):
@@ -659,7 +659,7 @@ def test_a_hybrid_with_a_resnet(tensors, tmp_path):
 
 
 def test_kinds_of_files_that_are_not_read(tmp_path):
-    """They are called what they are, and not damaged."""
+    """Files of other kinds are called what they are, not damaged."""
     np.save(tmp_path / "array.npy", np.zeros(3))
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "program.pt2")
@@ -681,7 +681,7 @@ def test_kinds_of_files_that_are_not_read(tmp_path):
 @pytest.mark.parametrize("names", [("student", "teacher"), ("module.model", "module.swa_model")])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_two_networks_in_one_dictionary(tensors, names, suffix, tmp_path):
-    """The averaged one is taken, and a note says so."""
+    """Of two networks in one dictionary, the averaged one is loaded, and a note says so."""
     both = {f"{names[0]}.{key}": value + 1 for key, value in tensors.items()}
     both |= {f"{names[1]}.{key}": value for key, value in tensors.items()}
     path = tmp_path / f"both{suffix}"
@@ -693,7 +693,7 @@ def test_two_networks_in_one_dictionary(tensors, names, suffix, tmp_path):
 
 
 def test_two_encoders_of_moco(tensors, tmp_path):
-    """The base encoder is taken, as MoCo v3's own evaluation does; a note names the other one."""
+    """The base encoder is loaded, as in MoCo v3's own evaluation; a note names the other one."""
     both = {f"module.base_encoder.{key}": value for key, value in tensors.items()}
     both |= {f"module.momentum_encoder.{key}": value + 1 for key, value in tensors.items()}
     torch.save({"state_dict": both}, tmp_path / "moco.pth")
@@ -706,7 +706,7 @@ def test_two_encoders_of_moco(tensors, tmp_path):
 
 
 def test_lora_that_was_not_merged(tensors, tmp_path):
-    """A network whose matrices lie beside their LoRA."""
+    """A network whose matrices are beside an unmerged LoRA is refused."""
     for name in [name for name in tensors if name.endswith("qkv.weight")]:
         base = name.removesuffix("weight")
         tensors[f"{base}base_layer.weight"] = tensors.pop(name)
@@ -718,7 +718,7 @@ def test_lora_that_was_not_merged(tensors, tmp_path):
 
 
 def test_stated_images_that_are_not_square(tiny_weights, tmp_path):
-    """64 positions may be 8 x 8 or 16 x 4: where the file beside says so, it is refused."""
+    """16 patches may be 4 x 4 or 8 x 2: a file whose stated images aren't square is refused."""
     stated = {"pretrained_cfg": {"input_size": [3, 32, 8], "mean": [0.5] * 3, "std": [0.5] * 3}}
     (tmp_path / "config.json").write_text(json.dumps(stated))
     tensors = load_file(tiny_weights)
@@ -728,8 +728,8 @@ def test_stated_images_that_are_not_square(tiny_weights, tmp_path):
 
 
 def test_torchscript_archives(tiny_weights, tmp_path):
-    """The tensors of an archive of code (as OpenAI publishes CLIP) under the names of its modules;
-    a whole one, and one whose pickle would run something."""
+    """A TorchScript archive (as OpenAI publishes CLIP) gives the tensors under its modules' names;
+    one whose pickle would call something is refused."""
     model, _ = vit.load(tiny_weights)
     path = tmp_path / "script.pt"
     with warnings.catch_warnings():
@@ -752,7 +752,7 @@ def test_torchscript_archives(tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(tensors, value, tmp_path):
-    """One such number is refused by the name of its tensor."""
+    """A single value that isn't finite is refused, with the name of its tensor."""
     tensors["blocks.1.mlp.fc2.weight"][3, 5] = value
     save_file(tensors, tmp_path / "w.safetensors")
     message = "1 with values that aren't finite: blocks.1.mlp.fc2.weight"
@@ -769,7 +769,7 @@ def test_half_precision_files_are_read_as_fp32(tensors, tmp_path):
 
 
 def test_mean_pooling_reads_fc_norm(tmp_path):
-    """timm's fc_norm tells that the head reads the mean of the patches, and is its norm."""
+    """timm's fc_norm shows that the head reads the mean of the patches, and is that head's norm."""
     path = write_tiny(tmp_path / "mean.safetensors", seed=0, pool="mean")
     renamed = {}
     for key, value in load_file(path).items():
@@ -786,7 +786,7 @@ def test_mean_pooling_reads_fc_norm(tmp_path):
 
 @pytest.fixture
 def arrays(tensors):
-    """The tiny backbone as Google's .npz has it, beside a classifier of five classes."""
+    """The tiny backbone as in Google's .npz, with a classifier of five classes."""
     tensors["head.weight"] = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
     tensors["head.bias"] = torch.zeros(5)
     published = references.as_google(tensors, attention=1, mlp=3, norm2=2)
@@ -796,7 +796,7 @@ def arrays(tensors):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_google_npz(arrays, save, tiny_weights, tmp_path):
-    """The same network; the kernels state their heads; 0.5 is guessed, and its name tells whose."""
+    """The network is the same; its kernels state the heads; mean and std 0.5 are guessed."""
     save(tmp_path / "w.npz", **arrays)
     model, backbone = vit.load(tmp_path / "w.npz")
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
@@ -809,7 +809,7 @@ def test_google_npz(arrays, save, tiny_weights, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
 def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
-    """Training states and image towers; what else is there is named."""
+    """Prefixes of training states and image towers are removed; another array is named."""
     arrays = {f"{prefix}{name}": value for name, value in arrays.items()}
     np.savez(tmp_path / "w.npz", **arrays, step=np.array(7))
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
@@ -817,7 +817,7 @@ def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
 
 
 def test_bfloat16_in_an_npz(arrays, tmp_path):
-    """numpy has no bfloat16, and reads void of two bytes."""
+    """bfloat16 arrays are read, though numpy has no bfloat16 and reads voids of two bytes."""
     kept = {}
     for name, value in arrays.items():
         halved = torch.tensor(value).bfloat16()
@@ -830,7 +830,7 @@ def test_bfloat16_in_an_npz(arrays, tmp_path):
 
 
 def test_heads_that_its_kernels_deny(arrays, tmp_path):
-    """Given by hand, by a file beside it or by a name, another number is an error."""
+    """Kernels that differ from each other, or from the stated number of heads, are refused."""
     np.savez(tmp_path / "w.npz", **arrays)
     with pytest.raises(ValueError, match="w.npz: its kernels have 2 heads, not 4"):
         vit.load(tmp_path / "w.npz", heads=4)
@@ -849,7 +849,7 @@ def test_heads_that_its_kernels_deny(arrays, tmp_path):
 
 
 def test_layers_of_an_npz_that_vit_has_not(arrays, tmp_path):
-    """A layer in the head is part of the head; a MAP head and a mean over patches are refused."""
+    """A pre-logits layer is part of the head; a repeated norm and a MAP head are refused."""
     layer = {"pre_logits/kernel": np.zeros((32, 32), "f4"), "pre_logits/bias": np.zeros(32, "f4")}
     np.savez(tmp_path / "w.npz", **arrays, **layer)
     vit.load(tmp_path / "w.npz")
@@ -870,7 +870,7 @@ def test_layers_of_an_npz_that_vit_has_not(arrays, tmp_path):
 
 
 def test_npz_files_that_are_refused(arrays, tmp_path):
-    """Cut, damaged, compressed zeros without end, objects of Python, texts: one line each."""
+    """Truncated, damaged or bomb-like .npz files, pickled objects and 2,000 blocks are refused."""
     path = tmp_path / "w.npz"
     np.savez(path, **arrays)
     content = path.read_bytes()
@@ -976,13 +976,13 @@ def test_no_file():
 
 
 def test_arguments_that_can_not_be(tiny_weights):
-    """The error is of the argument: it doesn't call the file damaged."""
+    """An invalid argument is reported as such; the file isn't called damaged."""
     with pytest.raises(ValueError, match="^no backbone 'vit_x': choose .*vit_s16"):
         vit.load(tiny_weights, name="vit_x")
     with pytest.raises(ValueError, match=r'^deit_ti16 is the name .*BACKBONES\["deit_ti16"\].repo'):
         vit.load("deit_ti16")
     with pytest.raises(ValueError, match=r'load\(data.ASSETS / "vit_micro.safetensors", name='):
-        vit.load("vit_micro")  # which no hub has
+        vit.load("vit_micro")  # it is on no hub
     for mean in (0.5, [0.5], [124, 117, 104], [0.5, float("nan"), 0.5]):
         with pytest.raises(ValueError, match=r"^mean .*: give three numbers from 0 to 1$"):
             vit.load(tiny_weights, mean=mean)
@@ -1019,7 +1019,7 @@ def test_heads(tmp_path):
     [(192, 3), (384, 6), (768, 12), (1024, 16), (1152, 16), (1280, 16), (1408, 16), (1664, 16)],
 )
 def test_the_usual_heads_of_a_width(width, heads):
-    """The published architectures of each width: timm's, and open_clip's H, g and bigG."""
+    """A width's usual heads are the published ones: timm's, and open_clip's H, g and bigG."""
     found = {"cls_token": torch.empty(1, 1, width), "pos_embed": torch.empty(1, 17, width)}
     found["patch_embed.proj.weight"] = torch.empty(width, 3, 4, 4)
     found["blocks.0.mlp.fc1.weight"] = torch.empty(4 * width, 0)
@@ -1080,7 +1080,7 @@ def test_what_stands_beside_a_file(files, expected, guessed, tmp_path):
 
 
 def test_a_clip_of_transformers_leaves_its_defaults_out(tmp_path):
-    """vision_config states what differs from CLIPVisionConfig's defaults, 12 heads, QuickGELU."""
+    """vision_config leaves out CLIPVisionConfig's defaults, such as 12 heads and QuickGELU."""
     config = {"model_type": "clip", "vision_config": {"hidden_size": 384}}
     path = save_bare(tmp_path / "w.safetensors", width=384)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -1093,7 +1093,7 @@ def test_a_clip_of_transformers_leaves_its_defaults_out(tmp_path):
 
 
 def test_a_stated_eps_of_a_clip(tmp_path):
-    """What is stated goes before CLIP's usual eps, and must be a number."""
+    """A stated eps takes precedence over CLIP's usual eps, and must be a number."""
     config = {"hidden_size": 128, "layer_norm_eps": 1e-6}
     path = save_bare(tmp_path / "w.safetensors", width=128, norm_pre=True)
     assert vit.load(path)[1].config.eps == 1e-5
@@ -1105,7 +1105,7 @@ def test_a_stated_eps_of_a_clip(tmp_path):
 
 
 def test_a_configuration_that_does_not_fit(tmp_path):
-    """One of another width is left out; a damaged one, or an unknown activation, is an error."""
+    """A configuration of another width is ignored; a damaged one, or one with ReLU, is refused."""
     path = save_bare(tmp_path / "w.safetensors", width=128)
     beside = tmp_path / "config.json"
     beside.write_text(json.dumps({"hidden_size": 768, "num_attention_heads": 8}))
@@ -1122,7 +1122,7 @@ def test_a_configuration_that_does_not_fit(tmp_path):
 
 
 def test_a_clip_without_ln_pre(tmp_path):
-    """open_clip's CLIPA has none; its head reads the mean of the patches, which no tensor tells."""
+    """A CLIP without ln_pre, as CLIPA, is refused: no tensor tells that its head reads the mean."""
     tensors = load_file(ROOT / "tests" / "golden" / "open_clip_openai.safetensors")
     without = {}
     for key, value in tensors.items():
@@ -1145,13 +1145,13 @@ def test_given_heads_are_honoured_beside_a_name(tmp_path):
 
 
 def test_an_unknown_option(tiny_weights):
-    """A misspelt one isn't ignored."""
+    """A misspelt option isn't ignored."""
     with pytest.raises(TypeError, match="quickgelu"):
         vit.load(tiny_weights, quickgelu=True)
 
 
 def test_heads_that_cant_be(tmp_path):
-    """A number of heads that doesn't divide the width is refused; so is a width that needs one."""
+    """Heads that don't divide the width are refused; so is a width that needs their number."""
     wide = save_bare(tmp_path / "wide.safetensors", width=128)
     with pytest.raises(ValueError, match="width 128 can't be split into 3 heads"):
         vit.load(wide, heads=3)
@@ -1162,7 +1162,7 @@ def test_heads_that_cant_be(tmp_path):
 
 
 def test_positions_are_resized(tiny_weights, tensors):
-    """Positions are resized to a larger image; the class token's and constant ones are kept."""
+    """Positions are resized to a larger image, except the class token's; constant ones stay."""
     model, backbone = vit.load(tiny_weights, image_size=32)
     assert backbone.config.grid == 8
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
@@ -1207,7 +1207,7 @@ LAYOUTS = {
 
 @pytest.fixture
 def run(capsys):
-    """`python vit.py` with these arguments: what it prints, see conftest.runner."""
+    """Runs `python vit.py` with these arguments; returns what it prints. See conftest.runner."""
     return runner(vit.main, capsys)
 
 
@@ -1220,12 +1220,12 @@ def lines_of(text):
 
 
 def test_backbones_can_be_keys():
-    """Each row of the table is a value of its own, for sets and caches."""
+    """All rows of the table are different and can be keys of sets and caches."""
     assert len(set(vit.BACKBONES.values())) == len(vit.BACKBONES)
 
 
 def test_list_of_backbones(run):
-    """Every backbone in a row, in aligned columns; published numbers of parameters."""
+    """Each backbone has a row in aligned columns, with the published number of parameters."""
     header, *rows = run().splitlines()
     assert [row.split()[0] for row in rows] == list(vit.BACKBONES)
     for title in ("normalisation", "licence", "repository"):
@@ -1245,7 +1245,7 @@ def test_list_of_backbones(run):
 
 @pytest.mark.parametrize("family", references.FAMILIES)
 def test_description_of_each_layout(family, run, tmp_path):
-    """The layout, the shape, the parameters and the head that `load` finds."""
+    """The description has the layout, shape, parameters and head that `load` finds."""
     with safe_open(ROOT / "tests" / "golden" / f"{family}.safetensors", "pt") as file:
         golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         options = json.loads(file.metadata()["golden"])["options"]
@@ -1261,7 +1261,7 @@ def test_description_of_each_layout(family, run, tmp_path):
     assert described["heads"] == ["2 (config.json)"]
     [network] = described["network"]
     config = backbone.config
-    side = 224 if config.rope else 16  # which DINOv3's tensors don't tell
+    side = 224 if config.rope else 16  # DINOv3's tensors don't tell it
     begin = f"width 32, depth 2, heads 2, patch 4, image size {side}"
     if config.hidden:
         begin += ", hidden 64"
@@ -1284,7 +1284,7 @@ def test_description_of_each_layout(family, run, tmp_path):
 
 
 def test_description_of_guesses(run, tmp_path):
-    """What is guessed and which option states it; the names of that shape; none if it is stated."""
+    """Guesses are listed with their options and backbones of that shape; stated values are not."""
     config = vit.BACKBONES["deit_ti16"].config
     path = tmp_path / "a file.safetensors"
     save_file(vit.ViT(config, classes=10).state_dict(), path)
@@ -1324,8 +1324,8 @@ def test_description_of_guesses(run, tmp_path):
 
 
 def test_description_of_what_is_left_out(clip, tensors, arrays, run, tmp_path):
-    """Both towers of a CLIP, a guessed activation; an EMA beside others; a pretraining's decoder;
-    the kernels that state heads."""
+    """The description names CLIP's other tower, a guessed activation, an EMA beside others, a
+    pretraining's decoder, and kernels that state the heads."""
     described = lines_of(run(clip))
     assert described["text"] == [
         "CLIP's other tower: --method zero-shot or clip-adapter can use it"
@@ -1352,7 +1352,7 @@ def test_description_of_what_is_left_out(clip, tensors, arrays, run, tmp_path):
 
 
 def write_refused(folder, tensors, clip):
-    """Files that can't be loaded, and how the error names each."""
+    """Write files that can't be loaded; return {name: how the error names it}."""
     model = vit.ViT(vit.Config(**TINY))
     adaptertune.add_adapters(model, rank=2)
     adaptertune.freeze(model)
@@ -1392,7 +1392,7 @@ def write_refused(folder, tensors, clip):
 
 
 def test_files_that_are_not_described(tensors, clip, run, tmp_path):
-    """One line, which says what they are, and status 1."""
+    """A file that can't be loaded gives one line that says what it is, and status 1."""
     for name, message in write_refused(tmp_path, tensors, clip).items():
         error = run(tmp_path / name, status=1)
         assert re.search(message, error), (name, error)
@@ -1400,7 +1400,7 @@ def test_files_that_are_not_described(tensors, clip, run, tmp_path):
 
 
 def test_several_files(tiny_weights, capsys, tmp_path):
-    """Each is described; one that can't be makes the status 1; names can't command a terminal."""
+    """Each file is described; an unreadable one gives status 1; names can't steer the terminal."""
     named = tmp_path / "tiny\x1b[2J.safetensors"
     shutil.copy(tiny_weights, named)
     status = vit.main([str(named), str(tmp_path / "nowhere\n"), str(tiny_weights)])
@@ -1413,6 +1413,6 @@ def test_several_files(tiny_weights, capsys, tmp_path):
 
 
 def test_usage(run):
-    """--help helps; an unknown option is one line and status 2."""
+    """--help works; an unknown option gives one line and status 2."""
     assert "FILE" in run("--help")
     assert "unrecognized arguments: --heads" in run("--heads", "3", status=2)
