@@ -12,8 +12,10 @@ import os
 import pickle
 import re
 import resource
+import struct
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 if not os.environ.get("ADAPTERTUNE_GPU"):
@@ -301,3 +303,16 @@ def serve():
 
 
 server = pytest.fixture(serve, name="server")
+
+
+class Evil:
+    """An object whose pickle writes a file when it is read."""
+
+    def __reduce__(self):
+        return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
+
+
+def png_chunk(kind, content):
+    """A part of a PNG file, with its length and its checksum."""
+    checked = kind + content
+    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))

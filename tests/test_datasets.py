@@ -602,9 +602,14 @@ READ = """
 import sys
 import torch
 import data
-for _ in range(10):
-    images = data.read(sys.argv[1], image_size=16).train
-    pixels = images.pixels
+reads = 0
+while reads < 5:
+    try:
+        images = data.read(sys.argv[1], image_size=16).train
+        pixels = images.pixels
+    except (ValueError, FileNotFoundError):
+        continue  # a photo vanished between the listing and its opening
+    reads += 1
     for name, image in zip(images.names, pixels):
         assert int(image[0, 0, 0]) == int(name[-7:-4]), name
 """
@@ -637,8 +642,7 @@ def test_processes_at_once_while_photos_come_and_go(tmp_path, own_cache):
         time.sleep(0.02)
     for reader in readers:
         _, error = reader.communicate()
-        # A photo may vanish between the listing and its opening; wrong pixels may not.
-        assert b"AssertionError" not in error, error.decode()
+        assert reader.returncode == 0, error.decode()
 
 
 def test_one_process_decodes_a_folder(photos, counted):

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, runner, write_tiny
+from conftest import ROOT, png_chunk, runner, write_tiny
 from onnx import TensorProto, helper, numpy_helper
 
 import data
@@ -502,12 +502,6 @@ def test_pixels_from_0_to_1_under_another_name(changed, label, odd_photos):
     graph.node.insert(1, helper.make_node("Div", ["unit.centred", "unit.std"], ["image"]))
     onnx.save(proto, path)
     check_labels(label(path, *odd_photos), odd_photos)
-
-
-def png_chunk(kind, content):
-    """A part of a PNG file, with its length and its checksum."""
-    checked = kind + content
-    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
 
 def float_tiff():

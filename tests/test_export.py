@@ -958,7 +958,6 @@ def test_a_card_names_what_the_hub_has():
     ):
         assert f"\n{line}\n" in card
     assert "mae_b16 (head) on cifar100. Accuracy on its test images: 91.00 % of 10,000." in card
-    assert "frozen" not in card  # a full run's backbone isn't frozen
     assert "int8" not in card
     run.meta["license"] = "DINOv3 License"  # it isn't in the hub's list
     assert '\nlicense: "other"\nlicense_name: "dinov3-license"\n' in export.model_card(run, False)

@@ -15,6 +15,7 @@ import zlib
 import numpy as np
 import onnx
 import pytest
+from conftest import png_chunk
 from onnx import TensorProto, helper, numpy_helper
 from test_runtimes import FLAGS, PAGE, REPORT, browse, find_chromium
 
@@ -198,12 +199,6 @@ def test_photos(tmp_path):
     assert not any(each["hidden"] for each in labels.values())
     for name in labels:
         assert f"labelling {name} …" in answer["shown"]
-
-
-def png_chunk(kind, content):
-    """A part of a PNG file, with its length and its checksum."""
-    checked = kind + content
-    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
 
 def test_pixels_as_they_are_stored(tmp_path):

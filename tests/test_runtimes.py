@@ -502,18 +502,3 @@ def test_elements_of_the_page(task, site):
     check_text(shown["first"], task.run.dataset.classes, expected[0])
     assert shown["refused"].startswith("can't label text.png: ")
     check_text(shown["turned"], task.run.dataset.classes, expected_turned)
-
-
-READ_OUTPUT = """<script type="module">
-const failed = await ready.then(() => false, () => true);
-send({failed, shown: document.querySelector("pre").textContent});
-</script>
-"""
-
-
-def test_page_without_a_model(tmp_path):
-    """index.html says that there is no model.onnx beside it."""
-    (tmp_path / "index.html").write_text(REPORT + PAGE.read_text() + READ_OUTPUT)
-    answer = browse(tmp_path, "index.html")
-    assert answer["failed"]
-    assert answer["shown"].startswith("can't load model.onnx: it isn't beside this page (404). ")

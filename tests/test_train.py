@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, runner, write_cifar10, write_tiny
+from conftest import ROOT, TINY, Evil, runner, write_cifar10, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -1475,13 +1475,6 @@ def truncated(folder, tiny):
     """A truncated file."""
     (folder / "cut.safetensors").write_bytes(tiny.read_bytes()[:5000])
     return "cut.safetensors"
-
-
-class Evil:
-    """An object whose pickle writes a file when it is read."""
-
-    def __reduce__(self):
-        return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
 
 
 def code(folder, tiny):

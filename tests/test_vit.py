@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import references
 import torch
-from conftest import ROOT, TINY, runner, write_tiny
+from conftest import ROOT, TINY, Evil, runner, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -896,13 +896,6 @@ def test_npz_files_that_are_refused(arrays, tmp_path):
 
 
 # ------------------------------------------------------------------------ files that are refused
-
-
-class Evil:
-    """An object whose pickle writes a file when it is read."""
-
-    def __reduce__(self):
-        return (eval, ("__import__('pathlib').Path('evil').write_text('x')",))
 
 
 def test_a_pth_that_calls_something_is_refused(tmp_path, monkeypatch):
