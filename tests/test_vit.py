@@ -898,6 +898,12 @@ def test_npz_files_that_are_refused(arrays, tmp_path):
 # ------------------------------------------------------------------------ files that are refused
 
 
+def test_paths_of_every_python():
+    """Paths that Python 3.13 pickled, in a module of its own, are skipped by other versions too."""
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+        assert {f"pathlib.{name}", f"pathlib._local.{name}"} <= set(vit.HARMLESS)
+
+
 def test_a_pth_that_calls_something_is_refused(tmp_path, monkeypatch):
     """A pickle that would run code is refused, and nothing is run."""
     monkeypatch.chdir(tmp_path)
