@@ -245,7 +245,8 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
 
     Args:
         blocks: their indices; -1 is the last block.
-        every: without `blocks`, choose every k-th block, the last in each group of k.
+        every: without `blocks`, choose blocks 0, k, 2k and so on, as the paper's code does
+            (https://github.com/salimkhazem/adaptertune, src/models/vit_adapter.py).
 
     Raises:
         ValueError: an index out of range, or no block selected.
@@ -262,7 +263,7 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         return sorted({block % depth for block in blocks})
     if not 1 <= every <= depth:
         raise ValueError(f"an adapter in every {every} blocks: choose from 1 to {depth}")
-    return list(range(every - 1, depth, every))
+    return list(range(0, depth, every))
 
 
 def add_adapters(

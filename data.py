@@ -954,12 +954,7 @@ def decode(
         ValueError: no Pillow; photos that can't be read (some are named); no room, or no place
             that can be written to.
     """
-    path_of = {}
-    for path in paths:
-        stat = path.stat()
-        name = "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
-        # The later time: a file that is moved here keeps its mtime, but gets a new ctime.
-        path_of[name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)] = path
+    path_of = {photo_key(path, root): path for path in paths}
     root = root.resolve()
     number = seed_from(as_utf8(str(root)))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -985,6 +980,15 @@ def decode(
     rows = [photos.row_of[key] for key in path_of]
     sums = {name: f"{photos.sums[row]:08x}" for name, row in zip(names, rows, strict=True)}
     return Images(photos, torch.tensor(labels), names, torch.tensor(rows)), sums
+
+
+def photo_key(path: Path, root: Path) -> tuple[str, int, int]:
+    """What identifies a photo in the cache: its name in `root`, its file's size, and the time of
+    its last change in nanoseconds."""
+    stat = path.stat()
+    name = "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
+    # The later time: a file that is moved here keeps its mtime, but gets a new ctime.
+    return name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 DECODER = 2  # change it when the result of `read_photo` changes: then all is decoded again
@@ -1657,12 +1661,20 @@ def progress(what: str, done: int, total: int, started: float, first: int = 0) -
     wipe_progress()
     if done < total:
         left = (time.perf_counter() - started) * (total - done) / max(1, done - first)
-        text = printable(f"{what} {done:,} of {total:,}, {left:.0f} s left")
+        text = printable(f"{what} {done:,} of {total:,}, {clock_text(left)} left")
         print(text, end="", file=sys.stderr, flush=True)
         progress_lines.append(text)
 
 
 progress_lines: list[str] = []  # the line that is on the terminal, if any
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def wipe_progress() -> None:

@@ -389,7 +389,7 @@ def add_method_options(parser: Parser) -> None:
     parser.switch("--scratch", "train all of --backbone from random weights", **scratch)
     width = "width of the bottlenecks; for clip-adapter 0 is a quarter of CLIP's embedding"
     add("--rank --ranks", "R,…", integers(0, 10_000), width, [None])
-    add("--every", "K,…", integers(0), "adapters in every K-th block (1)", [1])
+    add("--every", "K,…", integers(0), "adapters in every K-th block, from the first on (1)", [1])
     where = "adapters in these blocks, counted from 0, or first6, last6 (all)"
     add("--blocks", "I,J,…", placement, where, [None], nargs="+")
     reads = "what adapters read: the block's output (block), the MLP's input before (raw) or after "
@@ -1358,8 +1358,8 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
         f"{100 * state.hits.item() / state.seen:.2f}",
         f"{val.accuracy:.2f}",
         f"{state.seen / state.epoch_time:.0f}",
-        clock_text(elapsed),
-        clock_text(left),
+        data.clock_text(elapsed),
+        data.clock_text(left),
         f"{elapsed:.2f}",
         f"{rate:.3g}",
         f"{val.loss.mean().item():.4f}",
@@ -2115,14 +2115,6 @@ def open_classifier(options: argparse.Namespace) -> Classifier:
 # ---------------------------------------------------------------------------------- the terminal
 
 
-def clock_text(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{seconds:02}"
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
 def peak_memory(device: torch.device, reset: bool = False) -> float:
     """The peak memory in GiB since the last `reset`: the GPU's, else the process's (0 if that is
     unavailable)."""
@@ -2400,9 +2392,10 @@ def conclude(run: Run) -> None:
     else:
         how = f"epoch {state.chosen_epoch}, the last, as no images are left for val; test read once"
     path = run.folder / "adapters.safetensors"
-    cost = f"{clock_text(state.train_time)} training, {clock_text(state.eval_time)} evaluation"
+    cost = f"{data.clock_text(state.train_time)} training, "
+    cost += f"{data.clock_text(state.eval_time)} evaluation"
     if run.options.cached:
-        cost += f", {clock_text(run.features_time)} features"
+        cost += f", {data.clock_text(run.features_time)} features"
     memory = peak_memory(run.device)
     print()
     report_test(run, how)
@@ -2469,7 +2462,7 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
         val = "-" if math.isnan(val) else f"{val:.2f}"
         rate = f"{each.results[0]['lr']:g}" if each.trained else "-"
         row = f"{each.trained:>12,}{test:>16}{val:>9}{rate:>9}"
-        row += f"{clock_text(each.mean('seconds')):>8}{each.mean('memory'):>7.2f}"
+        row += f"{data.clock_text(each.mean('seconds')):>8}{each.mean('memory'):>7.2f}"
         print(f"{each.label:<{width}}{row}")
     if seeds > 1:
         print(
@@ -2824,7 +2817,7 @@ def print_heading(
     estimated from `times`, the seconds that earlier runs took."""
     text = f"{options.label or options.method}, learning rate {options.lr:g}, seed {seed}"
     if times:
-        text += f"; about {clock_text(statistics.mean(times) * (total - done))} left for all"
+        text += f"; about {data.clock_text(statistics.mean(times) * (total - done))} left for all"
     print(f"\nrun      {done + 1} of {total}: {text}")
 
 

@@ -249,7 +249,7 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> None:
     energy = spectrum(G, C)
     print_blocks(energy)
     rank = max(1, rank_for(energy.sum(dim=0)))  # 1 if nothing transfers between the halves
-    elapsed = train.clock_text(time.perf_counter() - started)
+    elapsed = data.clock_text(time.perf_counter() - started)
     print(f"spectrum rank {rank} takes 90 % of it (a start, not a prescription); {elapsed}")
 
 

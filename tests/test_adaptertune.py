@@ -225,14 +225,14 @@ def test_without_a_rank_it_is_the_methods(tiny_weights):
     ("options", "chosen"),
     [
         ({}, [0, 1, 2, 3, 4, 5]),
-        ({"every": 2}, [1, 3, 5]),
-        ({"every": 4}, [3]),
+        ({"every": 2}, [0, 2, 4]),
+        ({"every": 4}, [0, 4]),
         ({"blocks": [5, 0, 5]}, [0, 5]),
         ({"blocks": [-1, -6]}, [0, 5]),
     ],
 )
 def test_placement(options, chosen):
-    """choose_blocks takes the last of every k blocks, or blocks by number, from either end."""
+    """choose_blocks takes blocks 0, k, 2k …, or blocks by number, from either end."""
     assert adaptertune.choose_blocks(6, **options) == chosen
 
 

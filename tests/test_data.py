@@ -734,9 +734,9 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     data.progress("fetching", 1, 4, started=100.0)
-    assert capsys.readouterr().err == "fetching 1 of 4, 30 s left"
+    assert capsys.readouterr().err == "fetching 1 of 4, 0:30 left"
     data.progress("fetching", 3, 4, started=100.0, first=1)
-    assert capsys.readouterr().err == "\r\x1b[Kfetching 3 of 4, 5 s left"
+    assert capsys.readouterr().err == "\r\x1b[Kfetching 3 of 4, 0:05 left"
     data.progress("fetching", 4, 4, started=100.0)
     assert capsys.readouterr().err == "\r\x1b[K"
 
