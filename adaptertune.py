@@ -880,6 +880,23 @@ def name_of_act(act: nn.Module) -> str:
     return names.get(type(act), type(act).__name__)
 
 
+def check_fingerprint(meta: dict, present: str, name: str) -> None:
+    """Raise a ValueError if a file was trained on another backbone than the present one.
+
+    Args:
+        meta: the file's metadata; the fingerprint is empty if the file has the whole backbone.
+        present: the fingerprint of the present backbone.
+        name: its name in the error message.
+    """
+    trained_on = meta["fingerprint"]
+    if trained_on and trained_on != present:
+        raise ValueError(
+            f"the adapters were trained on {meta.get('backbone', 'another backbone')} "
+            f"({trained_on}), not on {name} ({present}); "
+            "give that backbone with --backbone or --weights"
+        )
+
+
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
     """Copy a file's tensors into a model that has the same adapters and head; return its metadata.
 
@@ -895,14 +912,8 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
     """
     tensors, meta = read(path, ("fingerprint",))
     check_vit(model)
+    check_fingerprint(meta, fingerprint(model), name)
     trained_on = meta["fingerprint"]
-    present = fingerprint(model)
-    if trained_on and trained_on != present:  # empty if the file has the whole backbone
-        raise ValueError(
-            f"the adapters were trained on {meta.get('backbone', 'another backbone')} "
-            f"({trained_on}), not on {name} ({present}); "
-            "give that backbone with --backbone or --weights"
-        )
     wanted = model.state_dict()
     if trained_on and meta.get("method") not in WHOLE_METHODS:  # else the file has the backbone
         wanted = {key: each for key, each in wanted.items() if is_added(key) or key in tensors}

@@ -221,12 +221,19 @@ def stored_side(image_size: int, center: float) -> int:
 
 
 def check_name(name: str) -> None:
-    """Raise a ValueError unless `name` is a data set or a folder."""
+    """Raise a ValueError unless `name` is a data set or a folder, and the packages that it needs
+    are installed."""
     if name not in DATASETS and not Path(name).is_dir():
         raise ValueError(
             f"no data set or folder {name!r}: choose {', '.join(DATASETS)} "
             "or give a folder of images"
         )
+    reader = DATASETS.get(name, read_folder)
+    kind = reader.func if isinstance(reader, partial) else reader
+    if kind is read_torchvision:
+        import_torchvision(name)
+    if kind in (read_folder, read_archive):
+        import_pillow()
 
 
 def is_there(name: str, data_dir: str) -> bool:
@@ -364,15 +371,18 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
     return replace(data, classes=list(classes), **parts)
 
 
-def count_copies(data: Dataset) -> int:
-    """How many test images are copies of training images, byte for byte."""
-    # With 75,000 and 25,000 different files, some pair shares a CRC-32 by chance in 35 % of cases.
-    trained = {data.sums[name]: name for name in data.train.names if name in data.sums}
-    copies = 0
-    for name in data.test.names:
-        twin = trained.get(data.sums.get(name))
-        if twin and filecmp.cmp(data.folder / name, data.folder / twin, shallow=False):
-            copies += 1
+def find_copies(data: Dataset) -> list[tuple[str, str]]:
+    """Photos that are copies of another one, byte for byte, each with the first of its copies in
+    the order of train, val and test."""
+    first = {}
+    copies = []
+    for name in data.everything.names:
+        if name not in data.sums:
+            continue
+        twin = first.setdefault(data.sums[name], name)
+        # With 100,000 different files, some pair shares a CRC-32 by chance in 69 % of cases.
+        if twin != name and filecmp.cmp(data.folder / name, data.folder / twin, shallow=False):
+            copies.append((name, twin))
     return copies
 
 
@@ -626,12 +636,7 @@ def read_torchvision(
         place: its folder, or one of its files, in data_dir.
         train: the splits to train on; validation is split off from them too.
     """
-    try:
-        from torchvision import datasets
-    except Exception as error:  # RuntimeError if it was built for another version of torch
-        raise ValueError(
-            f"{name} needs torchvision ({error}): pip install torchvision scipy"
-        ) from error
+    datasets = import_torchvision(name)
     try:
         sources = []
         for part in (*train, "test"):
@@ -652,6 +657,17 @@ def read_torchvision(
         # A mirrored digit is no digit, and a small crop may show the digit beside it.
         return Dataset(name, classes, *parts, flip=False, min_scale=0.85)
     return from_lists(name, sources, trained, side, data_dir / place)
+
+
+def import_torchvision(name: str) -> ModuleType:
+    """The module torchvision.datasets, or a ValueError that says how to install it."""
+    try:
+        from torchvision import datasets
+    except Exception as error:  # RuntimeError if it was built for another version of torch
+        raise ValueError(
+            f"{name} needs torchvision ({error}): pip install torchvision scipy"
+        ) from error
+    return datasets
 
 
 def explain_torchvision(error: Exception, name: str, place: Path, offline: bool) -> str:
@@ -711,6 +727,30 @@ def read_folder(root: Path, side: int) -> Dataset:
     val = root / "val"  # many sort it into class folders, and leave the list beside them
     if (val / "val_annotations.txt").is_file() and (val / "images").is_dir():
         return read_tiny_imagenet(root, side)
+    classes, labelled, skipped = find_labelled(root)
+    named = name_classes(root / "README.txt", classes)
+    return replace(from_photos(root.resolve().name, named, labelled, side, root), skipped=skipped)
+
+
+def new_photos(root: Path, known: set[str]) -> list[str]:
+    """Names of photos in class folders that aren't `known`; none if the folder can't be used."""
+    try:
+        _, labelled, _ = find_labelled(root)
+    except (ValueError, OSError):
+        return []
+    photos = [path for part in labelled.values() for path, _ in part]
+    names = [name_in(path, root) for path in photos]
+    return [name for name in names if name not in known]
+
+
+def find_labelled(
+    root: Path,
+) -> tuple[list[str], dict[str, list[tuple[Path, int]]], list[str]]:
+    """The classes in a folder; its photos with their labels, by part; and what is skipped.
+
+    Raises:
+        ValueError: fewer than two classes, or parts with different ones.
+    """
     parts = find_parts(root)
     skipped = []
     if parts["train"] != root:  # photos beside train/ are skipped
@@ -722,20 +762,33 @@ def read_folder(root: Path, side: int) -> Dataset:
     photos = {part: photos_by_class(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
     if len(classes) < 2:
+        hint = one_level_down(parts["train"], classes)
+        if not classes and skipped:
+            hint = f"; do you mean {root.resolve().parent}, the folder around it?"
         raise ValueError(
-            f"{parts['train']} has {len(classes)} class folders; at least 2 are needed"
-            f"{one_level_down(parts['train'], classes)}"
+            f"at least 2 class folders are needed, {parts['train']} has {len(classes)}{hint}"
         )
     labelled = {}
     for part, by_class in photos.items():
-        odd = sorted(set(by_class) ^ set(classes))
-        if odd:
-            raise ValueError(
-                f"{parts[part]} and {parts['train']} don't have the same classes: {first_few(odd)}"
-            )
+        check_classes(parts[part], list(by_class), parts["train"], classes)
         labelled[part] = with_labels(by_class, classes)
-    named = name_classes(root / "README.txt", classes)
-    return replace(from_photos(root.resolve().name, named, labelled, side, root), skipped=skipped)
+    return classes, labelled, skipped
+
+
+def check_classes(part: Path, has: list[str], train: Path, classes: list[str]) -> None:
+    """Raise a ValueError unless val or test has the same classes as train."""
+    lacks = sorted(set(classes) - set(has))
+    more = sorted(set(has) - set(classes))
+    if lacks:
+        raise ValueError(
+            f"{part} lacks classes that {train} has: {first_few(lacks)}; add photos of them, or "
+            f"remove {part} to have its photos split off"
+        )
+    if more:
+        raise ValueError(
+            f"{part} has classes that {train} lacks: {first_few(more)}; remove them, or add photos "
+            "to train on"
+        )
 
 
 def with_labels(by_class: dict[str, list[Path]], classes: list[str]) -> list[tuple[Path, int]]:
@@ -986,9 +1039,13 @@ def photo_key(path: Path, root: Path) -> tuple[str, int, int]:
     """What identifies a photo in the cache: its name in `root`, its file's size, and the time of
     its last change in nanoseconds."""
     stat = path.stat()
-    name = "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
     # The later time: a file that is moved here keeps its mtime, but gets a new ctime.
-    return name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)
+    return name_in(path, root), stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def name_in(path: Path, root: Path) -> str:
+    """A photo's name: its path in the folder that all photos are in."""
+    return "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
 
 
 DECODER = 2  # change it when the result of `read_photo` changes: then all is decoded again

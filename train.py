@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import difflib
 import functools
 import hashlib
 import io
@@ -96,6 +97,8 @@ WIDTHS = (6, 8, 9, 8, 9, 10, 10)
 # Further columns of metrics.csv: "seconds" of training and evaluation so far (in result.json, of
 # training only), the learning rate of the epoch's last step, the mean validation loss.
 FILE_COLUMNS = ("seconds", "lr", "val_loss")
+FEW = 50  # with fewer test images, a note says what one of them counts for
+LABELS_HEADER = "file,prediction,probability,runner-up"  # of the table of --predict
 UNEVEN = 3  # above this ratio of class sizes, accuracy is also given as a mean over classes
 
 # --------------------------------------------------------------------------------------- options
@@ -113,6 +116,10 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(arguments, namespace)
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            for similar in difflib.get_close_matches(unknown[1], self._option_string_actions, n=1):
+                message += f"; do you mean {similar}?"
         text = f"{message}; python {self.prog} --help lists all options"
         self.exit(2, f"error: {data.printable(text)}\n")
 
@@ -124,6 +131,10 @@ class Parser(argparse.ArgumentParser):
         """Add an option with a value, which `kind` parses."""
         more |= {"metavar": metavar, "type": kind, "default": default}
         self.group.add_argument(*name.split(), help=text, **more)
+
+    def several(self, name: str, metavar: str, kind: Callable, text: str, default: list) -> None:
+        """Add an option with several values; `kind` parses a text to a list of them."""
+        self.value(name, metavar, kind, text, default, nargs="+", action=Several)
 
     def choice(self, name: str, choices: Sequence[str], text: str, default, **more) -> None:
         """Add an option that takes one of a few values."""
@@ -149,6 +160,29 @@ def number(low: float, high: float) -> Callable:
 def integers(low: int, high: int = 10**9) -> Callable:
     """Option type: distinct integers within limits, separated by commas."""
     return lambda text: distinct([read_number(int, low, high, part) for part in text.split(",")])
+
+
+def chosen_from(choices: Sequence[str]) -> Callable:
+    """Option type: some of these names, separated by commas."""
+
+    def read(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{name!r}: choose {', '.join(choices)}")
+        return found
+
+    return read
+
+
+class Several(argparse.Action):
+    """Stores an option's values, which may be separated by commas, by spaces or by both."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, distinct(list(itertools.chain(*values))))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
 
 
 def distinct(values: list) -> list:
@@ -260,13 +294,24 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
         parser.error("--plot is for training and --eval, not --predict")
     if (Path(folder) / "state.pt").exists():
         parser.error(f"--predict {folder}: that run is unfinished; continue it with --resume")
-    table = Path(options.csv)
-    if options.csv and not (table.is_file() or (not table.exists() and table.parent.is_dir())):
-        parser.error(f"--csv {options.csv}: give a file in a folder that exists")
+    if options.csv:
+        check_csv(Path(options.csv), parser)
     if not (Path(folder) / "adapters.safetensors").exists():
-        parser.error(
-            f"--predict {folder}: no finished run there; give runs/NAME first, then photos"
-        )
+        advice = "give runs/NAME first, then photos"
+        parser.error(f"--predict {folder}: no finished run there{maybe_below(folder)}; {advice}")
+
+
+def check_csv(path: Path, parser: Parser) -> None:
+    """Refuse a --csv that can't be written, or that would overwrite anything else than such a
+    table, such as a photo."""
+    if not path.exists() and path.parent.is_dir():
+        return
+    if not path.is_file():
+        parser.error(f"--csv {path}: give a file in a folder that exists")
+    with path.open("rb") as file:
+        beginning = file.read(len(LABELS_HEADER))
+    if beginning not in (b"", LABELS_HEADER.encode()):
+        parser.error(f"--csv {path}: that file exists and is no table of labels; give another name")
 
 
 def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -> None:
@@ -346,7 +391,7 @@ def add_training_options(parser: Parser) -> None:
     weights = "weight the loss by the inverse of each class's size, as if all were of equal size"
     parser.switch("--class-weights", weights)
     seeds = "one run per seed; at the end their mean and standard deviation (0)"
-    add("--seeds --seed", "I,J,…", integers(0), seeds, [0])
+    parser.several("--seeds --seed", "SEED", integers(0), seeds, [0])
     amp = "train in bf16; auto: only where it is faster (auto)"
     parser.choice("--amp", ("auto", "bf16", "off"), amp, "auto")
     add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
@@ -383,13 +428,15 @@ def add_method_options(parser: Parser) -> None:
         parser.value(name, metavar, kind, text + defaults_of(setting), default, **more)
 
     parser.section("method")
-    several = f"{', '.join(methods)}; several are compared (adaptertune)"
-    add("--method", "NAME", str, several, ["adaptertune"], nargs="+", choices=methods)
+    compared = f"{', '.join(methods)}; several are compared (adaptertune)"
+    parser.several("--method", "NAME", chosen_from(methods), compared, ["adaptertune"])
     scratch = {"dest": "method", "action": "store_const", "const": ["scratch"]}
     parser.switch("--scratch", "train all of --backbone from random weights", **scratch)
     width = "width of the bottlenecks; for clip-adapter 0 is a quarter of CLIP's embedding"
-    add("--rank --ranks", "R,…", integers(0, 10_000), width, [None])
-    add("--every", "K,…", integers(0), "adapters in every K-th block, from the first on (1)", [1])
+    width += defaults_of("rank")
+    parser.several("--rank --ranks", "R", integers(0, 10_000), width, [None])
+    nth = "adapters in every K-th block, from the first on (1)"
+    parser.several("--every", "K", integers(0), nth, [1])
     where = "adapters in these blocks, counted from 0, or first6, last6 (all)"
     add("--blocks", "I,J,…", placement, where, [None], nargs="+")
     reads = "what adapters read: the block's output (block), the MLP's input before (raw) or after "
@@ -399,7 +446,8 @@ def add_method_options(parser: Parser) -> None:
     act += f"reads ln is merged into the MLP on export{defaults_of('act')}"
     parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
     init = "up-projection: zeros or N(0, 1e-4²); or a file with adapters, ours or AdaptFormer's"
-    add("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
+    init += defaults_of("init")
+    parser.several("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
     add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output")
     parser.switch("--learn-scale", "train this factor, one for each adapter", default=None)
     add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
@@ -456,7 +504,10 @@ def label_of(run: dict, runs: list[dict]) -> str:
         values = {str(each[name]) for each in runs}
         if len(values) == 1 or not run[name]:
             continue
-        parts.append(run[name] if name in ("method", "init") else f"{name} {run[name]}")
+        value = run[name]
+        if name == "blocks":
+            value = ",".join(map(str, value))
+        parts.append(value if name in ("method", "init") else f"{name} {value}")
     return " ".join(parts)
 
 
@@ -521,6 +572,7 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
     if adapters and not options.eval and not known and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
     check_no_epochs(options, parser)
+    check_backbone_name(options, parser)
     if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
         parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
     if options.name and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name):
@@ -534,6 +586,17 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
     if options.method == "scratch" and (options.weights or options.init_lora):
         given = "--weights" if options.weights else "--init-lora"
         parser.error(f"--scratch starts from random weights; leave out {given}")
+
+
+def check_backbone_name(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse a backbone's name as --weights, and a backbone that isn't a CLIP for CLIP's methods,
+    before anything is downloaded."""
+    if options.weights in vit.BACKBONES and not Path(options.weights).exists():
+        parser.error(f"--weights takes a file; give --backbone {options.weights}")
+    clip = options.method in adaptertune.CLIP_METHODS
+    if clip and options.backbone and not vit.BACKBONES[options.backbone].config.norm_pre:
+        names = [name for name, each in vit.BACKBONES.items() if each.config.norm_pre]
+        parser.error(f"--method {options.method} needs a CLIP as --backbone: {', '.join(names)}")
 
 
 def check_no_epochs(options: argparse.Namespace, parser: Parser) -> None:
@@ -568,6 +631,7 @@ class State:
     eval_time: float = 0.0
     rows: list[list[str]] = field(default_factory=list)  # of metrics.csv
     best_val: float = -1.0  # percent
+    least_val: float = -1.0  # with added epochs: that of the weights that they start from
     chosen_epoch: int = 0
     chosen_val: float = math.nan
     chosen: dict[str, Tensor] = field(default_factory=dict)  # the weights of that epoch
@@ -986,7 +1050,8 @@ def split_dataset(
     if not len(dataset.test):
         raise ValueError(f"none of the test images that {path} lists is in {options.dataset}")
     if moved.new and not options.limit and not options.shots:  # which leave images out themselves
-        print(f"split    left out: {counted(moved.new, 'image')} that {path} doesn't list")
+        left_out = counted(moved.new, "image")
+        print(f"split    left out: {left_out} that {path} doesn't list; another --name uses them")
     return dataset
 
 
@@ -1211,9 +1276,10 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
         predictions = predict(run, run.dataset.val, "validation")
         val = predictions.accuracy
         state.best_val = max(state.best_val, val)
-        # Choose the last epoch that can't be told from the best: it has seen the most images.
+        # Choose the last epoch that can't be told from the best: it has seen the most images. Added
+        # epochs don't replace better weights.
         error = standard_error(state.best_val, len(run.dataset.val))
-        if math.isnan(val) or val >= state.best_val - error:
+        if math.isnan(val) or val >= max(state.best_val - error, state.least_val):
             weights = adaptertune.trained(run.model)
             state.chosen_epoch = state.epoch
             state.chosen_val = val
@@ -1565,12 +1631,14 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
         if not difference:
             return folder
         if options.resume and difference.startswith("epochs "):
-            fewer = f"{folder} has {difference}; give --resume more epochs than it has, to add some"
-        if options.name or (options.resume and is_unfinished(folder)):
-            raise ValueError(
-                f"{folder} holds a run with other options ({difference}); "
-                "give this one another --name, or delete that folder"
-            )
+            more = "give --resume more epochs than it has, to add some"
+            fewer = fewer or f"{folder} has {difference}; {more}"
+        unfinished = options.resume and not fewer and is_unfinished(folder)
+        if options.name or unfinished:
+            advice = "give this one another --name, or delete that folder"
+            if unfinished:
+                advice = "go on with its own options, or give this one another --name"
+            raise ValueError(f"{folder} holds a run with other options ({difference}); {advice}")
         number += 1
         folder = Path(f"{first}-{number}")
     if fewer:
@@ -1580,11 +1648,18 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
 
 def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
     """How the run in a folder differs from these options; "" if it is the same run. With --resume
-    it is also the same run if it is finished and the options have more epochs."""
+    it is also the same run if it is finished and the options have more epochs, or if files of an
+    unfinished one were moved: their content is compared later (`check_backbone`, split.json)."""
     saved = read_config(folder)
     kept = kept_options(options, seed)
-    if options.resume and (options.epochs or 0) > saved["epochs"] and not is_unfinished(folder):
+    unfinished = options.resume and is_unfinished(folder)
+    more = options.resume and (options.epochs or 0) > saved["epochs"]
+    if more and not unfinished:
         del kept["epochs"]
+    if more or unfinished:
+        for name in PATHS:
+            if saved.get(name) and not is_at(saved[name]):
+                del kept[name]
     derived = ("lr", "head_lr", "label_smoothing", "cached")  # follow from others: named last
     for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
         value = kept[key]
@@ -1594,10 +1669,21 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
         new = key not in saved and not value  # an option that came later, and is off
         if before == value or key in MAY_DIFFER or auto or new:
             continue
-        before = "none" if before in ("", None) else before
-        now = "none" if value in ("", None) else value
-        return f"{key} {before}, not {'the default' if default else now}"
+        now = "the default" if default else in_words(key, value)
+        return f"{key} {in_words(key, before)}, not {now}"
     return ""
+
+
+def is_at(path: str) -> bool:
+    """Whether a file or folder that config.json names is there; data sets always are."""
+    return path in data.DATASETS or Path(path).exists()
+
+
+def in_words(name: str, value: object) -> str:
+    """An option's value for a message: "none" for one that isn't given."""
+    if value in ("", None):
+        return "none"
+    return f"{value} (the default)" if value == make_parser().get_default(name) else str(value)
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -1625,6 +1711,13 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
         f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
         "train it again, delete that folder or give a --name"
     )
+    if options.dataset not in data.DATASETS and not options.limit and not options.shots:
+        listed = read_split(folder / "split.json")
+        known = itertools.chain(listed["train"], listed["val"], listed["test"])
+        new = data.new_photos(Path(options.dataset), set(known))
+        if new:
+            text = f"{counted(len(new), 'photo')} came since then, such as {new[0]}"
+            print(f"note     {text}; a run with another --name trains on all")
     return result
 
 
@@ -1733,13 +1826,24 @@ def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -
         ValueError: the file is missing or damaged, or the table doesn't allow a value.
     """
     if not path.exists():
-        raise ValueError(f"no run in {path.parent}: {path} is missing")
+        hint = maybe_below(path.parent)
+        raise ValueError(f"no run in {path.parent}: {path} is missing{hint}")
     with refusing(path, "restore it, or delete that folder and train again"):
         if not path.is_file():  # a pipe or a device, which may have no end
             raise ValueError("it is not a file")
         content = json.loads(path.read_text(encoding="utf-8"))
         adaptertune.check_types(content, table, required)
     return content
+
+
+def maybe_below(folder: str | Path) -> str:
+    """A hint for a folder that holds no run: perhaps it is one of runs/, or the run is the folder
+    around a file."""
+    folder = Path(folder)
+    for place in (Path("runs") / folder, folder.parent):
+        if place != folder and (place / "config.json").exists():
+            return f"; do you mean {place}?"
+    return ""
 
 
 def read_config(folder: Path) -> dict:
@@ -1959,6 +2063,8 @@ def add_epochs(run: Run) -> None:
     state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
     vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
     state.best_val = max(vals, default=state.chosen_val)  # after 0 epochs: the initial accuracy
+    if not math.isnan(state.chosen_val):
+        state.least_val = state.chosen_val
     trained = adaptertune.trained(run.model)
     state.chosen = {name: each.detach().clone() for name, each in trained.items()}
     added = run.options.epochs - epochs
@@ -1984,9 +2090,12 @@ def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, di
         ValueError: there is no finished run, or it used another backbone or other settings.
     """
     path = Path(options.eval) / "adapters.safetensors"
+    if not path.exists() and (path.parent / "state.pt").exists():
+        raise ValueError(f"{path.parent} holds an unfinished run; continue it with --resume")
     _, meta = adaptertune.read(path, REQUIRED_META)  # fails before anything is loaded
     model, backbone = load_backbone(options)
     present = describe_network(options, model, backbone)
+    adaptertune.check_fingerprint(meta, present["fingerprint"], present["backbone"])
     present |= adapt_backbone(model, options, len(meta["classes"]))
     compared = {name: value for name, value in present.items() if name not in EVAL_MAY_CHANGE}
     shape = ("method", "rank", "placement", "prompts")  # first, for an error that names settings
@@ -2214,11 +2323,8 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
     if options.limit:
         text += " (--limit: a quick look, not the data set's result)"
     print(text)
-    sizes = torch.bincount(images.val.labels, minlength=len(images.classes))
-    missing = (sizes == 0).nonzero().flatten().tolist()
-    if len(images.val) and missing:
-        few = f"{len(missing)} of the classes"
-        print(f"note     no validation image of {few}, such as {images.classes[missing[0]]}")
+    describe_part(images, images.val, "validation")
+    describe_part(images, images.test, "test")
     if options.dataset in data.DATASETS and Path(options.dataset).is_dir():
         print(f"note     that is the built-in set; the folder of this name is ./{options.dataset}")
     if images.skipped:
@@ -2227,9 +2333,40 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
             f"skipped  {skipped}, not photos or outside the class folders, such as "
             f"{images.skipped[0]}"
         )
-    copies = data.count_copies(images)
-    if copies:
-        print(f"warning  {copies} of {len(images.test):,} test images are training images too")
+    describe_copies(images)
+
+
+def describe_part(dataset: data.Dataset, images: data.Images, what: str) -> None:
+    """Print a note if a part has no images of some classes, or too few images to measure well."""
+    if not len(images):
+        return
+    sizes = torch.bincount(images.labels, minlength=len(dataset.classes))
+    missing = (sizes == 0).nonzero().flatten().tolist()
+    if missing:
+        classes = "class" if len(missing) == 1 else "classes"
+        few = f"{len(missing)} {classes}, such as {dataset.classes[missing[0]]}"
+        print(f"note     no {what} image of {few}")
+    if what == "test" and len(images) < FEW:
+        count = counted(len(images), "test image")
+        print(f"note     {count}: each is {100 / len(images):.3g} points of accuracy")
+
+
+def describe_copies(dataset: data.Dataset) -> None:
+    """Print warnings of copies of a photo: in train and in test, and in two classes."""
+    if not dataset.sums:
+        return
+    copies = data.find_copies(dataset)
+    trained = set(dataset.train.names)
+    tested = set(dataset.test.names)
+    label_of = dict(zip(dataset.everything.names, dataset.everything.labels.tolist(), strict=True))
+    in_both = [pair for pair in copies if pair[0] in tested and pair[1] in trained]
+    if in_both:
+        count = f"{len(in_both)} of {len(tested):,} test images"
+        print(f"warning  {count} are training images too, such as {' and '.join(in_both[0])}")
+    contrary = [pair for pair in copies if label_of[pair[0]] != label_of[pair[1]]]
+    if contrary:
+        photos = counted(len(contrary), "photo")
+        print(f"warning  {photos} in two classes, such as {' and '.join(contrary[0])}")
 
 
 def describe_classes(run: Run) -> None:
@@ -2238,8 +2375,8 @@ def describe_classes(run: Run) -> None:
     few = int(sizes.argmin())
     many = int(sizes.argmax())
     classes = run.dataset.classes
-    text = f"from {sizes[few]:,} training images ({classes[few]}) to {sizes[many]:,} "
-    text += f"({classes[many]})"
+    text = f"from {counted(int(sizes[few]), 'training image')} ({classes[few]}) to "
+    text += f"{sizes[many]:,} ({classes[many]})"
     if run.options.class_weights:
         text += ", weighted by the inverse of their sizes"
     else:
@@ -2407,9 +2544,14 @@ def conclude(run: Run) -> None:
         if state.rows:
             draw_curves(state.rows, state.chosen_epoch, curves)
         draw_mistakes(run, mistakes)
-    if state.first_epoch > 1 and list(run.folder.glob("*.onnx")):
-        print(f"note     the .onnx files in {run.folder} are of fewer epochs; export again")
-    print(f"next     python export.py {shlex.quote(str(run.folder))}")
+    swappable = run.folder.with_name(f"{run.folder.name}.onnx_adapter")
+    exported = [*run.folder.glob("*.onnx"), *filter(Path.exists, [swappable])]
+    if state.first_epoch > 1 and exported:
+        print(f"note     {exported[0]} is of fewer epochs; export again")
+    script = Path(__file__).with_name("export.py")
+    if script.parent == Path.cwd():
+        script = script.name
+    print(f"next     python {shlex.join([str(script), str(run.folder)])}")
 
 
 @dataclass
@@ -2513,7 +2655,7 @@ def can_draw(*paths: Path) -> bool:
         import matplotlib.image  # noqa: F401 - it needs Pillow
     except ImportError:
         names = ", ".join(map(str, paths))
-        print(f"pictures {names} left out; to have them: pip install matplotlib")
+        print(f"pictures {names} left out; to have them in later runs: pip install matplotlib")
         return False
     return True
 
@@ -2850,6 +2992,7 @@ def evaluate_again(options: argparse.Namespace) -> None:
 
 def predict_photos(options: argparse.Namespace) -> int:
     """--predict: label photos. Returns the exit status, 1 if one couldn't be read."""
+    data.import_pillow()  # one error, instead of one for each photo
     model = open_classifier(options)
     others = []
     photos = data.find_photos(options.predict[1:], others)
@@ -2872,8 +3015,7 @@ def predict_photos(options: argparse.Namespace) -> int:
         print(data.printable(text), flush=True)
         data.progress("photo", number + 1, len(photos), started)
     if options.csv:
-        header = ("file", "prediction", "probability", "runner-up")
-        write_csv(Path(options.csv).resolve(), header, rows)
+        write_csv(Path(options.csv).resolve(), LABELS_HEADER.split(","), rows)
         print(f"saved    {options.csv}", file=sys.stderr)
     return 0 if len(rows) == len(photos) else 1
 

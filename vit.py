@@ -832,7 +832,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .safetensors or .pth file in it")
     if not path.is_file():
-        raise ValueError(f"no weights at {path}; say where they are by --weights FILE")
+        raise ValueError(f"no weights at {path}; give the file's path (train.py: by --weights)")
     index = re.sub(r"-\d+-of-\d+\.safetensors$", ".safetensors.index.json", str(path))
     if index != str(path) and Path(index).is_file():
         raise ValueError(f"{path} is one part of several; give {index}")
@@ -854,7 +854,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         ) from error
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
-            f"{path} is damaged or cut short ({first_line(error)}); delete it and fetch it again"
+            f"{path} is damaged or cut short, or no file of weights ({first_line(error)}); "
+            "fetch it again, or give another file"
         ) from error
     return choose_tensors(content, path, meta)
 
@@ -1624,6 +1625,7 @@ def load(
         others = translated.kernel_heads - {config.heads}
         if others:
             raise ValueError(f"its kernels have {min(others)} heads, not {config.heads}")
+        check_shape(translated.tensors, name)
         found = take_tensors(translated.tensors, config, head)
         # Meta tensors need no memory or random numbers; one left unfilled can't be used by mistake.
         with torch.device("meta"):
@@ -1651,6 +1653,17 @@ def check_given(
             f'{path} is the name of a backbone; give its file too: vit.load({file}, name="{path}")'
         )
     read_norm({"image_mean": mean, "image_std": std})
+
+
+def check_shape(found: dict[str, Tensor], name: str) -> None:
+    """Raise a ValueError for tensors of another backbone's shape than the named one's."""
+    try:
+        shape = shape_of(infer_config(found, eps=0, heads=1))
+    except (ValueError, LookupError, ArithmeticError):
+        return  # `fill` says what is wrong
+    alike = [other for other, each in BACKBONES.items() if shape_of(each.config) == shape]
+    if name and alike and name not in alike:
+        raise ValueError(f"its shape is that of {', '.join(alike)}, not of {name}")
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
@@ -2110,8 +2123,9 @@ def describe_guesses(backbone: Backbone) -> list[str]:
     shape = shape_of(backbone.config)
     alike = [name for name, each in BACKBONES.items() if shape_of(each.config) == shape]
     if lines and alike:
-        names = ", ".join(alike)
-        lines.append(f"shape    that of {names}; --backbone NAME states what is guessed")
+        names = [f"{name} ({whose_norm(BACKBONES[name].norm[0])})" for name in alike]
+        text = f"{', '.join(names)}; --backbone NAME states what is guessed"
+        lines.append(f"shape    that of these, each with its normalisation: {text}")
     return lines
 
 

@@ -528,15 +528,21 @@ def test_a_folder_beside_train_that_can_not_be_read(photos, monkeypatch):
 
 
 def test_copies_in_the_test_set(photos):
-    """Identical files in train and test are counted; files whose checksums collide are not."""
+    """Identical files are found, each with the first one; files whose checksums collide are not."""
     root = photos.parent / "parts"
     for part in ("train", "val", "test"):
         shutil.copytree(photos, root / part)
     for path in sorted(root.glob("test/*/*.png"))[1:]:
         path.write_bytes(path.read_bytes() + b"x")
     found = data.read(str(root), image_size=14)
-    assert data.count_copies(found) == 1
-    assert data.count_copies(replace(found, sums=dict.fromkeys(found.sums, "00000001"))) == 0
+    copies = data.find_copies(found)
+    assert all(first.startswith("train/") for _, first in copies)
+    assert [name for name, _ in copies if name.startswith("test/")] == ["test/apple/00.png"]
+    assert len(copies) == 61  # 60 in val
+    collided = replace(found, sums=dict.fromkeys(found.sums, "00000001"))
+    assert data.find_copies(replace(collided, train=collided.train[:1], val=None)) == [
+        ("test/apple/00.png", "train/apple/00.png")
+    ]
 
 
 def test_a_photo_that_would_start_another_program(tmp_path):
@@ -581,7 +587,7 @@ def test_data_one_level_down(photos):
     root = photos.parent / "around"
     root.mkdir()
     shutil.copytree(photos, root / "Data")
-    with pytest.raises(ValueError, match="1 class folders; .*do you mean .*around/Data"):
+    with pytest.raises(ValueError, match="are needed, .*around has 1; do you mean .*around/Data"):
         data.read(str(root))
     (root / "__MACOSX").mkdir()
     with pytest.raises(ValueError, match="no images in .*__MACOSX; do you mean .*around/Data"):
@@ -645,21 +651,25 @@ def test_two_folders_that_read_alike(photos):
 
 
 def test_classes_must_be_the_same(photos):
-    """The error names a class that train has and test lacks."""
+    """The error names a class that train has and test lacks, or the other way round."""
     root = photos.parent / "parts"
     root.mkdir()
     photos.rename(root / "train")
     for name in ("apple", "leaf"):
         shutil.copytree(root / "train" / name, root / "test" / name)
-    message = "test and .*train don't have the same classes: sky"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="test lacks classes that .*train has: sky; add photos"):
         data.read(str(root))
+    (root / "train" / "sky").rename(root / "test" / "sky")
+    with pytest.raises(ValueError, match="test has classes that .*train lacks: sky; remove them"):
+        data.read(str(root))
+    with pytest.raises(ValueError, match="sky has 0; do you mean .*/parts/test, the folder around"):
+        data.read(str(root / "test" / "sky"))
 
 
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("data", "0 class folders; at least 2"),
+        ("data", "at least 2 class folders are needed, .*data has 0$"),
         ("data/test/a", "has test but no train folder"),
     ],
 )

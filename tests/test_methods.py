@@ -698,8 +698,8 @@ def test_sweep_over_ranks(run, tiny_weights, tmp_path):
 def test_grid(run, tiny_weights, tmp_path):
     """Placements and inits are combined with each other; a method without them runs once."""
     common = ["--weights", tiny_weights, "--epochs", 1, "--limit", 60, "--name", "g"]
-    grid = ["--blocks", "first1", "last1", "--init", "zero,small"]
-    out = run(*common, "--method", "adaptertune", "head", *grid)
+    grid = ["--blocks", "first1", "last1", "--init", "zero", "small"]
+    out = run(*common, "--method", "adaptertune,head", *grid)
     assert len(accuracies_on_test(out)) == 5
     folders = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()}
     assert folders == {
@@ -710,10 +710,10 @@ def test_grid(run, tiny_weights, tmp_path):
         "g-head",
     }
     assert [row["label"] for row in read_csv(tmp_path / "runs/g-comparison.csv")] == [
-        "adaptertune blocks [0] zero",
-        "adaptertune blocks [0] small",
-        "adaptertune blocks [-1] zero",
-        "adaptertune blocks [-1] small",
+        "adaptertune blocks 0 zero",
+        "adaptertune blocks 0 small",
+        "adaptertune blocks -1 zero",
+        "adaptertune blocks -1 small",
         "head",
     ]
     tensors = load_file(tmp_path / "runs/g-adaptertune-blocks--1-small/adapters.safetensors")
@@ -771,7 +771,8 @@ def test_without_matplotlib_pictures_are_left_out(run, tiny_weights, tmp_path):
         "runs/p-s0/test-features.svg, runs/p-s0/test-confusion.svg",
     ]
     expected = [
-        f"pictures {each} left out; to have them: pip install matplotlib" for each in left_out
+        f"pictures {each} left out; to have them in later runs: pip install matplotlib"
+        for each in left_out
     ]
     assert lines == expected
     assert not list(tmp_path.rglob("*.svg"))

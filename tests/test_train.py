@@ -26,6 +26,7 @@ import data
 import train
 import vit
 
+EXPORT = shlex.quote(str(ROOT / "export.py"))
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 
@@ -103,7 +104,7 @@ def test_what_a_run_says(run, tiny_weights, tmp_path):
     assert re.search(chosen, out, re.M)
     cost = r"^cost     \d+:\d\d training, \d+:\d\d evaluation, peak \d+\.\d GiB$"
     assert re.search(cost, out, re.M)
-    assert out.endswith("next     python export.py runs/digits-adaptertune-r8-n200-s0\n")
+    assert out.endswith(f"next     python {EXPORT} runs/digits-adaptertune-r8-n200-s0\n")
 
 
 def test_what_is_guessed_is_said(run, tmp_path):
@@ -663,7 +664,8 @@ def test_skipped_files_are_counted(run, photos, tiny_weights):
 
 
 def test_test_images_that_were_trained_on(run, photos, tiny_weights):
-    """Copies of training photos in test/ are counted in a warning."""
+    """Copies of training photos in test/ are counted in a warning, and so are photos that are in
+    two classes; each warning names a pair."""
     parts = photos.parent / "parts"
     shutil.copytree(photos, parts / "train")
     for name in ("apple", "leaf", "sky"):
@@ -672,8 +674,64 @@ def test_test_images_that_were_trained_on(run, photos, tiny_weights):
         (parts / "train" / name / "01.png").rename(parts / "test" / name / "moved.png")
     out = run("--dataset", parts, *quick(tiny_weights, "--limit", 0, "--epochs", 1))
     # A tenth of train went to val, so perhaps not all three copies are trained on.
-    (copies,) = re.findall("warning  (\\d) of 6 test images are training images too", out)
+    found = "warning  (\\d) of 6 test images are training images too, such as (\\S+) and (\\S+)\n"
+    ((copies, one, other),) = re.findall(found, out)
     assert 1 <= int(copies) <= 3
+    assert (parts / one).read_bytes() == (parts / other).read_bytes()
+    assert "in two classes" not in out
+
+    shutil.copy(parts / "test/apple/other.png", parts / "test/leaf/odd.png")
+    train.read_dataset.cache_clear()
+    out = run("--dataset", parts, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "b"))
+    pair = "test/leaf/odd.png and train/apple/00.png"
+    assert f"warning  1 photo in two classes, such as {pair}\n" in out
+
+
+def test_few_test_images(run, photos, tiny_weights):
+    """A note says what one of few test images counts for, and which class has none."""
+    for photo in sorted((photos / "sky").iterdir())[1:]:
+        photo.unlink()
+    out = run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1))
+    assert "note     8 test images: each is 12.5 points of accuracy\n" in out
+    assert "note     no test image of 1 class, such as sky\n" in out
+    assert "points of accuracy" not in run(*quick(tiny_weights, "--epochs", 1, "--name", "b"))
+
+
+def test_photos_that_came_since(run, photos, tiny_weights):
+    """A finished run that is kept says how many photos of its folder it doesn't know."""
+    command = ["--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1)]
+    run(*command)
+    assert "came since then" not in run(*command)
+    shutil.copy(photos / "sky/00.png", photos / "sky/new.png")
+    shutil.copy(photos / "sky/01.png", photos / "sky/newer.png")
+    note = "note     2 photos came since then, such as sky/new.png; a run with another --name"
+    assert f"{note} trains on all\n" in run(*command)
+    shutil.rmtree(photos)
+    assert "came since then" not in run(*command)
+
+
+def test_files_that_were_moved(run, photos, tiny_weights, tmp_path):
+    """--resume continues a run whose photos and weights are elsewhere now, unless they are others.
+    Nothing is trained again."""
+    weights = shutil.copy(tiny_weights, tmp_path / "w.safetensors")
+    options = ["--limit", 0, "--epochs", 2, "--batch", 8, "--name", "a"]
+    run("--dataset", photos, "--weights", weights, *options)
+    before = load_file(tmp_path / "runs/a/adapters.safetensors")
+    mine = shutil.move(photos, tmp_path / "mine")
+    other = shutil.move(weights, tmp_path / "other.safetensors")
+    train.read_dataset.cache_clear()
+    command = ["--dataset", mine, "--weights", other, *options, "--epochs", 3]
+    assert "other options (dataset " in run(*command, status=1)
+    out = run(*command, "--resume")
+    assert "more     1 epoch from the weights of epoch" in out
+    assert load_file(tmp_path / "runs/a/adapters.safetensors").keys() == before.keys()
+    assert "kept" in run(*command)
+
+    (tmp_path / "other.safetensors").unlink()
+    write_tiny(tmp_path / "third.safetensors", seed=1)
+    command = ["--dataset", mine, "--weights", tmp_path / "third.safetensors", *options]
+    error = run(*command, "--epochs", 4, "--resume", status=1)
+    assert "the adapters were trained on w (" in error or "on another backbone" in error
 
 
 def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
@@ -692,7 +750,10 @@ def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
     shutil.copy(some, photos / "sky" / "znew.png")
     train.read_dataset.cache_clear()
     out = run("--eval", "runs/a")
-    assert "split    left out: 2 images that runs/a/split.json doesn't list" in out
+    left_out = (
+        "split    left out: 2 images that runs/a/split.json doesn't list; another --name uses"
+    )
+    assert f"{left_out} them\n" in out
     assert f"test     {accuracy} %" in out
 
     train.read_dataset.cache_clear()
@@ -921,7 +982,10 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     capsys.readouterr()
     for command, message in (
         (["--predict", "runs/a"], "give photos or folders to label"),
-        (["--predict", "gone.jpg", "other.jpg"], "no finished run there"),
+        (["--predict", "gone.jpg", "other.jpg"], "no finished run there; give runs/NAME first"),
+        (["--predict", "a", "other.jpg"], "no finished run there; do you mean runs/a?; give"),
+        (["--predict", "runs/a/config.json", "x.jpg"], "there; do you mean runs/a?; give"),
+        (["--predict", "runs/a", "x.jpg", "--csv", "runs/a/README.md"], "is no table of labels"),
         (["--predict", "runs/a", "x.jpg", "--eval", "runs/a"], "exclude each other; give one"),
         (["--predict", "runs/a", "x.jpg", "--csv", "nowhere/x.csv"], "in a folder that exists"),
         (["--predict", "runs/a", "x.jpg", "--csv", "runs"], "give a file in a folder that exists"),
@@ -1062,6 +1126,31 @@ def test_a_picture_without_mistakes_goes(run, tiny_weights, tmp_path):
     opened.predictions["test"].best = opened.predictions["test"].labels
     train.draw_mistakes(opened, tmp_path / "runs/a/mistakes.png")
     assert not (tmp_path / "runs/a/mistakes.png").exists()
+
+
+def test_added_epochs_do_not_replace_better_weights(run, tiny_weights, tmp_path):
+    """Epochs that are added to a run are kept only if validation is as good as before."""
+    command = quick(tiny_weights, "--epochs", 3, "--name", "a")
+    run(*command)
+    before = load_file(tmp_path / "runs/a/adapters.safetensors")
+    result = json.loads((tmp_path / "runs/a/result.json").read_text())
+    path = tmp_path / "runs/a/result.json"
+    path.write_text(json.dumps(result | {"val_accuracy": 100.0}))
+    out = run(*command, "--epochs", 4, "--resume")
+    assert f"(epoch {result['epoch']}, chosen on val" in out
+    after = load_file(tmp_path / "runs/a/adapters.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_run_with_fewer_epochs_is_meant(run, tiny_weights):
+    """--resume with too few epochs says so, although an unfinished run has the next number."""
+    command = quick(tiny_weights, "--epochs", 2)
+    run(*command)
+    run(*command, "--dropout", 0.2)
+    folder = Path("runs/digits-adaptertune-r8-n200-s0-2")
+    (folder / "state.pt").touch()
+    error = run(*command, "--epochs", 1, "--resume", status=1)
+    assert "n200-s0 has epochs 2, not 1; give --resume more epochs" in error
 
 
 def test_more_epochs_that_were_cut_at_once(run, tiny_weights, tmp_path):
@@ -1310,7 +1399,7 @@ def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
     different = run(*arguments, "--resume", "--rank", 4, status=1)
     assert "holds a run with other options" in different
     unfinished = run("--eval", "runs/cut", status=1)
-    assert "no adapters at runs/cut/adapters.safetensors; give the folder of a" in unfinished
+    assert unfinished == "error: runs/cut holds an unfinished run; continue it with --resume\n"
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -1424,10 +1513,12 @@ def test_without_matplotlib(run, tiny_weights, tmp_path, monkeypatch):
     """Without matplotlib, a run ends well, says once what is left out, and writes no picture."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = run(*quick(tiny_weights, "--name", "a"))
-    left_out = "pictures runs/a/curves.svg, runs/a/mistakes.png left out; to have them: pip install"
-    assert re.findall("^pictures.*", out, re.M) == [f"{left_out} matplotlib"]
+    left_out = (
+        "pictures runs/a/curves.svg, runs/a/mistakes.png left out; to have them in later runs"
+    )
+    assert re.findall("^pictures.*", out, re.M) == [f"{left_out}: pip install matplotlib"]
     assert out.count("matplotlib") == 1
-    assert out.endswith("next     python export.py runs/a\n")
+    assert out.endswith(f"next     python {EXPORT} runs/a\n")
     names = {"adapters.safetensors", "metrics.csv", "config.json", "result.json", "split.json"}
     names |= {"predictions.csv", "README.md"}
     assert {path.name for path in (tmp_path / "runs/a").iterdir()} == names
@@ -1445,7 +1536,7 @@ def test_a_process_without_pillow_and_matplotlib(tiny_weights, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("left out; to have them: pip install matplotlib\n") == 1
+    assert done.stdout.count("to have them in later runs: pip install matplotlib\n") == 1
     assert list(tmp_path.rglob("*.svg")) == []
 
 
@@ -1494,7 +1585,10 @@ def lacking(folder, tiny):
 
 WRONG_USAGE = [
     (["--backbone", "vit_s17"], "argument --backbone: invalid choice: 'vit_s17' .*vit_s16"),
-    (["--method", "lora"], "argument --method: invalid choice: 'lora' .*adaptertune.*head.*full"),
+    (["--method", "lora"], "argument --method: 'lora': choose adaptertune, .*head.*full"),
+    (["--method", "head,head"], "argument --method: head is given twice"),
+    (["--epoch", "1"], "unrecognized arguments: --epoch 1; do you mean --epochs\\?"),
+    (["--weights", "vit_s16"], "--weights takes a file; give --backbone vit_s16"),
     (["--init", "ones"], "--init ones: choose zero, small or a file with adapters"),
     (["--batch", "0"], "argument --batch: 0 is not between 1 and 1,000,000,000"),
     (["--epochs", "0"], "--epochs 0 trains nothing; it is for --init-lora"),
@@ -1668,10 +1762,21 @@ def test_a_name_that_is_not_utf8(run, photos, tiny_weights, tmp_path):
     assert json.loads(result.read_text())["classes"][1] == "caf\ufffd"
 
 
-def test_the_next_command_is_quoted(run, tiny_weights, monkeypatch):
-    """A name with a space is quoted in the next command, which can be pasted into a shell."""
+def test_the_next_command(run, tiny_weights, tmp_path, monkeypatch):
+    """The next command can be pasted into a shell: it says where export.py is, unless it is in the
+    current folder, and a name with a space is quoted."""
     out = run(*quick(tiny_weights, "--epochs", 1, "--name", "two words"))
-    assert "next     python export.py 'runs/two words'\n" in out
+    assert f"next     python {EXPORT} 'runs/two words'\n" in out
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    out = run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    assert "next     python export.py runs/a\n" in out
+
+
+def test_a_backbone_that_is_no_clip(run):
+    """CLIP's methods without a CLIP are refused before anything is downloaded."""
+    for backbone in ([], ["--backbone", "deit_s16"]):
+        error = run("--method", "zero-shot", *backbone, status=2)
+        assert "--method zero-shot needs a CLIP as --backbone: clip_b32, " in error
 
 
 def test_bad_photos(run, photos, tiny_weights, tmp_path):
@@ -1797,6 +1902,7 @@ DIGITS = {
     "dropout": 0.0,
 }
 ADAPTFORMER = {"rank": 64, "lr": 1e-2, "reads": "raw", "act": "relu", "init": "zero", "scale": 0.1}
+CLIP = ["--backbone", "clip_b16"]
 CLIP_ADAPTER = {"rank": 0, "ratio": 0.2, "text_ratio": 0.0, "learn_ratio": False, "cached": True}
 CLIP_ADAPTER["label_smoothing"] = 0.0
 
@@ -1818,8 +1924,8 @@ CLIP_ADAPTER["label_smoothing"] = 0.0
         (["--method", "head", "--lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--scratch"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--method", "vpt"], {"prompts": 10, "deep": True}),
-        (["--method", "clip-adapter"], CLIP_ADAPTER | {"classifier": "text"}),
-        (["--method", "zero-shot"], {"classifier": "text"}),
+        (["--method", "clip-adapter", *CLIP], CLIP_ADAPTER | {"classifier": "text"}),
+        (["--method", "zero-shot", *CLIP], {"classifier": "text"}),
     ],
 )
 def test_the_stated_defaults_are_in_force(arguments, expected):
@@ -1840,8 +1946,8 @@ def test_the_stated_defaults_are_in_force(arguments, expected):
         ([], 500, {"epochs": 30}),
         ([], 20, {"epochs": 30}),
         (["--method", "head", "--cached"], 20, {"epochs": 100}),
-        (["--method", "clip-adapter"], 45_000, {"epochs": 100}),
-        (["--method", "zero-shot"], 20, {"epochs": 0}),
+        (["--method", "clip-adapter", "--backbone", "clip_b16"], 45_000, {"epochs": 100}),
+        (["--method", "zero-shot", "--backbone", "clip_b16"], 20, {"epochs": 0}),
         (
             ["--epochs", "3", "--batch", "7", "--min-scale", "1"],
             20,

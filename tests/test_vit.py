@@ -1293,7 +1293,8 @@ def test_description_of_guesses(run, tmp_path):
     lines = [f"{guess}: {why}: {option}" for guess, option in expected.items()]
     assert described["guessed"] == lines
     assert described["shape"] == [
-        "that of vit_ti16, deit_ti16; --backbone NAME states what is guessed"
+        "that of these, each with its normalisation: vit_ti16 (Inception), deit_ti16 (ImageNet); "
+        "--backbone NAME states what is guessed"
     ]
     assert described["heads"] == ["3 (guessed)"]
     assert described["pixels"] == ["mean 0.485 0.456 0.406, std 0.229 0.224 0.225 (guessed)"]
@@ -1306,7 +1307,7 @@ def test_description_of_guesses(run, tmp_path):
     assert described["heads"] == ["6 (config.json)"]
     assert described["pixels"][0].endswith(" (config.json, guessed)")
     assert described["guessed"] == [f"ImageNet's std: {why}: --std"]
-    assert described["shape"][0].startswith("that of vit_ti16, deit_ti16;")
+    assert described["shape"][0].startswith("that of these, ")
 
     stated["image_std"] = [0.5] * 3
     (tmp_path / "config.json").write_text(json.dumps(stated))
