@@ -2323,8 +2323,11 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
     if options.limit:
         text += " (--limit: a quick look, not the data set's result)"
     print(text)
-    describe_part(images, images.val, "validation")
-    describe_part(images, images.test, "test")
+    describe_missing(images.classes, images.val, "validation")
+    describe_missing(images.classes, images.test, "test")
+    if len(images.test) < FEW:
+        count = counted(len(images.test), "test image")
+        print(f"note     {count}: each is {100 / len(images.test):.3g} points of accuracy")
     if options.dataset in data.DATASETS and Path(options.dataset).is_dir():
         print(f"note     that is the built-in set; the folder of this name is ./{options.dataset}")
     if images.skipped:
@@ -2336,19 +2339,14 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
     describe_copies(images)
 
 
-def describe_part(dataset: data.Dataset, images: data.Images, what: str) -> None:
-    """Print a note if a part has no images of some classes, or too few images to measure well."""
-    if not len(images):
-        return
-    sizes = torch.bincount(images.labels, minlength=len(dataset.classes))
+def describe_missing(classes: list[str], images: data.Images, what: str) -> None:
+    """Print a note if a part, unless it is empty, has no images of some classes."""
+    sizes = torch.bincount(images.labels, minlength=len(classes))
     missing = (sizes == 0).nonzero().flatten().tolist()
-    if missing:
-        classes = "class" if len(missing) == 1 else "classes"
-        few = f"{len(missing)} {classes}, such as {dataset.classes[missing[0]]}"
-        print(f"note     no {what} image of {few}")
-    if what == "test" and len(images) < FEW:
-        count = counted(len(images), "test image")
-        print(f"note     {count}: each is {100 / len(images):.3g} points of accuracy")
+    if len(images) and missing:
+        noun = "class" if len(missing) == 1 else "classes"
+        example = classes[missing[0]]
+        print(f"note     no {what} image of {len(missing)} {noun}, such as {example}")
 
 
 def describe_copies(dataset: data.Dataset) -> None:
