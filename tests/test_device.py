@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
@@ -244,17 +245,24 @@ def test_packages_are_absent(python):
 
 
 def test_heic_without_its_package(python, run_export, absent, tmp_path):
-    """Without pillow-heif, HEIC photos are skipped, and a line says what to install."""
+    """Without pillow-heif, HEIC photos are skipped, whatever their names, and a line says what to
+    install. A JPEG is labelled, and a text is no photo, even if its name ends in .HEIC."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx")
-    for name in ("a.heic", "b.heif", "c.hif"):
+    names = ("a.heic", "b.heif", "c.hif", "d.jpg", "e")
+    for name in names:
         (tmp_path / name).write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
+    (tmp_path / "f.HEIC").write_bytes(Path("odd/dark, large.jpg").read_bytes())
+    (tmp_path / "g.HEIC").write_text("no photo")
     (absent / "pillow_heif.py").write_text("raise ImportError")
     done = python(LABEL, tmp_path / "model.onnx", tmp_path, "odd/dark.bmp")
     (absent / "pillow_heif.py").unlink()
     assert done.returncode == 1
-    reason = "HEIC needs a package to be decoded: pip install pillow-heif"
-    assert done.stderr.count(reason) == 3
-    assert "odd/dark.bmp  " in done.stdout
+    *heic, last = done.stderr.splitlines()
+    advice = "HEIC needs a package to be decoded: pip install pillow-heif"
+    assert heic == [f"skipped {tmp_path / name}: {advice}" for name in names]
+    assert last.startswith(f"skipped {tmp_path / 'g.HEIC'}: cannot identify image file")
+    labelled = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert labelled == [str(tmp_path / "f.HEIC"), "odd/dark.bmp"]
 
 
 def test_photos_differ(odd_photos):
@@ -352,18 +360,32 @@ def test_adapters_that_do_not_fit(swappable, run_export, label, tmp_path):
     error = label(backbone, "--adapter", swappable / "third.onnx_adapter", photo, status=1)
     message = (
         r"third.onnx_adapter is for\.[0-9a-f]{16}\.16px\.block\.gelu; "
-        r"the model takes for\.[0-9a-f]{16}\.32px\.block\.gelu$"
+        r"\S+/backbone.onnx takes for\.[0-9a-f]{16}\.32px\.block\.gelu; "
+        r"give the backbone.onnx that was exported with this adapter$"
     )
     assert re.search(message, error)
 
     export.save_adapter({"weight": np.zeros(3, np.float32)}, tmp_path / "else.onnx_adapter")
     error = label(backbone, "--adapter", tmp_path / "else.onnx_adapter", photo, status=1)
-    assert "else.onnx_adapter is for another program; the model takes for." in error
+    assert "else.onnx_adapter is another program's; give an adapter of export.py --swap" in error
 
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     arguments = ["--adapter", swappable / "photos.onnx_adapter", photo]
     error = label(tmp_path / "model.onnx", *arguments, status=1)
-    assert "the model takes no adapters" in error
+    advice = "give the backbone.onnx that was exported with this adapter"
+    assert f"{tmp_path / 'model.onnx'} takes no adapters; {advice}" in error
+
+
+def test_adapter_as_the_model(swappable, label, tmp_path):
+    """An adapter given in place of the graph is recognised by its content, and a line says how to
+    use it."""
+    adapter = tmp_path / "renamed.onnx"
+    adapter.write_bytes((swappable / "photos.onnx_adapter").read_bytes())
+    usage = f"label.py backbone.onnx --adapter {adapter} photo.jpg"
+    error = label(adapter, "odd/dark.bmp", status=1)
+    assert error == f"error: {adapter} is an adapter; use it so: {usage}\n"
+    backbone = swappable / "backbone.onnx"
+    assert label(adapter, "--adapter", backbone, "odd/dark.bmp", status=1) == error  # exchanged
 
 
 def test_adapter_with_damaged_metadata(swappable, label, tmp_path):
@@ -384,20 +406,46 @@ def test_backbone_without_adapter(swappable, label):
     assert "backbone.onnx has no class names; give the task's --adapter" in error
 
 
-@pytest.mark.parametrize("name", ["gone.onnx_adapter", "odd/dark.bmp", "."])
-def test_files_that_are_no_adapter(swappable, label, name):
-    """An adapter that is missing, of another kind or a folder gives one line with its name."""
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.onnx_adapter", "there is no file gone.onnx_adapter"),
+        ("odd/dark.bmp", "odd/dark.bmp isn't an adapter that onnxruntime can read; give an .onnx_"),
+        ("swappable/backbone.onnx", "backbone.onnx isn't an adapter that onnxruntime can read"),
+        ("odd", "odd is a folder without an .onnx_adapter; export.py writes one"),
+        ("swappable", "swappable is a folder; give swappable/digits.onnx_adapter or swappable/p"),
+    ],
+)
+def test_files_that_are_no_adapter(swappable, label, name, message):
+    """An adapter that is missing, of another kind or a folder gives one line that says which, and
+    what to give."""
     error = label(swappable / "backbone.onnx", "--adapter", name, "odd/dark.bmp", status=1)
-    assert name in error
+    assert message in error
 
 
 # ----------------------------------------------------------------------------------- other errors
 
 
-@pytest.mark.parametrize("name", ["gone.onnx", "odd/dark.bmp", "."])
-def test_files_that_are_no_graph(label, name):
-    """A graph that is missing, of another kind or a folder gives one line with its name."""
-    assert name in label(name, "odd/dark.bmp", status=1)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.onnx", "there is no file gone.onnx"),
+        ("odd/dark.bmp", "odd/dark.bmp isn't an .onnx that onnxruntime can load ("),
+        ("runs/photos", "runs/photos is a folder without an .onnx; export.py writes one"),
+    ],
+)
+def test_files_that_are_no_graph(label, name, message):
+    """A graph that is missing, of another kind or a folder gives one line that says which."""
+    assert message in label(name, "odd/dark.bmp", status=1)
+
+
+def test_folder_as_the_model(label, tmp_path):
+    """For a folder in place of the graph, the graphs in it are named, without hidden ones."""
+    for name in ("model.onnx", "model-int8.onnx", "._model.onnx", "labels.txt"):
+        (tmp_path / name).write_text("")
+    error = label(tmp_path, "odd/dark.bmp", status=1)
+    names = f"{tmp_path / 'model-int8.onnx'} or {tmp_path / 'model.onnx'}"
+    assert error == f"error: {tmp_path} is a folder; give {names}\n"
 
 
 def test_graphs_that_give_no_labels(run_export, label, tmp_path):
@@ -575,18 +623,59 @@ def test_warnings_of_pillow_are_not_shown(run_export, label, tmp_path):
 
 
 def test_folders_of_photos(run_export, label, tmp_path):
-    """The photos below a folder are labelled in order of their names; other files are ignored."""
+    """The photos below a folder are labelled in order of their names; other files are ignored, and
+    hidden ones, such as macOS's ._d.jpg."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
     folder = tmp_path / "folder"
     (folder / "b").mkdir(parents=True)
     image = Image.new("RGB", (32, 32))
-    paths = [folder / "a.PNG", folder / "b/b.webp", folder / "c.jpg"]
-    for path in reversed(paths):
-        image.save(path)
+    forms = {"a.PNG": "PNG", "b/b.webp": "WEBP", "c": "JPEG", "d.jpg": "JPEG", "save.jfif": "JPEG"}
+    for name in reversed(forms):
+        image.save(folder / name, forms[name])
     (folder / "notes.txt").write_text("no photo")
+    (folder / "._d.jpg").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     out = label(tmp_path / "model.onnx", "odd/dark.bmp", folder)
     shown = [line.split("  ")[0] for line in out.splitlines()]
-    assert shown == ["odd/dark.bmp", *map(str, paths)]
+    assert shown == ["odd/dark.bmp", *(str(folder / name) for name in forms)]
+
+
+def test_folder_without_photos(run_export, python, tmp_path):
+    """A folder without photos is skipped with one line that says so."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
+    done = python(LABEL, tmp_path / "model.onnx", tmp_path, "odd/dark.bmp")
+    assert done.returncode == 1
+    assert done.stderr == f"skipped {tmp_path}: a folder without photos\n"
+    assert done.stdout.startswith("odd/dark.bmp  ")
+
+
+def test_what_is_a_photo():
+    """label.py's copies of data.py's constants are up to date."""
+    label = runpy.run_path(str(LABEL))
+    for name in ("PHOTOS", "FORMATS", "BEGINNINGS", "HEIC"):
+        assert label[name] == getattr(data, name)
+
+
+def test_photos_in_folders_are_those_of_data(tmp_path):
+    """In a folder label.py finds the same photos as data.py, in the same order."""
+    contents = {f"a{suffix}": b"" for suffix in data.PHOTOS}
+    contents |= {f"B{suffix.upper()}": b"" for suffix in data.PHOTOS}
+    contents |= dict.fromkeys(("notes.txt", "a.jpg.part", "empty", ".a.jpg", "._a.jpg"), b"")
+    contents |= {"jpeg": b"\xff\xd8\xff\xe0", "heic": b"\0\0\0\x24ftypheic", "text": b"no photo"}
+    for place in ("", "sub", "sub/sub", "sub b", ".hidden", "sub/.hidden", "folder.jpg"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        for name, content in contents.items():
+            (tmp_path / place / name).write_bytes(content)
+    (tmp_path / "empty.png").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "sub")
+    (tmp_path / "linked.jpg").symlink_to(tmp_path / "a.jpg")
+    (tmp_path / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe")
+
+    expected = data.find_photos([tmp_path])
+    assert len(expected) == 5 * (2 * len(data.PHOTOS) + 2) + 1
+    label = runpy.run_path(str(LABEL))
+    assert list(label["find_photos"]([str(tmp_path)])) == expected
 
 
 def test_nobody_reads_on(run_export, work, tmp_path):
@@ -609,6 +698,20 @@ def test_wrong_usage(python):
     assert "error: the following arguments are required: photo" in done.stderr
 
 
+@pytest.mark.parametrize("package", ["PIL", "onnxruntime", "numpy"])
+def test_without_packages(python, absent, package):
+    """Without a package that it needs, label.py prints its help, and else what to install."""
+    message = f"there is no {package} here"
+    (absent / f"{package}.py").write_text(f"raise ImportError({message!r})")
+    shown = python(LABEL, "--help")
+    done = python(LABEL, "model.onnx", "odd/dark.bmp")
+    (absent / f"{package}.py").unlink()
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("usage: label.py ")
+    assert done.returncode == 1
+    assert done.stderr == f"error: {message}; pip install onnxruntime pillow\n"
+
+
 def test_postscript_by_another_name(run_export, python, tmp_path):
     """PostScript named .png isn't passed to Ghostscript, and a named pipe isn't waited for."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx", "--images", 8)
@@ -619,4 +722,4 @@ def test_postscript_by_another_name(run_export, python, tmp_path):
     assert done.returncode == 1
     first, second = done.stderr.splitlines()
     assert "evil.png: cannot identify image file" in first
-    assert "pipe.png: no file" in second
+    assert "pipe.png: a pipe or a device, not a file" in second

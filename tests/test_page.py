@@ -8,19 +8,26 @@ onnxruntime-web.
 import html
 import json
 import re
+import shlex
+import shutil
 import struct
 import subprocess
 import zlib
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import png_chunk
+import test_runtimes
+from conftest import ROOT, png_chunk
 from onnx import TensorProto, helper, numpy_helper
-from test_runtimes import FLAGS, PAGE, REPORT, browse, find_chromium
+from test_runtimes import FLAGS, PAGE, REPORT, browse, find_chromium, find_web
+
+import export
+import train
 
 Image = pytest.importorskip("PIL.Image")
-COMMAND = "python export.py runs/NAME --resize --output probabilities -o model.onnx"
+COMMAND = "python export.py runs/NAME --resize -o runs/NAME/page/model.onnx"
 CLASSES = ["<b>red</b>", "green", "blue", "black"]
 META = {
     "image_size": "32",
@@ -360,7 +367,7 @@ def test_no_onnxruntime(tmp_path):
     page = PAGE.read_text().replace("node_modules", "nowhere")
     text = visit(tmp_path, READ, page)["text"]
     assert text.startswith("can't load model.onnx: onnxruntime-web isn't beside this page")
-    assert text.endswith("npm install onnxruntime-web")
+    assert text.endswith("Run in its folder\nnpm install --prefix . onnxruntime-web")
 
 
 def test_opened_as_a_file(tmp_path):
@@ -369,5 +376,61 @@ def test_opened_as_a_file(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     (text,) = re.findall(r"<pre[^>]*>(.*?)</pre>", done.stdout, re.DOTALL)
     text = html.unescape(text)
-    assert text.startswith("can't load model.onnx: the page was opened as a file. Run\n")
+    assert text.startswith("can't load model.onnx: the page was opened as a file. Run in its f")
     assert "\npython -m http.server\n" in text
+
+
+# ----------------------------------------------------------------------------------- instructions
+
+
+def test_instructions(tmp_path, monkeypatch):
+    """The commands in index.html's comment make a page that labels photos. It needs no other files
+    than the comment says, and git ignores what the commands write."""
+    comment, _, _ = PAGE.read_text().partition("-->")
+    indented = [line.strip() for line in comment.splitlines() if line.startswith(7 * " ")]
+    make, copy, install, serve, page, model, *runtime = indented
+    assert make == COMMAND
+    assert install == "npm install --prefix runs/NAME/page onnxruntime-web"
+    assert serve == "python -m http.server --directory runs/NAME/page"
+    web = tmp_path / "runs/web"
+    web.mkdir(parents=True)
+    for name in runtime:  # in place of npm
+        path = Path(name)
+        assert path.parent == Path("node_modules/onnxruntime-web/dist")
+        shutil.copy(find_web() / path.name, web)
+    monkeypatch.setattr(test_runtimes, "WEB", web)
+
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--epochs", "1", "--limit", "100", "--name", "NAME"]) == 0
+    assert export.main(shlex.split(make)[2:]) == 0
+    subprocess.run(shlex.split(copy), check=True)
+    folder = tmp_path / "runs/NAME/page"
+    assert {path.name for path in folder.iterdir()} == {page, model, "labels.txt"}
+    Image.new("RGB", (40, 40), "white").save(folder / "white.png")
+    script = LABEL_ALL.replace("NAMES", '["white.png"]')
+    answer = visit(folder, script, (folder / page).read_text())
+    assert "ready" in answer["shown"]
+    assert re.fullmatch(r"(\d \d+\.\d %\n?){3}", answer["labels"]["white.png"]["text"])
+    assert untracked(tmp_path) == [".gitignore", "assets"]
+
+
+def test_git_ignores_what_is_put_beside_the_page(tmp_path):
+    """If export.py and npm write beside the checkout's index.html, git status doesn't show it."""
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    folder = tmp_path / "assets/device"
+    (folder / "node_modules").mkdir(parents=True)
+    names = ("model.onnx", "labels.txt", "package.json", "package-lock.json", "node_modules/a.js")
+    for name in names:
+        (folder / name).write_text("")
+    assert untracked(tmp_path) == [".gitignore"]
+
+
+def untracked(folder):
+    """The files in a folder that git, if it were a repository, would show as untracked."""
+    if not shutil.which("git"):
+        pytest.skip("no git here")
+    subprocess.run(["git", "init", "--quiet", folder], check=True)
+    command = ["git", "-C", folder, "ls-files", "--others", "--exclude-standard"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

@@ -327,6 +327,13 @@ def find_chromium():
     return pytest.skip("no Chromium here (Debian: apt-get install chromium)")
 
 
+def find_web():
+    """onnxruntime-web's folder dist."""
+    if (WEB / "ort.wasm.min.js").is_file():
+        return WEB
+    return pytest.skip(f"no onnxruntime-web at {WEB} (npm install, or set ADAPTERTUNE_ORT_WEB)")
+
+
 class Page(http.server.SimpleHTTPRequestHandler):
     """Serves files; `server.answer` is the JSON that a page POSTs, `server.answered` its event."""
 
@@ -344,11 +351,9 @@ class Page(http.server.SimpleHTTPRequestHandler):
 def browse(folder, name, timeout=300):
     """Open a page of `folder` in Chromium over HTTP and return what it sends; an error fails."""
     chromium = find_chromium()
-    if not (WEB / "ort.wasm.min.js").is_file():
-        pytest.skip(f"no onnxruntime-web at {WEB} (npm install, or set ADAPTERTUNE_ORT_WEB)")
     web = folder / "node_modules/onnxruntime-web/dist"
     ignore = shutil.ignore_patterns("*.map", "*webgpu*", "*jsep*", "*asyncify*", "*jspi*")
-    shutil.copytree(WEB, web, dirs_exist_ok=True, ignore=ignore)
+    shutil.copytree(find_web(), web, dirs_exist_ok=True, ignore=ignore)
 
     handler = functools.partial(Page, directory=folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -5,8 +5,8 @@
     python label.py backbone.onnx --adapter flowers.onnx_adapter photo.jpg …
 
 Class names, image size, normalisation and the form of input and output are read from the file. All
-photos in a folder are labelled. A photo that can't be read is reported and skipped; the exit status
-is then 1.
+photos in a folder and its subfolders are labelled, without hidden ones. A photo that can't be read
+is reported and skipped; the exit status is then 1.
 """
 
 import argparse
@@ -22,21 +22,34 @@ from pathlib import Path
 if __name__ == "__main__":  # Ctrl-C ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import numpy as np
-import onnxruntime
-from PIL import Image
+try:
+    import numpy as np
+    import onnxruntime
+    from PIL import Image
+except ImportError as error:
+    missing = error  # `main` reports it, so that --help works without the packages
+else:
+    missing = None
 
 with contextlib.suppress(ImportError):  # without it HEIC is reported and skipped
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
+# What is read as a photo, as in data.py. Suffixes of the photos in a folder:
+PHOTOS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PHOTOS |= {".apng", ".mpo", ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"}
+PHOTOS |= {".dib", ".dds", ".ico", ".icns", ".pcx", ".qoi", ".sgi", ".tga"}
+PHOTOS |= {".heic", ".heif", ".hif"}
 # Formats that Pillow decodes by itself. PostScript, under any file name, would start Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 FORMATS += ("DIB", "DDS", "ICO", "ICNS", "PCX", "QOI", "SGI", "TGA", "HEIF")
-HEIC = (".heic", ".heif", ".hif")
-# Suffixes of the photos in a folder.
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIC)
+# First bytes of photos, for files without a suffix: JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF; HEIC.
+BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM|II\*\0|MM\0\*|.{4}ftypavi[fs]", re.DOTALL
+)
+HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
+ADAPTER = re.compile(rb".{4}TORT", re.DOTALL)  # first bytes of an .onnx_adapter
 
 
 def plain(text):
@@ -51,8 +64,14 @@ def fail(text):
 
 def reason(error):
     """The first line of an exception's message, or its type if there is no message."""
-    first, *_ = str(error).splitlines() or [type(error).__name__]
+    first, *_ = str(error).strip().splitlines() or [type(error).__name__]
     return first
+
+
+def first_bytes(path):
+    """The first 12 bytes of a file, which tell its format."""
+    with Path(path).open("rb") as file:
+        return file.read(12)
 
 
 def upright_rgb(image):
@@ -77,19 +96,30 @@ def upright_rgb(image):
     return image.convert("RGB")
 
 
+def open_photo(path, side):
+    """A photo as 8-bit RGB, upright. A JPEG may be decoded smaller, but large enough for `side`."""
+    if Path(path).is_dir():
+        raise ValueError("a folder without photos")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("a pipe or a device, not a file")
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
+    try:
+        with Image.open(path, formats=formats) as image:
+            image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
+            return upright_rgb(image)
+    except Image.UnidentifiedImageError:
+        if "HEIF" not in Image.OPEN and HEIC.match(first_bytes(path)):
+            message = "HEIC needs a package to be decoded: pip install pillow-heif"
+            raise ValueError(message) from None
+        raise
+
+
 def read_photo(path, task):
     """A photo as the graph takes it, prepared as in evaluation: a batch of 1."""
     size = task["image_size"]
     side = round(size / task["center"])  # 256 for 224
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError("no file")
-    if Path(path).suffix.lower() in HEIC and "HEIF" not in Image.OPEN:
-        raise ValueError("HEIC needs a package to be decoded: pip install pillow-heif")
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
-    with Image.open(path, formats=formats) as image:
-        image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
-        image = upright_rgb(image)
+    image = open_photo(path, side)
     if not task["resize"]:  # resize here: the centre square to `side` pixels, then its middle
         edge = min(image.size)
         left = (image.width - edge) // 2
@@ -107,13 +137,34 @@ def read_photo(path, task):
     return pixels.transpose(0, 3, 1, 2)
 
 
-def photos_in(paths):
-    """The photos given, and those in folders and their subfolders, sorted by name."""
+def is_photo(file):
+    """Whether a path is a photo: a file, by its suffix or, if it has none, by its first bytes."""
+    if not file.is_file():
+        return False
+    if file.suffix:
+        return file.suffix.lower() in PHOTOS
+    beginning = first_bytes(file)
+    return bool(BEGINNINGS.match(beginning) or HEIC.match(beginning))
+
+
+def photos_in(folder):
+    """The photos in a folder and its subfolders, sorted, without hidden ones."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():  # links to folders may form loops
+            yield from photos_in(path)
+        elif is_photo(path):
+            yield path
+
+
+def find_photos(paths):
+    """Files as they are given; for a folder all photos inside."""
     for path in paths:
         if not Path(path).is_dir():
             yield path
             continue
-        inside = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in PHOTOS)
+        inside = list(photos_in(Path(path)))
         yield from inside or [path]  # a folder without photos is reported
 
 
@@ -147,19 +198,23 @@ def read_task(meta):
     return task
 
 
-def load_adapter(path, meta):
-    """Run options with an adapter active, and the adapter. The metadata of its task go into `meta`;
-    the adapter file holds them in a tensor that is named after the backbone."""
+def load_adapter(path, model, meta):
+    """Run options with an adapter active, and the adapter. The metadata of its task go into `meta`,
+    those of the model; the adapter file holds them in a tensor that is named after the backbone."""
     try:
         tensors = onnxruntime.AdapterFormat.read_adapter(path).get_parameters()
     except RuntimeError:
-        fail(f"{path} is missing, or isn't an adapter that onnxruntime can read")
-    key = "for another program"
+        fail(f"{path} isn't an adapter that onnxruntime can read; give an .onnx_adapter")
+    key = ""
     for name in tensors:
         if name.startswith("for."):
             key = name
+    if not key:
+        fail(f"{path} is another program's; give an adapter of export.py --swappable")
     if key != meta.get("swappable"):
-        fail(f"{path} is {key}; the model takes {meta.get('swappable', 'no adapters')}")
+        accepted = meta.get("swappable", "no adapters")
+        advice = "give the backbone.onnx that was exported with this adapter"
+        fail(f"{path} is {key}; {model} takes {accepted}; {advice}")
     try:
         task = json.loads(tensors[key].numpy().tobytes())
         meta |= {name: json.dumps(task[name]) for name in ("classes", "center")}
@@ -189,21 +244,34 @@ def task_of(path, meta, batch):
     return task
 
 
+def check_file(path, suffix):
+    """End the program if a path is no file. If it is a folder, name the files in it to give."""
+    if Path(path).is_dir():
+        inside = sorted(Path(path).glob(f"[!.]*{suffix}"))
+        if inside:
+            fail(f"{path} is a folder; give {' or '.join(map(str, inside))}")
+        fail(f"{path} is a folder without an {suffix}; export.py writes one")
+    if not Path(path).is_file():
+        fail(f"there is no file {path}")
+
+
 def open_graph(path, adapter_path):
     """The session of a graph, its task, and run options with the adapter, if one is given."""
-    for each in filter(None, (path, adapter_path)):
-        if not Path(each).is_file():
-            fail(f"{each} is {'a folder' if Path(each).is_dir() else 'missing'}")
+    check_file(path, ".onnx")
+    if adapter_path:
+        check_file(adapter_path, ".onnx_adapter")
+    if ADAPTER.match(first_bytes(path)):
+        fail(f"{path} is an adapter; use it so: label.py backbone.onnx --adapter {path} photo.jpg")
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # no warnings about inputs that have a default
     try:
         session = onnxruntime.InferenceSession(path, settings)
     except Exception as error:  # onnxruntime's exceptions have no narrower base class
-        fail(f"can't load {path}: {reason(error)}")
+        fail(f"{path} isn't an .onnx that onnxruntime can load ({reason(error)})")
     meta = dict(session.get_modelmeta().custom_metadata_map)
     options = adapter = None
     if adapter_path:
-        options, adapter = load_adapter(adapter_path, meta)
+        options, adapter = load_adapter(adapter_path, path, meta)
     if "image_size" not in meta:
         fail(f"{path} is no graph of export.py: it doesn't say what it takes")
     if "classes" not in meta:
@@ -251,10 +319,12 @@ def label(photo, session, task, options):
 
 def main():
     parser = argparse.ArgumentParser(description="Label photos with an ONNX file from export.py.")
-    parser.add_argument("model", help="model.onnx")
+    parser.add_argument("model", help="model.onnx; with --adapter backbone.onnx")
     parser.add_argument("photos", nargs="+", metavar="photo", help="a photo, or a folder of photos")
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
     arguments = parser.parse_args()
+    if missing:
+        fail(f"{reason(missing)}; pip install onnxruntime pillow")
     if "" in sys.argv:
         fail("an argument is empty; give it a value")
     for name in ("stdout", "stderr"):
@@ -266,7 +336,7 @@ def main():
     # The options don't keep the adapter alive, so it stays in a variable.
     session, task, options, _adapter = open_graph(arguments.model, arguments.adapter)
     failed = False
-    for photo in photos_in(arguments.photos):
+    for photo in find_photos(arguments.photos):
         try:
             labels = label(photo, session, task, options)
         except Exception as error:
