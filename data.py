@@ -732,15 +732,10 @@ def read_folder(root: Path, side: int) -> Dataset:
     return replace(from_photos(root.resolve().name, named, labelled, side, root), skipped=skipped)
 
 
-def new_photos(root: Path, known: set[str]) -> list[str]:
-    """Names of photos in class folders that aren't `known`; none if the folder can't be used."""
-    try:
-        _, labelled, _ = find_labelled(root)
-    except (ValueError, OSError):
-        return []
-    photos = [path for part in labelled.values() for path, _ in part]
-    names = [name_in(path, root) for path in photos]
-    return [name for name in names if name not in known]
+def list_photos(folder: str) -> list[str]:
+    """The names of the photos that `read` would find in a folder; it raises the same errors."""
+    _, labelled, _ = find_labelled(Path(folder))
+    return [name_in(path, Path(folder)) for part in labelled.values() for path, _ in part]
 
 
 def find_labelled(
@@ -763,8 +758,8 @@ def find_labelled(
     classes = list(photos["train"])
     if len(classes) < 2:
         hint = one_level_down(parts["train"], classes)
-        if not classes and skipped:
-            hint = f"; do you mean {root.resolve().parent}, the folder around it?"
+        if not classes:
+            hint = "; give the folder that holds a folder of photos for each class"
         raise ValueError(
             f"at least 2 class folders are needed, {parts['train']} has {len(classes)}{hint}"
         )
@@ -779,15 +774,15 @@ def check_classes(part: Path, has: list[str], train: Path, classes: list[str]) -
     """Raise a ValueError unless val or test has the same classes as train."""
     lacks = sorted(set(classes) - set(has))
     more = sorted(set(has) - set(classes))
+    faults = []
     if lacks:
-        raise ValueError(
-            f"{part} lacks classes that {train} has: {first_few(lacks)}; add photos of them, or "
-            f"remove {part} to have its photos split off"
-        )
+        faults.append(f"lacks {first_few(lacks)}")
     if more:
+        faults.append(f"has {first_few(more)} beside them")
+    if faults:
         raise ValueError(
-            f"{part} has classes that {train} lacks: {first_few(more)}; remove them, or add photos "
-            "to train on"
+            f"{part} doesn't have the classes of {train}: it {' and '.join(faults)}; give both the "
+            f"same classes, or remove {part}: then photos of {train} take its place"
         )
 
 

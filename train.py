@@ -159,14 +159,19 @@ def number(low: float, high: float) -> Callable:
 
 def integers(low: int, high: int = 10**9) -> Callable:
     """Option type: distinct integers within limits, separated by commas."""
-    return lambda text: distinct([read_number(int, low, high, part) for part in text.split(",")])
+    return lambda text: distinct([read_number(int, low, high, part) for part in parts_of(text)])
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts of a text that are separated by commas; "1," has one, as in "--ranks 1, 4"."""
+    return text.removesuffix(",").split(",")
 
 
 def chosen_from(choices: Sequence[str]) -> Callable:
     """Option type: some of these names, separated by commas."""
 
     def read(text: str) -> list[str]:
-        found = text.split(",")
+        found = parts_of(text)
         for name in found:
             if name not in choices:
                 raise argparse.ArgumentTypeError(f"{name!r}: choose {', '.join(choices)}")
@@ -232,7 +237,8 @@ def make_parser(prog: str = "train.py") -> Parser:
     parser = Parser(
         prog=prog,
         description="Adapt a frozen Vision Transformer with zero-initialised low-rank adapters.",
-        epilog="Defaults are in parentheses. Without arguments: digits on vit_micro, embedded.",
+        epilog="Defaults are in parentheses. Several values are separated by spaces or commas, "
+        "several of --blocks by spaces. Without arguments: digits on vit_micro, embedded.",
         allow_abbrev=False,
     )
     add_options(parser)
@@ -447,7 +453,7 @@ def add_method_options(parser: Parser) -> None:
     parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
     init = "up-projection: zeros or N(0, 1e-4²); or a file with adapters, ours or AdaptFormer's"
     init += defaults_of("init")
-    parser.several("--init", "zero|small|FILE", lambda text: text.split(","), init, [None])
+    parser.several("--init", "zero|small|FILE", parts_of, init, [None])
     add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output")
     parser.switch("--learn-scale", "train this factor, one for each adapter", default=None)
     add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
@@ -631,7 +637,6 @@ class State:
     eval_time: float = 0.0
     rows: list[list[str]] = field(default_factory=list)  # of metrics.csv
     best_val: float = -1.0  # percent
-    least_val: float = -1.0  # with added epochs: that of the weights that they start from
     chosen_epoch: int = 0
     chosen_val: float = math.nan
     chosen: dict[str, Tensor] = field(default_factory=dict)  # the weights of that epoch
@@ -1269,6 +1274,7 @@ def schedule(step: int, steps: int) -> float:
 def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """The training loop, from the epoch and step in run.state to the last epoch."""
     state = run.state
+    least = least_accuracy(run)
     if not run.options.epochs:  # nothing to train, but the evaluation may be interrupted too
         save_state(run, optimizer)
     while state.epoch <= run.options.epochs:
@@ -1276,10 +1282,9 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
         predictions = predict(run, run.dataset.val, "validation")
         val = predictions.accuracy
         state.best_val = max(state.best_val, val)
-        # Choose the last epoch that can't be told from the best: it has seen the most images. Added
-        # epochs don't replace better weights.
+        # Choose the last epoch that can't be told from the best: it has seen the most images.
         error = standard_error(state.best_val, len(run.dataset.val))
-        if math.isnan(val) or val >= max(state.best_val - error, state.least_val):
+        if math.isnan(val) or val >= max(state.best_val - error, least):
             weights = adaptertune.trained(run.model)
             state.chosen_epoch = state.epoch
             state.chosen_val = val
@@ -1287,6 +1292,14 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
         rate = optimizer.param_groups[0]["lr"]
         end_epoch(state, predictions, rate, run.options.epochs)
         save_state(run, optimizer)
+
+
+def least_accuracy(run: Run) -> float:
+    """The validation accuracy that an epoch needs at least to be chosen: that of a finished run's
+    weights for epochs that are added to it, so that these don't replace better weights."""
+    if run.state.first_epoch > 1:  # result.json is that of the fewer epochs until the end
+        return read_result(run.folder)["val_accuracy"] or 0.0
+    return 0.0
 
 
 def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -1630,11 +1643,11 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
         difference = find_difference(folder, options, seed)
         if not difference:
             return folder
-        if options.resume and difference.startswith("epochs "):
+        unfinished = options.resume and is_unfinished(folder)
+        if options.resume and not unfinished and difference.startswith("epochs "):
             more = "give --resume more epochs than it has, to add some"
             fewer = fewer or f"{folder} has {difference}; {more}"
-        unfinished = options.resume and not fewer and is_unfinished(folder)
-        if options.name or unfinished:
+        if not fewer and (options.name or unfinished):
             advice = "give this one another --name, or delete that folder"
             if unfinished:
                 advice = "go on with its own options, or give this one another --name"
@@ -1648,8 +1661,8 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
 
 def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
     """How the run in a folder differs from these options; "" if it is the same run. With --resume
-    it is also the same run if it is finished and the options have more epochs, or if files of an
-    unfinished one were moved: their content is compared later (`check_backbone`, split.json)."""
+    it is also the same run if it is finished and the options have more epochs. When epochs are to
+    be trained, files of the run may have been moved: their content is compared later."""
     saved = read_config(folder)
     kept = kept_options(options, seed)
     unfinished = options.resume and is_unfinished(folder)
@@ -1657,7 +1670,7 @@ def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str
     if more and not unfinished:
         del kept["epochs"]
     if more or unfinished:
-        for name in PATHS:
+        for name in ("dataset", "weights", "init_lora"):
             if saved.get(name) and not is_at(saved[name]):
                 del kept[name]
     derived = ("lr", "head_lr", "label_smoothing", "cached")  # follow from others: named last
@@ -1711,14 +1724,25 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
         f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
         "train it again, delete that folder or give a --name"
     )
-    if options.dataset not in data.DATASETS and not options.limit and not options.shots:
-        listed = read_split(folder / "split.json")
-        known = itertools.chain(listed["train"], listed["val"], listed["test"])
-        new = data.new_photos(Path(options.dataset), set(known))
-        if new:
-            text = f"{counted(len(new), 'photo')} came since then, such as {new[0]}"
-            print(f"note     {text}; a run with another --name trains on all")
+    if not rank_and_world()[0]:
+        with contextlib.suppress(ValueError, OSError):  # the folder or split.json can't be used
+            describe_new_photos(options, folder)
     return result
+
+
+list_photos = functools.lru_cache(maxsize=1)(data.list_photos)  # all runs have the same
+
+
+def describe_new_photos(options: argparse.Namespace, folder: Path) -> None:
+    """Print how many photos came to a finished run's folder of photos since it was trained."""
+    if options.dataset in data.DATASETS or options.limit or options.shots:
+        return
+    listed = read_split(folder / "split.json")
+    known = {*listed["train"], *listed["val"], *listed["test"]}
+    new = [name for name in list_photos(options.dataset) if name not in known]
+    if new:
+        text = f"{counted(len(new), 'photo')} came since then, such as {new[0]}"
+        print(f"note     {text}; a run with another --name trains on all")
 
 
 def check_backbone(path: Path, trained_on: str, present: str, options: argparse.Namespace) -> None:
@@ -1744,7 +1768,10 @@ def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> Non
         text = f"note     {first} holds a run with {difference}; this one goes to {folder}"
         resumed = copy.copy(options)
         resumed.resume = True
-        if not find_difference(first, resumed, seed):
+        saved = read_config(first)
+        kept = kept_options(options, seed)
+        same_files = all(kept[name] == saved.get(name) for name in PATHS)
+        if same_files and not find_difference(first, resumed, seed):
             text += "; --resume would add epochs to it"
         print(text)
 
@@ -1841,8 +1868,8 @@ def maybe_below(folder: str | Path) -> str:
     around a file."""
     folder = Path(folder)
     for place in (Path("runs") / folder, folder.parent):
-        if place != folder and (place / "config.json").exists():
-            return f"; do you mean {place}?"
+        if place != folder and (place / "split.json").exists():
+            return f" (do you mean {place}?)"
     return ""
 
 
@@ -1864,6 +1891,14 @@ def read_config(folder: Path) -> dict:
     table["epochs"] = adaptertune.whole(0)  # never None, unlike on the command line
     required = ("method", "seeds", "dataset", "data_dir", "epochs", "amp")
     saved = read_json(folder / "config.json", table, required)
+    if saved.get("every", 1) > 1 and (folder / "result.json").exists():
+        placement = read_result(folder).get("placement", [0])
+        if 0 not in placement:
+            raise ValueError(
+                f"{folder} is of before --every {saved['every']} meant the blocks 0, "
+                f"{saved['every']} and so on; train it again with --blocks "
+                f"{','.join(map(str, placement))}"
+            )
     return {name: saved[name] for name in table if name in saved}
 
 
@@ -2063,8 +2098,6 @@ def add_epochs(run: Run) -> None:
     state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
     vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
     state.best_val = max(vals, default=state.chosen_val)  # after 0 epochs: the initial accuracy
-    if not math.isnan(state.chosen_val):
-        state.least_val = state.chosen_val
     trained = adaptertune.trained(run.model)
     state.chosen = {name: each.detach().clone() for name, each in trained.items()}
     added = run.options.epochs - epochs
@@ -2350,7 +2383,7 @@ def describe_missing(classes: list[str], images: data.Images, what: str) -> None
 
 
 def describe_copies(dataset: data.Dataset) -> None:
-    """Print warnings of copies of a photo: in train and in test, and in two classes."""
+    """Print warnings of copies of a photo: in train and in test, and in several classes."""
     if not dataset.sums:
         return
     copies = data.find_copies(dataset)
@@ -2363,8 +2396,8 @@ def describe_copies(dataset: data.Dataset) -> None:
         print(f"warning  {count} are training images too, such as {' and '.join(in_both[0])}")
     contrary = [pair for pair in copies if label_of[pair[0]] != label_of[pair[1]]]
     if contrary:
-        photos = counted(len(contrary), "photo")
-        print(f"warning  {photos} in two classes, such as {' and '.join(contrary[0])}")
+        photos = counted(len({first for _, first in contrary}), "photo")
+        print(f"warning  {photos} in several classes, such as {' and '.join(contrary[0])}")
 
 
 def describe_classes(run: Run) -> None:
@@ -2534,6 +2567,8 @@ def conclude(run: Run) -> None:
     memory = peak_memory(run.device)
     print()
     report_test(run, how)
+    if state.first_epoch > 1 and state.chosen_epoch < state.first_epoch:
+        print(f"note     no added epoch is as good on val; epoch {state.chosen_epoch} is kept")
     print(f"cost     {cost}, peak {memory:.1f} GiB")
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
     curves = run.folder / "curves.svg"
@@ -2542,10 +2577,9 @@ def conclude(run: Run) -> None:
         if state.rows:
             draw_curves(state.rows, state.chosen_epoch, curves)
         draw_mistakes(run, mistakes)
-    swappable = run.folder.with_name(f"{run.folder.name}.onnx_adapter")
-    exported = [*run.folder.glob("*.onnx"), *filter(Path.exists, [swappable])]
+    exported = [*run.folder.glob("*.onnx"), *run.folder.parent.glob(f"{run.folder.name}.onnx_*")]
     if state.first_epoch > 1 and exported:
-        print(f"note     {exported[0]} is of fewer epochs; export again")
+        print(f"note     {', '.join(map(str, exported))}: of fewer epochs; export again")
     script = Path(__file__).with_name("export.py")
     if script.parent == Path.cwd():
         script = script.name

@@ -1657,12 +1657,14 @@ def check_given(
 
 def check_shape(found: dict[str, Tensor], name: str) -> None:
     """Raise a ValueError for tensors of another backbone's shape than the named one's."""
+    if not name:
+        return
     try:
         shape = shape_of(infer_config(found, eps=0, heads=1))
     except (ValueError, LookupError, ArithmeticError):
         return  # `fill` says what is wrong
     alike = [other for other, each in BACKBONES.items() if shape_of(each.config) == shape]
-    if name and alike and name not in alike:
+    if alike and name not in alike:
         raise ValueError(f"its shape is that of {', '.join(alike)}, not of {name}")
 
 

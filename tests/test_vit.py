@@ -989,11 +989,16 @@ def test_arguments_that_can_not_be(tiny_weights):
         vit.load(tiny_weights, std=(0, 0, 0))
 
 
-def test_a_file_that_isnt_the_named_backbone(tiny_weights):
+def test_a_file_that_isnt_the_named_backbone(tiny_weights, tmp_path):
     """A file that doesn't have the named backbone's shape is refused."""
     message = r"120 missing: .* of another shape: cls_token \(1, 1, 32\), not \(1, 1, 192\)"
     with pytest.raises(ValueError, match=message):
         vit.load(tiny_weights, name="deit_ti16")
+    save_file(vit.ViT(vit.BACKBONES["deit_ti16"].config).state_dict(), tmp_path / "ti.safetensors")
+    with pytest.raises(
+        ValueError, match="its shape is that of vit_ti16, deit_ti16, not of vit_s16$"
+    ):
+        vit.load(tmp_path / "ti.safetensors", name="vit_s16")
 
 
 # --------------------------------------------------------------------------- heads and positions
