@@ -1206,12 +1206,16 @@ def test_more_epochs_that_were_cut_at_once(run, tiny_weights, tmp_path):
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 4
 
 
-def test_a_network_that_is_used_otherwise(run, photos, tiny_weights):
-    """--predict refuses a backbone that is used otherwise than in training."""
+def test_a_network_that_is_used_otherwise(run, photos, tiny_weights, tmp_path):
+    """--predict refuses a backbone that is used otherwise than in training, and another backbone,
+    even of another depth."""
     run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
     for more in (["--heads", 4], ["--mlp-act", "quick_gelu"], ["--mean", "0.1,0.1,0.1"]):
         error = run("--predict", "runs/a", photos, *more, status=1)
         assert "runs/a/adapters.safetensors was trained with" in error
+    other = write_tiny(tmp_path / "deep.safetensors", seed=0, depth=3)
+    error = run("--predict", "runs/a", photos, "--weights", other, status=1)
+    assert re.search(r"the adapters were trained on tiny \(\w+\), not on deep \(\w+\)", error)
 
 
 def test_config_says_when_and_with_what(run, tiny_weights, tmp_path):
