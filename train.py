@@ -3024,8 +3024,8 @@ def evaluate_again(options: argparse.Namespace) -> None:
 
 def predict_photos(options: argparse.Namespace) -> int:
     """--predict: label photos. Returns the exit status, 1 if one couldn't be read."""
-    data.import_pillow()  # one error, instead of one for each photo
     model = open_classifier(options)
+    data.import_pillow()  # one error, instead of one for each photo
     others = []
     photos = data.find_photos(options.predict[1:], others)
     if others:

@@ -675,6 +675,7 @@ def test_classes_must_be_the_same(photos):
 )
 def test_folders_that_arent_data_sets(tmp_path, folder, message):
     """A folder without classes, or with a test part only, is refused."""
+    pytest.importorskip("PIL.Image")
     (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
         data.read(str(tmp_path / "data"))

@@ -1757,6 +1757,7 @@ def test_a_folder_named_like_a_built_in_set(run, tiny_weights, tmp_path):
     assert line not in run(*quick_look, "--name", "a")
     (tmp_path / "digits/one").mkdir(parents=True)
     assert line in run(*quick_look, "--name", "b")
+    pytest.importorskip("PIL.Image")
     assert "no images in digits/one" in run("--dataset", "./digits", *quick_look, status=1)
 
 
