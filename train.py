@@ -2389,12 +2389,13 @@ def describe_copies(dataset: data.Dataset) -> None:
     copies = data.find_copies(dataset)
     trained = set(dataset.train.names)
     tested = set(dataset.test.names)
-    label_of = dict(zip(dataset.everything.names, dataset.everything.labels.tolist(), strict=True))
+    everything = dataset.everything
+    label = dict(zip(everything.names, everything.labels.tolist(), strict=True))
     in_both = [pair for pair in copies if pair[0] in tested and pair[1] in trained]
     if in_both:
         count = f"{len(in_both)} of {len(tested):,} test images"
         print(f"warning  {count} are training images too, such as {' and '.join(in_both[0])}")
-    contrary = [pair for pair in copies if label_of[pair[0]] != label_of[pair[1]]]
+    contrary = [pair for pair in copies if label[pair[0]] != label[pair[1]]]
     if contrary:
         photos = counted(len({first for _, first in contrary}), "photo")
         print(f"warning  {photos} in several classes, such as {' and '.join(contrary[0])}")

@@ -1655,15 +1655,25 @@ def check_given(
     read_norm({"image_mean": mean, "image_std": std})
 
 
+def shape_of(config: Config) -> Config:
+    """A configuration without the settings that tensor shapes don't show, or that may vary."""
+    return replace(config, heads=1, image_size=config.patch, quick_gelu=False, eps=0)
+
+
+def backbones_like(config: Config) -> list[str]:
+    """The names of the backbones whose tensors have the shapes of this configuration's."""
+    shape = shape_of(config)
+    return [name for name, each in BACKBONES.items() if shape_of(each.config) == shape]
+
+
 def check_shape(found: dict[str, Tensor], name: str) -> None:
     """Raise a ValueError for tensors of another backbone's shape than the named one's."""
     if not name:
         return
     try:
-        shape = shape_of(infer_config(found, eps=0, heads=1))
+        alike = backbones_like(infer_config(found, eps=0, heads=1))
     except (ValueError, LookupError, ArithmeticError):
         return  # `fill` says what is wrong
-    alike = [other for other, each in BACKBONES.items() if shape_of(each.config) == shape]
     if alike and name not in alike:
         raise ValueError(f"its shape is that of {', '.join(alike)}, not of {name}")
 
@@ -2082,11 +2092,6 @@ def describe_norm(norm: tuple) -> str:
     return f"mean {mean}, std {std}"
 
 
-def shape_of(config: Config) -> Config:
-    """A configuration without the settings that tensor shapes don't show, or that may vary."""
-    return replace(config, heads=1, image_size=config.patch, quick_gelu=False, eps=0)
-
-
 def describe_file(path: str) -> list[str]:
     """Lines that describe a file of weights; the last one is a command that uses it."""
     model, backbone = load(path)
@@ -2122,8 +2127,7 @@ def describe_guesses(backbone: Backbone) -> list[str]:
     for option, guess in backbone.guessed.items():
         why = "stated neither in the file nor beside it; if it is wrong"
         lines.append(f"guessed  {guess}: {why}: {option}")
-    shape = shape_of(backbone.config)
-    alike = [name for name, each in BACKBONES.items() if shape_of(each.config) == shape]
+    alike = backbones_like(backbone.config)
     if lines and alike:
         names = [f"{name} ({whose_norm(BACKBONES[name].norm[0])})" for name in alike]
         text = f"{', '.join(names)}; --backbone NAME states what is guessed"
