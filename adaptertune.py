@@ -46,6 +46,7 @@ None. A method that trains backbone weights (BitFit) enables their gradients in 
 `freeze`; they are saved too.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -64,8 +65,9 @@ VERSION = 1  # of the adapter file's format
 
 # The settings of each method and their published defaults. AdaptFormer reads LN(x) in the paper's
 # equation, but x itself in its code (adapter_layernorm_option="none"); the default follows the
-# code. The VPT paper searches 1 to 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the
-# embedding width; the paper's ratio is 0.2 for generic photos and 0.6 for fine-grained ones.
+# code, which also has a BatchNorm before the head; here the head is the same for all. The VPT paper
+# searches 1 to 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the embedding width; the
+# paper's ratio is 0.2 for generic photos and 0.6 for fine-grained ones.
 COMMON = {"init": "zero", "learn_scale": False}
 METHODS = {
     "adaptertune": COMMON
@@ -210,7 +212,7 @@ def merge_into_mlp(block: nn.Module) -> bool:
         True if the adapter was merged.
     """
     adapter = block.adapter
-    if adapter is None or adapter.reads != "ln" or type(adapter.act) is not type(block.mlp.act):
+    if adapter is None or adapter.reads != "ln" or repr(adapter.act) != repr(block.mlp.act):
         return False
     U = adapter.scale * adapter.up.weight
     u = adapter.scale * adapter.up.bias
@@ -296,7 +298,7 @@ def add_adapters(
     check_choice("act", act, (*ACTS, "mlp"))
     for index in choose_blocks(len(model.blocks), blocks=placement):
         block = model.blocks[index]
-        module = type(block.mlp.act)() if act == "mlp" else ACTS[act]()
+        module = copy.deepcopy(block.mlp.act) if act == "mlp" else ACTS[act]()
         kaiming = method == "adaptformer"
         adapter = Adapter(model.config.width, act=module, kaiming=kaiming, **settings)
         block.adapter = adapter.to(model.cls_token).train(model.training)
@@ -410,15 +412,35 @@ class ClipHead(nn.Module):
             return f
         return self.image_ratio * self.image(f) + (1 - self.image_ratio) * f
 
-    def weights(self) -> Tensor:
-        """scale · norm(W') [K, E]: the weights of a linear classifier on norm(f')."""
-        W = self.classes
+    def weights(self, W: Tensor | None = None) -> Tensor:
+        """scale · norm(W') [K, E]: the weights of a linear classifier on norm(f'). W can be given,
+        instead of the head's own."""
+        W = self.classes if W is None else W
         if self.text is not None:
             W = self.text_ratio * self.text(W) + (1 - self.text_ratio) * W
         return self.scale * F.normalize(W, dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
         return F.normalize(self.embed(features), dim=-1) @ self.weights().T
+
+    def leave_one_out(self, features: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+        """Logits [B, K] for images of which the `prototypes` W were made. An image is compared with
+        the prototype of its own class without itself: the prototype contains it, so training would
+        find that class already right.
+
+        Args:
+            features, labels: of these images, [B, D] and [B].
+            sizes: how many images each prototype is the mean of, [K]; a prototype of a single
+                image is used as it is.
+        """
+        logits = self(features)  # [B, K]
+        own = self.classes[labels]  # [B, E]
+        n = sizes[labels, None]  # [B, 1]
+        image = F.normalize(features @ self.projection.T, dim=-1)  # [B, E]
+        others = torch.where(n > 1, (n * own - image) / (n - 1).clamp(min=1), own)
+        f = F.normalize(self.embed(features), dim=-1)
+        own_logits = (f * self.weights(others)).sum(dim=-1, keepdim=True)  # [B, 1]
+        return logits.scatter(1, labels[:, None], own_logits)
 
     @contextmanager
     def zero_shot(self):
@@ -471,13 +493,18 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
     Raises:
         ValueError: the model isn't CLIP's image tower, loaded with its projection as head.
     """
-    if not model.config.norm_pre or not isinstance(model.head, nn.Linear):
+    projection = None  # [E, D]
+    if isinstance(model.head, ClipHead):  # of an earlier `adapt`
+        projection = model.head.projection
+    elif isinstance(model.head, nn.Linear) and model.head.bias is None:  # a classifier has biases
+        projection = model.head.weight
+    if not model.config.norm_pre or projection is None:
         raise ValueError(
-            "clip-adapter and zero-shot need CLIP's image tower with its projection; "
-            "choose a clip_* --backbone"
+            "clip-adapter and zero-shot need CLIP's image tower with its projection as head; "
+            "choose a clip_* --backbone, or in your own code vit.load(…, head=True)"
         )
-    rank = rank or len(model.head.weight) // 4
-    head = ClipHead(model.head.weight, classes, rank=rank, **settings)
+    rank = rank or len(projection) // 4
+    head = ClipHead(projection, classes, rank=rank, **settings)
     model.head = head.to(model.cls_token)
     return rank
 
@@ -501,8 +528,11 @@ def adapt(
     **settings,
 ) -> dict:
     """Prepare a pretrained vit.ViT for a method: add its parts and a new head, freeze the rest.
-    Adapters and prompts that the model already has are removed. Added parts take the backbone's
-    device, precision and training mode.
+    Adapters, prompts and head that the model already has are replaced. "scratch" gives the whole
+    model random weights.
+
+    Added parts take the backbone's device, precision and training mode. Call it on fp32, and train
+    in bf16 by torch.autocast: a float16 model is for prediction.
 
     Args:
         placement: the adapted blocks; every block if left out.
@@ -533,7 +563,10 @@ def adapt(
         settings["rank"] = add_clip_head(model, classes, **settings)
     elif method == "zero-shot":
         add_clip_head(model, classes)
-    elif method in ("head", "full", "scratch"):
+    elif method in ("head", "full"):
+        add_head(model, classes)
+    elif method == "scratch":
+        model.init_weights()
         add_head(model, classes)
     else:
         raise ValueError(f"METHODS has a row for {method}, but adapt has no branch for it")
@@ -583,15 +616,25 @@ def parameter_groups(
 ) -> list[dict]:
     """Parameter groups for an optimiser: trained matrices with `weight_decay`, the rest without.
 
-    Biases, norms, scales, tokens and prompts aren't decayed (the paper's setting).
+    Biases, norms, scales, tokens and prompts aren't decayed, as is usual for ViTs; the paper's code
+    decays them too (src/train/optim.py).
 
     Args:
         lr: the learning rate; each group also has it as "initial_lr", for a schedule to multiply.
         head_lr: the head's learning rate; 0 for `lr`.
+
+    Raises:
+        ValueError: a trained parameter is float16, where Adam's epsilon of 1e-8 is 0: the adapters,
+            whose first gradients are exactly 0, would become NaN.
     """
     check_vit(model)
     groups = {(weight_decay, lr): []}  # by weight decay and rate; stays empty if nothing is trained
     for name, parameter in trained(model).items():
+        if parameter.dtype == torch.float16:
+            raise ValueError(
+                f"{name} is float16, which can't be trained; adapt the model in float32 and train "
+                "it under torch.autocast"
+            )
         is_matrix = name.endswith("weight") and parameter.ndim > 1
         decay = weight_decay if is_matrix else 0.0
         in_head = name.startswith("head.")
@@ -761,10 +804,11 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     Args:
         path: the path of a file, or a binary file that is open for writing.
         meta: what `adapt` returned, optionally with "classes", "mean", "std", other keys of META
-            or keys of your own. "fingerprint" is that of the backbone before training. If omitted,
-            it is computed from the model, which is right only if the backbone was frozen and has
-            the precision in which it will be loaded; it is empty if the file holds the whole
-            backbone.
+            or keys of your own. Settings that were changed in the model since, such as an adapter's
+            scale, are written as they are now. "fingerprint" is that of the backbone before
+            training. If omitted, it is computed from the model, which is right only if the backbone
+            was frozen and has the precision in which it will be loaded; it is empty if the file
+            holds the whole backbone.
 
     Raises:
         ValueError: metadata that `read` would refuse.
@@ -773,12 +817,8 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     tensors = {}
     for name, tensor in saved_tensors(model).items():
         tensors[name] = tensor.detach().cpu().contiguous()
-    settings = unseen_settings(model)
-    common = dict(settings)
-    for name, value in settings:
-        if common.get(name) != value:  # adapters differ in it
-            common.pop(name, None)
-    meta = {"version": VERSION, **common, **(meta or {})}
+    meta = {"version": VERSION, **(meta or {})}
+    meta |= common_settings(model, meta)
     if "fingerprint" not in meta:
         is_whole = len(tensors) == len(model.state_dict())
         meta["fingerprint"] = "" if is_whole else fingerprint(model)
@@ -872,6 +912,18 @@ def unseen_settings(model: nn.Module) -> list[tuple[str, object]]:
             act = name_of_act(adapter.act)
             found += [("reads", adapter.reads), ("act", act), ("scale", adapter.scale)]
     return [(name, value) for name, value in found if not isinstance(value, nn.Parameter)]
+
+
+def common_settings(model: nn.Module, meta: dict) -> dict:
+    """The unseen settings of a model as it is now, where all its adapters agree in them. An act of
+    "mlp" in `meta`, what `adapt` returned, stays if it is still true."""
+    found: dict[str, set] = {}
+    for name, value in unseen_settings(model):
+        found.setdefault(name, set()).add(value)
+    common = {name: values.pop() for name, values in found.items() if len(values) == 1}
+    if meta.get("act") == "mlp" and common.get("act") == name_of_act(model.blocks[0].mlp.act):
+        del common["act"]
+    return common
 
 
 def name_of_act(act: nn.Module) -> str:

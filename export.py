@@ -38,6 +38,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import logging
 import re
@@ -68,6 +69,8 @@ CHOICES = ("input", "resize", "output", "batch", "opset", "precision")  # option
 # Largest |difference| from torch allowed in fp32. Ten times as large with --resize, where pixels
 # differ by 1e-5, and for CLIP's logits, which are cosines multiplied by 100.
 LIMIT = 1e-4
+# An fp32 graph may also be this many times as far from torch in float64 as torch in fp32 is.
+ROUNDING = 4
 ONE_FILE = 2**31 - 2**24  # bytes of constants in one file: protobuf's limit, less room for the rest
 # fp16 and int8 may lose MAX_LOSS points of accuracy plus one standard error. On images whose labels
 # aren't known, AGREE percent must keep fp32's top-1.
@@ -540,6 +543,8 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
     if meta["input"] == "unit" and meta["output"] == "probabilities" and meta["batch"]:
         props["task"] = "classify"
     labels = ["_".join(name.split()) for name in meta["classes"]]
+    if len(set(labels)) < len(labels):  # "a b" and "a_b"
+        labels = [f"{label}.{i}" for i, label in enumerate(labels)]
     props |= {
         "names": str(dict(enumerate(meta["classes"]))),  # a Python literal
         "stride": str(config.patch),
@@ -564,7 +569,7 @@ def preprocessing(meta: dict, config: vit.Config) -> str:
     """The steps from a photo to the graph's input, as text."""
     S = config.image_size
     side = data.stored_side(S, meta["center"])
-    text = "photo turned upright (EXIF), "
+    text = "photo turned upright (EXIF), transparency over white, 16-bit grey divided by 257, "
     if meta["resize"]:
         text += "at its original size, "
     else:
@@ -753,23 +758,26 @@ def in_onnxruntime(opened: onnxruntime.InferenceSession, adapter: Path | None = 
 
 
 def in_torch(model: vit.ViT, meta: dict) -> Callable:
-    """A function from Checked images to the same output, computed by torch."""
+    """A function from Checked images to the same output, computed by torch in the model's
+    precision."""
 
     @torch.inference_mode()
     def output(images: Checked) -> np.ndarray:
+        x = images.x.to(model.cls_token.dtype)
         if meta["output"] == "embedding":
-            return model.features(images.x).numpy()
-        logits = model(images.x)
+            return model.features(x).numpy()
+        logits = model(x)
         if meta["output"] == "probabilities":
             return logits.softmax(dim=-1).numpy()
         return logits.numpy()
 
+    output.model = model
     return output
 
 
 def choose_images(run: train.Run, options: argparse.Namespace) -> None:
     """Make run.dataset the images to check with: --check's photos, the run's own test images, or
-    noise. Its name becomes what the check line calls them."""
+    noise. Its name becomes the noun by which the check line calls them."""
     if options.check:
         calibrated = options.precision == "int8"
         count = images_wanted(options, options.precision != "fp32")
@@ -780,8 +788,9 @@ def choose_images(run: train.Run, options: argparse.Namespace) -> None:
             run.dataset.test = images[torch.arange(1, len(images), 2)]
     elif run.dataset is None:
         run.dataset = noise(run)
+        print("note     checked on noise, since the run's own images can't be read; --check FOLDER")
     else:
-        run.dataset.name = "test images"
+        run.dataset.name = "test image"
 
 
 def images_wanted(options: argparse.Namespace, rounded: bool) -> int:
@@ -794,19 +803,20 @@ def images_wanted(options: argparse.Namespace, rounded: bool) -> int:
 def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
     """`count` photos of a folder and its subfolders (0: all), evenly spaced over all of them.
 
-    A photo's label is that of the nearest enclosing folder named after a class, else -1.
+    A photo's label is that of the nearest enclosing folder named after a class, from this folder
+    itself on, else -1.
     """
     paths = data.find_photos([folder])
     count = min(count or len(paths), len(paths))
     index = np.linspace(0, len(paths) - 1, count).astype(int)
     paths = [paths[i] for i in index]
     classes = run.meta["classes"]
-    labels = [label_of(path.relative_to(folder), classes) for path in paths]
+    inside = Path(folder.resolve().name)
+    labels = [label_of(inside / path.relative_to(folder), classes) for path in paths]
     center = run.meta["center"]
     side = data.stored_side(run.batches.size, center)
     images, _ = data.decode(paths, labels, side, folder, keep=False)
-    name = f"photos of {folder}"
-    return data.Dataset(name, classes, images, None, images, center=center, folder=folder)
+    return data.Dataset("photo", classes, images, None, images, center=center, folder=folder)
 
 
 def label_of(path: Path, classes: list[str]) -> int:
@@ -827,8 +837,8 @@ def noise(run: train.Run) -> data.Dataset:
     pixels = (255 * pixels).clamp(0, 255).byte()
     images = data.Images(pixels, torch.full((count,), -1))
     none = images[torch.arange(0)]
-    name = "noise images, since the run's own can't be read and no --check is given"
-    return data.Dataset(name, run.meta["classes"], none, None, images, center=run.meta["center"])
+    center = run.meta["center"]
+    return data.Dataset("noise image", run.meta["classes"], none, None, images, center=center)
 
 
 def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
@@ -840,53 +850,62 @@ def images_to_check(run: train.Run, count: int) -> Iterator[Checked]:
     """
     test = run.dataset.test
     index = torch.linspace(0, len(test) - 1, count).long()
-    batch = run.meta["batch"]
     if run.meta["resize"] and run.dataset.folder:
-        for i in index:
-            yield original_to_check(run, test[i[None]])
-        return
-    if batch:
-        parts = index.split(batch)
+        parts = index.split(1)
+    elif run.meta["batch"]:
+        parts = index.split(run.meta["batch"])
     else:
         single = min(55, 7 * count // 8)
         parts = [*index[:single].split(1), *index[single:].split(7)]
+    as_taken = original_to_check if run.meta["resize"] else to_check
     for part in parts:
         if len(part):
-            yield to_check(run, test[part])
+            yield as_taken(run, test[part])
 
 
 def to_check(run: train.Run, images: data.Images) -> Checked:
-    """A batch as the graph and as torch take it; a fixed batch is filled with repeated images."""
+    """A batch as the graph and as torch take it."""
     labels = images.labels.numpy()
-    batch = run.meta["batch"] or len(images)
-    images = images[torch.arange(batch) % len(images)]
-    pixels = images.pixels
-    boxes = data.center_boxes(len(images), *pixels.shape[-2:], run.dataset.center, pixels.device)
+    pixels = fill_batch(run, images.pixels)
+    boxes = data.center_boxes(len(pixels), *pixels.shape[-2:], run.dataset.center, pixels.device)
     x = run.batches.finish(pixels, boxes)
     if run.meta["input"] == "float":
         return Checked(x.numpy(), x, labels)
     mean, std = run.batches.mean_std
     if run.meta["input"] == "unit":
         return Checked((x * std + mean).numpy(), x, labels)
-    if not run.meta["resize"]:
-        # The graph takes S x S pixels: resize here, round to bytes, and give torch the same bytes.
-        pixels = ((x * std + mean) * 255).round().byte()
-        x = (pixels / 255 - mean) / std
+    # The graph takes S x S pixels: resize here, round to bytes, and give torch the same bytes.
+    pixels = ((x * std + mean) * 255).round().byte()
+    x = (pixels / 255 - mean) / std
     return Checked(channels_last(pixels), x, labels)
 
 
-def original_to_check(run: train.Run, image: data.Images) -> Checked:
-    """A photo as decoded; for torch resized as in evaluation, but not rounded to bytes."""
+def original_to_check(run: train.Run, images: data.Images) -> Checked:
+    """Images for a graph that resizes; for torch resized as in evaluation, but not rounded to bytes
+    on the way. Of a folder it is one photo, as decoded. Images that are stored at the size in use
+    are enlarged, or nothing would be resized."""
     side = data.stored_side(run.batches.size, run.dataset.center)
-    photo = data.open_photo(run.dataset.folder / image.names[0], side)
-    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
-    left, top, right, _ = data.square(photo.height, photo.width)
+    pixels = images.pixels
+    if run.dataset.folder:
+        photo = data.open_photo(run.dataset.folder / images.names[0], side)
+        pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
+    elif pixels.shape[-1] == side:
+        larger = nn.functional.interpolate(pixels.float(), 2 * side + 1, mode="bilinear")
+        pixels = larger.round().byte()
+    left, top, right, _ = data.square(*pixels.shape[-2:])
     scale = (right - left) / side
     first = (side - run.batches.size) // 2 * scale
     length = run.batches.size * scale
-    x = run.batches.finish(pixels, torch.tensor([[top + first, left + first, length, length]]))
-    batch = [run.meta["batch"] or 1, 1, 1, 1]
-    return Checked(channels_last(pixels.repeat(batch)), x.repeat(batch), image.labels.numpy())
+    box = torch.tensor([[top + first, left + first, length, length]])
+    pixels = fill_batch(run, pixels)
+    x = run.batches.finish(pixels, box.expand(len(pixels), 4))
+    return Checked(channels_last(pixels), x, images.labels.numpy())
+
+
+def fill_batch(run: train.Run, pixels: Tensor) -> Tensor:
+    """Images [n, …] repeated to fill the graph's batch, if it is fixed."""
+    batch = run.meta["batch"] or len(pixels)
+    return pixels[torch.arange(batch) % len(pixels)]
 
 
 def channels_last(pixels: Tensor) -> np.ndarray:
@@ -916,7 +935,7 @@ def measure(reference: Callable, candidate: Callable, run: train.Run, count: int
 
     def top1(output: np.ndarray) -> np.ndarray:
         if run.meta["output"] == "embedding":
-            output = run.model.head(torch.from_numpy(output)).numpy()
+            output = run.model.head(torch.from_numpy(output).float()).numpy()
         return output.argmax(axis=1)
 
     worst = 0.0
@@ -948,6 +967,20 @@ def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
     bound = f"{limit:.0e}".replace("-0", "-")
     text = f"max |diff| {found.worst:.1e} (limit {bound}), top-1 agreement {found.same:.4g} %"
     return text, found.same == 100 and found.worst <= limit
+
+
+def judge_rounding(
+    reference: Callable, candidate: Callable, run: train.Run, count: int
+) -> tuple[str, bool]:
+    """Whether an fp32 graph that differs from torch by more than the limit does so because both
+    round: then it is about as far from torch in float64 as torch in fp32 is. CLIP's tower, for one,
+    has activations so large that fp32 is exact to 1e-4 only. Returns more text for the check line,
+    and whether the graph passes."""
+    exact = in_torch(copy.deepcopy(reference.model).double(), run.meta)
+    ours = measure(exact, candidate, run, count).worst
+    theirs = measure(exact, reference, run, count).worst
+    text = f"; from float64 the graph differs by {ours:.1e}, torch by {theirs:.1e}"
+    return text, ours <= ROUNDING * theirs
 
 
 def judge_rounded(found: Agreement) -> tuple[str, bool]:
@@ -982,8 +1015,9 @@ def verify(
     options: argparse.Namespace,
     names: tuple[str, str],
     rounded: bool = False,
-) -> None:
-    """Print how well two functions agree on images, and how long each takes for one batch.
+) -> str:
+    """Print how well two functions agree on images, and how long each takes for one batch. Returns
+    how well they agree.
 
     Args:
         options: `images`, how many; `force`, to keep fp16 and int8 whatever the result.
@@ -997,12 +1031,19 @@ def verify(
     count = min(images_wanted(options, rounded) or available, available)
     found = measure(reference, candidate, run, count)
     text, good = judge_rounded(found) if rounded else judge_exact(found, run.meta)
-    text = f"{names[1]} against {names[0]}, {count:,} {run.dataset.name}: {text}"
+    if not good and not rounded and found.same == 100:
+        more, good = judge_rounding(reference, candidate, run, count)
+        text += more
+    what = f"{names[1]} against {names[0]}, {train.counted(count, run.dataset.name)}"
+    where = f" of {options.check}" if options.check else ""
+    stated = f"{what}: {text}"  # in the graph, without the names of folders
+    text = f"{what}{where}: {text}"
     if not good and not (rounded and options.force):
         if rounded:  # with --hub the fp32 file is still written
             raise ValueError(f"{text}: it isn't kept without --force")
         raise ValueError(f"{text}: no file was written")
-    print(f"check    {text} {'ok' if good else 'forced'}", flush=True)
+    verdict = "ok" if good else "forced"
+    print(f"check    {text} {verdict}", flush=True)
     times = found.times[5:] or found.times  # after a warm-up
     first, second = 1000 * np.median(times, axis=0)
     how = f"median of {len(times)}, CPU, {train.counted(torch.get_num_threads(), 'thread')}"
@@ -1012,6 +1053,7 @@ def verify(
         f"speed    batch {run.meta['batch'] or 1}: {second:.1f} ms {names[1]}, {first:.1f} ms "
         f"{names[0]}, ratio {second / first:.2f} ({how})"
     )
+    return f"{stated} {verdict}"
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -1028,6 +1070,13 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
     else:
         onnx.save(proto, path, save_as_external_data=True, location=beside.name)
         beside.chmod(path.stat().st_mode)  # onnx makes it readable by its owner only
+
+
+def state_check(path: Path, text: str) -> None:
+    """Add to a graph's metadata how well it agreed, under "check"."""
+    proto = onnx.load(path, load_external_data=False)
+    proto.metadata_props.add(key="check", value=text)
+    path.write_bytes(proto.SerializeToString())
 
 
 def size_of(path: Path) -> int:
@@ -1108,7 +1157,7 @@ def to_lines(classes: list[str]) -> str:
 def export(run: train.Run, options: argparse.Namespace) -> None:
     """Write and check the graph, and only then move it and labels.txt into place."""
     path = Path(options.o or run.folder)
-    if path.is_dir():
+    if path.is_dir() or options.o.endswith("/"):
         path = path / file_name(options)
     labels = ""
     if options.output != "embedding":
@@ -1161,7 +1210,8 @@ def export_rounded(
     if precision == "int8" and meta["batch"] != 1:
         text += f"; {ONE_SCALE}, with --batch 1 they don't"
     print(text)
-    verify(fp32, small, run, options, ("fp32", precision), rounded=True)
+    found = verify(fp32, small, run, options, ("fp32", precision), rounded=True)
+    state_check(path, found)
 
 
 def calibration_images(run: train.Run) -> Tensor:
@@ -1181,7 +1231,7 @@ def calibration_images(run: train.Run) -> Tensor:
 
 # The metadata of a swappable backbone; the rest is stored in the adapter file.
 SHARED = ("backbone", "fingerprint", "license", "image_size", "mean", "std", "interpolation")
-SHARED += ("version", *CHOICES)
+SHARED += ("heads", "mlp_act", "version", *CHOICES)
 
 
 def with_empty_adapters(model: vit.ViT, *, reads: str, act: str) -> vit.ViT:
@@ -1209,6 +1259,29 @@ def kind_of_adapters(meta: dict) -> dict[str, str]:
     )
 
 
+def backbone_key(run: train.Run, kind: dict[str, str]) -> str:
+    """What an adapter must have in common with a backbone.onnx, as the name of an input: the
+    fingerprint, the image size, the kind of adapter, and a digest of what the fingerprint leaves
+    out (heads, activation, positions) and of the normalisation."""
+    meta = run.meta
+    rest = [meta[name] for name in ("heads", "mlp_act", "mean", "std")]
+    digest = hashlib.sha256(json.dumps(rest).encode())
+    if run.model.pos_embed is not None:
+        digest.update(run.model.pos_embed.numpy().tobytes())
+    parts = [meta["fingerprint"], f"{meta['image_size']}px", kind["reads"], kind["act"]]
+    return ".".join(["for", *parts, digest.hexdigest()[:8]])
+
+
+def check_same_backbone(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise a ValueError if the metadata of a backbone.onnx that exists aren't those wanted."""
+    for name in sorted({*found, *wanted}, key=lambda name: name == "swappable"):  # the key last
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{path} has {name} {found.get(name)}, this run {wanted.get(name)}: they can't "
+                "share it; give another folder by -o"
+            )
+
+
 def changed_constants(g: Graph, bare: Graph) -> dict[str, np.ndarray]:
     """The adapter of a graph: the swapped constants that differ from its backbone's."""
     values = {}
@@ -1222,17 +1295,17 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check and move into place NAME.onnx_adapter, and backbone.onnx unless it exists."""
     meta = run.meta
     kind = kind_of_adapters(meta)
-    key = f"for.{meta['fingerprint']}.{meta['image_size']}px.{kind['reads']}.{kind['act']}"
+    key = backbone_key(run, kind)
     empty = with_empty_adapters(run.model, **kind)
     bare = Graph(options.opset)
-    shared = {name: meta[name] for name in SHARED}
-    shared["swappable"] = key
+    shared = {name: meta[name] for name in SHARED} | kind | {"swappable": key}
     proto = to_model(bare, empty, shared)
 
     adapted = Graph(options.opset)
     write_vit(adapted, run.model, meta)
     values = changed_constants(adapted, bare)
-    values[key] = np.frombuffer(json.dumps(meta).encode(), np.uint8).copy()
+    task = meta | {"preprocessing": preprocessing(meta, run.model.config)}
+    values[key] = np.frombuffer(json.dumps(task).encode(), np.uint8).copy()
 
     home = run.folder
     if home.name in ("", ".."):  # "." has no name
@@ -1245,10 +1318,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
             save_checked(proto, backbone, ", to swap adapters and head")
         opened = session(backbone)
         props = {prop.key: prop.value for prop in proto.metadata_props}
-        if opened.get_modelmeta().custom_metadata_map != props:
-            raise ValueError(
-                f"{backbone} is of another backbone or has other options; give another folder by -o"
-            )
+        check_same_backbone(backbone, opened.get_modelmeta().custom_metadata_map, props)
         adapter = part / f"{home.name}.onnx_adapter"
         save_adapter(values, adapter)
         names = ("torch's backbone", "without adapter")
@@ -1403,7 +1473,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("-o", "PATH", str, place + "with --swappable its parent)", "")
     opset = "ONNX opset; 17 runs nearly everywhere, 23 is the newest supported (17)"
     add("--opset", "N", int, opset, 17, choices=sorted(IR))
-    add("--batch", "N", train.integer(0), "fixed number of images per call (0: any)", 0)
+    add("--batch", "N", train.integer(0, 1024), "fixed number of images per call (0: any)", 0)
     image = "normalised floats, or floats from 0 to 1 (unit), both [batch, 3, S, S]; or pixels "
     image += "[batch, S, S, 3] (float; with --resize uint8)"
     parser.choice("--input", ("float", "unit", "uint8"), image, "")
@@ -1453,12 +1523,12 @@ def check_usage(options: argparse.Namespace, parser: train.Parser) -> None:
     if options.check and not Path(options.check).is_dir():
         parser.error(f"--check {options.check}: no such folder")
     place = Path(options.o)
-    if not options.o or place.is_dir():
+    if not options.o or place.is_dir() or options.o.endswith("/"):
         return
     if options.swappable and place.suffix.startswith(".onnx"):
         parser.error(f"-o {place}: --swappable writes two files; give a folder")
     if not options.swappable and place.suffix != ".onnx":
-        parser.error(f"-o {place}: no such folder; make it, or give a file that ends in .onnx")
+        parser.error(f"-o {place}: give a file that ends in .onnx, or a folder, a new one with /")
 
 
 def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
@@ -1495,7 +1565,7 @@ def export_as_asked(arguments: list[str] | None) -> int:
     """Open a run and export it as the options say."""
     options = parse(arguments)
     run_options, *_ = train.parse(arguments_for_train(options), prog="export.py")
-    run = train.open_run(run_options, need_data=False)
+    run = train.open_run(run_options, need_data=bool(options.dataset or options.data_dir))
     run.model.eval().requires_grad_(False)
     if run.dataset is not None:  # the images behind test_accuracy, whatever --dataset is given
         split = train.read_split(run.folder / "split.json")

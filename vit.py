@@ -225,9 +225,11 @@ class MLP(nn.Module):
 class LayerScale(nn.Module):
     """A learned factor per channel on a residual branch (CaiT, https://arxiv.org/abs/2103.17239)."""
 
+    START = 1e-5  # of gamma
+
     def __init__(self, width: int):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), 1e-5))
+        self.gamma = nn.Parameter(torch.full((width,), self.START))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
@@ -318,12 +320,18 @@ class ViT(nn.Module):
             block.attn.rope = rope
 
     def init_weights(self) -> None:
-        """Initialise to train from scratch, as in timm: truncated normal, std 0.02; biases 0."""
+        """Initialise all weights to train from scratch: matrices, tokens and positions from a
+        truncated normal of std 0.02; biases 0. Linear layers and positions are as in timm, which
+        leaves the patch embedding at torch's default and starts tokens at 1e-6."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, LayerScale.START)
         for tokens in (self.cls_token, self.reg_token, self.pos_embed):
             if tokens is not None:
                 nn.init.trunc_normal_(tokens, std=0.02)

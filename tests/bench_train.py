@@ -113,8 +113,8 @@ def make_step(variant: str, device: str) -> Callable[[Tensor, Tensor], None]:
     network = model
     if variant in COMPILED:  # in train.py's mode
         network = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None)
-    if ours and device == "cuda":
-        train.be_repeatable(variant not in COMPILED)
+    if ours:
+        train.be_repeatable(torch.device(device), variant not in COMPILED)
 
     def step(images: Tensor, labels: Tensor) -> None:
         parts = 1

@@ -124,6 +124,16 @@ def test_what_cannot_be_merged_is_left(tiny_weights, options):
     assert all(block.adapter is not None for block in model.blocks)
 
 
+def test_merge_compares_the_form_of_gelu(tiny_weights):
+    """GELU's tanh form is another function, so it isn't merged into exact GELU; "mlp" takes it."""
+    model = adapted(tiny_weights, reads="ln")
+    for block in model.blocks:
+        block.mlp.act = nn.GELU(approximate="tanh")
+    assert adaptertune.merge(model) == 0
+    adaptertune.add_adapters(model, 4, reads="ln", act="mlp")
+    assert adaptertune.merge(model) == 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_init_is_the_backbone_bit_for_bit(tiny_weights, method):
     """Zero-initialised adapters leave outputs bit for bit the same; init "small" doesn't."""
@@ -429,6 +439,46 @@ def test_adapt_begins_from_the_backbone(tiny_weights, before):
     ]
 
 
+def test_adapt_to_scratch_forgets_the_backbone(tiny_weights, tmp_path):
+    """ "scratch" replaces every pretrained value; norms and LayerScale start anew too."""
+    path = write_tiny(tmp_path / "w.safetensors", seed=0, layer_scale=True)
+    model, _ = vit.load(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adaptertune.adapt(model, "scratch", 5)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("head."):
+            assert not (tensor == before[name]).any(), name
+    block = model.blocks[0]
+    assert torch.equal(block.norm1.weight, torch.ones(D))
+    assert torch.equal(block.ls1.gamma, torch.full((D,), 1e-5))
+
+
+def test_adapt_keeps_clips_projection(clip):
+    """CLIP's methods can follow each other on one model. After a classifier took the place of the
+    projection they are refused: it isn't taken for one."""
+    model, _ = vit.load(clip, head=True)
+    projection = model.head.weight.detach().clone()
+    for method in ("zero-shot", "clip-adapter", "clip-adapter", "zero-shot"):
+        adaptertune.adapt(model, method, 7)
+        assert torch.equal(model.head.projection, projection)
+    adaptertune.adapt(model, "head", 7)
+    for method in adaptertune.CLIP_METHODS:
+        with pytest.raises(ValueError, match=r"with its projection as head; .* vit.load"):
+            adaptertune.adapt(model, method, 7)
+
+
+def test_float16_is_not_trained(tiny_weights):
+    """Adam's epsilon is 0 in float16, so zero gradients would give NaN; prediction is allowed."""
+    model, _ = vit.load(tiny_weights)
+    model.half()
+    adaptertune.adapt(model, "adaptertune", 5)
+    with pytest.raises(ValueError, match=r"blocks.0.adapter.down.weight is float16.*autocast"):
+        adaptertune.parameter_groups(model, 0.05, 1e-3)
+
+
 @pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_what_adapt_adds_follows_the_backbone(clip, tiny_weights, method):
     """What adapt adds has the backbone's device and precision, else the first batch fails; and its
@@ -581,7 +631,9 @@ def test_round_trip(clip, tiny_weights, tmp_path, method):
         model.head.scale.fill_(20)
     if method in adaptertune.WHOLE_METHODS:
         model.blocks[0].attn.qkv.weight.data.add_(0.1)
-    meta = {"version": 1, "backbone": "tiny", "fingerprint": original}
+    meta = {"version": 1, "backbone": "tiny"}
+    if method != "scratch":  # which has no backbone
+        meta["fingerprint"] = original
     adaptertune.save(tmp_path / "a.safetensors", model, meta)
 
     torch.manual_seed(2)
@@ -746,7 +798,7 @@ def test_float8_and_float64(tiny_weights, tmp_path):
         adaptertune.load(tmp_path / "a.safetensors", model)
 
 
-@pytest.mark.parametrize("meta", [{"scale": float("nan")}, {"rank": None}, {"deep": 1}], ids=str)
+@pytest.mark.parametrize("meta", [{"lr": float("nan")}, {"rank": None}, {"deep": 1}], ids=str)
 def test_what_could_not_be_read_is_not_saved(tiny_weights, tmp_path, meta):
     """save refuses metadata that `read` would refuse, and writes no file."""
     (name,) = meta
@@ -859,6 +911,28 @@ def test_a_file_says_what_its_adapters_compute(tiny_weights, tmp_path):
     meta = adaptertune.load(path, model)
     assert "act" not in meta
     assert (meta["reads"], meta["scale"]) == ("block", 1.0)
+
+
+def test_a_file_says_what_its_adapters_compute_now(tiny_weights, tmp_path):
+    """What was changed in the model after `adapt` is written, not what `adapt` returned."""
+    path = tmp_path / "a.safetensors"
+    model, _ = vit.load(tiny_weights)
+    settings = adaptertune.adapt(model, "adaptertune", 5, rank=4, act="mlp")
+    randomise(model)
+    for block in model.blocks:
+        block.adapter.scale = 0.5
+    adaptertune.save(path, model, settings)
+    other, _ = vit.load(tiny_weights)
+    adaptertune.adapt(other, "adaptertune", 5, rank=4)
+    with pytest.raises(ValueError, match="was trained with scale 0.5, not 1.0"):
+        adaptertune.load(path, other)
+    adaptertune.adapt(other, "adaptertune", 5, rank=4, scale=0.5)
+    assert adaptertune.load(path, other)["act"] == "mlp"
+    assert torch.equal(other(IMAGES), model(IMAGES))
+    for block in model.blocks:
+        block.adapter.act = nn.ReLU()
+    adaptertune.save(path, model, settings)
+    assert adaptertune.read(path)[1]["act"] == "relu"
 
 
 def test_the_activation_of_the_mlp(tiny_weights, tmp_path):

@@ -359,8 +359,8 @@ def test_adapters_that_do_not_fit(swappable, run_export, label, tmp_path):
     backbone = swappable / "backbone.onnx"
     error = label(backbone, "--adapter", swappable / "third.onnx_adapter", photo, status=1)
     message = (
-        r"third.onnx_adapter is for\.[0-9a-f]{16}\.16px\.block\.gelu; "
-        r"\S+/backbone.onnx takes for\.[0-9a-f]{16}\.32px\.block\.gelu; "
+        r"third.onnx_adapter is for\.[0-9a-f]{16}\.16px\.block\.gelu\.[0-9a-f]{8}; "
+        r"\S+/backbone.onnx takes for\.[0-9a-f]{16}\.32px\.block\.gelu\.[0-9a-f]{8}; "
         r"give the backbone.onnx that was exported with this adapter$"
     )
     assert re.search(message, error)
@@ -374,6 +374,16 @@ def test_adapters_that_do_not_fit(swappable, run_export, label, tmp_path):
     error = label(tmp_path / "model.onnx", *arguments, status=1)
     advice = "give the backbone.onnx that was exported with this adapter"
     assert f"{tmp_path / 'model.onnx'} takes no adapters; {advice}" in error
+
+
+def test_an_onnxruntime_without_adapters(swappable, python):
+    """With an onnxruntime older than 1.20, --adapter ends in a line that says what it needs."""
+    program = "import onnxruntime, runpy, sys; del onnxruntime.AdapterFormat; "
+    program += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = (swappable / "backbone.onnx", "--adapter", swappable / "photos.onnx_adapter")
+    done = python("-c", program, LABEL, *arguments, "odd/dark.bmp")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: --adapter needs onnxruntime 1.20 or later, not .*\n", done.stderr)
 
 
 def test_adapter_as_the_model(swappable, label, tmp_path):

@@ -449,6 +449,12 @@ def test_what_other_programs_read(kind, output):
     assert np.abs((x - mean) / scale - expected).max() < 1e-4
 
 
+def test_labels_that_look_alike_stay_apart():
+    """OpenVINO's labels are separated by spaces, so names that differ only in one are numbered."""
+    props = export.props_of_others(META | {"classes": ["a b", "a_b"]}, network(None).config)
+    assert props["model_info labels"].split() == ["a_b.0", "a_b.1"]
+
+
 def test_half_as_mean_and_deviation():
     """Mean and std of 0.5 are described as pixels from -1 to 1."""
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -488,6 +494,16 @@ def test_constants_beside_a_graph_that_is_too_large(run, tmp_path, monkeypatch, 
     if precision == "int8":
         small, plain = re.search(r"^size     ([\d.]+) MB, ([\d.]+) MB fp32", out, re.M).groups()
         assert float(small) < float(plain)
+
+
+def test_resizing_is_checked_on_images_that_need_it(run):
+    """Images that are stored at the network's size are enlarged, or the graph wouldn't resize."""
+    task = opened("a")
+    task.meta |= {"resize": True, "batch": 0, "input": "uint8"}
+    task.dataset = export.noise(task)
+    assert task.dataset.test.pixels.shape[-1] == 16
+    shapes = {each.image.shape[1:] for each in export.images_to_check(task, 60)}
+    assert shapes == {(33, 33, 3)}
 
 
 def test_resizing_is_checked_on_original_photos(run, runs, photos, tmp_path, monkeypatch):
@@ -578,6 +594,7 @@ def test_precision(run, tmp_path, precision, name):
     assert ("one scale a batch" in saved["description"]) == (precision == "int8")
     stated = {key for key in saved if key.endswith("accuracy")}  # of the run, not of this graph
     assert stated == {"fp32_val_accuracy", "fp32_test_accuracy"}
+    assert f"check    {saved['check']}\n" in out  # this graph's own
 
 
 def test_int8_that_disagrees(run, tmp_path, monkeypatch):
@@ -592,6 +609,7 @@ def test_int8_that_disagrees(run, tmp_path, monkeypatch):
     assert "points: it isn't kept without --force" in error
     assert not list(tmp_path.iterdir())
     assert "points forced" in run(*arguments, "--force")
+    assert metadata(tmp_path / "m.onnx")["check"].endswith("points forced")
     assert names_in(tmp_path) == ["labels.txt", "m.onnx"]
     out = run("runs/a", "--hub", tmp_path / "hub")
     assert re.search(
@@ -683,6 +701,23 @@ def test_int8_of_a_fixed_batch(run, tmp_path):
     proto = onnx.load(tmp_path / "m.onnx")
     assert not proto.graph.value_info
     assert b"batch" not in proto.graph.SerializeToString()
+
+
+def test_rounding_is_told_from_a_wrong_graph(run, tmp_path, monkeypatch):
+    """A difference above the limit is accepted if torch in fp32 is as far from torch in float64,
+    as with large activations; for embeddings too. A wrong graph isn't."""
+    monkeypatch.setattr(export, "LIMIT", 1e-9)
+    for name, options in (("a", []), ("b", ["--output", "embedding"]), ("rotary", ["--batch", 5])):
+        out = run(f"runs/{name}", "-o", tmp_path / "m.onnx", *options)
+        assert re.search(
+            r"; from float64 the graph differs by [\d.e-]+, torch by [\d.e-]+ ok$", out, re.M
+        )
+    rounding = export.ROUNDING
+    monkeypatch.setattr(export, "ROUNDING", 0.01)
+    assert "no file was written" in run("runs/a", "-o", tmp_path / "m.onnx", status=1)
+    monkeypatch.setattr(export, "ROUNDING", rounding)
+    out = run("runs/a", "--swappable", "-o", tmp_path)
+    assert out.count("from float64 the graph differs by") == 2
 
 
 @pytest.mark.parametrize("damage", [0.01, float("nan")])
@@ -796,8 +831,46 @@ def test_another_backbones_adapter_is_refused(run, tmp_path):
         other(export.Checked(x.numpy(), x, np.zeros(1)))
     for arguments in (["runs/other"], ["runs/a", "--opset", 20]):
         error = run(*arguments, "--swappable", "-o", tmp_path, status=1)
-        assert "of another backbone or has other options" in error
+        assert "backbone.onnx has " in error
+        assert "they can't share it; give another folder by -o" in error
     assert not (tmp_path / "other.onnx_adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ("--heads 1", "heads 2, this run 1"),
+        ("--mean 0.4,0.4,0.4", r"mean \[0.5, 0.5, 0.5\], this run \[0.4, 0.4, 0.4\]"),
+        ("--method adaptformer --adapter-act gelu", "reads block, this run raw"),
+        ("--adapter-act relu", "act gelu, this run relu"),
+    ],
+)
+def test_an_adapter_of_another_network_is_refused(run, tmp_path, options, difference):
+    """An adapter that was trained on the same weights with other heads or another normalisation
+    computes something else there: onnxruntime refuses it, and export.py names the difference."""
+    weights = write_backbone(tmp_path / "w.safetensors", seed=3)
+    common = ["--weights", str(weights), "--epochs", "1", "--limit", "40", "--name"]
+    assert train.main([*common, tmp_path.name]) == 0
+    assert train.main([*common, f"{tmp_path.name}-2", "--rank", "4", *options.split()]) == 0
+    run(f"runs/{tmp_path.name}", "--swappable", "-o", tmp_path)
+    second = f"runs/{tmp_path.name}-2"
+    error = run(second, "--swappable", "-o", tmp_path, status=1)
+    assert re.search(f"backbone.onnx has {difference}: they can't share it", error)
+    run(second, "--swappable", "-o", tmp_path / "second/")
+    session = export.session(tmp_path / "backbone.onnx")
+    other = export.in_onnxruntime(session, tmp_path / f"second/{tmp_path.name}-2.onnx_adapter")
+    x = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(Exception, match="Invalid input name: for"):
+        other(export.Checked(x.numpy(), x, np.zeros(1)))
+
+
+def test_the_key_covers_positions(run):
+    """Positions, which the fingerprint leaves out, are part of the key."""
+    task = opened("a")
+    kind = export.kind_of_adapters(task.meta)
+    key = export.backbone_key(task, kind)
+    task.model.pos_embed[0, 1, 2] += 1
+    assert export.backbone_key(task, kind) != key
 
 
 # --------------------------------------------------------------------- other photos, the hub
@@ -816,8 +889,16 @@ def test_other_photos(run, runs, photos, tmp_path):
     assert "accuracy" in out
     out = run(*arguments, photos / "sky", "--precision", "fp16", "--force")
     assert f"20 photos of {photos / 'sky'}: " in out
+    assert "accuracy" in out  # the folder itself is named after a class
+    saved = metadata(tmp_path / "model-fp16.onnx")
+    assert saved["check"].startswith("fp16 against fp32, 20 photos: ")  # without its path
+    (tmp_path / "unsorted").mkdir()
+    for photo in (photos / "sky").iterdir():
+        (tmp_path / "unsorted" / photo.name).write_bytes(photo.read_bytes())
+    out = run(*arguments, tmp_path / "unsorted", "--precision", "fp16", "--force")
     assert "since labels aren't known" in out
     assert "accuracy" not in out
+    assert f"1 photo of {photos}: " in run(*arguments, photos, "--images", 1)
     run(*arguments, photos, "--resize")
     (tmp_path / "empty").mkdir()
     assert "no photos in" in run(*arguments, tmp_path / "empty", status=1)
@@ -860,11 +941,13 @@ def test_without_the_runs_photos(run, runs, photos, tmp_path):
     assert train.main([*common, "--epochs", "1", "--name", "gone"]) == 0
     photos.rename(tmp_path / "elsewhere")
     train.read_dataset.cache_clear()
-    noise = "64 noise images, since the run's own can't be read and no --check is given: max"
+    noise = "note     checked on noise, since the run's own images can't be read; --check FOLDER\n"
     folder = tmp_path / "out"
     folder.mkdir()
     for options in ([], ["--resize"], ["--input", "unit", "--batch", "3"]):
-        assert noise in run("runs/gone", "-o", folder, *options)
+        out = run("runs/gone", "-o", folder, *options)
+        assert noise in out
+        assert "onnxruntime against torch, 64 noise images: max" in out
     before = names_in(folder)
     error = run("runs/gone", "-o", folder, "--precision", "int8", status=1)
     assert "int8 is calibrated on training images, and none are there; give --check FOLDER" in error
@@ -887,7 +970,7 @@ def test_with_classes_in_another_order(run, runs, photos, tmp_path):
     split.write_text(json.dumps(listed))
     out = run("runs/mixed", "-o", tmp_path / "m.onnx")
     assert "note     the run's data set can't be used: " in out
-    assert "noise images, since the run's own can't be read" in out
+    assert "note     checked on noise" in out
 
 
 def test_without_leave_to_read_the_runs_photos(run, tmp_path, monkeypatch):
@@ -987,7 +1070,7 @@ def test_a_card_names_what_the_hub_has():
         ("runs/a --hub h -o m.onnx", 2, "leave out -o"),
         ("runs/a --hub h --batch 4", 2, "leave out --batch"),
         ("runs/a --check gone", 2, "--check gone: no such folder"),
-        ("runs/a --batch -1", 2, "argument --batch: -1 is not between 0 and 1,000,000"),
+        ("runs/a --batch -1", 2, "argument --batch: -1 is not between 0 and 1,024"),
         ("runs/a --images many", 2, "argument --images: 'many' is not a valid int"),
         ("runs/a --swappable --precision int8", 2, "--swappable is fp32"),
         ("runs/a --swappable --resize", 2, "--swappable is fp32, without --resize"),
@@ -1000,7 +1083,13 @@ def test_a_card_names_what_the_hub_has():
         ("runs/a --weights gone.safetensors", 1, "no weights at gone.safetensors"),
         ("runs/a -o runs/a/adapters.safetensors", 2, "give a file that ends in .onnx"),
         ("runs/a -o /dev/full", 2, "give a file that ends in .onnx"),
-        ("runs/a -o new", 2, "-o new: no such folder; make it, or give a file that ends in .onnx"),
+        (
+            "runs/a -o new",
+            2,
+            "-o new: give a file that ends in .onnx, or a folder, a new one with /",
+        ),
+        ("runs/a --batch 100000", 2, "--batch: 100000 is not between 0 and 1,024"),
+        ("runs/a --dataset gone", 1, "no folder gone; if the run's photos are elsewhere now"),
         ("runs/a -o runs/a/split.json", 2, "give a file that ends in .onnx"),
         ("runs/a -o /proc/nowhere/model.onnx", 1, "can.t write to /proc"),
         ("runs/a -o runs/a/config.json/model.onnx", 1, "Not a directory|exists"),

@@ -3,6 +3,7 @@
 Few shots, cached features, comparisons, pictures, loading a run, how often the test set is read.
 """
 
+import copy
 import csv
 import json
 import math
@@ -146,6 +147,46 @@ def test_prototypes_are_class_means():
     second = embeddings[5] / embeddings[5].norm()
     assert torch.allclose(found[2], (first + second) / 2)
     assert found.shape == (3, 5)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.2, 0), (0.3, 0.5)])
+def test_a_training_image_is_left_out_of_its_own_prototype(a, b):
+    """The logits of leave_one_out are those of prototypes that were made without the image; an
+    image that is alone in its class keeps its own."""
+    head = clip_head(ratio=a, text_ratio=b)
+    x = torch.randn(9, 32, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 0])
+    labels[1:3] = 5  # classes of one, three and three; 1 and 2 have none
+    embeddings = x @ head.projection.T
+    sizes = torch.bincount(labels, minlength=7)
+    for label in (0, 5):
+        members = F.normalize(embeddings[labels == label], dim=1)
+        head.classes[label] = members.mean(dim=0)
+    found = head.leave_one_out(x, labels, sizes)
+    plain = head(x)
+    for i, label in enumerate(labels.tolist()):
+        others = labels == label
+        others[i] = False
+        twin = copy.deepcopy(head)
+        if others.any():
+            twin.classes[label] = F.normalize(embeddings[others], dim=1).mean(dim=0)
+        expected = plain[i].clone()
+        expected[label] = twin(x)[i, label]
+        assert torch.allclose(found[i], expected, atol=1e-9)
+        assert torch.allclose(found[i], plain[i]) == (label not in (0, 5))
+
+
+def test_training_on_prototypes(run, tmp_path):
+    """clip-adapter learns from prototypes of several images, and refuses those of one."""
+    weights = write_tiny_clip(tmp_path, text=False)
+    common = ["--weights", weights, "--method", "clip-adapter", "--classifier", "prototypes"]
+    common += ["--epochs", 5]
+    error = run(*common, "--shots", 1, status=1)
+    assert "can't be trained on prototypes of one image each; give more images" in error
+    assert not (tmp_path / "runs").exists()
+    run(*common, "--shots", 2, "--name", "two")
+    loss = float(read_csv(tmp_path / "runs/two/metrics.csv")[0]["loss"])
+    assert loss > 1  # with the image in its own prototype it would be nearly 0
 
 
 @pytest.fixture(params=["both", "two files"])
@@ -292,6 +333,19 @@ def test_cached_features_depend_on_the_normalisation(run, tmp_path):
     run(*common, "--weights", weights, "--heads", 4, "--name", "unnamed")
     after = {path.name for path in features.iterdir()}
     assert len(after) == 2 * len(before)
+
+
+def test_cached_features_depend_on_the_positions(run, tmp_path, tiny_weights):
+    """Weights that differ only in positions, which the fingerprint leaves out, share nothing."""
+    tensors = load_file(tiny_weights)
+    tensors["pos_embed"] = tensors["pos_embed"].flip(1)
+    save_file(tensors, tmp_path / "other.safetensors")
+    common = ["--method", "head", "--cached", "--shots", 2, "--epochs", 1, "--heads", 2]
+    run(*common, "--weights", tiny_weights, "--name", "a")
+    features = tmp_path / "cache" / "features"
+    before = len(list(features.iterdir()))
+    run(*common, "--weights", tmp_path / "other.safetensors", "--name", "b")
+    assert len(list(features.iterdir())) == 2 * before
 
 
 @pytest.mark.parametrize("method", adaptertune.CLIP_METHODS)

@@ -1078,6 +1078,11 @@ def test_classes_of_unlike_sizes(run, photos, tiny_weights, tmp_path):
     assert f"as a mean over classes {mean:.2f} %" in out
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
     assert result["test_class_accuracy"] == pytest.approx(mean)
+    # Shots are as many of each class, but the test images aren't.
+    out = run(*command, "--shots", 2, "--name", "c")
+    assert "classes  from" not in out
+    assert re.search(r"^test .*, as a mean over classes [\d.]+ %", out, re.M)
+
     weighted = run(*command, "--class-weights", "--name", "b")
     assert "weighted by the inverse of their sizes\n" in weighted
     assert read_table(tmp_path / "runs/a")[1][1] != read_table(tmp_path / "runs/b")[1][1]

@@ -1,6 +1,6 @@
 """Label photos with an ONNX file from export.py. Needs neither torch nor onnx: copy it to a device.
 
-    pip install onnxruntime pillow (and pillow-heif for HEIC photos from phones)
+    pip install onnxruntime pillow (and pillow-heif for HEIC photos from phones; Python 3.10)
     python label.py model.onnx photo.jpg …
     python label.py backbone.onnx --adapter flowers.onnx_adapter photo.jpg …
 
@@ -201,6 +201,8 @@ def read_task(meta):
 def load_adapter(path, model, meta):
     """Run options with an adapter active, and the adapter. The metadata of its task go into `meta`,
     those of the model; the adapter file holds them in a tensor that is named after the backbone."""
+    if not hasattr(onnxruntime, "AdapterFormat"):
+        fail(f"--adapter needs onnxruntime 1.20 or later, not {onnxruntime.__version__}")
     try:
         tensors = onnxruntime.AdapterFormat.read_adapter(path).get_parameters()
     except RuntimeError:
@@ -247,7 +249,7 @@ def task_of(path, meta, batch):
 def check_file(path, suffix):
     """End the program if a path is no file. If it is a folder, name the files in it to give."""
     if Path(path).is_dir():
-        inside = sorted(Path(path).glob(f"[!.]*{suffix}"))
+        inside = sorted([*Path(path).glob(f"[!.]*{suffix}"), *Path(path).glob(f"onnx/*{suffix}")])
         if inside:
             fail(f"{path} is a folder; give {' or '.join(map(str, inside))}")
         fail(f"{path} is a folder without an {suffix}; export.py writes one")
