@@ -479,9 +479,14 @@ def prototypes(embeddings: Tensor, labels: Tensor) -> Tensor:
 # ------------------------------------------------------------- methods: from backbone to model
 
 
+class NewHead(nn.Linear):
+    """The linear classifier of a task. Its class tells it from a head that came with the weights,
+    such as CLIP's projection."""
+
+
 def add_head(model: nn.Module, classes: int) -> None:
     """Give a vit.ViT a new linear classifier: weights from N(0, 0.02²), biases 0 (timm's)."""
-    model.head = nn.Linear(model.config.width, classes)
+    model.head = NewHead(model.config.width, classes)
     nn.init.trunc_normal_(model.head.weight, std=0.02)
     nn.init.zeros_(model.head.bias)
     model.head.to(model.cls_token)
@@ -496,8 +501,8 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
     projection = None  # [E, D]
     if isinstance(model.head, ClipHead):  # of an earlier `adapt`
         projection = model.head.projection
-    elif isinstance(model.head, nn.Linear) and model.head.bias is None:  # a classifier has biases
-        projection = model.head.weight
+    elif isinstance(model.head, nn.Linear) and not isinstance(model.head, NewHead):
+        projection = model.head.weight  # timm's has a bias of zeros, too
     if not model.config.norm_pre or projection is None:
         raise ValueError(
             "clip-adapter and zero-shot need CLIP's image tower with its projection as head; "

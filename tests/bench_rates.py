@@ -57,8 +57,12 @@ PAIRS = {
     "coarse300-small": ("coarse", 15, 25, "small", 32),
     "digits-deit": ("digits", 20, 50, "deit", 32),
     "flowers-small": ("flowers12", 15, 20, "small", 32),
+    "pets-deit224": ("pets370", 5, 5, "deit", 224),
+    "flowers-deit224": ("flowers12", 20, 40, "deit", 224),
+    "cifar1000-deit224": ("cifar100", 10, 10, "deit", 224),
+    "pets-clip112": ("pets370", 5, 5, "clip", 112),
 }
-HALVES = {"rule": list(PAIRS)[:5], "confirm": list(PAIRS)[5:]}
+HALVES = {"rule": list(PAIRS)[:5], "confirm": list(PAIRS)[5:9], "sharp": list(PAIRS)[9:]}
 
 
 def read_data(name: str, size: int, options: argparse.Namespace) -> data.Dataset:
