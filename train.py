@@ -63,6 +63,9 @@ import adaptertune
 import data
 import vit
 
+# The highest peak learning rate of a new linear head, whatever else is trained; `head_rate` lowers
+# it for features that are far apart.
+HEAD_RATE = 1e-2
 # Peak learning rates by method, for all backbones and data set sizes. They were chosen on
 # validation over pairs of backbone and data set (assets/results, Learning rates). The paper's 1e-3
 # for adapters is for 50 epochs on large data sets and too low for a short run. AdaptFormer's rate
@@ -73,12 +76,10 @@ RATES = {
     "vpt": 5e-3,
     "clip-adapter": 3e-3,
     "zero-shot": 1e-3,
-    "head": 2e-2,
+    "head": HEAD_RATE,
     "full": 2.5e-4,
     "scratch": 1e-3,
 }
-# The new head's learning rate where the backbone is adapted too; other methods use a single rate.
-HEAD_RATE = 1e-2
 ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
@@ -87,7 +88,7 @@ NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
 # Options whose default depends on data or machine, with the value that stands for "not given".
 # config.json lists under "auto" which of them weren't given.
-AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto"}
+AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto", "lr": 0.0, "head_lr": 0.0}
 # Metadata in which the network of --eval may differ from the run's; `load` compares fingerprints.
 EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
 MAY_DIFFER = ("data_dir", "offline", "device", "auto")  # with other values it is still the same run
@@ -384,9 +385,10 @@ def add_training_options(parser: Parser) -> None:
     cached = "for --method head: train on features computed once, without augmentation"
     parser.switch("--cached", cached)
     add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
-    add("--lr", "LR", number(1e-12, 1000), "peak learning rate (by method and rank)", 0.0)
-    head = f"peak learning rate of the head ({HEAD_RATE:g}; as --lr for head, clip-adapter, "
-    add("--head-lr", "LR", number(1e-12, 1000), head + "scratch)", 0.0)
+    rate = "peak learning rate (by method and rank; for head as --head-lr)"
+    add("--lr", "LR", number(1e-12, 1000), rate, 0.0)
+    head = f"peak learning rate of the head (by its features, at most {HEAD_RATE:g}; as --lr for "
+    add("--head-lr", "LR", number(1e-12, 1000), head + "clip-adapter, scratch)", 0.0)
     decay = "weight decay of the weight matrices, 0 for off (0.05)"
     add("--weight-decay", "W", number(0, 1000), decay, 0.05)
     smoothing = "label smoothing of the loss, 0 for off (0.1; CLIP's methods 0)"
@@ -546,10 +548,12 @@ def fill_in(options: argparse.Namespace) -> None:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
     if options.label_smoothing is None:
         options.label_smoothing = 0.0 if clip else 0.1
-    options.lr = options.lr or default_rate(options.method, options.rank)
-    if not options.head_lr:
-        one = options.method in ONE_RATE_METHODS
-        options.head_lr = options.lr if one else HEAD_RATE
+    if options.method == "head":
+        options.lr = options.lr or options.head_lr  # if neither is given: by `head_rate`
+    else:
+        options.lr = options.lr or default_rate(options.method, options.rank)
+    if options.method in ONE_RATE_METHODS:
+        options.head_lr = options.head_lr or options.lr
 
 
 def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
@@ -1016,6 +1020,44 @@ def start_head(model: vit.ViT, given: nn.Module, classes: list[str], epochs: int
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
 
 
+@torch.no_grad()
+def head_rate(model: vit.ViT, dataset: data.Dataset, batches: data.Batches) -> float:
+    """The default learning rate of a new linear head on a backbone, from 32 training images.
+
+    A step of AdamW moves each weight by about the learning rate. So it moves the logit of an image
+    whose features are f by up to the learning rate times Σ|f - f̄|, the bias aside. The rate is such
+    that this is 1 on average, but at most HEAD_RATE. Between the backbones and image sizes that
+    were tried, Σ|f - f̄| varies from 60 to 380 (assets/results, Learning rates).
+    """
+    index = torch.linspace(0, len(dataset.train) - 1, 32).long().unique()
+    alone = replace(batches, rank=0, world=1)  # all of them in each process
+    model.eval()
+    features = []
+    for x, _ in alone.eval(dataset.train[index], dataset.center):
+        features.append(in_parts(model.features, model, x))
+    features = torch.cat(features)  # [n, D]
+    spread = (features - features.mean(dim=0)).abs().sum(dim=1).mean().item()
+    rate = float(f"{1 / max(spread, 1 / HEAD_RATE):.2g}")
+    first = torch.tensor(0.0 if batches.rank else rate, dtype=torch.float64)
+    return sum_over_processes(first).item()
+
+
+def fit_to_features(
+    options: argparse.Namespace,
+    model: vit.ViT,
+    dataset: data.Dataset,
+    batches: data.Batches,
+    folder: Path,
+) -> None:
+    """Set the head's learning rate, unless it is given. A run that continues in `folder` keeps the
+    rate that it began with."""
+    if options.head_lr:
+        return
+    saved = read_config(folder) if (folder / "config.json").exists() else {}
+    options.head_lr = saved.get("head_lr") or head_rate(model, dataset, batches)
+    options.lr = options.lr or options.head_lr
+
+
 def split_dataset(
     dataset: data.Dataset, options: argparse.Namespace, seed: int, folder: Path
 ) -> data.Dataset:
@@ -1122,6 +1164,9 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     dataset.flip = dataset.flip and not options.no_flip
+    model.to(device)
+    batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
+    fit_to_features(options, model, dataset, batches, folder)
     meta = describe_network(options, model, backbone)
     meta |= {
         "center": dataset.center,
@@ -1139,7 +1184,6 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     note = ""
     if options.init_lora and options.method not in adaptertune.CLIP_METHODS:
         note = start_head(model, given, dataset.classes, options.epochs)
-    batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
     model.to(device)
     return Run(
         options, seed, folder, dataset, model, batches, device, bf16, meta, backbone, head_note=note
@@ -3020,7 +3064,10 @@ def print_heading(
 ) -> None:
     """Print the line above one of several runs: which it is, and the time left for all of them,
     estimated from `times`, the seconds that earlier runs took."""
-    text = f"{options.label or options.method}, learning rate {options.lr:g}, seed {seed}"
+    text = options.label or options.method
+    if options.lr:
+        text += f", learning rate {options.lr:g}"
+    text += f", seed {seed}"
     if times:
         text += f"; about {data.clock_text(statistics.mean(times) * (total - done))} left for all"
     print(f"\nrun      {done + 1} of {total}: {text}")

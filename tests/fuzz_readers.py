@@ -407,7 +407,7 @@ def make_files(folder: Path) -> None:
     (folder / "runs/b/adapters.safetensors").unlink()
     options, *_ = train.parse([*OPTIONS, "--name", "b", "--resume"])
     run = train.prepare(options, 0)
-    rates = (options.weight_decay, options.lr, options.head_lr)
+    rates = (options.weight_decay, run.options.lr, run.options.head_lr)
     groups = train.adaptertune.parameter_groups(run.model, *rates)
     optimizer = torch.optim.AdamW(groups)
     images, labels = next(run.batches.train(run.dataset, 0, 1))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Evil, runner, write_cifar10, write_tiny
+from conftest import ROOT, TINY, Evil, runner, write_backbone, write_cifar10, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -1863,8 +1863,8 @@ STATED = {
     "--image-size": "(0: its own)",
     "--epochs": "(10, up to 30 for fewer than 1,500 images; --cached 100)",
     "--batch": "(128; 32 for fewer than 5,000 images)",
-    "--lr": "(by method and rank)",
-    "--head-lr": "(0.01; as --lr for head, clip-adapter, scratch)",
+    "--lr": "(by method and rank; for head as --head-lr)",
+    "--head-lr": "(by its features, at most 0.01; as --lr for clip-adapter, scratch)",
     "--weight-decay": "(0.05)",
     "--label-smoothing": "(0.1; CLIP's methods 0)",
     "--min-scale": "(0.08; digits 0.85)",
@@ -1938,7 +1938,7 @@ DIGITS = {
     "predict": [],
     "csv": "",
     "lr": 5e-3,
-    "head_lr": 1e-2,
+    "head_lr": 0.0,  # by the features
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
     "seeds": [0],
@@ -1968,14 +1968,15 @@ CLIP_ADAPTER["label_smoothing"] = 0.0
         (["--dataset", "cifar10"], {"backbone": "vit_s16", "lr": 5e-3}),
         (["--method", "head", "--cached"], {"cached": True}),
         (["--method", "adaptformer"], ADAPTFORMER | {"dropout": 0.1, "learn_scale": False}),
-        (["--rank", "64"], {"lr": 5e-3, "head_lr": 1e-2}),
+        (["--rank", "64"], {"lr": 5e-3}),
         (["--rank", "1"], {"lr": 5e-3}),
-        (["--method", "adaptformer", "--rank", "8"], {"lr": 2e-2, "head_lr": 1e-2}),
-        (["--method", "full"], {"lr": 2.5e-4, "head_lr": 1e-2}),
-        (["--method", "full", "--lr", "1e-4"], {"lr": 1e-4, "head_lr": 1e-2}),
+        (["--method", "adaptformer", "--rank", "8"], {"lr": 2e-2, "head_lr": 0.0}),
+        (["--method", "full"], {"lr": 2.5e-4, "head_lr": 0.0}),
+        (["--method", "full", "--lr", "1e-4"], {"lr": 1e-4, "head_lr": 0.0}),
         (["--method", "full", "--head-lr", "1e-3"], {"lr": 2.5e-4, "head_lr": 1e-3}),
-        (["--method", "head"], {"lr": 2e-2, "head_lr": 2e-2}),
+        (["--method", "head"], {"lr": 0.0, "head_lr": 0.0}),
         (["--method", "head", "--lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
+        (["--method", "head", "--head-lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--scratch"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--method", "vpt"], {"prompts": 10, "deep": True}),
         (["--method", "clip-adapter", *CLIP], CLIP_ADAPTER | {"classifier": "text"}),
@@ -2016,6 +2017,40 @@ def test_what_the_data_decide(arguments, images, expected):
     dataset = data.Dataset("photos", ["a", "b"], train_images, None, None, min_scale=0.5)
     train.fit_to_data(options, dataset)
     assert {name: getattr(options, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("factor", [1, 100, 1000])
+def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
+    """By default the head's rate is the inverse of the mean Σ|f - f̄| over training images, at most
+    1e-2. For other methods than `head` it is so, too; a stopped run goes on with its own rate."""
+    weights = write_backbone(tmp_path / "b.safetensors", seed=0)
+    tensors, meta = vit.read_tensors(weights)
+    for name in ("norm.weight", "norm.bias"):  # of the last norm: it scales the features
+        tensors[name] = tensors[name] * factor
+    save_file(tensors, weights, {"adaptertune": json.dumps(meta)})
+    common = ["--weights", weights, "--epochs", 1, "--limit", 40]
+    run(*common, "--method", "head", "--name", "head")
+    out = run(*common, "--name", "adapters")
+    rate = json.loads(Path("runs/head/result.json").read_text())["head_lr"]
+    result = json.loads(Path("runs/adapters/result.json").read_text())
+    assert (result["lr"], result["head_lr"]) == (5e-3, rate)
+    assert f"learning rate 0.005 (head {rate:g})" in out
+
+    options, *_ = train.parse(["--eval", "runs/head"])
+    again = train.open_run(options)
+    index = torch.linspace(0, 39, 32).long()
+    batches = again.batches.eval(again.dataset.train[index], again.dataset.center)
+    with torch.no_grad():
+        features = torch.cat([again.model.features(x) for x, _ in batches])
+    spread = (features - features.mean(dim=0)).abs().sum(dim=1).mean()
+    assert rate == pytest.approx(min(1e-2, 1 / spread.item()), rel=0.05)
+    assert (rate < 1e-2) == (factor > 1)
+
+    config = json.loads(Path("runs/head/config.json").read_text())
+    config["head_lr"] = 3e-3
+    Path("runs/head/config.json").write_text(json.dumps(config))
+    options, *_ = train.parse([*map(str, common), "--method", "head", "--name", "head"])
+    assert train.prepare(options, 0, Path("runs/head")).options.lr == 3e-3
 
 
 def test_the_recipe_is_printed_and_kept(tiny_weights, run):
