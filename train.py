@@ -63,23 +63,22 @@ import adaptertune
 import data
 import vit
 
-# The highest peak learning rate of a new linear head, whatever else is trained; `head_rate` lowers
-# it for features that are far apart.
-HEAD_RATE = 1e-2
 # Peak learning rates by method, for all backbones and data set sizes. They were chosen on
 # validation over pairs of backbone and data set (assets/results, Learning rates). The paper's 1e-3
 # for adapters is for 50 epochs on large data sets and too low for a short run. AdaptFormer's rate
-# is the one for rank 64 (see `default_rate`).
+# is the one for rank 64 (see `default_rate`). The head's is the highest: `head_rate` lowers it.
 RATES = {
     "adaptertune": 5e-3,
     "adaptformer": 1e-2,
     "vpt": 5e-3,
     "clip-adapter": 3e-3,
     "zero-shot": 1e-3,
-    "head": HEAD_RATE,
+    "head": 2e-2,
     "full": 2.5e-4,
     "scratch": 1e-3,
 }
+# The highest peak learning rate of a new head where the backbone is adapted too; lowered likewise.
+HEAD_RATE = 1e-2
 ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
@@ -387,8 +386,9 @@ def add_training_options(parser: Parser) -> None:
     add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
     rate = "peak learning rate (by method and rank; for head as --head-lr)"
     add("--lr", "LR", number(1e-12, 1000), rate, 0.0)
-    head = f"peak learning rate of the head (by its features, at most {HEAD_RATE:g}; as --lr for "
-    add("--head-lr", "LR", number(1e-12, 1000), head + "clip-adapter, scratch)", 0.0)
+    head = f"peak learning rate of the head (by its features, at most {HEAD_RATE:g}, for head "
+    head += f"{RATES['head']:g}; as --lr for clip-adapter, scratch)"
+    add("--head-lr", "LR", number(1e-12, 1000), head, 0.0)
     decay = "weight decay of the weight matrices, 0 for off (0.05)"
     add("--weight-decay", "W", number(0, 1000), decay, 0.05)
     smoothing = "label smoothing of the loss, 0 for off (0.1; CLIP's methods 0)"
@@ -1021,12 +1021,14 @@ read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the 
 
 
 @torch.no_grad()
-def head_rate(model: vit.ViT, dataset: data.Dataset, batches: data.Batches) -> float:
+def head_rate(
+    highest: float, model: vit.ViT, dataset: data.Dataset, batches: data.Batches
+) -> float:
     """The default learning rate of a new linear head on a backbone, from 32 training images.
 
     A step of AdamW moves each weight by about the learning rate. So it moves the logit of an image
     whose features are f by up to the learning rate times Σ|f - f̄|, the bias aside. The rate is such
-    that this is 1 on average, but at most HEAD_RATE. Between the backbones and image sizes that
+    that this is 1 on average, but at most `highest`. Between the backbones and image sizes that
     were tried, Σ|f - f̄| varies from 60 to 380 (assets/results, Learning rates).
     """
     index = torch.linspace(0, len(dataset.train) - 1, 32).long().unique()
@@ -1037,7 +1039,7 @@ def head_rate(model: vit.ViT, dataset: data.Dataset, batches: data.Batches) -> f
         features.append(in_parts(model.features, model, x))
     features = torch.cat(features)  # [n, D]
     spread = (features - features.mean(dim=0)).abs().sum(dim=1).mean().item()
-    rate = float(f"{1 / max(spread, 1 / HEAD_RATE):.2g}")
+    rate = float(f"{1 / max(spread, 1 / highest):.2g}")
     first = torch.tensor(0.0 if batches.rank else rate, dtype=torch.float64)
     return sum_over_processes(first).item()
 
@@ -1054,7 +1056,8 @@ def fit_to_features(
     if options.head_lr:
         return
     saved = read_config(folder) if (folder / "config.json").exists() else {}
-    options.head_lr = saved.get("head_lr") or head_rate(model, dataset, batches)
+    highest = RATES["head"] if options.method == "head" else HEAD_RATE
+    options.head_lr = saved.get("head_lr") or head_rate(highest, model, dataset, batches)
     options.lr = options.lr or options.head_lr
 
 

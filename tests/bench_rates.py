@@ -8,7 +8,8 @@
 The search climbs: it tries three rates of a method, then further ones while the best is at an end.
 Rates and recipe are chosen by validation accuracy alone, so each pair of data and backbone has more
 images for validation than train.py would split off; the test set isn't read. The default rates were
-fixed on HALVES["rule"]; the runs of HALVES["confirm"] came after that.
+fixed on HALVES["rule"]; the runs of HALVES["confirm"] came after that. HALVES["sharp"] has images
+of the size that backbones are made for; train.head_rate comes from it.
 
 Each row of the .csv is one run; its recipe lists further options that aren't at their defaults.
 Runs that the .csv holds aren't repeated, so a stopped grid can be continued.
@@ -184,7 +185,7 @@ def print_tables(rows: list[dict[str, str]]) -> None:
             if found:
                 print(f"| {pair} | {' | '.join(cells)} |")
             for rate, (accuracy, _) in found.items():
-                if f"{float(rate):g}" == default:
+                if f"{float(rate):g}" == default and pair not in HALVES["sharp"]:
                     lost[pair] = max(found.values())[0] - accuracy
         if lost:
             worst = max(lost, key=lost.get)

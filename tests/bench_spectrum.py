@@ -176,7 +176,7 @@ def rank_for(energy: Tensor, share: float = 0.9) -> int:
 
 def prepare_head(options: argparse.Namespace, seed: int, epochs: int) -> train.Run:
     """A run without adapters, in which to fit a head."""
-    changes = {"method": "head", "rank": None, "epochs": epochs, "lr": 2e-2}
+    changes = {"method": "head", "rank": None, "epochs": epochs, "lr": train.RATES["head"]}
     return train.prepare(argparse.Namespace(**vars(options) | changes), seed)
 
 

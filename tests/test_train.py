@@ -1864,7 +1864,7 @@ STATED = {
     "--epochs": "(10, up to 30 for fewer than 1,500 images; --cached 100)",
     "--batch": "(128; 32 for fewer than 5,000 images)",
     "--lr": "(by method and rank; for head as --head-lr)",
-    "--head-lr": "(by its features, at most 0.01; as --lr for clip-adapter, scratch)",
+    "--head-lr": "(by its features, at most 0.01, for head 0.02; as --lr for",
     "--weight-decay": "(0.05)",
     "--label-smoothing": "(0.1; CLIP's methods 0)",
     "--min-scale": "(0.08; digits 0.85)",
@@ -2022,7 +2022,7 @@ def test_what_the_data_decide(arguments, images, expected):
 @pytest.mark.parametrize("factor", [1, 100, 1000])
 def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     """By default the head's rate is the inverse of the mean Σ|f - f̄| over training images, at most
-    1e-2. For other methods than `head` it is so, too; a stopped run goes on with its own rate."""
+    2e-2, or 1e-2 where the backbone is adapted. A stopped run goes on with its own rate."""
     weights = write_backbone(tmp_path / "b.safetensors", seed=0)
     tensors, meta = vit.read_tensors(weights)
     for name in ("norm.weight", "norm.bias"):  # of the last norm: it scales the features
@@ -2031,10 +2031,12 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     common = ["--weights", weights, "--epochs", 1, "--limit", 40]
     run(*common, "--method", "head", "--name", "head")
     out = run(*common, "--name", "adapters")
-    rate = json.loads(Path("runs/head/result.json").read_text())["head_lr"]
+    head = json.loads(Path("runs/head/result.json").read_text())
+    rate = head["head_lr"]
+    assert head["lr"] == rate
     result = json.loads(Path("runs/adapters/result.json").read_text())
-    assert (result["lr"], result["head_lr"]) == (5e-3, rate)
-    assert f"learning rate 0.005 (head {rate:g})" in out
+    assert (result["lr"], result["head_lr"]) == (5e-3, min(rate, 1e-2))
+    assert f"learning rate 0.005 (head {min(rate, 1e-2):g})" in out
 
     options, *_ = train.parse(["--eval", "runs/head"])
     again = train.open_run(options)
@@ -2043,7 +2045,7 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     with torch.no_grad():
         features = torch.cat([again.model.features(x) for x, _ in batches])
     spread = (features - features.mean(dim=0)).abs().sum(dim=1).mean()
-    assert rate == pytest.approx(min(1e-2, 1 / spread.item()), rel=0.05)
+    assert rate == pytest.approx(min(2e-2, 1 / spread.item()), rel=0.05)
     assert (rate < 1e-2) == (factor > 1)
 
     config = json.loads(Path("runs/head/config.json").read_text())
