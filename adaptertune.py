@@ -816,7 +816,8 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
             holds the whole backbone.
 
     Raises:
-        ValueError: metadata that `read` would refuse.
+        ValueError: metadata that `read` would refuse, or that state a setting in which the adapters
+            differ.
     """
     check_vit(model)
     tensors = {}
@@ -921,10 +922,21 @@ def unseen_settings(model: nn.Module) -> list[tuple[str, object]]:
 
 def common_settings(model: nn.Module, meta: dict) -> dict:
     """The unseen settings of a model as it is now, where all its adapters agree in them. An act of
-    "mlp" in `meta`, what `adapt` returned, stays if it is still true."""
+    "mlp" in `meta`, what `adapt` returned, stays if it is still true.
+
+    Raises:
+        ValueError: the adapters differ in a setting that `meta` states.
+    """
     found: dict[str, set] = {}
     for name, value in unseen_settings(model):
         found.setdefault(name, set()).add(value)
+    for name, values in found.items():
+        if len(values) > 1 and name in meta:
+            raise ValueError(
+                f"the adapters differ in {name} ({', '.join(map(str, sorted(values)))}), and a "
+                f"file states one for all; leave {name} out of the metadata, and set it after "
+                "loading"
+            )
     common = {name: values.pop() for name, values in found.items() if len(values) == 1}
     if meta.get("act") == "mlp" and common.get("act") == name_of_act(model.blocks[0].mlp.act):
         del common["act"]

@@ -1259,21 +1259,24 @@ def kind_of_adapters(meta: dict) -> dict[str, str]:
     )
 
 
-def backbone_key(run: train.Run, kind: dict[str, str]) -> str:
+def backbone_key(meta: dict, kind: dict[str, str]) -> str:
     """What an adapter must have in common with a backbone.onnx, as the name of an input: the
-    fingerprint, the image size, the kind of adapter, and a digest of what the fingerprint leaves
-    out (heads, activation, positions) and of the normalisation."""
-    meta = run.meta
+    fingerprint, the image size, the kind of adapter, and a digest of heads, activation and
+    normalisation."""
     rest = [meta[name] for name in ("heads", "mlp_act", "mean", "std")]
-    digest = hashlib.sha256(json.dumps(rest).encode())
-    if run.model.pos_embed is not None:
-        digest.update(run.model.pos_embed.numpy().tobytes())
+    digest = hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:8]
     parts = [meta["fingerprint"], f"{meta['image_size']}px", kind["reads"], kind["act"]]
-    return ".".join(["for", *parts, digest.hexdigest()[:8]])
+    return ".".join(["for", *parts, digest])
 
 
 def check_same_backbone(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
     """Raise a ValueError if the metadata of a backbone.onnx that exists aren't those wanted."""
+    missing = sorted(set(wanted) - set(found))
+    if "swappable" in found and missing:
+        raise ValueError(
+            f"{path} is of an earlier export.py (no {missing[0]}); delete it, and export all of "
+            "its adapters again"
+        )
     for name in sorted({*found, *wanted}, key=lambda name: name == "swappable"):  # the key last
         if found.get(name) != wanted.get(name):
             raise ValueError(
@@ -1295,7 +1298,7 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
     """Write, check and move into place NAME.onnx_adapter, and backbone.onnx unless it exists."""
     meta = run.meta
     kind = kind_of_adapters(meta)
-    key = backbone_key(run, kind)
+    key = backbone_key(meta, kind)
     empty = with_empty_adapters(run.model, **kind)
     bare = Graph(options.opset)
     shared = {name: meta[name] for name in SHARED} | kind | {"swappable": key}

@@ -1006,7 +1006,10 @@ def start_head(model: vit.ViT, given: nn.Module, classes: list[str], epochs: int
     """
     K = len(classes)
     fault = "neither the LoRA nor the weights have a classifier"
-    if isinstance(given, nn.Linear) and given.bias is not None:  # a projection has none
+    classifier = isinstance(given, nn.Linear) and given.bias is not None
+    if classifier and model.config.norm_pre:  # CLIP's projection has no bias, or timm's zeros
+        classifier = bool(given.bias.any())
+    if classifier:
         if given.out_features == K:
             model.head.load_state_dict(given.state_dict())
             order = f"row 0 is taken for {classes[0]!r}, row 1 for {classes[1]!r} and so on"
@@ -1039,9 +1042,7 @@ def head_rate(
         features.append(in_parts(model.features, model, x))
     features = torch.cat(features)  # [n, D]
     spread = (features - features.mean(dim=0)).abs().sum(dim=1).mean().item()
-    rate = float(f"{1 / max(spread, 1 / highest):.2g}")
-    first = torch.tensor(0.0 if batches.rank else rate, dtype=torch.float64)
-    return sum_over_processes(first).item()
+    return float(f"{1 / max(spread, 1 / highest):.2g}")
 
 
 def fit_to_features(
@@ -1051,13 +1052,16 @@ def fit_to_features(
     batches: data.Batches,
     folder: Path,
 ) -> None:
-    """Set the head's learning rate, unless it is given. A run that continues in `folder` keeps the
-    rate that it began with."""
+    """Set the head's learning rate, unless it is given; the first process's in all. A run that
+    continues in `folder` keeps the rate that it began with."""
     if options.head_lr:
         return
+    model.to(batches.device)
     saved = read_config(folder) if (folder / "config.json").exists() else {}
     highest = RATES["head"] if options.method == "head" else HEAD_RATE
-    options.head_lr = saved.get("head_lr") or head_rate(highest, model, dataset, batches)
+    rate = saved.get("head_lr") or head_rate(highest, model, dataset, batches)
+    first = torch.tensor(0.0 if batches.rank else rate, dtype=torch.float64)
+    options.head_lr = sum_over_processes(first).item()
     options.lr = options.lr or options.head_lr
 
 
@@ -1167,7 +1171,6 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     dataset.flip = dataset.flip and not options.no_flip
-    model.to(device)
     batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
     fit_to_features(options, model, dataset, batches, folder)
     meta = describe_network(options, model, backbone)
@@ -1435,8 +1438,9 @@ def take_step(
     hits = torch.zeros((), dtype=torch.int64, device=run.device)
     parts = 1 if run.options.compile else count_parts(run.model, images)
     for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-        logits = run.logits(x)
-        if run.prototype_sizes is not None:
+        if run.prototype_sizes is None:
+            logits = run.logits(x)
+        else:
             logits = run.model.head.leave_one_out(x, y, run.prototype_sizes)
         losses = F.cross_entropy(
             logits, y, label_smoothing=run.options.label_smoothing, reduction="none"
@@ -1579,7 +1583,8 @@ def fit(run: Run) -> None:
         load_state(run, optimizer)
     elif (run.folder / "adapters.safetensors").exists():
         add_epochs(run)
-    if any_process(found) != found:
+    finished = (run.folder / "adapters.safetensors").exists()
+    if any_process(found) != found or any_process(finished) != finished:
         raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
     try:
         if run.options.method in adaptertune.CLIP_METHODS:
@@ -3106,6 +3111,7 @@ def evaluate_again(options: argparse.Namespace) -> None:
 def predict_photos(options: argparse.Namespace) -> int:
     """--predict: label photos. Returns the exit status, 1 if one couldn't be read."""
     model = open_classifier(options)
+    be_repeatable(model.batches.device)  # fp32, as in evaluation
     data.import_pillow()  # one error, instead of one for each photo
     others = []
     photos = data.find_photos(options.predict[1:], others)

@@ -934,6 +934,9 @@ def test_a_file_says_what_its_adapters_compute_now(tiny_weights, tmp_path):
         block.adapter.act = nn.ReLU()
     adaptertune.save(path, model, settings)
     assert adaptertune.read(path)[1]["act"] == "relu"
+    model.blocks[0].adapter.scale = 3.0
+    with pytest.raises(ValueError, match=r"differ in scale \(0.5, 3.0\), and a file states one"):
+        adaptertune.save(path, model, settings)
 
 
 def test_the_activation_of_the_mlp(tiny_weights, tmp_path):
