@@ -897,9 +897,9 @@ def original_to_check(run: train.Run, images: data.Images) -> Checked:
     first = (side - run.batches.size) // 2 * scale
     length = run.batches.size * scale
     box = torch.tensor([[top + first, left + first, length, length]])
-    pixels = fill_batch(run, pixels)
     x = run.batches.finish(pixels, box.expand(len(pixels), 4))
-    return Checked(channels_last(pixels), x, images.labels.numpy())
+    pixels = fill_batch(run, pixels)  # last: the photo may be large
+    return Checked(channels_last(pixels), fill_batch(run, x), images.labels.numpy())
 
 
 def fill_batch(run: train.Run, pixels: Tensor) -> Tensor:

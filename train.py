@@ -548,9 +548,9 @@ def fill_in(options: argparse.Namespace) -> None:
         options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
     if options.label_smoothing is None:
         options.label_smoothing = 0.0 if clip else 0.1
-    if options.method == "head":
-        options.lr = options.lr or options.head_lr  # if neither is given: by `head_rate`
-    else:
+    if options.method in ("head", "clip-adapter"):  # they train nothing but the head
+        options.lr = options.head_lr or options.lr
+    if options.method != "head":  # whose rate comes from the features, if it isn't given
         options.lr = options.lr or default_rate(options.method, options.rank)
     if options.method in ONE_RATE_METHODS:
         options.head_lr = options.head_lr or options.lr
@@ -747,11 +747,14 @@ def class_sizes(dataset: data.Dataset) -> Tensor:
     return torch.bincount(dataset.train.labels.cpu(), minlength=len(dataset.classes))
 
 
-def is_uneven(images: data.Images) -> bool:
-    """Whether classes differ so much in size that accuracy alone would be misleading."""
-    sizes = torch.bincount(images.labels.cpu())
-    sizes = sizes[sizes > 0]
-    return len(sizes) > 0 and bool(sizes.max() > UNEVEN * sizes.min())
+def is_uneven(*parts: data.Images) -> bool:
+    """Whether classes differ so much in size, in any part, that accuracy alone would mislead."""
+    for images in parts:
+        sizes = torch.bincount(images.labels.cpu())
+        sizes = sizes[sizes > 0]
+        if len(sizes) and sizes.max() > UNEVEN * sizes.min():
+            return True
+    return False
 
 
 def join_processes() -> None:
@@ -1599,7 +1602,7 @@ def fit(run: Run) -> None:
         run.meta["epoch"] = state.chosen_epoch
         run.meta["val_accuracy"] = None if math.isnan(state.chosen_val) else state.chosen_val
         run.meta["test_accuracy"] = run.predictions["test"].accuracy
-        if is_uneven(run.dataset.train) or is_uneven(run.dataset.test):
+        if is_uneven(run.dataset.train, run.dataset.test):
             classes = len(run.dataset.classes)
             run.meta["test_class_accuracy"] = run.predictions["test"].class_accuracy(classes)
     except KeyboardInterrupt:
@@ -2535,7 +2538,7 @@ def report_test(run: Run, how: str) -> None:
     predictions = run.predictions["test"]
     text = f"test     {predictions.accuracy:.2f} %"
     K = len(run.dataset.classes)
-    if is_uneven(run.dataset.train) or is_uneven(run.dataset.test):
+    if is_uneven(run.dataset.train, run.dataset.test):
         text += f", as a mean over classes {predictions.class_accuracy(K):.2f} %"
     print(f"{text}   ({how})")
     hits, images = predictions.by_class(K)

@@ -1977,6 +1977,7 @@ CLIP_ADAPTER["label_smoothing"] = 0.0
         (["--method", "head"], {"lr": 0.0, "head_lr": 0.0}),
         (["--method", "head", "--lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--method", "head", "--head-lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
+        (["--method", "head", "--lr", "2e-2", "--head-lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--scratch"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--method", "vpt"], {"prompts": 10, "deep": True}),
         (["--method", "clip-adapter", *CLIP], CLIP_ADAPTER | {"classifier": "text"}),
