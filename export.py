@@ -1544,18 +1544,6 @@ def check_hub(options: argparse.Namespace, parser: train.Parser) -> None:
         parser.error(f"--hub takes one photo per call, not {options.batch}; leave out --batch")
 
 
-def arguments_for_train(options: argparse.Namespace) -> list[str]:
-    """The command line of train.py that opens the run."""
-    arguments = ["--eval", options.run, "--device", "cpu"]
-    for name in ("weights", "init_lora", "dataset", "data_dir"):
-        value = getattr(options, name)
-        if value:
-            arguments.append(f"--{name.replace('_', '-')}={value}")
-    if options.offline:
-        arguments.append("--offline")
-    return arguments
-
-
 def describe(run: train.Run) -> None:
     """Print which network is exported."""
     classes = len(run.meta["classes"])
@@ -1567,7 +1555,9 @@ def describe(run: train.Run) -> None:
 def export_as_asked(arguments: list[str] | None) -> int:
     """Open a run and export it as the options say."""
     options = parse(arguments)
-    run_options, *_ = train.parse(arguments_for_train(options), prog="export.py")
+    names = ("weights", "init_lora", "dataset", "data_dir", "offline")
+    given = {name: getattr(options, name) for name in names if getattr(options, name)}
+    run_options = train.options_of(options.run, device="cpu", **given)
     run = train.open_run(run_options, need_data=bool(options.dataset or options.data_dir))
     run.model.eval().requires_grad_(False)
     if run.dataset is not None:  # the images behind test_accuracy, whatever --dataset is given

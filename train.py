@@ -91,6 +91,19 @@ AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto", "lr": 0.0, 
 # Metadata in which the network of --eval may differ from the run's; `load` compares fingerprints.
 EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
 MAY_DIFFER = ("data_dir", "offline", "device", "auto")  # with other values it is still the same run
+# Options that go with --predict, and those that also go with --eval. All others are as in the run.
+PREDICT_OPTIONS = (
+    "eval",
+    "predict",
+    "csv",
+    "offline",
+    "device",
+    "backbone",
+    "weights",
+    "init_lora",
+)
+PREDICT_OPTIONS += ("heads", "mlp_act", "mean", "std")
+EVAL_OPTIONS = (*PREDICT_OPTIONS, "dataset", "data_dir", "batch", "plot")
 CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
@@ -233,10 +246,10 @@ def placement(text: str) -> list[int]:
     return integers(-1000, 1000)(text)
 
 
-def make_parser(prog: str = "train.py") -> Parser:
+def make_parser() -> Parser:
     """The command line's parser, with all options."""
     parser = Parser(
-        prog=prog,
+        prog="train.py",
         description="Adapt a frozen Vision Transformer with zero-initialised low-rank adapters.",
         epilog="Defaults are in parentheses. Several values are separated by spaces or commas, "
         "several of --blocks by spaces. Without arguments: digits on vit_micro, embedded.",
@@ -249,28 +262,26 @@ def make_parser(prog: str = "train.py") -> Parser:
     return parser
 
 
-def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[argparse.Namespace]:
+def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
     """The options of each run, except its seed. Wrong usage prints one line and exits with 2.
 
     Raises:
         ValueError: --eval or --predict names no run, or a damaged one.
     """
-    parser = make_parser(prog)
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.csv and not options.predict:
         parser.error("--csv is for --predict")
     if options.predict:
         check_predict(options, parser)
-        parser.set_defaults(eval=options.predict[0])
         options.eval = options.predict[0]
-    if options.eval and (options.name or options.resume):
-        parser.error("--name and --resume are for training, not for --eval and --predict")
-    if options.eval:  # the run's own options, unless the command line says otherwise
-        parser.set_defaults(**saved_options(options.eval))
-        options = parser.parse_args(arguments)  # again, now with the run's options as defaults
+    if options.eval:
+        given = given_options(arguments, parser)
+        check_evaluated(given, parser)
+        options = options_of(options.eval, **given)
+        check_backbone_name(options, parser)
+        return [options]
     grid = expand(options)
-    if options.eval and len(grid) > 1:
-        parser.error(f"--eval {options.eval} is one run; give each option one value")
     check_used(options, {each.method for each in grid}, parser)
     for run_options in grid:
         fill_in(run_options)
@@ -278,16 +289,41 @@ def parse(arguments: list[str] | None = None, prog: str = "train.py") -> list[ar
     return grid
 
 
-def saved_options(folder: str) -> dict:
-    """A run's options, as defaults for the parser. Raises ValueError if the folder holds no run."""
+def given_options(arguments: list[str] | None, parser: Parser) -> dict:
+    """The options that a command line states, without the defaults of others."""
+    names = vars(parser.parse_args([]))
+    options = argparse.Namespace(**dict.fromkeys(names))  # argparse keeps what is already set
+    stated = vars(parser.parse_args(arguments, options))
+    return {name: value for name, value in stated.items() if value is not None}
+
+
+def check_evaluated(given: dict, parser: Parser) -> None:
+    """Refuse options that --eval and --predict would ignore."""
+    for action in parser._actions:
+        flag = action.option_strings[0]
+        if action.dest in given and action.dest not in EVAL_OPTIONS:
+            parser.error(f"{flag} is for training; --eval and --predict use the run's own settings")
+        if "predict" in given and action.dest in given and action.dest not in PREDICT_OPTIONS:
+            parser.error(f"{flag} is for training and --eval, not --predict")
+
+
+def options_of(folder: str | Path, **given) -> argparse.Namespace:
+    """The options of the run in a folder.
+
+    Args:
+        given: options with other values than the run's, such as where its files are now.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    (options,) = expand(make_parser().parse_args([]))
     saved = read_config(Path(folder))
     # Somebody else's run decides what is read, but not where a data set is downloaded to.
     if not data.is_there(saved["dataset"], saved["data_dir"]):
         del saved["data_dir"]
-    for name in GRID:  # these options hold lists of values
-        if name in saved:
-            saved[name] = [saved[name]]
-    return saved
+    vars(options).update(saved | given, eval=str(folder))
+    fill_in(options)
+    return options
 
 
 def check_predict(options: argparse.Namespace, parser: Parser) -> None:
@@ -297,8 +333,6 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
     if options.eval:
         parser.error("--predict and --eval exclude each other; give one")
-    if options.plot:
-        parser.error("--plot is for training and --eval, not --predict")
     if (Path(folder) / "state.pt").exists():
         parser.error(f"--predict {folder}: that run is unfinished; continue it with --resume")
     if options.csv:
@@ -578,10 +612,9 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
     """Refuse options that contradict each other or have unusable values."""
     adapters = options.method in adaptertune.ADAPTER_METHODS
     known = options.init in adaptertune.INITS
-    # A finished run (--eval) has its adapters in its own file.
     if adapters and vit.is_lora(options.init):
         parser.error(f"--init {options.init}: {vit.IS_LORA}")
-    if adapters and not options.eval and not known and not Path(options.init).is_file():
+    if adapters and not known and not Path(options.init).is_file():
         parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
     check_no_epochs(options, parser)
     check_backbone_name(options, parser)
@@ -591,7 +624,7 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(
             f"--name {options.name}: give the name of a folder below runs/, without / in it"
         )
-    if options.every != 1 and options.blocks and not options.eval:
+    if options.every != 1 and options.blocks:
         parser.error("--every and --blocks both say where the adapters go; give one")
     if options.limit and options.shots:
         parser.error("--limit and --shots both choose the training images; give one")
@@ -613,7 +646,7 @@ def check_backbone_name(options: argparse.Namespace, parser: Parser) -> None:
 
 def check_no_epochs(options: argparse.Namespace, parser: Parser) -> None:
     """Refuse --epochs 0 if untrained parameters would be evaluated."""
-    if options.epochs != 0 or options.method == "zero-shot" or options.eval:
+    if options.epochs != 0 or options.method == "zero-shot":
         return
     if not options.init_lora:
         parser.error("--epochs 0 trains nothing; it is for --init-lora, to evaluate that as it is")
@@ -2317,14 +2350,9 @@ def load_run(
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    (options,) = expand(make_parser().parse_args([]))
-    vars(options).update(read_config(Path(folder)), eval=str(folder), device=str(device))
-    if weights:
-        options.weights = str(weights)
-    if init_lora:
-        options.init_lora = str(init_lora)
-    fill_in(options)
-    return open_classifier(options)
+    moved = {"weights": str(weights), "init_lora": str(init_lora)}
+    moved = {name: path for name, path in moved.items() if path}
+    return open_classifier(options_of(folder, device=str(device), **moved))
 
 
 def open_classifier(options: argparse.Namespace) -> Classifier:
@@ -3062,7 +3090,7 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
         first_seed = results[:: len(grid[0].seeds)]
         folders = [result["folder"] for _, result in first_seed]
         path = together if len(folders) > 1 else folders[0] / "test"
-        plot((open_folder(folder) for folder in folders), path)
+        plot((open_run(options_of(folder)) for folder in folders), path)
 
 
 def as_file_name(name: str) -> str:
@@ -3082,12 +3110,6 @@ def print_heading(
     if times:
         text += f"; about {data.clock_text(statistics.mean(times) * (total - done))} left for all"
     print(f"\nrun      {done + 1} of {total}: {text}")
-
-
-def open_folder(folder: Path) -> Run:
-    """The finished run of a folder, with its own options."""
-    options, *_ = parse(["--eval", str(folder)])
-    return open_run(options)
 
 
 def evaluate_again(options: argparse.Namespace) -> None:

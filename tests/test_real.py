@@ -217,7 +217,7 @@ def test_two_tasks_on_one_deit_tiny(commands):
         run_export(f"runs/{name}", "--swappable")
 
     session = export.session("runs/backbone.onnx")
-    runs = {name: train.open_folder(Path("runs", name)) for name in tasks}
+    runs = {name: train.open_run(train.options_of(f"runs/{name}")) for name in tasks}
     graphs = {}
     for name in tasks:
         graphs[name] = export.in_onnxruntime(session, Path("runs", f"{name}.onnx_adapter"))

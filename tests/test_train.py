@@ -507,11 +507,9 @@ def test_eval_reproduces_the_test_accuracy(run, tiny_weights, method):
     out = run(*quick(tiny_weights, "--method", method, "--name", "a"))
     (stated,) = stated_test(out)
     expected = f"test     {stated} %   (its file says {stated} %)"
-    again = run("--eval", "runs/a", "--lr", 3)
+    again = run("--eval", "runs/a", "--batch", 7)
     assert expected in again
     assert "recipe" not in again  # nothing is trained
-    error = run("--eval", "runs/a", "--method", "head", "full", status=2)
-    assert error.startswith("error: --eval runs/a is one run; give each option one value;")
 
 
 def test_another_backbone_is_refused_by_name(run, tiny_weights, tmp_path):
@@ -534,20 +532,20 @@ def test_photos(run, photos, tiny_weights, tmp_path):
 
 
 def test_eval_with_what_the_run_was_not_trained_with(run, tiny_weights):
-    """An option that would change a finished run's network is refused by name."""
+    """An option that would change a finished run's network is refused by name, and so is one that
+    would have no effect."""
     run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
     for changed, named in (
-        (["--image-size", 32], "image size 16, not 32"),
         (["--heads", 4], "heads 2, not 4"),
         (["--mlp-act", "quick_gelu"], "mlp act gelu, not quick_gelu"),
-        (["--scale", 2], "scale 1.0, not 2.0"),
-        (["--adapter-act", "relu"], "act gelu, not relu"),
-        (["--adapter-input", "mlp"], "reads block, not mlp"),
-        (["--rank", 4], "rank 8, not 4"),
-        (["--method", "vpt"], "method adaptertune, not vpt"),
     ):
         error = run("--eval", "runs/a", *changed, status=1)
         assert f"runs/a/adapters.safetensors was trained with {named}" in error
+    for option in ("--image-size 32", "--rank 8", "--method vpt", "--lr 3", "--seed 5"):
+        for what in (["--eval", "runs/a"], ["--predict", "runs/a", "x.jpg"]):
+            error = run(*option.split(), *what, status=2)
+            flag = option.split()[0].replace("--seed", "--seeds")
+            assert error.startswith(f"error: {flag} is for training; --eval and --predict use the")
 
 
 @pytest.mark.parametrize("dataset", ["photos", "digits"])
@@ -562,7 +560,7 @@ def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
     path.write_text(json.dumps(listed))
     (options,) = train.parse([str(each) for each in command])
     resumed = train.prepare(options, 0).dataset
-    opened = train.open_folder("runs/a").dataset
+    opened = train.open_run(train.options_of("runs/a")).dataset
     for split in (resumed, opened):
         for part in ("train", "val", "test"):
             assert getattr(split, part).names == listed[part]
@@ -1017,12 +1015,10 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
         (["--predict", "runs/a", "x.jpg", "--csv", "nowhere/x.csv"], "in a folder that exists"),
         (["--predict", "runs/a", "x.jpg", "--csv", "runs"], "give a file in a folder that exists"),
         (["--csv", "x.csv"], "--csv is for --predict"),
-        (["--eval", "runs/a", "--resume"], "--name and --resume are for training"),
-        (["--predict", "runs/a", "x.jpg", "--name", "b"], "--name and --resume are for training"),
-        (
-            ["--predict", "runs/a", "x.jpg", "--plot", "features"],
-            "--plot is for training and --eval",
-        ),
+        (["--eval", "runs/a", "--resume"], "--resume is for training"),
+        (["--predict", "runs/a", "x.jpg", "--name", "b"], "--name is for training; --eval"),
+        (["--predict", "runs/a", "x.jpg", "--plot", "features"], "--plot is for training and --ev"),
+        (["--predict", "runs/a", "x.jpg", "--dataset", "x"], "--dataset is for training and --ev"),
     ):
         assert message in run(*command, status=2)
 
