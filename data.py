@@ -866,8 +866,13 @@ def from_photos(
 
 
 def find_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones."""
-    return [each for each in sorted(folder.glob("[!.]*")) if each.is_dir()]
+    """The folders in a folder, sorted, without hidden ones and without runs/ of training."""
+    folders = []
+    for each in sorted(folder.glob("[!.]*")):
+        trained = each.name == "runs" and any(each.glob("*/split.json"))
+        if each.is_dir() and not trained and each.resolve() != Path("runs").resolve():
+            folders.append(each)
+    return folders
 
 
 def find_parts(root: Path) -> dict[str, Path]:

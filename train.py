@@ -92,17 +92,8 @@ AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto", "lr": 0.0, 
 EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
 MAY_DIFFER = ("data_dir", "offline", "device", "auto")  # with other values it is still the same run
 # Options that go with --predict, and those that also go with --eval. All others are as in the run.
-PREDICT_OPTIONS = (
-    "eval",
-    "predict",
-    "csv",
-    "offline",
-    "device",
-    "backbone",
-    "weights",
-    "init_lora",
-)
-PREDICT_OPTIONS += ("heads", "mlp_act", "mean", "std")
+PREDICT_OPTIONS = ("eval", "predict", "csv", "offline", "device", "backbone", "weights")
+PREDICT_OPTIONS += ("init_lora", "heads", "mlp_act", "mean", "std")
 EVAL_OPTIONS = (*PREDICT_OPTIONS, "dataset", "data_dir", "batch", "plot")
 CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
@@ -840,14 +831,12 @@ def sum_gradients(
     """Sum gradients, loss and hits over all processes in one exchange; return loss and hits."""
     if not dist.is_initialized():
         return loss, hits
-    gradients = [parameter.grad for parameter in parameters]
-    packed = [gradient.flatten() for gradient in gradients]
-    packed += [loss[None], hits[None].to(loss)]
-    sums = sum_over_processes(torch.cat(packed)).split([len(part) for part in packed])
-    *total, loss, hits = sums
-    for gradient, of_all in zip(gradients, total, strict=True):
-        gradient.copy_(of_all.view_as(gradient))
-    return loss[0], hits[0].long()
+    summed = [parameter.grad for parameter in parameters]
+    summed += [loss, hits.to(loss)]
+    of_all = sum_over_processes(nn.utils.parameters_to_vector(summed))
+    nn.utils.vector_to_parameters(of_all, summed)
+    *_, loss, hits = summed
+    return loss, hits.long()
 
 
 def choose_device(name: str) -> torch.device:
@@ -1516,7 +1505,7 @@ def count_parts(model: vit.ViT, images: Tensor) -> int:
     if images.ndim == 2 or images.device.type != "cpu":
         return 1
     patches = len(images) * model.config.grid**2
-    return max(1, math.ceil(patches / 2048))
+    return max(1, min(len(images), math.ceil(patches / 2048)))
 
 
 def in_parts(network: Callable[[Tensor], Tensor], model: vit.ViT, images: Tensor) -> Tensor:
@@ -2210,6 +2199,9 @@ def add_epochs(run: Run) -> None:
     state.train_time = result["seconds"]
     state.chosen_epoch = result["epoch"]
     state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
+    if state.rows:
+        elapsed = float(state.rows[-1][len(COLUMNS) + FILE_COLUMNS.index("seconds")])
+        state.eval_time = max(0.0, elapsed - state.train_time)
     vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
     state.best_val = max(vals, default=state.chosen_val)  # after 0 epochs: the initial accuracy
     trained = adaptertune.trained(run.model)
@@ -2380,7 +2372,8 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
     if reset:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
+    peak = re.search(r"VmHWM:\s+(\d+)", status.read_text())  # some containers don't have it
+    return int(peak[1]) / 2**20 if peak else 0.0
 
 
 def describe(run: Run) -> None:
