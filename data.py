@@ -1048,7 +1048,7 @@ def name_in(path: Path, root: Path) -> str:
     return "/".join(path.parts[len(root.parts) :])  # relative_to takes three times as long
 
 
-DECODER = 2  # change it when the result of `read_photo` changes: then all is decoded again
+DECODER = 3  # change it when the result of `read_photo` changes: then all is decoded again
 PHOTOS_AT_A_TIME = 256  # in memory while they are decoded; fewer if they take over 256 MiB
 
 
@@ -1234,6 +1234,8 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         Image.init()
         formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
         with Image.open(path, formats=formats) as image:
+            if is_stack(image):
+                raise ValueError("a TIFF of several pages; save those to use as files of their own")
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
             return upright_rgb(image)
     except FileNotFoundError as error:
@@ -1289,12 +1291,24 @@ def square(height: int, width: int) -> tuple[int, int, int, int]:
     return left, top, left + edge, top + edge
 
 
+def is_stack(image: "Image.Image") -> bool:  # noqa: F821
+    """Whether an opened photo is a TIFF of several pages. A smaller second page is a thumbnail."""
+    if image.format != "TIFF" or image.n_frames == 1:
+        return False
+    size = image.size
+    image.seek(1)
+    second = image.size
+    image.seek(0)
+    return second == size
+
+
 def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
     """An opened photo as 8-bit RGB: 16-bit grey scaled, transparency over white, turned by its EXIF
     orientation, whatever its other tags hold. assets/device/label.py does the same.
 
     Raises:
-        ValueError: its pixels have 32 bits, and nothing says which value is white.
+        ValueError: nothing says which value is white: its pixels have 32 bits, or have 16 bits of
+            which 12 are used, as by cameras and in medicine.
     """
     from PIL import Image
 
@@ -1305,6 +1319,8 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
     if image.mode.startswith("I"):  # 16-bit grey
         grey = np.asarray(image, np.float32)
         grey[grey == image.info.get("transparency", -1)] = 65_535  # white
+        if 0 < grey.max() < 4096:
+            raise ValueError("16-bit grey that would be almost black; scale its values to 65535")
         image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")

@@ -569,10 +569,9 @@ def preprocessing(meta: dict, config: vit.Config) -> str:
     """The steps from a photo to the graph's input, as text."""
     S = config.image_size
     side = data.stored_side(S, meta["center"])
-    text = "photo turned upright (EXIF), transparency over white, 16-bit grey divided by 257, "
-    if meta["resize"]:
-        text += "at its original size, "
-    else:
+    text = f"JPEG decoded at 1/2, 1/4 or 1/8 size while both sides stay at least {2 * side}, "
+    text += "photo turned upright (EXIF), transparency over white, 16-bit grey divided by 257, "
+    if not meta["resize"]:
         text += f"its centre square, resized to {side} x {side} (bicubic, antialiased), "
         text += f"of that the middle {S} x {S}, "
     if meta["input"] == "uint8":
@@ -1491,8 +1490,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.switch("--swappable", tasks + "onnxruntime swaps at run time")
     add("--hub", "FOLDER", str, "write a folder that transformers.js and optimum-onnx load", "")
     parser.section("check")
-    photos = "photos to check with, in class folders or not; with int8 every second one is used "
-    photos += "for calibration (the run's test images)"
+    photos = "photos to check with, in class folders or not (the run's test images); for int8, "
+    photos += "every second one calibrates instead of the run's training images"
     add("--check", "FOLDER", str, photos, "")
     count = "images to check with, 0 for all (64; 1,000 for fp16 and int8)"
     add("--images", "N", train.integer(0), count, None)

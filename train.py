@@ -47,6 +47,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -373,7 +374,8 @@ def add_options(parser: Parser) -> None:
     add("--data-dir", "DIR", str, "folder of the data sets; downloads go there too (data)", "data")
     quick = "for a quick look: train on N images, validate on N/4 (0: all)"
     add("--limit", "N", integer(0), quick, 0)
-    add("--shots", "K", integer(0), "train on K images of each class (0: all)", 0)
+    few = "train on K images of each class, validate on as many, at most 4 (0: all)"
+    add("--shots", "K", integer(0), few, 0)
     share = "share of the images to test on if there is no test set; drawn by seed "
     share += "(0: a fifth, the same for all seeds)"
     add("--test-share", "P", number(0, 0.9), share, 0.0)
@@ -2657,12 +2659,13 @@ adapters.safetensors holds {held} (licence: {meta["license"]}).
 def conclude(run: Run) -> None:
     """Print the lines below the table, and draw the pictures."""
     state = run.state
+    read = "test read once" if state.first_epoch == 1 else "test read again"
     if not state.rows:
         how = "nothing to choose"
     elif len(run.dataset.val):
-        how = f"epoch {state.chosen_epoch}, chosen on val; test read once"
+        how = f"epoch {state.chosen_epoch}, chosen on val; {read}"
     else:
-        how = f"epoch {state.chosen_epoch}, the last, as no images are left for val; test read once"
+        how = f"epoch {state.chosen_epoch}, the last, as no images are left for val; {read}"
     path = run.folder / "adapters.safetensors"
     cost = f"{data.clock_text(state.train_time)} training, "
     cost += f"{data.clock_text(state.eval_time)} evaluation"
@@ -2698,7 +2701,8 @@ class Summary:
     results: list[dict]
 
     def values(self, key: str) -> list[float]:
-        return [math.nan if result[key] is None else result[key] for result in self.results]
+        found = [result.get(key) for result in self.results]
+        return [math.nan if value is None else value for value in found]
 
     def mean(self, key: str) -> float:
         return statistics.mean(self.values(key))
@@ -2706,6 +2710,11 @@ class Summary:
     def spread(self, key: str = "test_accuracy") -> float:
         """The standard deviation over the seeds; 0 for a single run."""
         return statistics.stdev(self.values(key)) if len(self.results) > 1 else 0.0
+
+    def in_words(self, key: str) -> str:
+        """An accuracy's mean; of several seeds, with the standard deviation."""
+        text = f"{self.mean(key):.2f}"
+        return f"{text} ± {self.spread(key):.2f}" if len(self.results) > 1 else text
 
     @property
     def rank(self) -> int | None:
@@ -2729,22 +2738,27 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
     summaries = [Summary(label, runs) for label, runs in by_label.items()]
 
     width = max(18, *(len(label) + 2 for label in by_label))
-    head = f"{'trained':>12}{'test %':>16}{'val %':>9}{'lr':>9}{'time':>8}{'GiB':>7}"
+    head = f"{'trained':>12}{'test %':>16}"
+    uneven = any("test_class_accuracy" in result for _, result in results)
+    if uneven:
+        head += f"{'class mean %':>16}"
+    head += f"{'val %':>9}{'lr':>9}{'time':>8}{'GiB':>7}"
     print(f"\n{'':<{width}}{head}")
     seeds = len(results) // len(summaries)
     for each in summaries:
-        test = f"{each.mean('test_accuracy'):.2f}"
-        if seeds > 1:
-            test += f" ± {each.spread():.2f}"
+        row = f"{each.trained:>12,}{each.in_words('test_accuracy'):>16}"
+        if uneven:
+            row += f"{each.in_words('test_class_accuracy'):>16}"
         val = each.mean("val_accuracy")
         val = "-" if math.isnan(val) else f"{val:.2f}"
         rate = f"{each.results[0]['lr']:g}" if each.trained else "-"
-        row = f"{each.trained:>12,}{test:>16}{val:>9}{rate:>9}"
+        row += f"{val:>9}{rate:>9}"
         row += f"{data.clock_text(each.mean('seconds')):>8}{each.mean('memory'):>7.2f}"
         print(f"{each.label:<{width}}{row}")
     if seeds > 1:
         print(
-            f"{seeds} seeds: mean ± standard deviation of the test accuracy; mean time of training"
+            f"{seeds} seeds: mean ± standard deviation between them of the accuracy, which doesn't "
+            "show how far other test images would change it; mean time of training"
         )
     if not torch.cuda.is_available():
         print("GiB of a process, with what its earlier runs left; compare by one run a process")
@@ -2753,6 +2767,8 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
 
     columns = ("label", "method", "rank", "seed", "trained", "test_accuracy", "val_accuracy")
     columns += ("epoch", "lr", "seconds", "memory")
+    if uneven:
+        columns += ("test_class_accuracy",)
     rows = [{"label": label, **result} for label, result in results]
     cells = [map(row.get, columns) for row in rows]
     content = to_csv(columns, cells)
@@ -2895,6 +2911,8 @@ def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, pat
             name = f"{each.label} ({each.trained:,})"
             axes.errorbar(max(1, each.trained), mean, spread, marker="o", capsize=3, label=name)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")  # not 10³, which needs math in texts
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("trainable parameters")
     axes.set(title=title, ylabel="test accuracy in % (± standard deviation)")
     axes.grid(alpha=0.3)
@@ -2938,7 +2956,7 @@ def examine(run: Run) -> Examined:
         features = run.model.head.embed(features)
     points, projection = to_two_dimensions(features.cpu())
     return Examined(
-        title=f"{method_text(run.meta)}, {accuracy:.2f} %",
+        title=f"{method_text(run.meta)}, seed {run.seed}, {accuracy:.2f} %",
         classes=[data.printable(each) for each in run.dataset.classes],
         names=test.names,
         labels=test.labels,
@@ -2993,7 +3011,7 @@ def print_mistakes(examined: Examined) -> None:
     counts = examined.confusion()
     wrong = counts.clone().fill_diagonal_(0)
     K = len(examined.classes)
-    method, _, _ = examined.title.partition(",")
+    method, _, _ = examined.title.rpartition(",")
     for place in wrong.flatten().topk(3).indices.tolist():
         true, predicted = divmod(place, K)
         if wrong[true, predicted]:
@@ -3113,7 +3131,8 @@ def evaluate_again(options: argparse.Namespace) -> None:
     name = ""
     how = f"its file says {run.meta['test_accuracy']:.2f} %"
     if not len(run.dataset.train):
-        name = f"-{as_file_name(run.dataset.name)}"
+        place = zlib.crc32(absolute(options.dataset).encode())  # two folders may have one name
+        name = f"-{as_file_name(run.dataset.name)}-{place:08x}"
         how = f"another folder, {counted(len(run.dataset.test), 'image')}"
     report_test(run, how)
     table = run.folder / f"predictions{name}.csv"

@@ -416,6 +416,31 @@ def test_what_is_transparent_is_white(tmp_path):
             assert np.array_equal(channel.numpy(), 255 - alpha), path.name
 
 
+def test_photos_that_would_mislead_are_refused(tmp_path, monkeypatch):
+    """12 bits in 16-bit files would be almost black, and of a stack only the first page is read.
+    A TIFF whose second page is a thumbnail is read. label.py does the same."""
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.syspath_prepend(data.ASSETS / "device")
+    import label
+
+    values = np.arange(1024, dtype=np.uint16).reshape(32, 32)
+    image.fromarray(values * 4).save(tmp_path / "12 bits.png")
+    image.fromarray(values * 4).save(tmp_path / "12 bits.tiff")
+    image.fromarray(values * 64).save(tmp_path / "16 bits.tiff")
+    image.fromarray(values * 0).save(tmp_path / "black.png")
+    page = image.fromarray((values // 4).astype(np.uint8))
+    page.save(tmp_path / "stack.tif", save_all=True, append_images=[page])
+    page.save(tmp_path / "thumbnail.tif", save_all=True, append_images=[page.resize((8, 8))])
+    for read in (data.read_photo, label.open_photo):
+        for name in ("12 bits.png", "12 bits.tiff"):
+            with pytest.raises(ValueError, match="almost black; scale its values to 65535"):
+                read(tmp_path / name, 16)
+        with pytest.raises(ValueError, match="several pages; save those to use as files of their"):
+            read(tmp_path / "stack.tif", 16)
+        for name in ("16 bits.tiff", "black.png", "thumbnail.tif"):
+            assert np.asarray(read(tmp_path / name, 16)).shape[-1] in (3, 16)
+
+
 def test_photos_without_pillow(tmp_path, monkeypatch):
     """Without Pillow, the error says what to install."""
     monkeypatch.setitem(sys.modules, "PIL", None)

@@ -721,6 +721,7 @@ def test_comparison(run, tiny_weights, tmp_path):
     texts = check_picture(tmp_path / "runs/digits-comparison.svg")
     if texts is not None:  # with matplotlib
         assert {"adaptertune (1,434)", "vpt (970)", "head (330)"} <= set(texts)
+        assert "1,000" in texts  # of the axis
 
     again = run(*common, "--resume")  # finished runs aren't run again
     assert again.count("finished before") == 6
@@ -870,7 +871,7 @@ def test_predictions_and_mistakes(run, tiny_weights, tmp_path):
             assert math.isfinite(float(row["x"]) + float(row["y"]))
         assert np.array_equal(found, counts)
 
-        pattern = rf"^mistaken {name}: (\d+) of (\d+) images of '(\d)' for '(\d)'$"
+        pattern = rf"^mistaken {name}, seed 0: (\d+) of (\d+) images of '(\d)' for '(\d)'$"
         shown = np.array(re.findall(pattern, out, re.M), dtype=int)
         wrong = counts - np.diag(counts.diagonal())
         assert shown[:, 0].tolist() == sorted(wrong.flatten(), reverse=True)[:3]
@@ -899,7 +900,7 @@ def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, request
     numbers = []
     for method, name in (("adaptertune", "adaptertune rank 8"), ("head", "head")):
         accuracy = read_result(tmp_path / f"runs/p-{method}")["test_accuracy"]
-        title = f"{name}, {accuracy:.2f} %"
+        title = f"{name}, seed 0, {accuracy:.2f} %"
         assert f"{title} ({how})" in features
         assert title in confusion
         counts = confusion_of(open_run(tmp_path / f"runs/p-{method}"))

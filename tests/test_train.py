@@ -954,7 +954,8 @@ def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
     assert "other: 0 train / 0 val / 9 test" in out
     assert "(another folder, 9 images)" in out
     assert "recipe" not in out
-    rows = read_predictions(tmp_path / "runs/a/predictions-other.csv")
+    (table,) = (tmp_path / "runs/a").glob("predictions-other-*.csv")
+    rows = read_predictions(table)
     assert sorted(row["label"] for row in rows) == ["apple"] * 4 + ["sky"] * 5
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert stated_test(out) == [f"{100 * right / 9:.2f}"]
@@ -1079,6 +1080,13 @@ def test_classes_of_unlike_sizes(run, photos, tiny_weights, tmp_path):
     assert "classes  from" not in out
     assert re.search(r"^test .*, as a mean over classes [\d.]+ %", out, re.M)
 
+    # A comparison gives both accuracies.
+    table = run(*command, "--method", "adaptertune", "head", "--name", "d")
+    mean = json.loads((tmp_path / "runs/d-head/result.json").read_text())["test_class_accuracy"]
+    assert re.search(r"^ +trained +test % +class mean % +val %", table, re.M)
+    assert re.search(rf"^head +[\d,]+ +[\d.]+ +{mean:.2f} ", table, re.M)
+    assert f"{mean}" in (tmp_path / "runs/d-comparison.csv").read_text()
+
     weighted = run(*command, "--class-weights", "--name", "b")
     assert "weighted by the inverse of their sizes\n" in weighted
     assert read_table(tmp_path / "runs/a")[1][1] != read_table(tmp_path / "runs/b")[1][1]
@@ -1124,6 +1132,9 @@ def test_a_finished_run_gets_more_epochs(
         assert "more     2 epochs from the weights of epoch 2; warm-up and cosine begin" in out
     table = read_table(folder)
     assert table[:3] == first
+    seconds = [float(row[7]) for row in table[1:]]  # of training and evaluation, so far
+    assert seconds == sorted(seconds)
+    assert "chosen on val; test read again)" in out
     assert [row[0] for row in table[1:]] == ["1", "2", "3", "4"]
     rates = [0.01 * train.schedule(step, 14) for step in (6, 13)]  # a new schedule
     assert [float(row[8]) for row in table[3:]] == pytest.approx(rates, rel=1e-2)

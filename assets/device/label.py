@@ -84,6 +84,8 @@ def upright_rgb(image):
     if image.mode.startswith("I"):  # 16-bit grey
         grey = np.asarray(image, np.float32)
         grey[grey == image.info.get("transparency", -1)] = 65_535  # white
+        if 0 < grey.max() < 4096:  # as of a camera of 12 bits
+            raise ValueError("16-bit grey that would be almost black; scale its values to 65535")
         image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
@@ -96,6 +98,17 @@ def upright_rgb(image):
     return image.convert("RGB")
 
 
+def is_stack(image):
+    """Whether an opened photo is a TIFF of several pages. A smaller second page is a thumbnail."""
+    if image.format != "TIFF" or image.n_frames == 1:
+        return False
+    size = image.size
+    image.seek(1)
+    second = image.size
+    image.seek(0)
+    return second == size
+
+
 def open_photo(path, side):
     """A photo as 8-bit RGB, upright. A JPEG may be decoded smaller, but large enough for `side`."""
     if Path(path).is_dir():
@@ -106,6 +119,8 @@ def open_photo(path, side):
     formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
     try:
         with Image.open(path, formats=formats) as image:
+            if is_stack(image):
+                raise ValueError("a TIFF of several pages; save those to use as files of their own")
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
             return upright_rgb(image)
     except Image.UnidentifiedImageError:
