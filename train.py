@@ -787,7 +787,11 @@ def join_processes() -> None:
     """Connect the processes that torchrun started, if any; only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpus = torch.cuda.is_available()
+        # torch waits for the others, perhaps in vain, without looking at Python's signal handlers.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        stop_at_once()
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
 
@@ -917,11 +921,8 @@ def place_images(dataset: data.Dataset, device: torch.device) -> data.Dataset:
     return replace(dataset, **{part: images.to(device) for part, images in parts.items()})
 
 
-def choose_bf16(folder: Path, device: torch.device) -> bool:
-    """Whether --amp auto means bf16: if bf16 is faster. A run that continues in `folder` keeps the
-    precision that it began with."""
-    if (folder / "config.json").exists():
-        return read_config(folder)["amp"] == "bf16"
+def choose_bf16(device: torch.device) -> bool:
+    """Whether --amp auto means bf16: if bf16 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return time_bf16() < 0.7
@@ -1077,16 +1078,13 @@ def fit_to_features(
     model: vit.ViT,
     dataset: data.Dataset,
     batches: data.Batches,
-    folder: Path,
 ) -> None:
-    """Set the head's learning rate, unless it is given; the first process's in all. A run that
-    continues in `folder` keeps the rate that it began with."""
+    """Set the head's learning rate, unless it is given; the first process's in all."""
     if options.head_lr:
         return
     model.to(batches.device)
-    saved = read_config(folder) if (folder / "config.json").exists() else {}
     highest = RATES["head"] if options.method == "head" else HEAD_RATE
-    rate = saved.get("head_lr") or head_rate(highest, model, dataset, batches)
+    rate = head_rate(highest, model, dataset, batches)
     first = torch.tensor(0.0 if batches.rank else rate, dtype=torch.float64)
     options.head_lr = sum_over_processes(first).item()
     options.lr = options.lr or options.head_lr
@@ -1192,14 +1190,18 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     check_prototypes(options, dataset)
     options = copy.copy(options)  # of this run alone
     fit_to_data(options, dataset)
-    bf16 = options.amp == "bf16"
+    if (folder / "config.json").exists():  # a run that continues keeps what it began with
+        saved = read_config(folder)
+        for name in ("amp", "lr", "head_lr"):
+            if getattr(options, name) == AUTO[name]:
+                setattr(options, name, saved.get(name, AUTO[name]))
     if options.amp == "auto":
-        bf16 = any_process(choose_bf16(folder, device))  # the same in all processes
-    options.amp = "bf16" if bf16 else "off"
+        bf16 = any_process(choose_bf16(device))  # the same in all processes
+        options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     dataset.flip = dataset.flip and not options.no_flip
     batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
-    fit_to_features(options, model, dataset, batches, folder)
+    fit_to_features(options, model, dataset, batches)
     meta = describe_network(options, model, backbone)
     meta |= {
         "center": dataset.center,
@@ -1218,6 +1220,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     if options.init_lora and options.method not in adaptertune.CLIP_METHODS:
         note = start_head(model, given, dataset.classes, options.epochs)
     model.to(device)
+    bf16 = options.amp == "bf16"
     return Run(
         options, seed, folder, dataset, model, batches, device, bf16, meta, backbone, head_note=note
     )
@@ -1255,11 +1258,28 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
     return meta
 
 
-def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
-    """Replace images by the features [n, D] that the head reads, computed once, not augmented.
+def cache_features(run: Run) -> data.Dataset:
+    """The data set with the features [n, D] that the head reads in place of images.
 
-    They are cached on disk by backbone, normalisation and content, for other runs to use.
+    Parts that share a table of images share one of features, whichever part an image is in. So runs
+    with other seeds, which draw other parts, find them on the disk.
     """
+    parts = {part: getattr(run.dataset, part) for part in ("train", "val", "test")}
+    features = {}
+    for table in {id(images.table): images.table for images in parts.values()}.values():
+        sharing = {part: images for part, images in parts.items() if images.table is table}
+        rows = torch.cat([images.rows for images in sharing.values()]).unique()
+        everything = data.Images(table, torch.zeros(len(rows)), rows=rows)
+        found = find_features(run, everything, " and ".join(sharing))
+        for part, images in sharing.items():
+            places = torch.searchsorted(rows, images.rows)
+            features[part] = data.Images(found, images.labels, images.names, places)
+    return replace(run.dataset, **features)
+
+
+def find_features(run: Run, images: data.Images, what: str) -> Tensor:
+    """The features of images, [n, D], computed once, not augmented. They are cached on disk by
+    backbone, normalisation and content, for other runs to use."""
     # All that features depend on. The fingerprint covers only weights, without the positions.
     network = (run.meta["fingerprint"], run.model.config, run.batches.norm)
     key = hashlib.sha256(repr((network, run.dataset.center)).encode())
@@ -1275,7 +1295,7 @@ def cache_features(run: Run, images: data.Images, what: str) -> data.Images:
     features = tensors.get("features")
     if features is None or features.shape != (len(images), run.model.config.width):
         raise ValueError(f"{path} is damaged; delete it, and it is computed again")
-    return data.Images(features, images.labels, images.names)
+    return features
 
 
 @torch.inference_mode()
@@ -1331,7 +1351,7 @@ def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Pa
 def average_class_images(run: Run) -> None:
     """Set a ClipHead's class matrix to class means, from cached features of the training images."""
     head = run.model.head
-    features = run.dataset.train.pixels.to(run.device)  # [n, D]: cache_features made them
+    features = run.dataset.train.pixels.to(run.device)  # [n, D], of cache_features
     embeddings = features @ head.projection.T  # [n, E]
     head.classes = adaptertune.prototypes(embeddings, run.dataset.train.labels.to(run.device))
 
@@ -1647,11 +1667,8 @@ def set_up_and_fit(run: Run) -> dict:
         embed_class_names(run)
     if options.cached:
         started = time.perf_counter()
-        features = {}
-        for part in ("train", "val", "test"):
-            features[part] = cache_features(run, getattr(run.dataset, part), part)
         run.originals = run.dataset
-        run.dataset = replace(run.dataset, **features)
+        run.dataset = cache_features(run)
         run.features_time = time.perf_counter() - started
     if clip and options.classifier == "prototypes":
         average_class_images(run)
@@ -1996,14 +2013,6 @@ def read_config(folder: Path) -> dict:
     table["epochs"] = adaptertune.whole(0)  # never None, unlike on the command line
     required = ("method", "seeds", "dataset", "data_dir", "epochs", "amp")
     saved = read_json(folder / "config.json", table, required)
-    if saved.get("every", 1) > 1 and (folder / "result.json").exists():
-        placement = read_result(folder).get("placement", [0])
-        if 0 not in placement:
-            raise ValueError(
-                f"{folder} is of before --every {saved['every']} meant the blocks 0, "
-                f"{saved['every']} and so on; train it again with --blocks "
-                f"{','.join(map(str, placement))}"
-            )
     return {name: saved[name] for name in table if name in saved}
 
 
@@ -3230,7 +3239,7 @@ def print_error(error: Exception) -> None:
         text = "not enough memory; give a smaller --batch or --image-size"
     elif isinstance(error, torch.OutOfMemoryError):
         text = f"{text.partition('. ')[0]}; give a smaller --batch or --image-size"
-    elif isinstance(error, RuntimeError) and dist.is_initialized():
+    elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
         text = f"another process ended ({vit.first_line(error)})"
     elif isinstance(error, RuntimeError):
         raise error

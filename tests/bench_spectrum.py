@@ -241,8 +241,8 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> None:
     order = data.stratified_order(images.labels, f"spectrum/{seed}")
     count = min(4000, round(0.8 * len(images)))
     for_head, for_gradient = order[:count].tensor_split(2)
-    features = train.cache_features(run, images[for_head], "train")
-    val = train.cache_features(run, run.dataset.val, "val")
+    features = with_features(run, images[for_head])
+    val = with_features(run, run.dataset.val)
     fit_head(run, features, val)
     batches = run.batches.eval(images[for_gradient], run.dataset.center)
     G, C = shift_gradients(run.model, batches, flattened_loss)
@@ -251,6 +251,11 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> None:
     rank = max(1, rank_for(energy.sum(dim=0)))  # 1 if nothing transfers between the halves
     elapsed = data.clock_text(time.perf_counter() - started)
     print(f"spectrum rank {rank} takes 90 % of it (a start, not a prescription); {elapsed}")
+
+
+def with_features(run: train.Run, images: data.Images) -> data.Images:
+    """The features [n, D] that the head reads in place of images."""
+    return data.Images(train.find_features(run, images, "images"), images.labels, images.names)
 
 
 def print_blocks(energy: Tensor) -> None:
@@ -271,8 +276,8 @@ def measure_gradients(options: argparse.Namespace, seed: int) -> tuple[Tensor, T
     """G [L, D, D], C [L, D, D] and the spectrum [L, D], means over the halves' two roles."""
     run = prepare_head(options, seed, epochs=30)
     images = run.dataset.train[data.stratified_order(run.dataset.train.labels, f"spectrum/{seed}")]
-    features = train.cache_features(run, images, "train")
-    val = train.cache_features(run, run.dataset.val, "val")
+    features = with_features(run, images)
+    val = with_features(run, run.dataset.val)
     first, second = torch.arange(len(images)).tensor_split(2)
     gradients = []
     moments = []

@@ -640,18 +640,23 @@ def test_an_option_that_was_left_out_is_named(run, tiny_weights):
     assert "other options (weight_decay 0.1, not 0.05 (the default)); give" in error
 
 
-def test_runs_of_another_meaning_of_every(run, tiny_weights, tmp_path):
-    """A run of --every K that adapted the last of every K blocks isn't taken for one that adapts
-    the first."""
-    command = quick(tiny_weights, "--epochs", 1, "--every", 2, "--name", "a")
-    run(*command)
-    assert "kept" in run(*command)
-    path = tmp_path / "runs/a/result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"placement": [1]}))
-    for again in (command, ["--eval", "runs/a"]):
-        error = run(*again, status=1)
-        assert "runs/a is of before --every 2 meant the blocks 0, 2 and so on; train it" in error
-        assert error.endswith("again with --blocks 1\n")
+def test_a_config_that_disagrees_with_the_adapters(run, tiny_weights, tmp_path):
+    """A run whose config.json says another placement or rank than its adapters have is refused."""
+    run(*quick(tiny_weights, "--epochs", 1, "--every", 2, "--name", "a"))
+    path = tmp_path / "runs/a/config.json"
+    config = json.loads(path.read_text())
+    for changed, named in (
+        ({"every": 1}, "placement [0], not [0, 1]"),
+        ({"rank": 4}, "rank 8, not 4"),
+        ({"scale": 2.0}, "scale 1.0, not 2.0"),
+        ({"act": "relu"}, "act gelu, not relu"),
+        ({"reads": "mlp"}, "reads block, not mlp"),
+        ({"image_size": 32}, "image size 16, not 32"),
+        ({"method": "vpt", "prompts": 10}, "method adaptertune, not vpt"),
+    ):
+        path.write_text(json.dumps(config | changed))
+        error = run("--eval", "runs/a", status=1)
+        assert f"runs/a/adapters.safetensors was trained with {named}" in error
 
 
 def test_a_change_of_method_is_named(run, tiny_weights):
@@ -2057,7 +2062,7 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     assert (rate < 1e-2) == (factor > 1)
 
     config = json.loads(Path("runs/head/config.json").read_text())
-    config["head_lr"] = 3e-3
+    config |= {"lr": 3e-3, "head_lr": 3e-3}
     Path("runs/head/config.json").write_text(json.dumps(config))
     options, *_ = train.parse([*map(str, common), "--method", "head", "--name", "head"])
     assert train.prepare(options, 0, Path("runs/head")).options.lr == 3e-3
