@@ -690,111 +690,6 @@ def fingerprint(model: nn.Module) -> str:
 # Checks of JSON values, since a file that somebody else made may hold anything.
 
 
-def text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def whole(low: int, high: int = 10**9) -> Callable:
-    """Allow an integer within limits."""
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def real(low: float = -1e9, high: float = 1e9) -> Callable:
-    """Allow a number within limits, which excludes NaN."""
-    return lambda value: (
-        isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    )
-
-
-def choice(values: Sequence[str]) -> Callable:
-    """Allow one of these strings."""
-    return lambda value: isinstance(value, str) and value in values
-
-
-def maybe(kind: Callable) -> Callable:
-    """Allow null, and what `kind` allows."""
-    return lambda value: value is None or kind(value)
-
-
-def several(kind: Callable, least: int = 0, most: int = 10**9) -> Callable:
-    """Allow a list of `least` to `most` values, each allowed by `kind`."""
-
-    def allows(value: object) -> bool:
-        return isinstance(value, list) and least <= len(value) <= most and all(map(kind, value))
-
-    return allows
-
-
-def by_name(kind: Callable) -> Callable:
-    """Allow a dictionary whose values `kind` allows."""
-    return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
-
-
-def check_types(content: object, table: dict[str, Callable], required: Sequence[str] = ()) -> None:
-    """Raise a ValueError unless `content` is a dictionary with all `required` keys, whose values
-    the `table` allows. Keys that aren't in the table may have any value."""
-    if not isinstance(content, dict):
-        raise ValueError("not a dictionary")
-    missing = [key for key in required if key not in content]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    for key, allows in table.items():
-        if key in content and not allows(content[key]):
-            raise ValueError(f"{key} is {repr(content[key])[:60]}")
-
-
-# Metadata of the files that train.py writes, and what their values may be.
-META = {
-    "version": whole(1),
-    "method": choice(tuple(METHODS)),
-    "backbone": text,
-    "license": text,
-    "fingerprint": text,
-    "config": by_name(lambda value: isinstance(value, bool | int | float | str)),  # of vit.Config
-    "image_size": whole(1, 2048),
-    "mean": several(real(0, 1), 3, 3),
-    "std": several(real(0.001, 1), 3, 3),
-    "heads": whole(1, 10_000),
-    "mlp_act": choice(("gelu", "quick_gelu")),
-    "interpolation": text,
-    "center": real(0.5, 1),
-    "dataset": text,
-    "classes": several(text, least=2),
-    "classifier": text,
-    "seed": whole(0),
-    "limit": whole(0),
-    "shots": whole(0),
-    "epochs": whole(0),
-    "epoch": whole(0),
-    "lr": real(0),
-    "head_lr": real(0),
-    "val_accuracy": maybe(real(0, 100)),
-    "test_accuracy": real(0, 100),
-    "test_class_accuracy": real(0, 100),
-    "zero_shot_val_accuracy": real(0, 100),
-    "placement": several(whole(0)),
-}
-# A method's setting has the type of its default. Its limits are checked where it is used.
-KINDS = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
-
-
-def types_of_settings() -> dict[str, Callable]:
-    """Rows of META for the settings of all methods."""
-    found = {}
-    for settings in METHODS.values():
-        for name, default in settings.items():
-            if type(default) in KINDS:
-                found[name] = KINDS[type(default)]
-    return found
-
-
-META |= types_of_settings()
-
-
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that `save` writes: adapters, prompts and head (with a ClipHead's classes and
     scale), and any other trained parameters."""
@@ -1005,3 +900,111 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         check_same(path, saved, {setting: value})
     model.load_state_dict(tensors, strict=False)
     return meta
+
+
+# --------------------------------------------------------------------------- what metadata may hold
+
+
+def text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def whole(low: int, high: int = 10**9) -> Callable:
+    """Allow an integer within limits."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def real(low: float = -1e9, high: float = 1e9) -> Callable:
+    """Allow a number within limits, which excludes NaN."""
+    return lambda value: (
+        isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    )
+
+
+def choice(values: Sequence[str]) -> Callable:
+    """Allow one of these strings."""
+    return lambda value: isinstance(value, str) and value in values
+
+
+def maybe(kind: Callable) -> Callable:
+    """Allow null, and what `kind` allows."""
+    return lambda value: value is None or kind(value)
+
+
+def several(kind: Callable, least: int = 0, most: int = 10**9) -> Callable:
+    """Allow a list of `least` to `most` values, each allowed by `kind`."""
+
+    def allows(value: object) -> bool:
+        return isinstance(value, list) and least <= len(value) <= most and all(map(kind, value))
+
+    return allows
+
+
+def by_name(kind: Callable) -> Callable:
+    """Allow a dictionary whose values `kind` allows."""
+    return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
+
+
+def check_types(content: object, table: dict[str, Callable], required: Sequence[str] = ()) -> None:
+    """Raise a ValueError unless `content` is a dictionary with all `required` keys, whose values
+    the `table` allows. Keys that aren't in the table may have any value."""
+    if not isinstance(content, dict):
+        raise ValueError("not a dictionary")
+    missing = [key for key in required if key not in content]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for key, allows in table.items():
+        if key in content and not allows(content[key]):
+            raise ValueError(f"{key} is {repr(content[key])[:60]}")
+
+
+# Metadata of the files that train.py writes, and what their values may be.
+META = {
+    "version": whole(1),
+    "method": choice(tuple(METHODS)),
+    "backbone": text,
+    "license": text,
+    "fingerprint": text,
+    "config": by_name(lambda value: isinstance(value, bool | int | float | str)),  # of vit.Config
+    "image_size": whole(1, 2048),
+    "mean": several(real(0, 1), 3, 3),
+    "std": several(real(0.001, 1), 3, 3),
+    "heads": whole(1, 10_000),
+    "mlp_act": choice(("gelu", "quick_gelu")),
+    "interpolation": text,
+    "center": real(0.5, 1),
+    "dataset": text,
+    "classes": several(text, least=2),
+    "classifier": text,
+    "seed": whole(0),
+    "limit": whole(0),
+    "shots": whole(0),
+    "epochs": whole(0),
+    "epoch": whole(0),
+    "lr": real(0),
+    "head_lr": real(0),
+    "val_accuracy": maybe(real(0, 100)),
+    "test_accuracy": real(0, 100),
+    "test_class_accuracy": real(0, 100),
+    "zero_shot_val_accuracy": real(0, 100),
+    "placement": several(whole(0)),
+}
+# A method's setting has the type of its default. Its limits are checked where it is used.
+KINDS = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
+
+
+def types_of_settings() -> dict[str, Callable]:
+    """Rows of META for the settings of all methods."""
+    found = {}
+    for settings in METHODS.values():
+        for name, default in settings.items():
+            if type(default) in KINDS:
+                found[name] = KINDS[type(default)]
+    return found
+
+
+META |= types_of_settings()

@@ -18,7 +18,8 @@ metrics.csv, predictions.csv, config.json, split.json, README.md and, where matp
 curves.svg and mistakes.png. Until it finishes, state.pt is kept there: --resume continues exactly
 where the run was stopped, on the same kind of device.
 
-In order: options, setting up, training, a run's folder, opening a run, the terminal, pictures.
+In order: training, several processes, setting up, a run's folder, opening a run, the terminal,
+pictures, options.
 """
 
 import signal
@@ -107,549 +108,7 @@ FEW = 50  # with fewer test images, a note says what one of them counts for
 LABELS_HEADER = "file,prediction,probability,runner-up"  # of the table of --predict
 UNEVEN = 3  # above this ratio of class sizes, accuracy is also given as a mean over classes
 
-# --------------------------------------------------------------------------------------- options
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors (status 2) and one-line definitions of options."""
-
-    def parse_known_args(self, arguments=None, namespace=None):
-        """Like argparse's, but refuse an empty argument: it is probably a shell variable that isn't
-        set, and would count as an option that isn't given."""
-        for argument in sys.argv[1:] if arguments is None else arguments:
-            if not argument or re.fullmatch(r"--[\w-]+=", argument):
-                self.error(f"an argument is empty ({argument or repr(argument)}); give it a value")
-        return super().parse_known_args(arguments, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            for similar in difflib.get_close_matches(unknown[1], self._option_string_actions, n=1):
-                message += f"; do you mean {similar}?"
-        text = f"{message}; python {self.prog} --help lists all options"
-        self.exit(2, f"error: {data.printable(text)}\n")
-
-    def section(self, title: str) -> None:
-        """Put the options that follow under this title."""
-        self.group = self.add_argument_group(title)
-
-    def value(self, name: str, metavar: str, kind: Callable, text: str, default, **more) -> None:
-        """Add an option with a value, which `kind` parses."""
-        more |= {"metavar": metavar, "type": kind, "default": default}
-        self.group.add_argument(*name.split(), help=text, **more)
-
-    def several(self, name: str, metavar: str, kind: Callable, text: str, default: list) -> None:
-        """Add an option with several values; `kind` parses a text to a list of them."""
-        self.value(name, metavar, kind, text, default, nargs="+", action=Several)
-
-    def choice(self, name: str, choices: Sequence[str], text: str, default, **more) -> None:
-        """Add an option that takes one of a few values."""
-        more |= {"metavar": "|".join(choices), "choices": choices, "default": default}
-        self.group.add_argument(name, help=text, **more)
-
-    def switch(self, name: str, text: str, **more) -> None:
-        """Add an option without a value."""
-        more.setdefault("action", "store_true")
-        self.group.add_argument(name, help=text, **more)
-
-
-def integer(low: int, high: int = 10**9) -> Callable:
-    """Option type: an integer within limits."""
-    return functools.partial(read_number, int, low, high)
-
-
-def number(low: float, high: float) -> Callable:
-    """Option type: a number within limits."""
-    return functools.partial(read_number, float, low, high)
-
-
-def integers(low: int, high: int = 10**9) -> Callable:
-    """Option type: distinct integers within limits, separated by commas."""
-    return lambda text: distinct([read_number(int, low, high, part) for part in parts_of(text)])
-
-
-def parts_of(text: str) -> list[str]:
-    """The parts of a text that are separated by commas; "1," has one, as in "--ranks 1, 4"."""
-    return text.removesuffix(",").split(",")
-
-
-def chosen_from(choices: Sequence[str]) -> Callable:
-    """Option type: some of these names, separated by commas."""
-
-    def read(text: str) -> list[str]:
-        found = parts_of(text)
-        for name in found:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r}: choose {', '.join(choices)}")
-        return found
-
-    return read
-
-
-class Several(argparse.Action):
-    """Stores an option's values, which may be separated by commas, by spaces or by both."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            setattr(namespace, self.dest, distinct(list(itertools.chain(*values))))
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(self, str(error)) from error
-
-
-def distinct(values: list) -> list:
-    """Return the values, or raise an ArgumentTypeError if one of them occurs twice."""
-    for value in values:
-        if values.count(value) > 1:
-            raise argparse.ArgumentTypeError(f"{value} is given twice")
-    return values
-
-
-def read_number(kind: type, low: float, high: float, text: str) -> float:
-    """Parse a number and check that it is within the limits."""
-    try:
-        value = kind(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from error
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
-    return value
-
-
-def channels(low: float) -> Callable:
-    """Option type: three numbers from `low` to 1, separated by commas."""
-
-    def read(text: str) -> list[float]:
-        values = [read_number(float, low, 1, part) for part in text.split(",")]
-        if len(values) != 3:
-            raise argparse.ArgumentTypeError(f"{text!r} is not three numbers such as 0.5,0.5,0.5")
-        return values
-
-    return read
-
-
-def placement(text: str) -> list[int]:
-    """Option type: block indices, counted from 0; or first6 (0 to 5), or last6 (-6 to -1)."""
-    match = re.fullmatch(r"(first|last)([1-9]\d{0,2})", text)
-    if match:
-        count = int(match[2])
-        return list(range(count)) if match[1] == "first" else list(range(-count, 0))
-    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 0,1,5 or first6 or last6")
-    return integers(-1000, 1000)(text)
-
-
-def make_parser() -> Parser:
-    """The command line's parser, with all options."""
-    parser = Parser(
-        prog="train.py",
-        description="Adapt a frozen Vision Transformer with zero-initialised low-rank adapters.",
-        epilog="Defaults are in parentheses. Several values are separated by spaces or commas, "
-        "several of --blocks by spaces. Without arguments: digits on vit_micro, embedded.",
-        allow_abbrev=False,
-    )
-    add_options(parser)
-    add_training_options(parser)
-    add_run_options(parser)
-    add_method_options(parser)
-    return parser
-
-
-def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
-    """The options of each run, except its seed. Wrong usage prints one line and exits with 2.
-
-    Raises:
-        ValueError: --eval or --predict names no run, or a damaged one.
-    """
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    if options.csv and not options.predict:
-        parser.error("--csv is for --predict")
-    if options.predict:
-        check_predict(options, parser)
-        options.eval = options.predict[0]
-    if options.eval:
-        given = given_options(arguments, parser)
-        check_evaluated(given, parser)
-        options = options_of(options.eval, **given)
-        check_backbone_name(options, parser)
-        return [options]
-    grid = expand(options)
-    check_used(options, {each.method for each in grid}, parser)
-    for run_options in grid:
-        fill_in(run_options)
-        check(run_options, parser)
-    return grid
-
-
-def given_options(arguments: list[str] | None, parser: Parser) -> dict:
-    """The options that a command line states, without the defaults of others."""
-    names = vars(parser.parse_args([]))
-    options = argparse.Namespace(**dict.fromkeys(names))  # argparse keeps what is already set
-    stated = vars(parser.parse_args(arguments, options))
-    return {name: value for name, value in stated.items() if value is not None}
-
-
-def check_evaluated(given: dict, parser: Parser) -> None:
-    """Refuse options that --eval and --predict would ignore."""
-    for action in parser._actions:
-        flag = action.option_strings[0]
-        if action.dest in given and action.dest not in EVAL_OPTIONS:
-            parser.error(f"{flag} is for training; --eval and --predict use the run's own settings")
-        if "predict" in given and action.dest in given and action.dest not in PREDICT_OPTIONS:
-            parser.error(f"{flag} is for training and --eval, not --predict")
-
-
-def options_of(folder: str | Path, **given) -> argparse.Namespace:
-    """The options of the run in a folder.
-
-    Args:
-        given: options with other values than the run's, such as where its files are now.
-
-    Raises:
-        ValueError: the folder holds no run.
-    """
-    (options,) = expand(make_parser().parse_args([]))
-    saved = read_config(Path(folder))
-    # Somebody else's run decides what is read, but not where a data set is downloaded to.
-    if not data.is_there(saved["dataset"], saved["data_dir"]):
-        del saved["data_dir"]
-    vars(options).update(saved | given, eval=str(folder))
-    fill_in(options)
-    return options
-
-
-def check_predict(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse --predict without photos or a finished run, or with options that don't go with it."""
-    folder, *photos = options.predict
-    if not photos:
-        parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
-    if options.eval:
-        parser.error("--predict and --eval exclude each other; give one")
-    if (Path(folder) / "state.pt").exists():
-        parser.error(f"--predict {folder}: that run is unfinished; continue it with --resume")
-    if options.csv:
-        check_csv(Path(options.csv), parser)
-    if not (Path(folder) / "adapters.safetensors").exists():
-        advice = "give runs/NAME first, then photos"
-        parser.error(f"--predict {folder}: no finished run there{maybe_below(folder)}; {advice}")
-
-
-def check_csv(path: Path, parser: Parser) -> None:
-    """Refuse a --csv that can't be written, or that would overwrite anything else than such a
-    table, such as a photo."""
-    if not path.exists() and path.parent.is_dir():
-        return
-    if not path.is_file():
-        parser.error(f"--csv {path}: give a file in a folder that exists")
-    with path.open("rb") as file:
-        beginning = file.read(len(LABELS_HEADER))
-    if beginning not in (b"", LABELS_HEADER.encode()):
-        parser.error(f"--csv {path}: that file exists and is no table of labels; give another name")
-
-
-def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -> None:
-    """Refuse an option that none of the chosen methods uses."""
-    owners = dict.fromkeys(("every", "blocks"), adaptertune.PLACED_METHODS)
-    owners |= dict.fromkeys(CLIP_OPTIONS, adaptertune.CLIP_METHODS)
-    owners["cached"] = ("head", *adaptertune.CLIP_METHODS)
-    for method, settings in adaptertune.METHODS.items():
-        for name in settings:
-            owners[name] = (*owners.get(name, ()), method)
-    for action in parser._actions:
-        having = owners.get(action.dest, methods)
-        if methods.isdisjoint(having) and getattr(options, action.dest) != action.default:
-            flag = action.option_strings[0]
-            parser.error(f"{flag} is for {', '.join(having)}, not {', '.join(sorted(methods))}")
-
-
-def add_options(parser: Parser) -> None:
-    """Add the options of task and backbone. Defaults that depend on other options are 0 or empty
-    here and are set in `fill_in`; the help gives them in parentheses."""
-    add = parser.value
-    datasets = ", ".join(data.DATASETS)
-    backbones = ", ".join(vit.BACKBONES)
-
-    parser.section("task")
-    add("--dataset", "NAME", str, f"{datasets}, or a folder of photos (digits)", "digits")
-    add("--data-dir", "DIR", str, "folder of the data sets; downloads go there too (data)", "data")
-    quick = "for a quick look: train on N images, validate on N/4 (0: all)"
-    add("--limit", "N", integer(0), quick, 0)
-    few = "train on K images of each class, validate on as many, at most 4 (0: all)"
-    add("--shots", "K", integer(0), few, 0)
-    share = "share of the images to test on if there is no test set; drawn by seed "
-    share += "(0: a fifth, the same for all seeds)"
-    add("--test-share", "P", number(0, 0.9), share, 0.0)
-    parser.switch("--offline", "never use the network")
-
-    parser.section("backbone")
-    named = f"{backbones} (vit_s16; vit_micro for digits)"
-    add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
-    file = "a .safetensors, .pth or .npz file, instead of the download; config.json, "
-    file += "preprocessor_config.json and open_clip_config.json beside it are read too"
-    add("--weights", "FILE", str, file, "")
-    lora = "folder or file of a LoRA that peft made for this backbone; merged before anything else"
-    add("--init-lora", "PATH", str, lora, "")
-    beside = "from the files beside --weights, else"
-    heads = f"attention heads (0: {beside} the usual number for the width)"
-    add("--heads", "N", integer(0, 10_000), heads, 0)
-    norm = f"per channel, 0 to 1 (by backbone; {beside} ImageNet's or CLIP's)"
-    add("--mean", "R,G,B", channels(0), f"mean of the pixels {norm}", [])
-    add("--std", "R,G,B", channels(0.001), f"standard deviation of the pixels {norm}", [])
-    gelu = f"activation of the MLPs (by backbone; {beside} QuickGELU for a CLIP)"
-    parser.choice("--mlp-act", ("gelu", "quick_gelu"), gelu, "")
-    add("--image-size", "PIXELS", integer(0, 2048), "side of the backbone's input (0: its own)", 0)
-
-
-def add_training_options(parser: Parser) -> None:
-    """Add the options of training."""
-    add = parser.value
-
-    parser.section("training")
-    epochs = "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 "
-    epochs += "evaluates the LoRA of --init-lora as it is, best with --method head"
-    add("--epochs", "N", integer(0), epochs, None)
-    cached = "for --method head: train on features computed once, without augmentation"
-    parser.switch("--cached", cached)
-    add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
-    rate = "peak learning rate (by method and rank; for head as --head-lr)"
-    add("--lr", "LR", number(1e-12, 1000), rate, 0.0)
-    head = f"peak learning rate of the head (by its features, at most {HEAD_RATE:g}, for head "
-    head += f"{RATES['head']:g}; as --lr for clip-adapter, scratch)"
-    add("--head-lr", "LR", number(1e-12, 1000), head, 0.0)
-    decay = "weight decay of the weight matrices, 0 for off (0.05)"
-    add("--weight-decay", "W", number(0, 1000), decay, 0.05)
-    smoothing = "label smoothing of the loss, 0 for off (0.1; CLIP's methods 0)"
-    add("--label-smoothing", "P", number(0, 1), smoothing, None)
-    crop = "smallest share of the image in a training crop (0.08; digits 0.85)"
-    add("--min-scale", "A", number(1e-6, 1), crop, 0.0)
-    mirrored = "don't mirror training images: for text, signs, anything whose left and right differ"
-    parser.switch("--no-flip", mirrored)
-    weights = "weight the loss by the inverse of each class's size, as if all were of equal size; "
-    weights += "the epoch is still chosen by plain accuracy"
-    parser.switch("--class-weights", weights)
-    seeds = "one run per seed; at the end their mean and standard deviation (0)"
-    parser.several("--seeds --seed", "SEED", integers(0), seeds, [0])
-    amp = "train in bf16; auto: only where it is faster (auto)"
-    parser.choice("--amp", ("auto", "bf16", "off"), amp, "auto")
-    add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
-    compiled = "torch.compile the network: slow to start, then faster steps on a GPU, but a "
-    parser.switch("--compile", compiled + "run is no longer reproducible to the bit")
-
-
-def add_run_options(parser: Parser) -> None:
-    """Add the options of a run's folder, and of what to do with a run."""
-    add = parser.value
-
-    parser.section("run")
-    folder = "the run's folder in runs/; a finished run is never overwritten "
-    folder += "(from data set, method and seed)"
-    add("--name", "NAME", str, folder, "")
-    more = "continue a run that was stopped; or, with more --epochs, a finished one: "
-    parser.switch("--resume", more + "warm-up and cosine begin again for the added epochs")
-    again = "don't train: test a finished run again, or with --dataset on other photos of its "
-    add("--eval", "runs/NAME", str, again + "classes", "")
-    photos = "don't train: label photos, or folders of photos, with a finished run"
-    metavar = ("runs/NAME", "PHOTO")
-    add("--predict", metavar, str, photos, [], nargs="+")
-    add("--csv", "FILE", str, "with --predict: write the labels to this file, too", "")
-    drawn = "draw the features of the test images in two dimensions, and the confusion matrix"
-    parser.choice("--plot", ("features",), drawn, None)
-
-
-def add_method_options(parser: Parser) -> None:
-    """Add the options that belong to methods. None stands for the method's own default."""
-    methods = [name for name in RATES if name != "scratch"]
-
-    def add(name: str, metavar: str, kind: Callable, text: str, default=None, **more) -> None:
-        setting = name.split()[0].removeprefix("--").replace("-", "_")
-        parser.value(name, metavar, kind, text + defaults_of(setting), default, **more)
-
-    parser.section("method")
-    compared = f"{', '.join(methods)}; several are compared (adaptertune)"
-    parser.several("--method", "NAME", chosen_from(methods), compared, ["adaptertune"])
-    scratch = {"dest": "method", "action": "store_const", "const": ["scratch"]}
-    parser.switch("--scratch", "train all of --backbone from random weights", **scratch)
-    width = "width of the bottlenecks; for clip-adapter 0 is a quarter of CLIP's embedding"
-    width += defaults_of("rank")
-    parser.several("--rank --ranks", "R", integers(0, 10_000), width, [None])
-    nth = "adapters in every K-th block, from the first on (1)"
-    parser.several("--every", "K", integers(0), nth, [1])
-    where = "adapters in these blocks, counted from 0, or first6, last6 (all)"
-    add("--blocks", "I,J,…", placement, where, [None], nargs="+")
-    reads = "what adapters read: the block's output (block), the MLP's input before (raw) or after "
-    reads += f"its LayerNorm (ln), or the MLP's output (mlp){defaults_of('reads')}"
-    parser.choice("--adapter-input", adaptertune.READS, reads, None, dest="reads")
-    act = "activation of the adapters; mlp: that of the block's MLP, so that an adapter that "
-    act += f"reads ln is merged into the MLP on export{defaults_of('act')}"
-    parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
-    init = "up-projection: zeros or N(0, 1e-4²); or a file with adapters, ours or AdaptFormer's"
-    init += defaults_of("init")
-    parser.several("--init", "zero|small|FILE", parts_of, init, [None])
-    add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output")
-    parser.switch("--learn-scale", "train this factor, one for each adapter", default=None)
-    add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
-    add("--prompts", "N", integer(1, 10_000), "prompt tokens in each block")
-    shallow = {"dest": "deep", "action": "store_false", "default": None}
-    parser.switch("--shallow", "vpt: prompts enter at the first block only", **shallow)
-
-    parser.section("clip-adapter, zero-shot")
-    image = "share of the image adapter, 0 for none; 0.6 suits fine-grained classes"
-    add("--ratio", "A", number(0, 1), image)
-    add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none")
-    parser.switch("--learn-ratio", "train the ratios that aren't 0", default=None)
-    source = "compare images with embeddings of class names or with means of training images (text)"
-    parser.choice("--classifier", ("text", "prototypes"), source, "text")
-    add("--template", "TEXT", str, 'for class names, such as "a photo of a {}." (by data set)', "")
-    add("--text-weights", "FILE", str, "file of CLIP's text tower (in the backbone's file)", "")
-    add("--vocab", "FILE", str, f"CLIP's {' or '.join(VOCABULARIES)} (beside the weights)", "")
-
-
-def defaults_of(setting: str) -> str:
-    """The default of a setting in each method that has it, for the help."""
-    found = []
-    for method, settings in adaptertune.METHODS.items():
-        if setting in settings:
-            found.append(f"{method} {settings[setting]}")
-    return f" ({', '.join(found)})" if found else ""
-
-
-def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
-    """The options of each run of the grid; `label` says what differs between them."""
-    runs = []
-    for values in itertools.product(*(getattr(options, name) for name in GRID)):
-        run = dict(zip(GRID, values, strict=True))
-        # Options that a method ignores don't multiply its runs.
-        for name in ("rank", "init"):
-            if name not in adaptertune.METHODS[run["method"]]:
-                run[name] = None
-        if run["method"] not in adaptertune.PLACED_METHODS:
-            run |= {"every": 1, "blocks": None}
-        if run not in runs:
-            runs.append(run)
-    grid = []
-    for run in runs:
-        run_options = copy.copy(options)
-        vars(run_options).update(run, label=label_of(run, runs))
-        grid.append(run_options)
-    return grid
-
-
-def label_of(run: dict, runs: list[dict]) -> str:
-    """The values in which a run differs from the others, such as "adaptformer rank 8"."""
-    parts = []
-    for name in GRID:
-        values = {str(each[name]) for each in runs}
-        if len(values) == 1 or not run[name]:
-            continue
-        value = run[name]
-        if name == "blocks":
-            value = ",".join(map(str, value))
-        parts.append(value if name in ("method", "init") else f"{name} {value}")
-    return " ".join(parts)
-
-
-def default_rate(method: str, rank: int | None) -> float:
-    """The peak learning rate of a method, for adapters of this rank.
-
-    A bottleneck sums over `rank` units, each of which AdamW moves by the learning rate. AdaptFormer
-    needs twice the learning rate for an eighth of the units; for AdapterTune the learning rate of
-    rank 8 also suits rank 64 (assets/results, Learning rates).
-    """
-    rate = RATES[method]
-    if method == "adaptformer":
-        rate *= (64 / max(1, rank)) ** (1 / 3)
-    return float(f"{rate:.2g}")
-
-
-def fill_in(options: argparse.Namespace) -> None:
-    """Set the defaults that depend on other options."""
-    for name, value in adaptertune.METHODS[options.method].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    # CLIP's tower is frozen and has no adapters inside, so its features never change.
-    clip = options.method in adaptertune.CLIP_METHODS
-    options.cached = clip or (options.cached and options.method == "head")
-    if options.method == "zero-shot":  # it trains nothing
-        options.epochs = 0
-    if not options.backbone and not options.weights:
-        options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
-    if options.label_smoothing is None:
-        options.label_smoothing = 0.0 if clip else 0.1
-    if options.method in ("head", "clip-adapter"):  # they train nothing but the head
-        options.lr = options.head_lr or options.lr
-    if options.method != "head":  # whose rate comes from the features, if it isn't given
-        options.lr = options.lr or default_rate(options.method, options.rank)
-    if options.method in ONE_RATE_METHODS:
-        options.head_lr = options.head_lr or options.lr
-
-
-def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
-    """Set the defaults that depend on the data.
-
-    An epoch of a small data set has few steps, so a run has enough epochs to see 15,000 images, but
-    10 to 30. Below 5,000 images a smaller batch also gives more steps (assets/results).
-    """
-    options.auto = [name for name, auto in AUTO.items() if getattr(options, name) == auto]
-    images = len(dataset.train)
-    options.batch = options.batch or (32 if images < 5000 else 128)
-    options.min_scale = options.min_scale or dataset.min_scale
-    if options.epochs is not None:
-        return
-    if options.cached:
-        options.epochs = 100  # features are cheap
-    else:
-        options.epochs = min(30, max(10, math.ceil(15_000 / images)))
-
-
-def check(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse options that contradict each other or have unusable values."""
-    adapters = options.method in adaptertune.ADAPTER_METHODS
-    known = options.init in adaptertune.INITS
-    if adapters and vit.is_lora(options.init):
-        parser.error(f"--init {options.init}: {vit.IS_LORA}")
-    if adapters and not known and not Path(options.init).is_file():
-        parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
-    check_no_epochs(options, parser)
-    check_backbone_name(options, parser)
-    if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
-        parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
-    if options.name and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name):
-        parser.error(
-            f"--name {options.name}: give the name of a folder below runs/, without / in it"
-        )
-    if options.every != 1 and options.blocks:
-        parser.error("--every and --blocks both say where the adapters go; give one")
-    if options.limit and options.shots:
-        parser.error("--limit and --shots both choose the training images; give one")
-    if options.method == "scratch" and (options.weights or options.init_lora):
-        given = "--weights" if options.weights else "--init-lora"
-        parser.error(f"--scratch starts from random weights; leave out {given}")
-
-
-def check_backbone_name(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse a backbone's name as --weights, and a backbone that isn't a CLIP for CLIP's methods,
-    before anything is downloaded."""
-    if options.weights in vit.BACKBONES and not Path(options.weights).exists():
-        parser.error(f"--weights takes a file; give --backbone {options.weights}")
-    clip = options.method in adaptertune.CLIP_METHODS
-    if clip and options.backbone and not vit.BACKBONES[options.backbone].config.norm_pre:
-        names = [name for name, each in vit.BACKBONES.items() if each.config.norm_pre]
-        parser.error(f"--method {options.method} needs a CLIP as --backbone: {', '.join(names)}")
-
-
-def check_no_epochs(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse --epochs 0 if untrained parameters would be evaluated."""
-    if options.epochs != 0 or options.method == "zero-shot":
-        return
-    if not options.init_lora:
-        parser.error("--epochs 0 trains nothing; it is for --init-lora, to evaluate that as it is")
-    if options.method in ("vpt", "clip-adapter") or (options.init or "zero") != "zero":
-        parser.error(
-            "--epochs 0 evaluates a LoRA as it is; choose --method head, or adapters of --init zero"
-        )
-
-
-# ------------------------------------------------------------------------------------ setting up
+# -------------------------------------------------------------------------------------- training
 
 
 @dataclass
@@ -768,19 +227,371 @@ class Predictions:
         return 100 * (hits / images)[images > 0].mean().item()
 
 
-def class_sizes(dataset: data.Dataset) -> Tensor:
-    """How many training images each class has, [K]."""
-    return torch.bincount(dataset.train.labels.cpu(), minlength=len(dataset.classes))
+stop_asked: list[int] = []  # signals received
 
 
-def is_uneven(*parts: data.Images) -> bool:
-    """Whether classes differ so much in size, in any part, that accuracy alone would mislead."""
-    for images in parts:
-        sizes = torch.bincount(images.labels.cpu())
-        sizes = sizes[sizes > 0]
-        if len(sizes) and sizes.max() > UNEVEN * sizes.min():
-            return True
-    return False
+def ask_stop(number: int, frame: object) -> None:
+    """Signal handler: record the signal. If it comes again it kills the process."""
+    stop_asked.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def stop_at_once() -> None:
+    """Make Ctrl-C and SIGTERM raise a KeyboardInterrupt wherever the program is."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def stop_if_asked() -> None:
+    """Raise a KeyboardInterrupt if any process received a signal. All processes call this together,
+    at points where nothing is half done."""
+    if any_process(bool(stop_asked)):
+        raise KeyboardInterrupt
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor of the learning rate at a step counted from 0: linear warm-up over a tenth of the
+    steps, then a cosine to 0."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """The training loop, from the epoch and step in run.state to the last epoch."""
+    state = run.state
+    least = least_accuracy(run)
+    if not run.options.epochs:  # nothing to train, but the evaluation may be interrupted too
+        save_state(run, optimizer)
+    while state.epoch <= run.options.epochs:
+        train_epoch(run, optimizer)
+        predictions = predict(run, run.dataset.val, "validation")
+        val = predictions.accuracy
+        state.best_val = max(state.best_val, val)
+        # Choose the last epoch that can't be told from the best: it has seen the most images.
+        error = standard_error(state.best_val, len(run.dataset.val))
+        if math.isnan(val) or val >= max(state.best_val - error, least):
+            weights = adaptertune.trained(run.model)
+            state.chosen_epoch = state.epoch
+            state.chosen_val = val
+            state.chosen = {name: each.detach().clone() for name, each in weights.items()}
+        rate = optimizer.param_groups[0]["lr"]
+        end_epoch(state, predictions, rate, run.options.epochs)
+        save_state(run, optimizer)
+
+
+def least_accuracy(run: Run) -> float:
+    """The validation accuracy that an epoch needs at least to be chosen: that of a finished run's
+    weights for epochs that are added to it, so that these don't replace better weights."""
+    if run.state.first_epoch > 1:  # result.json is that of the fewer epochs until the end
+        return read_result(run.folder)["val_accuracy"] or 0.0
+    return 0.0
+
+
+def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """The remaining steps of the epoch in run.state.
+
+    Raises:
+        ValueError: the loss isn't finite.
+    """
+    state = run.state
+    options = run.options
+    steps = run.batches.count(run.dataset.train)
+    run.model.train()
+    first = state.step  # not 0 if a stopped run continues
+    started = time.perf_counter()
+    before = started
+    for images, labels in run.batches.train(run.dataset, run.seed, state.epoch, first=first):
+        stop_if_asked()  # here, between two steps, weights and optimiser agree
+        # Like the batches, learning rate and dropout depend only on the position, so a resumed run
+        # takes the same steps as one that wasn't stopped.
+        position = (state.epoch - state.first_epoch) * steps + state.step
+        total = (options.epochs - state.first_epoch + 1) * steps
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule(position, total)
+        # Dropout has a key of its own: the crops are drawn by (seed, epoch, step) alone.
+        key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
+        torch.manual_seed(data.seed_from(key) + run.batches.rank)
+
+        # The images of this batch in all processes. The last batch may be smaller.
+        batch = min(options.batch, len(run.dataset.train) - state.step * options.batch)
+        loss, hits = take_step(run, optimizer, images, labels, batch)
+
+        # Sums over the augmented images, kept as tensors so that nothing waits for a GPU.
+        state.loss = state.loss + loss.double() * batch
+        state.hits = state.hits + hits
+        state.seen += batch
+        state.step += 1
+        now = time.perf_counter()
+        state.epoch_time += now - before
+        before = now
+        what = f"epoch {state.epoch}/{options.epochs}, step"
+        data.progress(what, state.step, steps, started, first)
+    finite = math.isfinite(state.loss)  # this waits for a GPU
+    state.epoch_time += time.perf_counter() - before
+    if not finite:
+        raise ValueError(
+            f"the loss became {state.loss.item()} in epoch {state.epoch}; "
+            f"lower --lr ({options.lr:g}) and give another --name"
+        )
+
+
+def take_step(
+    run: Run, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Take one optimiser step on a batch of images.
+
+    Args:
+        images, labels: this process's part of the batch.
+        batch: the number of images in the whole batch.
+
+    Returns:
+        The mean loss and the hits of the whole batch, before the step.
+    """
+    optimizer.zero_grad()
+    loss = torch.zeros((), device=run.device)
+    hits = torch.zeros((), dtype=torch.int64, device=run.device)
+    parts = 1 if run.options.compile else count_parts(run.model, images)
+    for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
+        if run.prototype_sizes is None:
+            logits = run.logits(x)
+        else:
+            logits = run.model.head.leave_one_out(x, y, run.prototype_sizes)
+        losses = F.cross_entropy(
+            logits, y, label_smoothing=run.options.label_smoothing, reduction="none"
+        )
+        part_loss = (losses * run.class_weights[y]).sum() / batch
+        part_loss.backward()  # adds to the gradients of the earlier parts
+        loss += part_loss.detach()
+        hits += (logits.argmax(dim=-1) == y).sum()
+    check_gradients(run)
+    loss, hits = sum_gradients(run.parameters, loss, hits)
+    nn.utils.clip_grad_norm_(run.parameters, 1.0)
+    optimizer.step()
+    return loss, hits
+
+
+def check_gradients(run: Run) -> None:
+    """Raise a ValueError for a trained parameter without a gradient, which would never change. It
+    may be in a module of a new method that no forward calls."""
+    if all(parameter.grad is not None for parameter in run.parameters):
+        return
+    weights = adaptertune.trained(run.model)
+    idle = [name for name, parameter in weights.items() if parameter.grad is None]
+    raise ValueError(
+        f"{', '.join(idle[:3])} can't be trained: the loss doesn't depend on it; "
+        "does a forward call that module?"
+    )
+
+
+def count_parts(model: vit.ViT, images: Tensor) -> int:
+    """The number of parts in which a batch [B, 3, S, S] passes through the network.
+
+    A CPU takes about 2,048 patches at a time. For DeiT-tiny at 224 px these are 8 images instead of
+    32: training then needs half of the memory for activations and no more time
+    (tests/bench_train.py), and computing the features of 128 images takes 0.84 of the time. A GPU
+    needs large products, and cached features [B, D] are small.
+    """
+    if images.ndim == 2 or images.device.type != "cpu":
+        return 1
+    patches = len(images) * model.config.grid**2
+    return max(1, min(len(images), math.ceil(patches / 2048)))
+
+
+def in_parts(network: Callable[[Tensor], Tensor], model: vit.ViT, images: Tensor) -> Tensor:
+    """Apply `network`, which calls `model`, to a batch one part after the other (`count_parts`)."""
+    parts = images.tensor_split(count_parts(model, images))
+    return torch.cat([network(part) for part in parts])
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """The standard error of the difference between two such accuracies, in percentage points, as if
+    they were measured on different images. (On the same images, as here, it is smaller. With the
+    larger one, a later epoch is kept where validation images are few, which has tested better;
+    CHANGELOG, Tried.) One hit and one miss are added, so that 100 % on a few images isn't taken for
+    certain."""
+    p = (accuracy / 100 * images + 1) / (images + 2)
+    return 100 * math.sqrt(2 * p * (1 - p) / max(1, images))
+
+
+def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
+    """Record and print the epoch's row, and advance to the next epoch.
+
+    Args:
+        rate: the learning rate of the epoch's last step.
+    """
+    state.train_time += state.epoch_time
+    elapsed = state.train_time + state.eval_time
+    left = elapsed / state.epoch * (epochs - state.epoch)
+    row = [
+        str(state.epoch),
+        f"{state.loss.item() / state.seen:.3f}",
+        f"{100 * state.hits.item() / state.seen:.2f}",
+        f"{val.accuracy:.2f}",
+        f"{state.seen / state.epoch_time:.0f}",
+        data.clock_text(elapsed),
+        data.clock_text(left),
+        f"{elapsed:.2f}",
+        f"{rate:.3g}",
+        f"{val.loss.mean().item():.4f}",
+    ]
+    state.rows.append(row)
+    if is_shown(state.epoch, epochs):
+        print_row(row)
+    state.epoch += 1
+    state.step = 0
+    state.seen = 0
+    state.hits = torch.zeros((), dtype=torch.int64)
+    state.loss = torch.zeros((), dtype=torch.float64)
+    state.epoch_time = 0.0
+
+
+@torch.inference_mode()
+def predict(run: Run, images: data.Images, what: str) -> Predictions:
+    """The network's predictions for images. Each process computes a part and gets all of them."""
+    table = torch.zeros(4, len(images), dtype=torch.float64, device=run.device)
+    rows = torch.arange(len(images), device=run.device).split(run.batches.batch)
+    seen = 0
+    started = time.perf_counter()
+    run.model.eval()
+    for part, (x, labels) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
+        stop_if_asked()
+        logits = in_parts(run.logits, run.model, x)
+        probabilities, classes = logits.softmax(dim=-1).topk(2)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        here = part[run.batches.rank :: run.batches.world]
+        table[:, here] = torch.stack([*classes.T, probabilities[:, 0], loss]).double()
+        seen = min(seen + run.batches.batch, len(images))
+        data.progress(what, seen, len(images), started)
+    best, second, probability, loss = sum_over_processes(table).cpu()
+    run.state.eval_time += time.perf_counter() - started
+    return Predictions(best.long(), second.long(), probability, loss, images.labels.cpu())
+
+
+def predict_all(run: Run) -> None:
+    """Set run.predictions for validation, if it has images, and for test."""
+    for part in ("val", "test"):
+        images = getattr(run.dataset, part)
+        if len(images):
+            run.predictions[part] = predict(run, images, part)
+
+
+def validate_zero_shot(run: Run) -> None:
+    """Print the zero-shot validation accuracy (no bottlenecks), and add it to the metadata."""
+    with run.model.head.zero_shot():
+        val = predict(run, run.dataset.val, "zero-shot").accuracy
+    if not math.isnan(val):
+        run.meta["zero_shot_val_accuracy"] = val
+        print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
+
+
+def fit(run: Run) -> None:
+    """Train or continue training, restore the weights of the chosen epoch, read the test set."""
+    state = run.state
+    groups = adaptertune.parameter_groups(
+        run.model, run.options.weight_decay, run.options.lr, run.options.head_lr
+    )
+    # With fused=True a GPU takes a step in one launch.
+    optimizer = torch.optim.AdamW(groups, fused=run.device.type == "cuda")
+    found = (run.folder / "state.pt").exists()
+    if found:
+        load_state(run, optimizer)
+    elif (run.folder / "adapters.safetensors").exists():
+        add_epochs(run)
+    finished = (run.folder / "adapters.safetensors").exists()
+    if any_process(found) != found or any_process(finished) != finished:
+        raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
+    try:
+        if run.options.method in adaptertune.CLIP_METHODS:
+            validate_zero_shot(run)
+        if run.options.epochs:
+            print_header(state.rows, run.options.epochs)
+        train_epochs(run, optimizer)
+        run.model.load_state_dict(state.chosen, strict=False)
+        predict_all(run)
+        if not run.options.epochs and "val" in run.predictions:  # no epoch has been validated
+            state.chosen_val = run.predictions["val"].accuracy
+        run.meta["epoch"] = state.chosen_epoch
+        run.meta["val_accuracy"] = None if math.isnan(state.chosen_val) else state.chosen_val
+        run.meta["test_accuracy"] = run.predictions["test"].accuracy
+        if is_uneven(run.dataset.train, run.dataset.test):
+            classes = len(run.dataset.classes)
+            run.meta["test_class_accuracy"] = run.predictions["test"].class_accuracy(classes)
+    except KeyboardInterrupt:
+        save_state(run, optimizer)
+        raise
+
+
+def set_up_and_fit(run: Run) -> dict:
+    """Describe a prepared run, compute features if it uses cached ones, train it and write its
+    files. Returns the content of result.json."""
+    options = run.options
+    wait_for_all()  # before the first one writes anything
+    peak_memory(run.device, reset=True)
+    describe(run)
+    describe_recipe(run)
+    clip = options.method in adaptertune.CLIP_METHODS
+    if clip and options.classifier == "text":  # before the slow part
+        embed_class_names(run)
+    if options.cached:
+        started = time.perf_counter()
+        run.originals = run.dataset
+        run.dataset = cache_features(run)
+        run.features_time = time.perf_counter() - started
+    if clip and options.classifier == "prototypes":
+        average_class_images(run)
+    run.dataset = place_images(run.dataset, run.device)
+    signal.signal(signal.SIGINT, ask_stop)  # from here on a step is completed first
+    signal.signal(signal.SIGTERM, ask_stop)
+    fit(run)
+    stop_at_once()
+    return finish(run)
+
+
+def finish(run: Run) -> dict:
+    """Write the final files, report, and remove the file that was for --resume; the first process
+    does this. Returns the content of result.json."""
+    result = run.meta | {
+        "trained": sum(parameter.numel() for parameter in run.parameters),
+        "seconds": run.state.train_time,
+        "memory": peak_memory(run.device),
+    }
+    if not run.batches.rank:
+        write_records(run)
+        with data.replacing(run.folder / "adapters.safetensors") as file:
+            adaptertune.save(file, run.model, run.meta)
+        write_json(run.folder / "result.json", result)
+        write_predictions(run, run.folder / "predictions.csv")
+        data.write_file(run.folder / "README.md", model_card(run))
+        conclude(run)
+        (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
+    wait_for_all()
+    return result
+
+
+def train_run(options: argparse.Namespace, seed: int) -> dict:
+    """One run, from loading to the report. Returns the content of result.json with the "folder",
+    and with "kept" if the run was finished before."""
+    if options.cached and dist.is_initialized():
+        raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
+    folder = run_folder(options, seed)
+    with at_work(folder):
+        if run_folder(options, seed) != folder:
+            raise ValueError(f"another process has begun a run in {folder}; run this again")
+        if is_unfinished(folder) and not options.resume:
+            raise ValueError(
+                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
+            )
+        finished = find_finished(options, folder)
+        if finished:
+            return finished | {"folder": folder, "kept": True}
+        run = prepare(options, seed, folder)
+        describe_folder(options, seed, folder)
+        return set_up_and_fit(run) | {"folder": folder}
+
+
+# -------------------------------------------------------------------------------- several processes
 
 
 def join_processes() -> None:
@@ -843,6 +654,24 @@ def sum_gradients(
     nn.utils.vector_to_parameters(of_all, summed)
     *_, loss, hits = summed
     return loss, hits.long()
+
+
+# ------------------------------------------------------------------------------------ setting up
+
+
+def class_sizes(dataset: data.Dataset) -> Tensor:
+    """How many training images each class has, [K]."""
+    return torch.bincount(dataset.train.labels.cpu(), minlength=len(dataset.classes))
+
+
+def is_uneven(*parts: data.Images) -> bool:
+    """Whether classes differ so much in size, in any part, that accuracy alone would mislead."""
+    for images in parts:
+        sizes = torch.bincount(images.labels.cpu())
+        sizes = sizes[sizes > 0]
+        if len(sizes) and sizes.max() > UNEVEN * sizes.min():
+            return True
+    return False
 
 
 def choose_device(name: str) -> torch.device:
@@ -1354,372 +1183,6 @@ def average_class_images(run: Run) -> None:
     features = run.dataset.train.pixels.to(run.device)  # [n, D], of cache_features
     embeddings = features @ head.projection.T  # [n, E]
     head.classes = adaptertune.prototypes(embeddings, run.dataset.train.labels.to(run.device))
-
-
-# -------------------------------------------------------------------------------------- training
-
-stop_asked: list[int] = []  # signals received
-
-
-def ask_stop(number: int, frame: object) -> None:
-    """Signal handler: record the signal. If it comes again it kills the process."""
-    stop_asked.append(number)
-    signal.signal(number, signal.SIG_DFL)
-
-
-def stop_at_once() -> None:
-    """Make Ctrl-C and SIGTERM raise a KeyboardInterrupt wherever the program is."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def stop_if_asked() -> None:
-    """Raise a KeyboardInterrupt if any process received a signal. All processes call this together,
-    at points where nothing is half done."""
-    if any_process(bool(stop_asked)):
-        raise KeyboardInterrupt
-
-
-def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rate at a step counted from 0: linear warm-up over a tenth of the
-    steps, then a cosine to 0."""
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """The training loop, from the epoch and step in run.state to the last epoch."""
-    state = run.state
-    least = least_accuracy(run)
-    if not run.options.epochs:  # nothing to train, but the evaluation may be interrupted too
-        save_state(run, optimizer)
-    while state.epoch <= run.options.epochs:
-        train_epoch(run, optimizer)
-        predictions = predict(run, run.dataset.val, "validation")
-        val = predictions.accuracy
-        state.best_val = max(state.best_val, val)
-        # Choose the last epoch that can't be told from the best: it has seen the most images.
-        error = standard_error(state.best_val, len(run.dataset.val))
-        if math.isnan(val) or val >= max(state.best_val - error, least):
-            weights = adaptertune.trained(run.model)
-            state.chosen_epoch = state.epoch
-            state.chosen_val = val
-            state.chosen = {name: each.detach().clone() for name, each in weights.items()}
-        rate = optimizer.param_groups[0]["lr"]
-        end_epoch(state, predictions, rate, run.options.epochs)
-        save_state(run, optimizer)
-
-
-def least_accuracy(run: Run) -> float:
-    """The validation accuracy that an epoch needs at least to be chosen: that of a finished run's
-    weights for epochs that are added to it, so that these don't replace better weights."""
-    if run.state.first_epoch > 1:  # result.json is that of the fewer epochs until the end
-        return read_result(run.folder)["val_accuracy"] or 0.0
-    return 0.0
-
-
-def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """The remaining steps of the epoch in run.state.
-
-    Raises:
-        ValueError: the loss isn't finite.
-    """
-    state = run.state
-    options = run.options
-    steps = run.batches.count(run.dataset.train)
-    run.model.train()
-    first = state.step  # not 0 if a stopped run continues
-    started = time.perf_counter()
-    before = started
-    for images, labels in run.batches.train(run.dataset, run.seed, state.epoch, first=first):
-        stop_if_asked()  # here, between two steps, weights and optimiser agree
-        # Like the batches, learning rate and dropout depend only on the position, so a resumed run
-        # takes the same steps as one that wasn't stopped.
-        position = (state.epoch - state.first_epoch) * steps + state.step
-        total = (options.epochs - state.first_epoch + 1) * steps
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule(position, total)
-        # Dropout has a key of its own: the crops are drawn by (seed, epoch, step) alone.
-        key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
-        torch.manual_seed(data.seed_from(key) + run.batches.rank)
-
-        # The images of this batch in all processes. The last batch may be smaller.
-        batch = min(options.batch, len(run.dataset.train) - state.step * options.batch)
-        loss, hits = take_step(run, optimizer, images, labels, batch)
-
-        # Sums over the augmented images, kept as tensors so that nothing waits for a GPU.
-        state.loss = state.loss + loss.double() * batch
-        state.hits = state.hits + hits
-        state.seen += batch
-        state.step += 1
-        now = time.perf_counter()
-        state.epoch_time += now - before
-        before = now
-        what = f"epoch {state.epoch}/{options.epochs}, step"
-        data.progress(what, state.step, steps, started, first)
-    finite = math.isfinite(state.loss)  # this waits for a GPU
-    state.epoch_time += time.perf_counter() - before
-    if not finite:
-        raise ValueError(
-            f"the loss became {state.loss.item()} in epoch {state.epoch}; "
-            f"lower --lr ({options.lr:g}) and give another --name"
-        )
-
-
-def take_step(
-    run: Run, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, batch: int
-) -> tuple[Tensor, Tensor]:
-    """Take one optimiser step on a batch of images.
-
-    Args:
-        images, labels: this process's part of the batch.
-        batch: the number of images in the whole batch.
-
-    Returns:
-        The mean loss and the hits of the whole batch, before the step.
-    """
-    optimizer.zero_grad()
-    loss = torch.zeros((), device=run.device)
-    hits = torch.zeros((), dtype=torch.int64, device=run.device)
-    parts = 1 if run.options.compile else count_parts(run.model, images)
-    for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-        if run.prototype_sizes is None:
-            logits = run.logits(x)
-        else:
-            logits = run.model.head.leave_one_out(x, y, run.prototype_sizes)
-        losses = F.cross_entropy(
-            logits, y, label_smoothing=run.options.label_smoothing, reduction="none"
-        )
-        part_loss = (losses * run.class_weights[y]).sum() / batch
-        part_loss.backward()  # adds to the gradients of the earlier parts
-        loss += part_loss.detach()
-        hits += (logits.argmax(dim=-1) == y).sum()
-    check_gradients(run)
-    loss, hits = sum_gradients(run.parameters, loss, hits)
-    nn.utils.clip_grad_norm_(run.parameters, 1.0)
-    optimizer.step()
-    return loss, hits
-
-
-def check_gradients(run: Run) -> None:
-    """Raise a ValueError for a trained parameter without a gradient, which would never change. It
-    may be in a module of a new method that no forward calls."""
-    if all(parameter.grad is not None for parameter in run.parameters):
-        return
-    weights = adaptertune.trained(run.model)
-    idle = [name for name, parameter in weights.items() if parameter.grad is None]
-    raise ValueError(
-        f"{', '.join(idle[:3])} can't be trained: the loss doesn't depend on it; "
-        "does a forward call that module?"
-    )
-
-
-def count_parts(model: vit.ViT, images: Tensor) -> int:
-    """The number of parts in which a batch [B, 3, S, S] passes through the network.
-
-    A CPU takes about 2,048 patches at a time. For DeiT-tiny at 224 px these are 8 images instead of
-    32: training then needs half of the memory for activations and no more time
-    (tests/bench_train.py), and computing the features of 128 images takes 0.84 of the time. A GPU
-    needs large products, and cached features [B, D] are small.
-    """
-    if images.ndim == 2 or images.device.type != "cpu":
-        return 1
-    patches = len(images) * model.config.grid**2
-    return max(1, min(len(images), math.ceil(patches / 2048)))
-
-
-def in_parts(network: Callable[[Tensor], Tensor], model: vit.ViT, images: Tensor) -> Tensor:
-    """Apply `network`, which calls `model`, to a batch one part after the other (`count_parts`)."""
-    parts = images.tensor_split(count_parts(model, images))
-    return torch.cat([network(part) for part in parts])
-
-
-def standard_error(accuracy: float, images: int) -> float:
-    """The standard error of the difference between two such accuracies, in percentage points, as if
-    they were measured on different images. (On the same images, as here, it is smaller. With the
-    larger one, a later epoch is kept where validation images are few, which has tested better;
-    CHANGELOG, Tried.) One hit and one miss are added, so that 100 % on a few images isn't taken for
-    certain."""
-    p = (accuracy / 100 * images + 1) / (images + 2)
-    return 100 * math.sqrt(2 * p * (1 - p) / max(1, images))
-
-
-def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
-    """Record and print the epoch's row, and advance to the next epoch.
-
-    Args:
-        rate: the learning rate of the epoch's last step.
-    """
-    state.train_time += state.epoch_time
-    elapsed = state.train_time + state.eval_time
-    left = elapsed / state.epoch * (epochs - state.epoch)
-    row = [
-        str(state.epoch),
-        f"{state.loss.item() / state.seen:.3f}",
-        f"{100 * state.hits.item() / state.seen:.2f}",
-        f"{val.accuracy:.2f}",
-        f"{state.seen / state.epoch_time:.0f}",
-        data.clock_text(elapsed),
-        data.clock_text(left),
-        f"{elapsed:.2f}",
-        f"{rate:.3g}",
-        f"{val.loss.mean().item():.4f}",
-    ]
-    state.rows.append(row)
-    if is_shown(state.epoch, epochs):
-        print_row(row)
-    state.epoch += 1
-    state.step = 0
-    state.seen = 0
-    state.hits = torch.zeros((), dtype=torch.int64)
-    state.loss = torch.zeros((), dtype=torch.float64)
-    state.epoch_time = 0.0
-
-
-@torch.inference_mode()
-def predict(run: Run, images: data.Images, what: str) -> Predictions:
-    """The network's predictions for images. Each process computes a part and gets all of them."""
-    table = torch.zeros(4, len(images), dtype=torch.float64, device=run.device)
-    rows = torch.arange(len(images), device=run.device).split(run.batches.batch)
-    seen = 0
-    started = time.perf_counter()
-    run.model.eval()
-    for part, (x, labels) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
-        stop_if_asked()
-        logits = in_parts(run.logits, run.model, x)
-        probabilities, classes = logits.softmax(dim=-1).topk(2)
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        here = part[run.batches.rank :: run.batches.world]
-        table[:, here] = torch.stack([*classes.T, probabilities[:, 0], loss]).double()
-        seen = min(seen + run.batches.batch, len(images))
-        data.progress(what, seen, len(images), started)
-    best, second, probability, loss = sum_over_processes(table).cpu()
-    run.state.eval_time += time.perf_counter() - started
-    return Predictions(best.long(), second.long(), probability, loss, images.labels.cpu())
-
-
-def predict_all(run: Run) -> None:
-    """Set run.predictions for validation, if it has images, and for test."""
-    for part in ("val", "test"):
-        images = getattr(run.dataset, part)
-        if len(images):
-            run.predictions[part] = predict(run, images, part)
-
-
-def validate_zero_shot(run: Run) -> None:
-    """Print the zero-shot validation accuracy (no bottlenecks), and add it to the metadata."""
-    with run.model.head.zero_shot():
-        val = predict(run, run.dataset.val, "zero-shot").accuracy
-    if not math.isnan(val):
-        run.meta["zero_shot_val_accuracy"] = val
-        print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
-
-
-def fit(run: Run) -> None:
-    """Train or continue training, restore the weights of the chosen epoch, read the test set."""
-    state = run.state
-    groups = adaptertune.parameter_groups(
-        run.model, run.options.weight_decay, run.options.lr, run.options.head_lr
-    )
-    # With fused=True a GPU takes a step in one launch.
-    optimizer = torch.optim.AdamW(groups, fused=run.device.type == "cuda")
-    found = (run.folder / "state.pt").exists()
-    if found:
-        load_state(run, optimizer)
-    elif (run.folder / "adapters.safetensors").exists():
-        add_epochs(run)
-    finished = (run.folder / "adapters.safetensors").exists()
-    if any_process(found) != found or any_process(finished) != finished:
-        raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
-    try:
-        if run.options.method in adaptertune.CLIP_METHODS:
-            validate_zero_shot(run)
-        if run.options.epochs:
-            print_header(state.rows, run.options.epochs)
-        train_epochs(run, optimizer)
-        run.model.load_state_dict(state.chosen, strict=False)
-        predict_all(run)
-        if not run.options.epochs and "val" in run.predictions:  # no epoch has been validated
-            state.chosen_val = run.predictions["val"].accuracy
-        run.meta["epoch"] = state.chosen_epoch
-        run.meta["val_accuracy"] = None if math.isnan(state.chosen_val) else state.chosen_val
-        run.meta["test_accuracy"] = run.predictions["test"].accuracy
-        if is_uneven(run.dataset.train, run.dataset.test):
-            classes = len(run.dataset.classes)
-            run.meta["test_class_accuracy"] = run.predictions["test"].class_accuracy(classes)
-    except KeyboardInterrupt:
-        save_state(run, optimizer)
-        raise
-
-
-def set_up_and_fit(run: Run) -> dict:
-    """Describe a prepared run, compute features if it uses cached ones, train it and write its
-    files. Returns the content of result.json."""
-    options = run.options
-    wait_for_all()  # before the first one writes anything
-    peak_memory(run.device, reset=True)
-    describe(run)
-    describe_recipe(run)
-    clip = options.method in adaptertune.CLIP_METHODS
-    if clip and options.classifier == "text":  # before the slow part
-        embed_class_names(run)
-    if options.cached:
-        started = time.perf_counter()
-        run.originals = run.dataset
-        run.dataset = cache_features(run)
-        run.features_time = time.perf_counter() - started
-    if clip and options.classifier == "prototypes":
-        average_class_images(run)
-    run.dataset = place_images(run.dataset, run.device)
-    signal.signal(signal.SIGINT, ask_stop)  # from here on a step is completed first
-    signal.signal(signal.SIGTERM, ask_stop)
-    fit(run)
-    stop_at_once()
-    return finish(run)
-
-
-def finish(run: Run) -> dict:
-    """Write the final files, report, and remove the file that was for --resume; the first process
-    does this. Returns the content of result.json."""
-    result = run.meta | {
-        "trained": sum(parameter.numel() for parameter in run.parameters),
-        "seconds": run.state.train_time,
-        "memory": peak_memory(run.device),
-    }
-    if not run.batches.rank:
-        write_records(run)
-        with data.replacing(run.folder / "adapters.safetensors") as file:
-            adaptertune.save(file, run.model, run.meta)
-        write_json(run.folder / "result.json", result)
-        write_predictions(run, run.folder / "predictions.csv")
-        data.write_file(run.folder / "README.md", model_card(run))
-        conclude(run)
-        (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
-    wait_for_all()
-    return result
-
-
-def train_run(options: argparse.Namespace, seed: int) -> dict:
-    """One run, from loading to the report. Returns the content of result.json with the "folder",
-    and with "kept" if the run was finished before."""
-    if options.cached and dist.is_initialized():
-        raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
-    folder = run_folder(options, seed)
-    with at_work(folder):
-        if run_folder(options, seed) != folder:
-            raise ValueError(f"another process has begun a run in {folder}; run this again")
-        if is_unfinished(folder) and not options.resume:
-            raise ValueError(
-                f"{folder} holds an unfinished run; go on with --resume, or delete that folder"
-            )
-        finished = find_finished(options, folder)
-        if finished:
-            return finished | {"folder": folder, "kept": True}
-        run = prepare(options, seed, folder)
-        describe_folder(options, seed, folder)
-        return set_up_and_fit(run) | {"folder": folder}
 
 
 # ----------------------------------------------------------------------------------- a run's folder
@@ -3079,6 +2542,548 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
         title = each.title if K <= 40 else f"{each.title}; the 20 of {K} classes with most mistakes"
         axes.set(title=title, xlabel="prediction", ylabel="label (% of its images)")
     save_figure(figure, path)
+
+
+# --------------------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors (status 2) and one-line definitions of options."""
+
+    def parse_known_args(self, arguments=None, namespace=None):
+        """Like argparse's, but refuse an empty argument: it is probably a shell variable that isn't
+        set, and would count as an option that isn't given."""
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if not argument or re.fullmatch(r"--[\w-]+=", argument):
+                self.error(f"an argument is empty ({argument or repr(argument)}); give it a value")
+        return super().parse_known_args(arguments, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            for similar in difflib.get_close_matches(unknown[1], self._option_string_actions, n=1):
+                message += f"; do you mean {similar}?"
+        text = f"{message}; python {self.prog} --help lists all options"
+        self.exit(2, f"error: {data.printable(text)}\n")
+
+    def section(self, title: str) -> None:
+        """Put the options that follow under this title."""
+        self.group = self.add_argument_group(title)
+
+    def value(self, name: str, metavar: str, kind: Callable, text: str, default, **more) -> None:
+        """Add an option with a value, which `kind` parses."""
+        more |= {"metavar": metavar, "type": kind, "default": default}
+        self.group.add_argument(*name.split(), help=text, **more)
+
+    def several(self, name: str, metavar: str, kind: Callable, text: str, default: list) -> None:
+        """Add an option with several values; `kind` parses a text to a list of them."""
+        self.value(name, metavar, kind, text, default, nargs="+", action=Several)
+
+    def choice(self, name: str, choices: Sequence[str], text: str, default, **more) -> None:
+        """Add an option that takes one of a few values."""
+        more |= {"metavar": "|".join(choices), "choices": choices, "default": default}
+        self.group.add_argument(name, help=text, **more)
+
+    def switch(self, name: str, text: str, **more) -> None:
+        """Add an option without a value."""
+        more.setdefault("action", "store_true")
+        self.group.add_argument(name, help=text, **more)
+
+
+def integer(low: int, high: int = 10**9) -> Callable:
+    """Option type: an integer within limits."""
+    return functools.partial(read_number, int, low, high)
+
+
+def number(low: float, high: float) -> Callable:
+    """Option type: a number within limits."""
+    return functools.partial(read_number, float, low, high)
+
+
+def integers(low: int, high: int = 10**9) -> Callable:
+    """Option type: distinct integers within limits, separated by commas."""
+    return lambda text: distinct([read_number(int, low, high, part) for part in parts_of(text)])
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts of a text that are separated by commas; "1," has one, as in "--ranks 1, 4"."""
+    return text.removesuffix(",").split(",")
+
+
+def chosen_from(choices: Sequence[str]) -> Callable:
+    """Option type: some of these names, separated by commas."""
+
+    def read(text: str) -> list[str]:
+        found = parts_of(text)
+        for name in found:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{name!r}: choose {', '.join(choices)}")
+        return found
+
+    return read
+
+
+class Several(argparse.Action):
+    """Stores an option's values, which may be separated by commas, by spaces or by both."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, distinct(list(itertools.chain(*values))))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+
+
+def distinct(values: list) -> list:
+    """Return the values, or raise an ArgumentTypeError if one of them occurs twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise argparse.ArgumentTypeError(f"{value} is given twice")
+    return values
+
+
+def read_number(kind: type, low: float, high: float, text: str) -> float:
+    """Parse a number and check that it is within the limits."""
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from error
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+    return value
+
+
+def channels(low: float) -> Callable:
+    """Option type: three numbers from `low` to 1, separated by commas."""
+
+    def read(text: str) -> list[float]:
+        values = [read_number(float, low, 1, part) for part in text.split(",")]
+        if len(values) != 3:
+            raise argparse.ArgumentTypeError(f"{text!r} is not three numbers such as 0.5,0.5,0.5")
+        return values
+
+    return read
+
+
+def placement(text: str) -> list[int]:
+    """Option type: block indices, counted from 0; or first6 (0 to 5), or last6 (-6 to -1)."""
+    match = re.fullmatch(r"(first|last)([1-9]\d{0,2})", text)
+    if match:
+        count = int(match[2])
+        return list(range(count)) if match[1] == "first" else list(range(-count, 0))
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0,1,5 or first6 or last6")
+    return integers(-1000, 1000)(text)
+
+
+def make_parser() -> Parser:
+    """The command line's parser, with all options."""
+    parser = Parser(
+        prog="train.py",
+        description="Adapt a frozen Vision Transformer with zero-initialised low-rank adapters.",
+        epilog="Defaults are in parentheses. Several values are separated by spaces or commas, "
+        "several of --blocks by spaces. Without arguments: digits on vit_micro, embedded.",
+        allow_abbrev=False,
+    )
+    add_options(parser)
+    add_training_options(parser)
+    add_run_options(parser)
+    add_method_options(parser)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
+    """The options of each run, except its seed. Wrong usage prints one line and exits with 2.
+
+    Raises:
+        ValueError: --eval or --predict names no run, or a damaged one.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.csv and not options.predict:
+        parser.error("--csv is for --predict")
+    if options.predict:
+        check_predict(options, parser)
+        options.eval = options.predict[0]
+    if options.eval:
+        given = given_options(arguments, parser)
+        check_evaluated(given, parser)
+        options = options_of(options.eval, **given)
+        check_backbone_name(options, parser)
+        return [options]
+    grid = expand(options)
+    check_used(options, {each.method for each in grid}, parser)
+    for run_options in grid:
+        fill_in(run_options)
+        check(run_options, parser)
+    return grid
+
+
+def given_options(arguments: list[str] | None, parser: Parser) -> dict:
+    """The options that a command line states, without the defaults of others."""
+    names = vars(parser.parse_args([]))
+    options = argparse.Namespace(**dict.fromkeys(names))  # argparse keeps what is already set
+    stated = vars(parser.parse_args(arguments, options))
+    return {name: value for name, value in stated.items() if value is not None}
+
+
+def check_evaluated(given: dict, parser: Parser) -> None:
+    """Refuse options that --eval and --predict would ignore."""
+    for action in parser._actions:
+        flag = action.option_strings[0]
+        if action.dest in given and action.dest not in EVAL_OPTIONS:
+            parser.error(f"{flag} is for training; --eval and --predict use the run's own settings")
+        if "predict" in given and action.dest in given and action.dest not in PREDICT_OPTIONS:
+            parser.error(f"{flag} is for training and --eval, not --predict")
+
+
+def options_of(folder: str | Path, **given) -> argparse.Namespace:
+    """The options of the run in a folder.
+
+    Args:
+        given: options with other values than the run's, such as where its files are now.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    (options,) = expand(make_parser().parse_args([]))
+    saved = read_config(Path(folder))
+    # Somebody else's run decides what is read, but not where a data set is downloaded to.
+    if not data.is_there(saved["dataset"], saved["data_dir"]):
+        del saved["data_dir"]
+    vars(options).update(saved | given, eval=str(folder))
+    fill_in(options)
+    return options
+
+
+def check_predict(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse --predict without photos or a finished run, or with options that don't go with it."""
+    folder, *photos = options.predict
+    if not photos:
+        parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
+    if options.eval:
+        parser.error("--predict and --eval exclude each other; give one")
+    if (Path(folder) / "state.pt").exists():
+        parser.error(f"--predict {folder}: that run is unfinished; continue it with --resume")
+    if options.csv:
+        check_csv(Path(options.csv), parser)
+    if not (Path(folder) / "adapters.safetensors").exists():
+        advice = "give runs/NAME first, then photos"
+        parser.error(f"--predict {folder}: no finished run there{maybe_below(folder)}; {advice}")
+
+
+def check_csv(path: Path, parser: Parser) -> None:
+    """Refuse a --csv that can't be written, or that would overwrite anything else than such a
+    table, such as a photo."""
+    if not path.exists() and path.parent.is_dir():
+        return
+    if not path.is_file():
+        parser.error(f"--csv {path}: give a file in a folder that exists")
+    with path.open("rb") as file:
+        beginning = file.read(len(LABELS_HEADER))
+    if beginning not in (b"", LABELS_HEADER.encode()):
+        parser.error(f"--csv {path}: that file exists and is no table of labels; give another name")
+
+
+def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -> None:
+    """Refuse an option that none of the chosen methods uses."""
+    owners = dict.fromkeys(("every", "blocks"), adaptertune.PLACED_METHODS)
+    owners |= dict.fromkeys(CLIP_OPTIONS, adaptertune.CLIP_METHODS)
+    owners["cached"] = ("head", *adaptertune.CLIP_METHODS)
+    for method, settings in adaptertune.METHODS.items():
+        for name in settings:
+            owners[name] = (*owners.get(name, ()), method)
+    for action in parser._actions:
+        having = owners.get(action.dest, methods)
+        if methods.isdisjoint(having) and getattr(options, action.dest) != action.default:
+            flag = action.option_strings[0]
+            parser.error(f"{flag} is for {', '.join(having)}, not {', '.join(sorted(methods))}")
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of task and backbone. Defaults that depend on other options are 0 or empty
+    here and are set in `fill_in`; the help gives them in parentheses."""
+    add = parser.value
+    datasets = ", ".join(data.DATASETS)
+    backbones = ", ".join(vit.BACKBONES)
+
+    parser.section("task")
+    add("--dataset", "NAME", str, f"{datasets}, or a folder of photos (digits)", "digits")
+    add("--data-dir", "DIR", str, "folder of the data sets; downloads go there too (data)", "data")
+    quick = "for a quick look: train on N images, validate on N/4 (0: all)"
+    add("--limit", "N", integer(0), quick, 0)
+    few = "train on K images of each class, validate on as many, at most 4 (0: all)"
+    add("--shots", "K", integer(0), few, 0)
+    share = "share of the images to test on if there is no test set; drawn by seed "
+    share += "(0: a fifth, the same for all seeds)"
+    add("--test-share", "P", number(0, 0.9), share, 0.0)
+    parser.switch("--offline", "never use the network")
+
+    parser.section("backbone")
+    named = f"{backbones} (vit_s16; vit_micro for digits)"
+    add("--backbone", "NAME", str, named, "", choices=vit.BACKBONES)
+    file = "a .safetensors, .pth or .npz file, instead of the download; config.json, "
+    file += "preprocessor_config.json and open_clip_config.json beside it are read too"
+    add("--weights", "FILE", str, file, "")
+    lora = "folder or file of a LoRA that peft made for this backbone; merged before anything else"
+    add("--init-lora", "PATH", str, lora, "")
+    beside = "from the files beside --weights, else"
+    heads = f"attention heads (0: {beside} the usual number for the width)"
+    add("--heads", "N", integer(0, 10_000), heads, 0)
+    norm = f"per channel, 0 to 1 (by backbone; {beside} ImageNet's or CLIP's)"
+    add("--mean", "R,G,B", channels(0), f"mean of the pixels {norm}", [])
+    add("--std", "R,G,B", channels(0.001), f"standard deviation of the pixels {norm}", [])
+    gelu = f"activation of the MLPs (by backbone; {beside} QuickGELU for a CLIP)"
+    parser.choice("--mlp-act", ("gelu", "quick_gelu"), gelu, "")
+    add("--image-size", "PIXELS", integer(0, 2048), "side of the backbone's input (0: its own)", 0)
+
+
+def add_training_options(parser: Parser) -> None:
+    """Add the options of training."""
+    add = parser.value
+
+    parser.section("training")
+    epochs = "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 "
+    epochs += "evaluates the LoRA of --init-lora as it is, best with --method head"
+    add("--epochs", "N", integer(0), epochs, None)
+    cached = "for --method head: train on features computed once, without augmentation"
+    parser.switch("--cached", cached)
+    add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
+    rate = "peak learning rate (by method and rank; for head as --head-lr)"
+    add("--lr", "LR", number(1e-12, 1000), rate, 0.0)
+    head = f"peak learning rate of the head (by its features, at most {HEAD_RATE:g}, for head "
+    head += f"{RATES['head']:g}; as --lr for clip-adapter, scratch)"
+    add("--head-lr", "LR", number(1e-12, 1000), head, 0.0)
+    decay = "weight decay of the weight matrices, 0 for off (0.05)"
+    add("--weight-decay", "W", number(0, 1000), decay, 0.05)
+    smoothing = "label smoothing of the loss, 0 for off (0.1; CLIP's methods 0)"
+    add("--label-smoothing", "P", number(0, 1), smoothing, None)
+    crop = "smallest share of the image in a training crop (0.08; digits 0.85)"
+    add("--min-scale", "A", number(1e-6, 1), crop, 0.0)
+    mirrored = "don't mirror training images: for text, signs, anything whose left and right differ"
+    parser.switch("--no-flip", mirrored)
+    weights = "weight the loss by the inverse of each class's size, as if all were of equal size; "
+    weights += "the epoch is still chosen by plain accuracy"
+    parser.switch("--class-weights", weights)
+    seeds = "one run per seed; at the end their mean and standard deviation (0)"
+    parser.several("--seeds --seed", "SEED", integers(0), seeds, [0])
+    amp = "train in bf16; auto: only where it is faster (auto)"
+    parser.choice("--amp", ("auto", "bf16", "off"), amp, "auto")
+    add("--device", "NAME", str, "cpu, cuda, cuda:1 (auto: cuda if there is one)", "auto")
+    compiled = "torch.compile the network: slow to start, then faster steps on a GPU, but a "
+    parser.switch("--compile", compiled + "run is no longer reproducible to the bit")
+
+
+def add_run_options(parser: Parser) -> None:
+    """Add the options of a run's folder, and of what to do with a run."""
+    add = parser.value
+
+    parser.section("run")
+    folder = "the run's folder in runs/; a finished run is never overwritten "
+    folder += "(from data set, method and seed)"
+    add("--name", "NAME", str, folder, "")
+    more = "continue a run that was stopped; or, with more --epochs, a finished one: "
+    parser.switch("--resume", more + "warm-up and cosine begin again for the added epochs")
+    again = "don't train: test a finished run again, or with --dataset on other photos of its "
+    add("--eval", "runs/NAME", str, again + "classes", "")
+    photos = "don't train: label photos, or folders of photos, with a finished run"
+    metavar = ("runs/NAME", "PHOTO")
+    add("--predict", metavar, str, photos, [], nargs="+")
+    add("--csv", "FILE", str, "with --predict: write the labels to this file, too", "")
+    drawn = "draw the features of the test images in two dimensions, and the confusion matrix"
+    parser.choice("--plot", ("features",), drawn, None)
+
+
+def add_method_options(parser: Parser) -> None:
+    """Add the options that belong to methods. None stands for the method's own default."""
+    methods = [name for name in RATES if name != "scratch"]
+
+    def add(name: str, metavar: str, kind: Callable, text: str, default=None, **more) -> None:
+        setting = name.split()[0].removeprefix("--").replace("-", "_")
+        parser.value(name, metavar, kind, text + defaults_of(setting), default, **more)
+
+    parser.section("method")
+    compared = f"{', '.join(methods)}; several are compared (adaptertune)"
+    parser.several("--method", "NAME", chosen_from(methods), compared, ["adaptertune"])
+    scratch = {"dest": "method", "action": "store_const", "const": ["scratch"]}
+    parser.switch("--scratch", "train all of --backbone from random weights", **scratch)
+    width = "width of the bottlenecks; for clip-adapter 0 is a quarter of CLIP's embedding"
+    width += defaults_of("rank")
+    parser.several("--rank --ranks", "R", integers(0, 10_000), width, [None])
+    nth = "adapters in every K-th block, from the first on (1)"
+    parser.several("--every", "K", integers(0), nth, [1])
+    where = "adapters in these blocks, counted from 0, or first6, last6 (all)"
+    add("--blocks", "I,J,…", placement, where, [None], nargs="+")
+    reads = "what adapters read: the block's output (block), the MLP's input before (raw) or after "
+    reads += f"its LayerNorm (ln), or the MLP's output (mlp){defaults_of('reads')}"
+    parser.choice("--adapter-input", adaptertune.READS, reads, None, dest="reads")
+    act = "activation of the adapters; mlp: that of the block's MLP, so that an adapter that "
+    act += f"reads ln is merged into the MLP on export{defaults_of('act')}"
+    parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
+    init = "up-projection: zeros or N(0, 1e-4²); or a file with adapters, ours or AdaptFormer's"
+    init += defaults_of("init")
+    parser.several("--init", "zero|small|FILE", parts_of, init, [None])
+    add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output")
+    parser.switch("--learn-scale", "train this factor, one for each adapter", default=None)
+    add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
+    add("--prompts", "N", integer(1, 10_000), "prompt tokens in each block")
+    shallow = {"dest": "deep", "action": "store_false", "default": None}
+    parser.switch("--shallow", "vpt: prompts enter at the first block only", **shallow)
+
+    parser.section("clip-adapter, zero-shot")
+    image = "share of the image adapter, 0 for none; 0.6 suits fine-grained classes"
+    add("--ratio", "A", number(0, 1), image)
+    add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none")
+    parser.switch("--learn-ratio", "train the ratios that aren't 0", default=None)
+    source = "compare images with embeddings of class names or with means of training images (text)"
+    parser.choice("--classifier", ("text", "prototypes"), source, "text")
+    add("--template", "TEXT", str, 'for class names, such as "a photo of a {}." (by data set)', "")
+    add("--text-weights", "FILE", str, "file of CLIP's text tower (in the backbone's file)", "")
+    add("--vocab", "FILE", str, f"CLIP's {' or '.join(VOCABULARIES)} (beside the weights)", "")
+
+
+def defaults_of(setting: str) -> str:
+    """The default of a setting in each method that has it, for the help."""
+    found = []
+    for method, settings in adaptertune.METHODS.items():
+        if setting in settings:
+            found.append(f"{method} {settings[setting]}")
+    return f" ({', '.join(found)})" if found else ""
+
+
+def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of each run of the grid; `label` says what differs between them."""
+    runs = []
+    for values in itertools.product(*(getattr(options, name) for name in GRID)):
+        run = dict(zip(GRID, values, strict=True))
+        # Options that a method ignores don't multiply its runs.
+        for name in ("rank", "init"):
+            if name not in adaptertune.METHODS[run["method"]]:
+                run[name] = None
+        if run["method"] not in adaptertune.PLACED_METHODS:
+            run |= {"every": 1, "blocks": None}
+        if run not in runs:
+            runs.append(run)
+    grid = []
+    for run in runs:
+        run_options = copy.copy(options)
+        vars(run_options).update(run, label=label_of(run, runs))
+        grid.append(run_options)
+    return grid
+
+
+def label_of(run: dict, runs: list[dict]) -> str:
+    """The values in which a run differs from the others, such as "adaptformer rank 8"."""
+    parts = []
+    for name in GRID:
+        values = {str(each[name]) for each in runs}
+        if len(values) == 1 or not run[name]:
+            continue
+        value = run[name]
+        if name == "blocks":
+            value = ",".join(map(str, value))
+        parts.append(value if name in ("method", "init") else f"{name} {value}")
+    return " ".join(parts)
+
+
+def default_rate(method: str, rank: int | None) -> float:
+    """The peak learning rate of a method, for adapters of this rank.
+
+    A bottleneck sums over `rank` units, each of which AdamW moves by the learning rate. AdaptFormer
+    needs twice the learning rate for an eighth of the units; for AdapterTune the learning rate of
+    rank 8 also suits rank 64 (assets/results, Learning rates).
+    """
+    rate = RATES[method]
+    if method == "adaptformer":
+        rate *= (64 / max(1, rank)) ** (1 / 3)
+    return float(f"{rate:.2g}")
+
+
+def fill_in(options: argparse.Namespace) -> None:
+    """Set the defaults that depend on other options."""
+    for name, value in adaptertune.METHODS[options.method].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    # CLIP's tower is frozen and has no adapters inside, so its features never change.
+    clip = options.method in adaptertune.CLIP_METHODS
+    options.cached = clip or (options.cached and options.method == "head")
+    if options.method == "zero-shot":  # it trains nothing
+        options.epochs = 0
+    if not options.backbone and not options.weights:
+        options.backbone = "vit_micro" if options.dataset == "digits" else "vit_s16"
+    if options.label_smoothing is None:
+        options.label_smoothing = 0.0 if clip else 0.1
+    if options.method in ("head", "clip-adapter"):  # they train nothing but the head
+        options.lr = options.head_lr or options.lr
+    if options.method != "head":  # whose rate comes from the features, if it isn't given
+        options.lr = options.lr or default_rate(options.method, options.rank)
+    if options.method in ONE_RATE_METHODS:
+        options.head_lr = options.head_lr or options.lr
+
+
+def fit_to_data(options: argparse.Namespace, dataset: data.Dataset) -> None:
+    """Set the defaults that depend on the data.
+
+    An epoch of a small data set has few steps, so a run has enough epochs to see 15,000 images, but
+    10 to 30. Below 5,000 images a smaller batch also gives more steps (assets/results).
+    """
+    options.auto = [name for name, auto in AUTO.items() if getattr(options, name) == auto]
+    images = len(dataset.train)
+    options.batch = options.batch or (32 if images < 5000 else 128)
+    options.min_scale = options.min_scale or dataset.min_scale
+    if options.epochs is not None:
+        return
+    if options.cached:
+        options.epochs = 100  # features are cheap
+    else:
+        options.epochs = min(30, max(10, math.ceil(15_000 / images)))
+
+
+def check(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse options that contradict each other or have unusable values."""
+    adapters = options.method in adaptertune.ADAPTER_METHODS
+    known = options.init in adaptertune.INITS
+    if adapters and vit.is_lora(options.init):
+        parser.error(f"--init {options.init}: {vit.IS_LORA}")
+    if adapters and not known and not Path(options.init).is_file():
+        parser.error(f"--init {options.init}: choose zero, small or a file with adapters")
+    check_no_epochs(options, parser)
+    check_backbone_name(options, parser)
+    if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
+        parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
+    if options.name and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name):
+        parser.error(
+            f"--name {options.name}: give the name of a folder below runs/, without / in it"
+        )
+    if options.every != 1 and options.blocks:
+        parser.error("--every and --blocks both say where the adapters go; give one")
+    if options.limit and options.shots:
+        parser.error("--limit and --shots both choose the training images; give one")
+    if options.method == "scratch" and (options.weights or options.init_lora):
+        given = "--weights" if options.weights else "--init-lora"
+        parser.error(f"--scratch starts from random weights; leave out {given}")
+
+
+def check_backbone_name(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse a backbone's name as --weights, and a backbone that isn't a CLIP for CLIP's methods,
+    before anything is downloaded."""
+    if options.weights in vit.BACKBONES and not Path(options.weights).exists():
+        parser.error(f"--weights takes a file; give --backbone {options.weights}")
+    clip = options.method in adaptertune.CLIP_METHODS
+    if clip and options.backbone and not vit.BACKBONES[options.backbone].config.norm_pre:
+        names = [name for name, each in vit.BACKBONES.items() if each.config.norm_pre]
+        parser.error(f"--method {options.method} needs a CLIP as --backbone: {', '.join(names)}")
+
+
+def check_no_epochs(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse --epochs 0 if untrained parameters would be evaluated."""
+    if options.epochs != 0 or options.method == "zero-shot":
+        return
+    if not options.init_lora:
+        parser.error("--epochs 0 trains nothing; it is for --init-lora, to evaluate that as it is")
+    if options.method in ("vpt", "clip-adapter") or (options.init or "zero") != "zero":
+        parser.error(
+            "--epochs 0 evaluates a LoRA as it is; choose --method head, or adapters of --init zero"
+        )
 
 
 # ------------------------------------------------------------------------------------------ main
