@@ -1412,21 +1412,6 @@ def absolute(path: str) -> str:
     return os.path.abspath(path) if path and path not in data.DATASETS else path  # noqa: PTH100
 
 
-@contextlib.contextmanager
-def refusing(path: Path, advice: str) -> Iterator[None]:
-    """Raise a ValueError for any error in reading a damaged file, which can be nearly anything.
-
-    Args:
-        advice: what to do about it.
-    """
-    try:
-        yield
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be intact
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({vit.first_line(error)}); {advice}") from error
-
-
 def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -> dict:
     """Read a JSON file of a run.
 
@@ -1440,9 +1425,7 @@ def read_json(path: Path, table: dict[str, Callable], required: Sequence[str]) -
     if not path.exists():
         hint = maybe_below(path.parent)
         raise ValueError(f"no run in {path.parent}: {path} is missing{hint}")
-    with refusing(path, "restore it, or delete that folder and train again"):
-        if not path.is_file():  # a pipe or a device, which may have no end
-            raise ValueError("it is not a file")
+    with vit.refusing(path, "restore it, or delete that folder and train again"):
         content = json.loads(path.read_text(encoding="utf-8"))
         adaptertune.check_types(content, table, required)
     return content
@@ -1524,9 +1507,7 @@ def read_metrics(path: Path, epochs: int) -> list[list[str]]:
     Raises:
         ValueError: it is missing or damaged.
     """
-    with refusing(path, "without it no epochs can be added: train again with another --name"):
-        if not path.is_file():
-            raise ValueError("it is missing, or no file")
+    with vit.refusing(path, "without it no epochs can be added: train again with another --name"):
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))[1 : 1 + epochs]
         check_rows(rows, epochs)
@@ -1597,7 +1578,7 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Restore an interrupted run completely, or raise a ValueError."""
     path = run.folder / "state.pt"
     advice = "delete that folder and train again"
-    with refusing(path, advice):
+    with vit.refusing(path, advice):
         vit.check_archive(path)
         with zipfile.ZipFile(path) as archive:  # torch.save's format; it has a checksum per member
             if archive.testzip():
@@ -1606,7 +1587,7 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         vit.check_size(saved, path)
         fingerprint = saved.pop("fingerprint")
     check_backbone(path, fingerprint, run.meta["fingerprint"], run.options)
-    with refusing(path, advice):
+    with vit.refusing(path, advice):
         weights = saved.pop("weights")
         load_optimizer(optimizer, saved.pop("optimizer"))
         check_state(saved, weights, run)

@@ -958,14 +958,20 @@ def walk(content: object, containers: tuple[type, ...]) -> Iterator[tuple[str, o
 
 @contextmanager
 def refusing(path: Path, advice: str) -> Iterator[None]:
-    """Turn any error of reading a file into a ValueError that names it: JSON may hold anything, so
-    reading it may raise anything."""
+    """Raise a ValueError that names the file for any error in reading it: a damaged file may raise
+    nearly anything.
+
+    Args:
+        advice: what to do about it.
+    """
     try:
         if not path.is_file():  # missing, or a pipe or device, which may have no end
-            raise ValueError("no file")
+            raise ValueError("it is missing, or no file")
         yield
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be intact
+        raise
     except Exception as error:
-        raise ValueError(f"{path} can't be used ({first_line(error)}); {advice}") from error
+        raise ValueError(f"{path} is damaged ({first_line(error)}); {advice}") from error
 
 
 def read_json(path: Path) -> dict:

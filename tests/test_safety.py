@@ -414,7 +414,7 @@ def test_a_damaged_index(tmp_path, content):
     """A damaged index of weights in several parts is refused, whatever it contains."""
     path = tmp_path / "x.safetensors.index.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="index.json can't be used .*; fetch that index"):
+    with pytest.raises(ValueError, match="index.json is damaged .*; fetch that index"):
         vit.load(path)
 
 

@@ -545,7 +545,7 @@ def test_descriptions_that_can_not_be(name, content, message, tmp_path):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
         vit.load(path)
-    assert f"{name} can't be used (" in str(error.value)
+    assert f"{name} is damaged (" in str(error.value)
     assert str(error.value).endswith("; correct it, or remove it from beside the weights")
 
 
