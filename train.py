@@ -3129,6 +3129,8 @@ def evaluate_again(options: argparse.Namespace) -> None:
         place = zlib.crc32(absolute(options.dataset).encode())  # two folders may have one name
         name = f"-{as_file_name(run.dataset.name)}-{place:08x}"
         how = f"another folder, {counted(len(run.dataset.test), 'image')}"
+    elif len(run.dataset.test) < len(read_split(run.folder / "split.json")["test"]):
+        name = "-incomplete"  # keep the files of all images
     report_test(run, how)
     table = run.folder / f"predictions{name}.csv"
     write_predictions(run, table)

@@ -791,7 +791,12 @@ def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
     out = run("--eval", "runs/a")
     assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}" in out
     assert f"test     {accuracy} %" in out
-    message = f"gone: 1 image of runs/a/split.json, such as {listed['train'][0]}; put them back"
+    train.read_dataset.cache_clear()
+    (photos / listed["test"][0]).unlink()
+    assert "saved    runs/a/predictions-incomplete.csv" in run("--eval", "runs/a")
+    tested = [row["split"] for row in read_predictions(tmp_path / "runs/a/predictions.csv")]
+    assert tested.count("test") == len(listed["test"])
+    message = f"gone: 2 images of runs/a/split.json, such as {listed['train'][0]}; put them back"
     (tmp_path / "runs/a/state.pt").touch()  # as if it had been stopped
     assert message in run(*command, "--resume", status=1)
 
