@@ -418,6 +418,17 @@ def test_adapt_trains_what_the_method_trains(clip, tiny_weights, method):
         assert 0.01 < model.head.weight.std() < 0.03  # timm's 0.02
 
 
+@pytest.mark.parametrize("method", TRAINED)
+def test_adapt_keeps_type_and_device(clip, tiny_weights, method):
+    """What a method adds has the backbone's type, and is where the backbone is."""
+    model, _ = vit.load(clip if method in adaptertune.CLIP_METHODS else tiny_weights, head=True)
+    model = model.to("meta", torch.bfloat16)
+    settings = {"rank": 4} if method == "adaptformer" else {}
+    adaptertune.adapt(model, method, 7, **settings)
+    kinds = {(each.dtype, each.device.type) for each in model.state_dict().values()}
+    assert kinds == {(torch.bfloat16, "meta")}
+
+
 @pytest.mark.parametrize("before", ["adaptertune", "vpt"])
 def test_adapt_begins_from_the_backbone(tiny_weights, before):
     """adapt removes the adapters or prompts of an earlier call; they would be trained unnoticed."""
