@@ -2,16 +2,17 @@
 
 A small bottleneck after a block adds a correction to the residual stream h:
 
-    h <- h + s · (U · act(V · z + v) + u)        V [r, D]   v [r]   U [D, r]   u [D]
+    h <- h + s · (U · act(V · x + v) + u)        V [r, D]   v [r]   U [D, r]   u [D]
 
-AdapterTune (https://arxiv.org/abs/2603.14706): z is h, the block's own output; GELU; s = 1.
-AdaptFormer (https://arxiv.org/abs/2205.13535): z is the residual stream before the MLP's LayerNorm,
-as in its code; ReLU; s = 0.1.
+AdapterTune (https://arxiv.org/abs/2603.14706): the input x is h itself, the block's output; GELU;
+s = 1. AdaptFormer (https://arxiv.org/abs/2205.13535): x is the residual stream before the MLP's
+LayerNorm, as in its code; ReLU; s = 0.1.
 
-U, u and v are initialised to zero. The correction is therefore exactly zero before the first
-step: training starts at the pretrained function, bit for bit. Only the adapters (2Dr + r + D
-parameters for each adapted block) and the classifier ("head") are trained. Everything else is
-frozen, norms included.
+U and u are initialised to zero, so the correction is exactly zero before the first step: training
+starts at the pretrained function, bit for bit. V is random. In the first step only U and u have
+gradients other than zero, from the second on V and v too. (If V were zero as well, only u would
+ever change.) Only the adapters (2Dr + r + D parameters for each adapted block) and the classifier
+("head") are trained. Everything else is frozen, norms included.
 
 An adapter is nonlinear, so it can't be folded into the backbone's weights, with one exception:
 an adapter that reads LayerNorm(x) and uses the MLP's activation is equivalent to r more hidden
@@ -21,29 +22,35 @@ Besides adapters: CLIP-Adapter (`ClipHead`), prompts (`add_prompts`), and the ba
 
 Shapes: B images, N tokens, D width, r rank, P prompts, E CLIP's embedding width, K classes.
 
-How to add a method, with LoRA on qkv as the example:
-1. Here: add a row to METHODS with its settings, {"rank": 8, "scale": 1.0}. Write a module of two
-   nn.Linear without biases, down [r, D] and up [3D, r], with up initialised to zero. Write a
-   function `add_lora` that puts one into each `block.attn.adapter`, and a branch in `adapt` that
-   calls it and `add_head`. A parameter with ".adapter." in its name is trained, counted and saved
-   (`is_added`). LoRA is linear, so a function that `merge` calls can add s·up·down to qkv.weight
-   and set `attn.adapter` to None.
+How to add a method, once you have read this file, with LoRA on qkv as the example:
+1. Here: add a row to METHODS with its settings, {"rank": 8, "scale": 1.0} (LoRA's α/r). Write a
+   module of two nn.Linear without biases, down [r, D] and up [3D, r], with up initialised to zero;
+   `check_rank` refuses a rank that is no rank. Write a function `add_lora` that puts one into each
+   `block.attn.adapter`, with `.to(model.cls_token).train(model.training)` as in `add_adapters`, and
+   a branch in `adapt` that calls it and `add_head`. A parameter with ".adapter." in its name is
+   trained, counted and saved (`is_added`). Add settings that tensors don't show, here the scale, to
+   `unseen_settings`. LoRA is linear, so a function that `merge` calls can add s·up·down to
+   qkv.weight and set `attn.adapter` to None.
 2. vit.py, Attention: set `self.adapter = None`. In forward, unless it is None, add
    `self.adapter(x)` to qkv before qkv is split into heads.
-3. train.py: add the method's learning rate to RATES, which makes it a choice of --method. --rank
-   and --scale exist; any other setting needs an option in `add_method_options`. To support --every
-   and --blocks, add the method to PLACED_METHODS (below) and let `adapt` pass `placement` to
-   `add_lora`, which calls `choose_blocks`.
+3. train.py: add the method's learning rate to RATES (begin with 5e-3), which makes it a choice of
+   --method. --rank and --scale exist; any other setting needs an option in `add_method_options`. To
+   support --every and --blocks, add the method to PLACED_METHODS (below) and let `adapt` pass
+   `placement` to `add_lora`, which calls `choose_blocks`. If its start isn't the backbone's
+   function, add it to `check_no_epochs`.
 4. export.py: nothing for a method that `merge` removes. Any other needs a branch in `write_block`,
    `write_attention` or `write_head`. An incomplete graph fails the check against PyTorch.
-5. tests/test_adaptertune.py: add a row to TRAINED with the names of the trained parameters.
-   Training, saving and loading are tested for every method in METHODS.
+5. tests: in test_adaptertune.py add a row to TRAINED with the names of the trained parameters, in
+   test_methods.py and test_export.py the method to the lists of `test_load_run` and
+   `test_every_method_exports`. Some tests of help and errors list all methods.
 
 Other kinds of methods need no change to vit.py. A module of your own in `block.adapter` needs an
 attribute `reads` (READS) and a branch in export.py's `write_block`. A module that changes a layer's
-output (SSF) becomes a child of that layer named `adapter`; a forward hook calls it unless it is
-None. A method that trains backbone weights (BitFit) enables their gradients in `adapt`, after
-`freeze`; they are saved too.
+output (SSF) becomes a child of that layer named `adapter`. A forward hook calls it unless it is
+None; register one only if the layer has none yet, and let it take the layer from its first
+argument, since export copies the model. `merge` must fold it into the layer's weight and bias.
+A method that trains backbone weights (BitFit) enables their gradients in `adapt`, after `freeze`;
+they are saved too. Take `fingerprint(model)` before training, for `save`.
 """
 
 import copy
@@ -65,9 +72,9 @@ VERSION = 1  # of the adapter file's format
 
 # The settings of each method and their published defaults. AdaptFormer reads LN(x) in the paper's
 # equation, but x itself in its code (adapter_layernorm_option="none"); the default follows the
-# code, which also has a BatchNorm before the head; here the head is the same for all. The VPT paper
-# searches 1 to 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the embedding width; the
-# paper's ratio is 0.2 for generic photos and 0.6 for fine-grained ones.
+# code. (That puts a BatchNorm before the head; here all methods but CLIP's have the same linear
+# head.) The VPT paper searches 1 to 200 prompts. For CLIP-Adapter, rank 0 means a quarter of the
+# embedding width; the paper's ratio is 0.2 for generic photos and 0.6 for fine-grained ones.
 COMMON = {"init": "zero", "learn_scale": False}
 METHODS = {
     "adaptertune": COMMON
@@ -79,7 +86,7 @@ METHODS = {
     "zero-shot": {},
     "head": {},
     "full": {},
-    "scratch": {},
+    "scratch": {},  # train.py --scratch
 }
 ADAPTER_METHODS = ("adaptertune", "adaptformer")
 PLACED_METHODS = ADAPTER_METHODS  # they go into the blocks that --every or --blocks chooses
@@ -87,7 +94,8 @@ CLIP_METHODS = ("clip-adapter", "zero-shot")
 WHOLE_METHODS = ("full", "scratch")  # they train the backbone too
 
 # What an adapter reads, by its place in the block (the four branches of vit.Block.forward):
-# the block's output, the input of the MLP's LayerNorm, that LayerNorm's output, the MLP's output.
+# "block" the block's output; "raw" the residual stream after attention, which is the input of the
+# MLP's LayerNorm; "ln" that LayerNorm's output; "mlp" the MLP's output.
 READS = ("block", "raw", "ln", "mlp")
 ACTS = {"gelu": nn.GELU, "relu": nn.ReLU}
 INITS = ("zero", "small")
@@ -96,13 +104,13 @@ INITS = ("zero", "small")
 
 
 class Adapter(nn.Module):
-    """The bottleneck s · (U · act(V·z + v) + u), from z [B, N, D] to a correction [B, N, D].
+    """The bottleneck s · (U · act(V·x + v) + u), from x [B, N, D] to a correction [B, N, D].
 
     `adapt` and `save` need a vit.ViT. In any other network a forward hook can add an adapter:
     block.register_forward_hook(lambda block, _, h: h + block.adapter(h)).
 
     Args:
-        reads: the z that the block passes in; one of READS.
+        reads: the x that the block passes in; one of READS.
         act: the nonlinearity, as a new module; GELU if left out.
         init: "zero" (U = 0, u = 0: no correction) or "small" (both from N(0, 1e-4²), the ablation
             of AdapterTune's paper).
@@ -129,8 +137,7 @@ class Adapter(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if not 1 <= rank <= width:
-            raise ValueError(f"rank {rank}: choose from 1 to the backbone's width, {width}")
+        check_rank(rank, width)
         check_choice("reads", reads, READS)
         check_choice("init", init, INITS)
         self.reads = reads
@@ -155,9 +162,15 @@ class Adapter(nn.Module):
             nn.init.normal_(self.up.weight, std=1e-4)
             nn.init.normal_(self.up.bias, std=1e-4)
 
-    def forward(self, z: Tensor) -> Tensor:
-        hidden = self.act(self.down(z))  # [B, N, r]
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.down(x))  # [B, N, r]
         return self.scale * self.up(self.dropout(hidden))  # [B, N, D]
+
+
+def check_rank(rank: int, width: int) -> None:
+    """Raise a ValueError unless a bottleneck of this rank makes sense in a backbone."""
+    if not 1 <= rank <= width:
+        raise ValueError(f"rank {rank}: choose from 1 to the backbone's width, {width}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -212,7 +225,9 @@ def merge_into_mlp(block: nn.Module) -> bool:
         True if the adapter was merged.
     """
     adapter = block.adapter
-    if adapter is None or adapter.reads != "ln" or repr(adapter.act) != repr(block.mlp.act):
+    if not isinstance(adapter, Adapter) or adapter.reads != "ln":
+        return False
+    if repr(adapter.act) != repr(block.mlp.act):
         return False
     U = adapter.scale * adapter.up.weight
     u = adapter.scale * adapter.up.bias
@@ -675,8 +690,8 @@ def count(model: nn.Module) -> dict[str, int]:
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits (of a SHA-256) that identify a backbone, adapted or not.
 
-    They cover the names, shapes and values of all its tensors except the head and the position
-    embedding, which is resized to the image size in use.
+    They cover the names, shapes and values of all its tensors, without what was added and without
+    the position embedding, which is resized to the image size in use.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -685,9 +700,6 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-# Checks of JSON values, since a file that somebody else made may hold anything.
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -707,12 +719,12 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
             or keys of your own. Settings that were changed in the model since, such as an adapter's
             scale, are written as they are now. "fingerprint" is that of the backbone before
             training. If omitted, it is computed from the model, which is right only if the backbone
-            was frozen and has the precision in which it will be loaded; it is empty if the file
-            holds the whole backbone.
+            has the precision in which it will be loaded; it is empty if the file holds the whole
+            backbone.
 
     Raises:
         ValueError: metadata that `read` would refuse, or that state a setting in which the adapters
-            differ.
+            differ; no fingerprint, where a part of the backbone was trained.
     """
     check_vit(model)
     tensors = {}
@@ -722,6 +734,12 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     meta |= common_settings(model, meta)
     if "fingerprint" not in meta:
         is_whole = len(tensors) == len(model.state_dict())
+        changed = [name for name in tensors if not is_added(name)]
+        if changed and not is_whole:
+            raise ValueError(
+                f"the backbone's {changed[0]} was trained: give meta the fingerprint that the "
+                "backbone had before"
+            )
         meta["fingerprint"] = "" if is_whole else fingerprint(model)
     header = json.dumps(meta)
     check_types(json.loads(header), META)  # a file that `read` would refuse isn't written
@@ -903,6 +921,8 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
 
 
 # --------------------------------------------------------------------------- what metadata may hold
+
+# Checks of JSON values, since a file that somebody else made may hold anything.
 
 
 def text(value: object) -> bool:

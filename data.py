@@ -1606,7 +1606,9 @@ def take_lock(handle: int, path: Path, wait: bool) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         if not wait:
-            raise ValueError(f"another process is at work in {path}; wait for it") from error
+            raise ValueError(
+                f"another process is at work in {path}; wait for it, or give another --name"
+            ) from error
         print(f"waiting for another process that writes {path}", file=sys.stderr)
         fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError:
@@ -1651,9 +1653,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise ValueError(
-            f"can't write {path} ({reason.strerror}); fix that and run it again"
-        ) from error
+        raise ValueError(f"can't write {path} ({reason.strerror}); fix that first") from error
 
 
 def remove_odd(path: Path) -> None:

@@ -342,7 +342,9 @@ def write_block(
     fc1 = block.mlp.fc1
     fc2 = block.mlp.fc2
     adapter = block.adapter
-    su = 0.0 if adapter is None else adapter.scale * adapter.up.bias
+    su = 0.0
+    if isinstance(adapter, adaptertune.Adapter):
+        su = adapter.scale * adapter.up.bias
     gamma = layer_scale(block.ls2, fc2.out_features)
     y = g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias)
     y = g.activation(f"{name}.mlp.act", y, block.mlp.act)

@@ -45,6 +45,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -230,16 +231,24 @@ class Predictions:
 stop_asked: list[int] = []  # signals received
 
 
+def on_stop(handler: Callable | signal.Handlers) -> None:
+    """Let `handler` handle Ctrl-C and SIGTERM, unless a thread of another program runs this one:
+    only the main thread may set handlers."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
+
+
 def ask_stop(number: int, frame: object) -> None:
     """Signal handler: record the signal. If it comes again it kills the process."""
     stop_asked.append(number)
     signal.signal(number, signal.SIG_DFL)
 
 
-def stop_at_once() -> None:
-    """Make Ctrl-C and SIGTERM raise a KeyboardInterrupt wherever the program is."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def stop_at_once(number: int, frame: object) -> None:
+    """Signal handler: raise a KeyboardInterrupt wherever the program is."""
+    stop_asked.append(number)
+    raise KeyboardInterrupt
 
 
 def stop_if_asked() -> None:
@@ -542,10 +551,9 @@ def set_up_and_fit(run: Run) -> dict:
     if clip and options.classifier == "prototypes":
         average_class_images(run)
     run.dataset = place_images(run.dataset, run.device)
-    signal.signal(signal.SIGINT, ask_stop)  # from here on a step is completed first
-    signal.signal(signal.SIGTERM, ask_stop)
+    on_stop(ask_stop)  # from here on a step is completed first
     fit(run)
-    stop_at_once()
+    on_stop(stop_at_once)
     return finish(run)
 
 
@@ -586,6 +594,7 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         finished = find_finished(options, folder)
         if finished:
             return finished | {"folder": folder, "kept": True}
+        check_own(folder)
         run = prepare(options, seed, folder)
         describe_folder(options, seed, folder)
         return set_up_and_fit(run) | {"folder": folder}
@@ -599,10 +608,9 @@ def join_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpus = torch.cuda.is_available()
         # torch waits for the others, perhaps in vain, without looking at Python's signal handlers.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        on_stop(signal.SIG_DFL)
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-        stop_at_once()
+        on_stop(stop_at_once)
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the process ends
 
@@ -1361,6 +1369,18 @@ def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> Non
         print(text)
 
 
+def check_own(folder: Path) -> None:
+    """Raise a ValueError if a folder that holds no run has files that a run would overwrite."""
+    if (folder / "config.json").exists():
+        return
+    for name in ("README.md", "metrics.csv", "predictions.csv", "result.json", "split.json"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder} holds no run, but a file that a run writes: move {name}, or give "
+                "another --name"
+            )
+
+
 def check_writable(folder: Path) -> None:
     """Raise a ValueError if files can't be written to a folder, which needn't exist yet."""
     place = folder
@@ -1375,7 +1395,8 @@ def check_writable(folder: Path) -> None:
         if not place.exists():  # another process has removed it, as it was empty
             return check_writable(folder)
         raise ValueError(
-            f"can't write to {place.resolve()} ({error.strerror}); change to another folder"
+            f"can't write to {place.resolve()} ({error.strerror}); change to another folder, or "
+            "give another --name"
         ) from error
 
 
@@ -2258,18 +2279,23 @@ def find_elbow(summaries: list[Summary]) -> int:
 
 
 def can_draw(*paths: Path) -> bool:
-    """Whether matplotlib is installed; if not, print which pictures are left out."""
+    """Whether matplotlib can be used; if not, print which pictures are left out."""
+    names = ", ".join(map(str, paths))
     try:
         import matplotlib.image  # noqa: F401 - it needs Pillow
     except ImportError:
-        names = ", ".join(map(str, paths))
         print(f"pictures {names} left out; to have them in later runs: pip install matplotlib")
+        return False
+    except Exception as error:  # its settings or MPLBACKEND, or a numpy that doesn't fit
+        print(f"pictures {names} left out; matplotlib can't be used ({vit.first_line(error)})")
         return False
     return True
 
 
-def new_figure(width: float, height: float, panels: int = 1, columns: int = 3):
-    """A matplotlib figure of panels, up to `columns` in a row, and the list of their axes.
+@contextlib.contextmanager
+def picture(path: Path, width: float, height: float, panels: int = 1, columns: int = 3):
+    """A matplotlib figure of panels, up to `columns` in a row, and the list of their axes, to draw
+    on; written when the block ends. The user's settings of matplotlib have no effect, and stay.
 
     Args:
         width, height: of a panel, in inches.
@@ -2277,41 +2303,39 @@ def new_figure(width: float, height: float, panels: int = 1, columns: int = 3):
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "adaptertune"  # the same picture for the same numbers
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     columns = min(panels, columns)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in axes[panels:]:
-        unused.remove()
-    return figure, axes[:panels]
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a picture and print its path."""
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None
-    with data.replacing(path) as file, warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["svg.hashsalt"] = "adaptertune"  # the same picture for the same numbers
+        matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
         warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks becomes a box
-        figure.savefig(file, format=kind, metadata=metadata, bbox_inches="tight")
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for unused in axes[panels:]:
+            unused.remove()
+        yield figure, axes[:panels]
+        with data.replacing(path) as file:
+            figure.savefig(file, format=kind, metadata=metadata, bbox_inches="tight")
     print(f"saved    {path}")
 
 
 def draw_curves(rows: list[list[str]], chosen_epoch: int, path: Path) -> None:
     """Draw loss and accuracy over the epochs of a run."""
-    figure, (loss_axes, accuracy_axes) = new_figure(4.5, 3.5, panels=2)
-    for axes in (loss_axes, accuracy_axes):
-        axes.xaxis.get_major_locator().set_params(integer=True)  # epochs
-    epochs = [int(row[0]) for row in rows]
-    for name, axes in (("loss", loss_axes), ("train%", accuracy_axes), ("val%", accuracy_axes)):
-        column = COLUMNS.index(name)
-        axes.plot(epochs, [float(row[column]) for row in rows], marker=".", label=name.strip("%"))
-    loss_axes.set(title="training loss", xlabel="epoch")
-    accuracy_axes.set(title="accuracy in %", xlabel="epoch")
-    accuracy_axes.axvline(chosen_epoch, color="grey", linestyle="--", label="chosen")
-    accuracy_axes.legend()
-    save_figure(figure, path)
+    with picture(path, 4.5, 3.5, panels=2) as (figure, (loss_axes, accuracy_axes)):
+        for axes in (loss_axes, accuracy_axes):
+            axes.xaxis.get_major_locator().set_params(integer=True)  # epochs
+        epochs = [int(row[0]) for row in rows]
+        for name, axes in (("loss", loss_axes), ("train%", accuracy_axes), ("val%", accuracy_axes)):
+            column = COLUMNS.index(name)
+            values = [float(row[column]) for row in rows]
+            axes.plot(epochs, values, marker=".", label=name.strip("%"))
+        loss_axes.set(title="training loss", xlabel="epoch")
+        accuracy_axes.set(title="accuracy in %", xlabel="epoch")
+        accuracy_axes.axvline(chosen_epoch, color="grey", linestyle="--", label="chosen")
+        accuracy_axes.legend()
 
 
 def draw_mistakes(run: Run, path: Path) -> None:
@@ -2325,17 +2349,16 @@ def draw_mistakes(run: Run, path: Path) -> None:
         return
     images = (run.originals or run.dataset).test
     classes = run.dataset.classes
-    figure, panels = new_figure(2.3, 2.8, panels=len(wrong), columns=5)
-    for axes, i in zip(panels, wrong, strict=True):
-        axes.imshow(images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy())
-        axes.axis("off")
-        lines = [shorten(classes[found.labels[i]])]
-        best = shorten(classes[found.best[i]], 18)
-        lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
-        lines.append(shorten(images.names[i]))
-        axes.set_title("\n".join(lines), fontsize=8)
-    figure.suptitle("the most confident mistakes on test: label, prediction, file")
-    save_figure(figure, path)
+    with picture(path, 2.3, 2.8, panels=len(wrong), columns=5) as (figure, panels):
+        for axes, i in zip(panels, wrong, strict=True):
+            axes.imshow(images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy())
+            axes.axis("off")
+            lines = [shorten(classes[found.labels[i]])]
+            best = shorten(classes[found.best[i]], 18)
+            lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
+            lines.append(shorten(images.names[i]))
+            axes.set_title("\n".join(lines), fontsize=8)
+        figure.suptitle("the most confident mistakes on test: label, prediction, file")
 
 
 def shorten(text: str, length: int = 28) -> str:
@@ -2349,28 +2372,27 @@ def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, pat
     """Draw test accuracy over rank, if there is an elbow; else over trained parameters."""
     if not can_draw(path):
         return
-    figure, (axes,) = new_figure(6, 4)
-    means = [each.mean("test_accuracy") for each in summaries]
-    spreads = [each.spread() for each in summaries]
-    if elbow is not None:
-        ranks = [each.rank for each in summaries]
-        axes.errorbar(ranks, means, yerr=spreads, marker="o", capsize=3)
-        axes.axvline(elbow, color="grey", linestyle="--", label=f"elbow: rank {elbow}")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ranks, [str(rank) for rank in ranks])
-        axes.set_xlabel("rank")
-    else:
-        for each, mean, spread in zip(summaries, means, spreads, strict=True):
-            name = f"{each.label} ({each.trained:,})"
-            axes.errorbar(max(1, each.trained), mean, spread, marker="o", capsize=3, label=name)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:,.0f}")  # not 10³, which needs math in texts
-        axes.xaxis.set_minor_formatter("")
-        axes.set_xlabel("trainable parameters")
-    axes.set(title=title, ylabel="test accuracy in % (± standard deviation)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
+    with picture(path, 6, 4) as (figure, (axes,)):
+        means = [each.mean("test_accuracy") for each in summaries]
+        spreads = [each.spread() for each in summaries]
+        if elbow is not None:
+            ranks = [each.rank for each in summaries]
+            axes.errorbar(ranks, means, yerr=spreads, marker="o", capsize=3)
+            axes.axvline(elbow, color="grey", linestyle="--", label=f"elbow: rank {elbow}")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ranks, [str(rank) for rank in ranks])
+            axes.set_xlabel("rank")
+        else:
+            for each, mean, spread in zip(summaries, means, spreads, strict=True):
+                name = f"{each.label} ({each.trained:,})"
+                axes.errorbar(max(1, each.trained), mean, spread, marker="o", capsize=3, label=name)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")  # not 10³, which needs math in texts
+            axes.xaxis.set_minor_formatter("")
+            axes.set_xlabel("trainable parameters")
+        axes.set(title=title, ylabel="test accuracy in % (± standard deviation)")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 @dataclass
@@ -2478,26 +2500,25 @@ def draw_features(examined: list[Examined], path: Path) -> None:
     """Draw the test images' features in two dimensions, at most 20 classes coloured and named."""
     import matplotlib
 
-    figure, panels = new_figure(5, 5, panels=len(examined))
-    palette = list(matplotlib.colormaps["tab20"].colors)  # ten hues, each dark and light
-    palette[14:16] = ["black", "gold"]  # instead of two greys
-    if len(examined[0].classes) <= 10:
-        palette = palette[::2]
-    coloured = examined[0].most_confused(20)
-    for axes, each in zip(panels, examined, strict=True):
-        points = each.points.numpy()
-        axes.scatter(points[:, 0], points[:, 1], s=6, color="lightgrey", rasterized=True)
-        for colour, label in zip(palette, coloured, strict=False):
-            members = points[(each.labels == label).numpy()]  # a one-element tensor is an index
-            name = each.classes[label]
-            axes.scatter(*members.T, s=8, color=colour, label=name, rasterized=True)
-        axes.set(title=f"{each.title} ({each.projection})", xticks=[], yticks=[])
-    K = len(examined[0].classes)
-    title = f"the 20 of {K} classes\nwith most mistakes;\nothers grey" if K > 20 else None
-    entries = panels[0].get_legend_handles_labels()
-    style = {"markerscale": 2, "fontsize": 8, "title_fontsize": 8}
-    figure.legend(*entries, loc="outside right upper", title=title, **style)
-    save_figure(figure, path)
+    with picture(path, 5, 5, panels=len(examined)) as (figure, panels):
+        palette = list(matplotlib.colormaps["tab20"].colors)  # ten hues, each dark and light
+        palette[14:16] = ["black", "gold"]  # instead of two greys
+        if len(examined[0].classes) <= 10:
+            palette = palette[::2]
+        coloured = examined[0].most_confused(20)
+        for axes, each in zip(panels, examined, strict=True):
+            points = each.points.numpy()
+            axes.scatter(points[:, 0], points[:, 1], s=6, color="lightgrey", rasterized=True)
+            for colour, label in zip(palette, coloured, strict=False):
+                members = points[(each.labels == label).numpy()]  # a one-element tensor is an index
+                name = each.classes[label]
+                axes.scatter(*members.T, s=8, color=colour, label=name, rasterized=True)
+            axes.set(title=f"{each.title} ({each.projection})", xticks=[], yticks=[])
+        K = len(examined[0].classes)
+        title = f"the 20 of {K} classes\nwith most mistakes;\nothers grey" if K > 20 else None
+        entries = panels[0].get_legend_handles_labels()
+        style = {"markerscale": 2, "fontsize": 8, "title_fontsize": 8}
+        figure.legend(*entries, loc="outside right upper", title=title, **style)
 
 
 def draw_confusion(examined: list[Examined], path: Path) -> None:
@@ -2505,24 +2526,25 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
     20 most confused."""
     K = len(examined[0].classes)
     side = 2.5 + 0.25 * (K if K <= 40 else 20)
-    figure, panels = new_figure(side, side, panels=len(examined))
-    for axes, each in zip(panels, examined, strict=True):
-        counts = each.confusion()
-        shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        shown = each.most_confused(K if K <= 40 else 20)
-        part = shares[shown][:, shown].numpy()
-        axes.imshow(part, cmap="Blues", vmin=0, vmax=100)
-        names = [each.classes[label] for label in shown]
-        axes.set_xticks(range(len(shown)), names, rotation=90)
-        axes.set_yticks(range(len(shown)), names)
-        for (row, column), share in np.ndenumerate(part):
-            if share >= 0.5:
-                colour = "white" if share > 50 else "black"
-                place = {"ha": "center", "va": "center", "size": 6}
-                axes.text(column, row, f"{share:.0f}", color=colour, **place)
-        title = each.title if K <= 40 else f"{each.title}; the 20 of {K} classes with most mistakes"
-        axes.set(title=title, xlabel="prediction", ylabel="label (% of its images)")
-    save_figure(figure, path)
+    with picture(path, side, side, panels=len(examined)) as (figure, panels):
+        for axes, each in zip(panels, examined, strict=True):
+            counts = each.confusion()
+            shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+            shown = each.most_confused(K if K <= 40 else 20)
+            part = shares[shown][:, shown].numpy()
+            axes.imshow(part, cmap="Blues", vmin=0, vmax=100)
+            names = [each.classes[label] for label in shown]
+            axes.set_xticks(range(len(shown)), names, rotation=90)
+            axes.set_yticks(range(len(shown)), names)
+            for (row, column), share in np.ndenumerate(part):
+                if share >= 0.5:
+                    colour = "white" if share > 50 else "black"
+                    place = {"ha": "center", "va": "center", "size": 6}
+                    axes.text(column, row, f"{share:.0f}", color=colour, **place)
+            title = each.title
+            if K > 40:
+                title += f"; the 20 of {K} classes with most mistakes"
+            axes.set(title=title, xlabel="prediction", ylabel="label (% of its images)")
 
 
 # --------------------------------------------------------------------------------------- options
@@ -2743,11 +2765,11 @@ def check_predict(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(f"--predict {folder}: give photos or folders to label after the run's folder")
     if options.eval:
         parser.error("--predict and --eval exclude each other; give one")
-    if (Path(folder) / "state.pt").exists():
-        parser.error(f"--predict {folder}: that run is unfinished; continue it with --resume")
     if options.csv:
         check_csv(Path(options.csv), parser)
     if not (Path(folder) / "adapters.safetensors").exists():
+        if (Path(folder) / "state.pt").exists():
+            parser.error(f"--predict {folder}: that run is unfinished; continue it with --resume")
         advice = "give runs/NAME first, then photos"
         parser.error(f"--predict {folder}: no finished run there{maybe_below(folder)}; {advice}")
 
@@ -3133,7 +3155,11 @@ def evaluate_again(options: argparse.Namespace) -> None:
         name = "-incomplete"  # keep the files of all images
     report_test(run, how)
     table = run.folder / f"predictions{name}.csv"
-    write_predictions(run, table)
+    try:
+        write_predictions(run, table)
+    except ValueError as error:  # such as another user's folder
+        print(f"note     {error}")
+        return
     print(f"saved    {table}")
     mistakes = run.folder / f"mistakes{name}.png"
     if can_draw(mistakes):
@@ -3191,7 +3217,8 @@ class Printable:
 def prepare_process() -> None:
     """Make Ctrl-C and SIGTERM raise KeyboardInterrupt. Make stdout and stderr print "?" for what a
     terminal can't show, and nothing if they are closed."""
-    stop_at_once()
+    stop_asked.clear()
+    on_stop(stop_at_once)
     null = os.open(os.devnull, os.O_RDWR)
     while null < 3:  # a stream is closed (2>&-): don't let the next file get its number
         null = os.open(os.devnull, os.O_RDWR)
@@ -3227,6 +3254,8 @@ def print_error(error: Exception) -> None:
         text = "not enough memory; give a smaller --batch or --image-size"
     elif isinstance(error, torch.OutOfMemoryError):
         text = f"{text.partition('. ')[0]}; give a smaller --batch or --image-size"
+    elif isinstance(error, dist.DistError) and not dist.is_initialized():
+        text = f"the processes can't connect ({vit.first_line(error)}); give another --master-port"
     elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
         text = f"another process ended ({vit.first_line(error)})"
     elif isinstance(error, RuntimeError):
@@ -3236,8 +3265,8 @@ def print_error(error: Exception) -> None:
 
 def run_program(work: Callable[[], int], stopped: Callable[[], str]) -> int:
     """Run `work` and return the exit status: what it returns; 1 for an error, which is printed; 130
-    after Ctrl-C, when the line that `stopped` returns is printed. Streams and signal handlers are
-    restored afterwards, for a notebook that calls `main`."""
+    after Ctrl-C and 143 after SIGTERM, when the line that `stopped` returns is printed. Streams and
+    signal handlers are restored afterwards, for a notebook that calls `main`."""
     streams = (sys.stdout, sys.stderr)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     prepare_process()
@@ -3252,11 +3281,12 @@ def run_program(work: Callable[[], int], stopped: Callable[[], str]) -> int:
     except KeyboardInterrupt:
         if not rank_and_world()[0]:
             print(f"\n{stopped()}", file=sys.stderr)
-        return 130
+        return 128 + (stop_asked[0] if stop_asked else signal.SIGINT)
     finally:
         sys.stdout, sys.stderr = streams
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None if Python didn't set it
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)  # None if Python didn't set it
 
 
 def how_to_go_on(arguments: list[str] | None, grid: list[argparse.Namespace]) -> str:
@@ -3266,13 +3296,14 @@ def how_to_go_on(arguments: list[str] | None, grid: list[argparse.Namespace]) ->
         command = [*command, "--resume"]
     program = "python"
     if dist.is_initialized():
-        program = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        here = os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())  # torchrun sets it
+        program = f"torchrun --nproc-per-node {here}"
     return f"stopped; to go on: {program} {shlex.join(command)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line, given as a list of strings. Returns the exit status: 0, 1 for an error,
-    130 when stopped. Wrong usage raises SystemExit(2)."""
+    130 after Ctrl-C, 143 after SIGTERM. Wrong usage raises SystemExit(2)."""
     grid = []
 
     def work() -> int:

@@ -255,7 +255,7 @@ class Block(nn.Module):
         self.prompts: nn.Parameter | None = None
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        x = x[:, :queries] + self.ls1(self.attn(self.norm1(x), queries))
+        x = x[:, :queries] + self.ls1(self.attn(self.norm1(x), queries))  # None: all tokens
         z = self.norm2(x)
         y = self.ls2(self.mlp(z))
         h = x + y
@@ -964,9 +964,9 @@ def refusing(path: Path, advice: str) -> Iterator[None]:
     Args:
         advice: what to do about it.
     """
+    if not path.is_file():  # a pipe or a device may have no end
+        raise ValueError(f"{path} is missing, or no file; {advice}")
     try:
-        if not path.is_file():  # missing, or a pipe or device, which may have no end
-            raise ValueError("it is missing, or no file")
         yield
     except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be intact
         raise
@@ -1630,7 +1630,7 @@ def load(
         if "method" in meta and "config" not in meta:
             raise ValueError(
                 f"what --method {meta['method']} trained, not a backbone; give its folder to "
-                "train.py --eval or export.py, or start from it by --init"
+                "train.py --eval or export.py, or start adapters from it by --init"
             )
         translated = to_timm(tensors, lora=lora)
         backbone = choose_backbone(name, Path(path), translated, meta, given)

@@ -9,8 +9,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import xml.etree.ElementTree as ElementTree
 import zlib
 from pathlib import Path
@@ -364,7 +367,7 @@ def test_auto_precision_is_settled_once(run, tiny_weights, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(train, "time_bf16", lambda: 0.5)
         stop_at(patch, 2, signal.SIGTERM)
-        assert train.main([str(each) for each in arguments]) == 130
+        assert train.main([str(each) for each in arguments]) == 143
     train.stop_asked.clear()
     assert "· bf16 · seed 0" in run(*arguments, "--resume")
 
@@ -991,6 +994,7 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     for row in read_predictions(tmp_path / "runs/a/predictions.csv"):
         expected[Path(row["file"]).name, row["label"]] = row["prediction"]
     elsewhere = Path(shutil.move(photos, tmp_path / "elsewhere"))
+    (tmp_path / "runs/a/state.pt").touch()  # as if it were getting more epochs
     (elsewhere / "apple/broken.png").write_bytes(b"no photo")
     (elsewhere / "apple/notes.txt").write_text("no photo either")
     capsys.readouterr()
@@ -1223,7 +1227,10 @@ def test_more_epochs_that_were_cut_at_once(run, tiny_weights, tmp_path):
     assert "runs/a holds an unfinished run; go on with --resume" in error
     with data.locked(tmp_path / "runs/a", folder=True):  # it isn't stopped, but running
         error = run(*command, "--epochs", 4, status=1)
-    assert error == "error: another process is at work in runs/a; wait for it\n"
+    assert (
+        error
+        == "error: another process is at work in runs/a; wait for it, or give another --name\n"
+    )
     run(*command, "--epochs", 4, "--resume")
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 4
 
@@ -1311,7 +1318,7 @@ def test_resuming_gives_bit_identical_adapters(
     for place, epoch, step in stops:
         with monkeypatch.context() as patch:
             stop_at(patch, place, signal.SIGTERM)
-            assert train.main(resumable(tiny_weights, "cut")) == 130
+            assert train.main(resumable(tiny_weights, "cut")) == 143
         train.stop_asked.clear()
         state = torch.load(folder / "state.pt", weights_only=True)
         assert state["epoch"] == epoch
@@ -1329,7 +1336,7 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
     command = quick(tiny_weights, "--name", "a")
     with monkeypatch.context() as patch:
         stop_at(patch, EPOCH + 2, signal.SIGTERM)
-        assert train.main([str(each) for each in command]) == 130
+        assert train.main([str(each) for each in command]) == 143
     train.stop_asked.clear()
     capsys.readouterr()
     path = tmp_path / "runs/a/state.pt"
@@ -1405,7 +1412,7 @@ def test_resume_on_another_backbone(run, tiny_weights, tmp_path, monkeypatch, ca
     command = quick(weights, "--name", "a")
     with monkeypatch.context() as patch:
         stop_at(patch, 9, signal.SIGTERM)
-        assert train.main([str(each) for each in command]) == 130
+        assert train.main([str(each) for each in command]) == 143
     train.stop_asked.clear()
     capsys.readouterr()
     write_tiny(weights, seed=1)
@@ -1440,6 +1447,68 @@ def test_ctrl_c_in_a_notebook(monkeypatch, capsys):
     assert train.main(["--name", "two words"]) == 130
     go_on = "stopped; to go on: python train.py --name 'two words' --resume\n"
     assert go_on in capsys.readouterr().err
+
+
+def test_a_process_that_waits_in_vain_can_be_stopped(tmp_path):
+    """SIGTERM ends a process whose others never come, though it waits within torch."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    alone = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(ROOT / "train.py"), "--limit", "40"]
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | alone) as process:
+        for _ in range(600):
+            with socket.socket() as connection:
+                if not connection.connect_ex(("127.0.0.1", port)):
+                    break  # it listens for the other one
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_main_in_a_thread(tiny_weights, tmp_path, monkeypatch):
+    """A program's thread can train, though it can't set signal handlers."""
+    monkeypatch.chdir(tmp_path)
+    command = [str(each) for each in quick(tiny_weights, "--epochs", 1, "--name", "a")]
+    status = []
+    thread = threading.Thread(target=lambda: status.append(train.main(command)))
+    thread.start()
+    thread.join()
+    assert status == [0]
+
+
+def test_a_folder_with_other_files(run, tiny_weights, tmp_path):
+    """A folder that holds no run, but somebody's README.md, isn't written to."""
+    folder = tmp_path / "runs/mine"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("notes")
+    (folder / "notes.txt").touch()
+    error = run(*quick(tiny_weights, "--name", "mine"), status=1)
+    assert "runs/mine holds no run, but a file that a run writes: move README.md, or" in error
+    assert (folder / "README.md").read_text() == "notes"
+    (folder / "README.md").rename(folder / "about.txt")
+    run(*quick(tiny_weights, "--name", "mine", "--epochs", 1))
+
+
+@pytest.mark.usefixtures("pictures")
+def test_settings_of_matplotlib(run, tiny_weights, monkeypatch):
+    """The user's settings have no effect on pictures, and stay. A matplotlib that can't be imported
+    costs the pictures only."""
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # LaTeX isn't installed
+    out = run(*quick(tiny_weights, "--name", "a", "--epochs", 1))
+    assert "saved    runs/a/curves.svg" in out
+    assert matplotlib.rcParams["text.usetex"]
+    assert matplotlib.rcParams["text.parse_math"]
+
+    code = "import train, pathlib; print(train.can_draw(pathlib.Path('a.svg')))"
+    environment = os.environ | {"MPLBACKEND": "none", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "pictures a.svg left out; matplotlib can't be used (" in done.stdout, done.stderr
+    assert done.stdout.endswith("\nFalse\n")
 
 
 def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
