@@ -82,31 +82,12 @@ RATES = {
 }
 # The highest peak learning rate of a new head where the backbone is adapted too; lowered likewise.
 HEAD_RATE = 1e-2
-ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
-# Options that may have several values; every combination is a run.
-GRID = ("method", "rank", "every", "blocks", "init")
-# Options that config.json leaves out, since they say what is done with a run.
-NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot")
-PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
-# Options whose default depends on data or machine, with the value that stands for "not given".
-# config.json lists under "auto" which of them weren't given.
-AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto", "lr": 0.0, "head_lr": 0.0}
-# Metadata in which the network of --eval may differ from the run's; `load` compares fingerprints.
-EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
-MAY_DIFFER = ("data_dir", "offline", "device", "auto")  # with other values it is still the same run
-# Options that go with --predict, and those that also go with --eval. All others are as in the run.
-PREDICT_OPTIONS = ("eval", "predict", "csv", "offline", "device", "backbone", "weights")
-PREDICT_OPTIONS += ("init_lora", "heads", "mlp_act", "mean", "std")
-EVAL_OPTIONS = (*PREDICT_OPTIONS, "dataset", "data_dir", "batch", "plot")
-CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
-VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
+# The columns of the table of epochs.
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
-WIDTHS = (6, 8, 9, 8, 9, 10, 10)
 # Further columns of metrics.csv: "seconds" of training and evaluation so far (in result.json, of
-# training only), the learning rate of the epoch's last step, the mean validation loss.
+# training only), the learning rate of the epoch's last step, the mean validation loss. Unlike
+# "loss", which is of augmented images, it has neither label smoothing nor class weights.
 FILE_COLUMNS = ("seconds", "lr", "val_loss")
-FEW = 50  # with fewer test images, a note says what one of them counts for
-LABELS_HEADER = "file,prediction,probability,runner-up"  # of the table of --predict
 UNEVEN = 3  # above this ratio of class sizes, accuracy is also given as a mean over classes
 
 # -------------------------------------------------------------------------------------- training
@@ -279,8 +260,8 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
         val = predictions.accuracy
         state.best_val = max(state.best_val, val)
         # Choose the last epoch that can't be told from the best: it has seen the most images.
-        error = standard_error(state.best_val, len(run.dataset.val))
-        if math.isnan(val) or val >= max(state.best_val - error, least):
+        margin = standard_error(state.best_val, len(run.dataset.val))
+        if math.isnan(val) or val >= max(state.best_val - margin, least):
             weights = adaptertune.trained(run.model)
             state.chosen_epoch = state.epoch
             state.chosen_val = val
@@ -1172,6 +1153,9 @@ def embed_class_names(run: Run) -> None:
     run.model.head.scale.fill_(scale)
 
 
+VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")  # of CLIP, in either form
+
+
 def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Path:
     """--vocab, else a vocabulary beside the weights, else the hub's."""
     if options.vocab:
@@ -1692,6 +1676,8 @@ def add_epochs(run: Run) -> None:
 # --------------------------------------------------------------------------------- opening a run
 
 
+# Metadata in which the network of --eval may differ from the run's; `load` compares fingerprints.
+EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
 # Metadata that a run's adapters.safetensors must have.
 REQUIRED_META = ("method", "backbone", "license", "fingerprint", "image_size", "mean", "std")
 REQUIRED_META += ("center", "dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
@@ -1833,6 +1819,9 @@ def open_classifier(options: argparse.Namespace) -> Classifier:
 
 
 # ---------------------------------------------------------------------------------- the terminal
+
+WIDTHS = (6, 8, 9, 8, 9, 10, 10)
+FEW = 50  # with fewer test images, a note says what one of them counts for
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:
@@ -2548,6 +2537,23 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- options
+
+ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
+# Options that may have several values; every combination is a run.
+GRID = ("method", "rank", "every", "blocks", "init")
+# Options that config.json leaves out, since they say what is done with a run.
+NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot")
+PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
+# Options whose default depends on data or machine, with the value that stands for "not given".
+# config.json lists under "auto" which of them weren't given.
+AUTO = {"epochs": None, "batch": 0, "min_scale": 0.0, "amp": "auto", "lr": 0.0, "head_lr": 0.0}
+MAY_DIFFER = ("data_dir", "offline", "device", "auto")  # with other values it is still the same run
+# Options that go with --predict, and those that also go with --eval. All others are as in the run.
+PREDICT_OPTIONS = ("eval", "predict", "csv", "offline", "device", "backbone", "weights")
+PREDICT_OPTIONS += ("init_lora", "heads", "mlp_act", "mean", "std")
+EVAL_OPTIONS = (*PREDICT_OPTIONS, "dataset", "data_dir", "batch", "plot")
+CLIP_OPTIONS = ("classifier", "template", "text_weights", "vocab")
+LABELS_HEADER = "file,prediction,probability,runner-up"  # of the table of --predict
 
 
 class Parser(argparse.ArgumentParser):
