@@ -867,12 +867,15 @@ def from_photos(
 
 def find_folders(folder: Path) -> list[Path]:
     """The folders in a folder, sorted, without hidden ones and without runs/ of training."""
-    folders = []
-    for each in sorted(folder.glob("[!.]*")):
-        trained = each.name == "runs" and any(each.glob("*/split.json"))
-        if each.is_dir() and not trained and each.resolve() != Path("runs").resolve():
-            folders.append(each)
-    return folders
+    folders = [each for each in sorted(folder.glob("[!.]*")) if each.is_dir()]
+    return [each for each in folders if not holds_runs(each)]
+
+
+def holds_runs(folder: Path) -> bool:
+    """Whether a folder is runs/ of training, which may have just been made, and no class "runs"."""
+    if folder.name != "runs" or any(is_photo(file) for file in folder.iterdir()):
+        return False
+    return any(folder.glob("*/split.json")) or folder.resolve() == Path("runs").resolve()
 
 
 def find_parts(root: Path) -> dict[str, Path]:
@@ -1235,7 +1238,7 @@ def open_photo(path: str | Path, side: int) -> "Image.Image":  # noqa: F821
         formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
         with Image.open(path, formats=formats) as image:
             if is_stack(image):
-                raise ValueError("a TIFF of several pages; save those to use as files of their own")
+                raise ValueError("a TIFF of several pages, of which only one can be used")
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
             return upright_rgb(image)
     except FileNotFoundError as error:
@@ -1292,14 +1295,18 @@ def square(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def is_stack(image: "Image.Image") -> bool:  # noqa: F821
-    """Whether an opened photo is a TIFF of several pages. A smaller second page is a thumbnail."""
-    if image.format != "TIFF" or image.n_frames == 1:
+    """Whether an opened photo is a TIFF of several pages. A second page that is smaller, or says so
+    (tag NewSubfileType), is a thumbnail or a mask."""
+    if image.format != "TIFF":
         return False
     size = image.size
-    image.seek(1)
-    second = image.size
-    image.seek(0)
-    return second == size
+    try:
+        image.seek(1)
+        return image.size == size and not image.tag_v2.get(254)
+    except Exception:  # there is none, or what leads to it is damaged
+        return False
+    finally:
+        image.seek(0)
 
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821

@@ -1581,7 +1581,8 @@ def export_as_asked(arguments: list[str] | None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 1 for an error, 130 when stopped."""
+    """The command line. Returns the exit status: 0, 1 for an error, 130 or 143 when
+    stopped."""
     return train.run_program(
         lambda: export_as_asked(arguments), lambda: "stopped; nothing was written"
     )

@@ -134,6 +134,7 @@ class Run:
     features_time: float = 0.0  # seconds for features that were computed once
     originals: data.Dataset | None = None  # the images, if `dataset` has their features instead
     predictions: dict[str, "Predictions"] = field(default_factory=dict)  # of val and test
+    tested_before: bool = False  # it gets more epochs
 
     @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -489,9 +490,7 @@ def fit(run: Run) -> None:
         load_state(run, optimizer)
     elif (run.folder / "adapters.safetensors").exists():
         add_epochs(run)
-    finished = (run.folder / "adapters.safetensors").exists()
-    if any_process(found) != found or any_process(finished) != finished:
-        raise ValueError(f"{run.folder} isn't the same for all processes; let them share runs/")
+    run.tested_before = (run.folder / "adapters.safetensors").exists()
     try:
         if run.options.method in adaptertune.CLIP_METHODS:
             validate_zero_shot(run)
@@ -775,6 +774,8 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
         return vit.ViT(backbone.config), backbone  # `adapt` gives it random weights
     if options.weights:
         path = Path(options.weights)
+        if options.weights in vit.BACKBONES and not path.exists():
+            raise ValueError(f"--weights takes a file; {path} is the name of a --backbone")
     elif name == "vit_micro":
         path = data.ASSETS / "vit_micro.safetensors"
     else:
@@ -1008,7 +1009,10 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     check_prototypes(options, dataset)
     options = copy.copy(options)  # of this run alone
     fit_to_data(options, dataset)
-    if (folder / "config.json").exists():  # a run that continues keeps what it began with
+    begun = (folder / "config.json").exists()
+    if any_process(begun) != begun:
+        raise ValueError(f"{folder} isn't the same for all processes; let them share runs/")
+    if begun:  # a run that continues keeps what it began with
         saved = read_config(folder)
         for name in ("amp", "lr", "head_lr"):
             if getattr(options, name) == AUTO[name]:
@@ -1357,7 +1361,8 @@ def check_own(folder: Path) -> None:
     """Raise a ValueError if a folder that holds no run has files that a run would overwrite."""
     if (folder / "config.json").exists():
         return
-    for name in ("README.md", "metrics.csv", "predictions.csv", "result.json", "split.json"):
+    names = ("README.md", "metrics.csv", "predictions.csv", "result.json", "split.json")
+    for name in (*names, "curves.svg", "mistakes.png"):
         if (folder / name).exists():
             raise ValueError(
                 f"{folder} holds no run, but a file that a run writes: move {name}, or give "
@@ -1525,7 +1530,7 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
         raise ValueError(f"rows of {len(rows)} epochs")
     for number, row in enumerate(rows, start=1):
         values = dict(zip(COLUMNS + FILE_COLUMNS, row, strict=True))
-        numbers = [float(values[name]) for name in ("loss", "train%")]
+        numbers = [float(values[name]) for name in ("loss", "train%", "seconds")]
         if values["epoch"] != str(number) or not all(map(math.isfinite, numbers)):
             raise ValueError(f"no row of epoch {number}")
         float(values["val%"])  # "nan" without validation images
@@ -1804,8 +1809,8 @@ def load_run(
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
-    moved = {"weights": str(weights), "init_lora": str(init_lora)}
-    moved = {name: path for name, path in moved.items() if path}
+    moved = {"weights": weights, "init_lora": init_lora}
+    moved = {name: str(path) for name, path in moved.items() if path}
     return open_classifier(options_of(folder, device=str(device), **moved))
 
 
@@ -2122,7 +2127,7 @@ adapters.safetensors holds {held} (licence: {meta["license"]}).
 def conclude(run: Run) -> None:
     """Print the lines below the table, and draw the pictures."""
     state = run.state
-    read = "test read once" if state.first_epoch == 1 else "test read again"
+    read = "test read again" if run.tested_before else "test read once"
     if not state.rows:
         how = "nothing to choose"
     elif len(run.dataset.val):
@@ -2171,11 +2176,16 @@ class Summary:
         return statistics.mean(self.values(key))
 
     def spread(self, key: str = "test_accuracy") -> float:
-        """The standard deviation over the seeds; 0 for a single run."""
-        return statistics.stdev(self.values(key)) if len(self.results) > 1 else 0.0
+        """The standard deviation over the seeds; 0 for a single run, NaN if one has no value."""
+        values = self.values(key)
+        if math.isnan(sum(values)):
+            return math.nan
+        return statistics.stdev(values) if len(values) > 1 else 0.0
 
     def in_words(self, key: str) -> str:
-        """An accuracy's mean; of several seeds, with the standard deviation."""
+        """An accuracy's mean, with the standard deviation of several seeds; "-" if one lacks it."""
+        if math.isnan(self.mean(key)):
+            return "-"
         text = f"{self.mean(key):.2f}"
         return f"{text} ± {self.spread(key):.2f}" if len(self.results) > 1 else text
 
@@ -2284,7 +2294,7 @@ def can_draw(*paths: Path) -> bool:
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float, panels: int = 1, columns: int = 3):
     """A matplotlib figure of panels, up to `columns` in a row, and the list of their axes, to draw
-    on; written when the block ends. The user's settings of matplotlib have no effect, and stay.
+    on; written when the block ends. Of the user's settings of matplotlib only fonts have an effect.
 
     Args:
         width, height: of a panel, in inches.
@@ -2296,10 +2306,15 @@ def picture(path: Path, width: float, height: float, panels: int = 1, columns: i
     rows = math.ceil(panels / columns)
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None
+    settings = {"svg.hashsalt": "adaptertune"}  # the same picture for the same numbers
+    for key, value in matplotlib.rcParams.items():
+        if key.startswith("font."):  # perhaps one that has the characters of class names
+            settings[key] = value
+    if "text.parse_math" in matplotlib.rcParams:
+        settings["text.parse_math"] = False  # a $ in a name is a $
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams["svg.hashsalt"] = "adaptertune"  # the same picture for the same numbers
-        matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
+        matplotlib.rcParams.update(settings)
         warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks becomes a box
         figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -2377,7 +2392,9 @@ def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, pat
                 axes.errorbar(max(1, each.trained), mean, spread, marker="o", capsize=3, label=name)
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:,.0f}")  # not 10³, which needs math in texts
-            axes.xaxis.set_minor_formatter("")
+            counts = [max(1, each.trained) for each in summaries]
+            one_decade = max(counts) < 10 * min(counts)  # perhaps with no power of ten in it
+            axes.xaxis.set_minor_formatter("{x:,.0f}" if one_decade else "")
             axes.set_xlabel("trainable parameters")
         axes.set(title=title, ylabel="test accuracy in % (± standard deviation)")
         axes.grid(alpha=0.3)
@@ -2738,7 +2755,9 @@ def given_options(arguments: list[str] | None, parser: Parser) -> dict:
 def check_evaluated(given: dict, parser: Parser) -> None:
     """Refuse options that --eval and --predict would ignore."""
     for action in parser._actions:
-        flag = action.option_strings[0]
+        flag = "/".join(action.option_strings)
+        if action.dest == "method":
+            flag += "/--scratch"
         if action.dest in given and action.dest not in EVAL_OPTIONS:
             parser.error(f"{flag} is for training; --eval and --predict use the run's own settings")
         if "predict" in given and action.dest in given and action.dest not in PREDICT_OPTIONS:
@@ -3153,11 +3172,12 @@ def evaluate_again(options: argparse.Namespace) -> None:
     predict_all(run)
     name = ""
     how = f"its file says {run.meta['test_accuracy']:.2f} %"
+    listed = read_split(run.folder / "split.json")
     if not len(run.dataset.train):
         place = zlib.crc32(absolute(options.dataset).encode())  # two folders may have one name
         name = f"-{as_file_name(run.dataset.name)}-{place:08x}"
         how = f"another folder, {counted(len(run.dataset.test), 'image')}"
-    elif len(run.dataset.test) < len(read_split(run.folder / "split.json")["test"]):
+    elif len(run.dataset.val) + len(run.dataset.test) < len(listed["val"] + listed["test"]):
         name = "-incomplete"  # keep the files of all images
     report_test(run, how)
     table = run.folder / f"predictions{name}.csv"
@@ -3262,7 +3282,7 @@ def print_error(error: Exception) -> None:
         text = f"{text.partition('. ')[0]}; give a smaller --batch or --image-size"
     elif isinstance(error, dist.DistError) and not dist.is_initialized():
         text = f"the processes can't connect ({vit.first_line(error)}); give another --master-port"
-    elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
+    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         text = f"another process ended ({vit.first_line(error)})"
     elif isinstance(error, RuntimeError):
         raise error

@@ -958,8 +958,8 @@ def walk(content: object, containers: tuple[type, ...]) -> Iterator[tuple[str, o
 
 @contextmanager
 def refusing(path: Path, advice: str) -> Iterator[None]:
-    """Raise a ValueError that names the file for any error in reading it: a damaged file may raise
-    nearly anything.
+    """Raise a ValueError that names the file for any error in reading it: one that is damaged may
+    raise nearly anything.
 
     Args:
         advice: what to do about it.
@@ -971,7 +971,7 @@ def refusing(path: Path, advice: str) -> Iterator[None]:
     except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be intact
         raise
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}); {advice}") from error
+        raise ValueError(f"{path} can't be used ({first_line(error)}); {advice}") from error
 
 
 def read_json(path: Path) -> dict:

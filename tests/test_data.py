@@ -416,6 +416,21 @@ def test_what_is_transparent_is_white(tmp_path):
             assert np.array_equal(channel.numpy(), 255 - alpha), path.name
 
 
+def test_runs_beside_classes(photos, monkeypatch):
+    """Training in the folder of photos makes runs/ there, which is no class; a class may have that
+    name, too."""
+    monkeypatch.chdir(photos)
+    (photos / "runs/a").mkdir(parents=True)
+    assert data.read(".").classes == ["apple", "leaf", "sky"]
+    monkeypatch.chdir(photos.parent)
+    (photos / "runs/a/split.json").touch()
+    assert data.read(str(photos)).classes == ["apple", "leaf", "sky"]
+    monkeypatch.chdir(photos)
+    shutil.rmtree(photos / "runs")
+    shutil.copytree(photos / "sky", photos / "runs")
+    assert data.read(".").classes == ["apple", "leaf", "runs", "sky"]
+
+
 def test_photos_that_would_mislead_are_refused(tmp_path, monkeypatch):
     """12 bits in 16-bit files would be almost black, and of a stack only the first page is read.
     A TIFF whose second page is a thumbnail is read. label.py does the same."""
@@ -431,13 +446,20 @@ def test_photos_that_would_mislead_are_refused(tmp_path, monkeypatch):
     page = image.fromarray((values // 4).astype(np.uint8))
     page.save(tmp_path / "stack.tif", save_all=True, append_images=[page])
     page.save(tmp_path / "thumbnail.tif", save_all=True, append_images=[page.resize((8, 8))])
+    page.encoderinfo = {"tiffinfo": {254: 4}}
+    page.save(tmp_path / "mask.tif", save_all=True, append_images=[page])
+    content = bytearray((tmp_path / "stack.tif").read_bytes())
+    first = int.from_bytes(content[4:8], "little")  # where the first page's tags begin
+    after = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
+    content[after : after + 4] = b"\xff" * 4  # where the next page's tags would be
+    (tmp_path / "damaged.tif").write_bytes(content)
     for read in (data.read_photo, label.open_photo):
         for name in ("12 bits.png", "12 bits.tiff"):
             with pytest.raises(ValueError, match="almost black; scale its values to 65535"):
                 read(tmp_path / name, 16)
-        with pytest.raises(ValueError, match="several pages; save those to use as files of their"):
+        with pytest.raises(ValueError, match="a TIFF of several pages, of which only one can be"):
             read(tmp_path / "stack.tif", 16)
-        for name in ("16 bits.tiff", "black.png", "thumbnail.tif"):
+        for name in ("16 bits.tiff", "black.png", "thumbnail.tif", "mask.tif", "damaged.tif"):
             assert np.asarray(read(tmp_path / name, 16)).shape[-1] in (3, 16)
 
 

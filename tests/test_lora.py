@@ -606,14 +606,14 @@ SETTINGS = [
     ({"use_qalora": True}, "use_qalora"),
     ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     ({"of_tomorrow": 1}, "of_tomorrow 1; merge it"),
-    ({"lora_alpha": "8"}, "is damaged \\(alpha '8'\\)"),
+    ({"lora_alpha": "8"}, "can't be used \\(alpha '8'\\)"),
     ({"lora_alpha": True}, "alpha True"),
     ({"lora_alpha": float("nan")}, "alpha nan"),
     ({"lora_alpha": float("inf")}, "alpha inf"),
     ({"lora_alpha": 10**400}, "alpha 1"),
     ({"use_rslora": "yes"}, "use_rslora 'yes'"),
     ({"use_dora": 1}, "use_dora 1"),
-    ({"alpha_pattern": [4]}, "config.json is damaged"),
+    ({"alpha_pattern": [4]}, "config.json can't be used"),
     ({"alpha_pattern": {"qkv": "4"}}, "alpha '4'"),
     ({"alpha_pattern": {"(a+)+": 4}}, "alpha_pattern '\\(a\\+\\)\\+'; merge it"),
     ({"use_dora": True}, "it has A, B for a weight of \\(96, 32\\)"),
@@ -698,7 +698,7 @@ def test_missing_and_damaged_files(lora, tmp_path):
     kept = config.read_bytes()
     for content in (b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"3"):
         config.write_bytes(content)
-        with pytest.raises(ValueError, match="adapter_config.json is damaged "):
+        with pytest.raises(ValueError, match="adapter_config.json can't be used "):
             merge(lora)
     config.unlink()
     with pytest.raises(ValueError, match="is missing, or no file; give the folder that peft's"):

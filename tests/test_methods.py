@@ -720,6 +720,16 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+def test_a_comparison_of_runs_that_lack_something(capsys, tmp_path):
+    """Where one run has no mean over classes, as its split is even, there is none of all."""
+    result = {"method": "head", "trained": 5, "test_accuracy": 50.0, "val_accuracy": None}
+    result |= {"lr": 0.1, "seconds": 1.0, "memory": 0.5, "dataset": "x", "backbone": "y"}
+    results = [("", result | {"test_class_accuracy": 40.0}), ("", result)]
+    train.compare(results, tmp_path / "c")
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.split()[:7] == ["head", "5", "50.00", "±", "0.00", "-", "-"]
+
+
 def test_comparison(run, tiny_weights, tmp_path):
     """A comparison writes a run per method and seed, a table, a CSV and a picture, and resumes."""
     methods = ("adaptertune", "vpt", "head")

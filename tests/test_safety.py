@@ -115,7 +115,9 @@ def test_emptied_config_is_named(run, tiny_weights, place, content):
     (place / "runs/a/config.json").write_text(content)
     for arguments in (["--eval", "runs/a"], ["--weights", tiny_weights, *QUICK, "--name", "a"]):
         error = run(*arguments, status=1)
-        assert re.fullmatch(r"error: runs/a/config.json is damaged \(.*\); restore it.*\n", error)
+        assert re.fullmatch(
+            r"error: runs/a/config.json can't be used \(.*\); restore it.*\n", error
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -419,7 +421,7 @@ def test_a_damaged_index(tmp_path, content):
     """A damaged index of weights in several parts is refused, whatever it contains."""
     path = tmp_path / "x.safetensors.index.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="index.json is damaged .*; fetch that index"):
+    with pytest.raises(ValueError, match="index.json can't be used .*; fetch that index"):
         vit.load(path)
 
 
@@ -509,7 +511,7 @@ def test_wrong_types(run, finished, file, changes):
     edit(finished / file, **changes)
     error = run("--eval", "runs/a", status=1)
     key = next(iter(changes))
-    assert re.fullmatch(rf"error: runs/a/{file} is damaged \({key} is .*\n", error)
+    assert re.fullmatch(rf"error: runs/a/{file} can't be used \({key} is .*\n", error)
 
 
 @pytest.mark.parametrize(("file", "key"), [("config.json", "amp"), ("result.json", "epoch")])
@@ -519,7 +521,7 @@ def test_what_more_epochs_need(run, finished, tiny_weights, file, key):
     del values[key]
     (finished / file).write_text(json.dumps(values))
     more = ["--weights", tiny_weights, *QUICK[:-1], 2, "--name", "a", "--resume"]
-    assert f"runs/a/{file} is damaged (it lacks {key})" in run(*more, status=1)
+    assert f"runs/a/{file} can't be used (it lacks {key})" in run(*more, status=1)
 
 
 @pytest.mark.parametrize("name", ["config.json", "split.json", "result.json", "metrics.csv"])

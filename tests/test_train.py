@@ -795,7 +795,7 @@ def test_photos_that_come_and_go(run, photos, tiny_weights, tmp_path):
     assert f"split    gone: 1 image of runs/a/split.json, such as {listed['train'][0]}" in out
     assert f"test     {accuracy} %" in out
     train.read_dataset.cache_clear()
-    (photos / listed["test"][0]).unlink()
+    (photos / listed["val"][0]).unlink()
     assert "saved    runs/a/predictions-incomplete.csv" in run("--eval", "runs/a")
     tested = [row["split"] for row in read_predictions(tmp_path / "runs/a/predictions.csv")]
     assert tested.count("test") == len(listed["test"])
@@ -1344,7 +1344,9 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
 
     def assert_refused():
         error = run(*command, "--resume", status=1)
-        message = r"error: runs/a/state.pt is damaged \(.*\); delete that folder and train again\n"
+        message = (
+            r"error: runs/a/state.pt can't be used \(.*\); delete that folder and train again\n"
+        )
         assert re.fullmatch(message, error)
 
     saved = torch.load(path, weights_only=True)

@@ -545,7 +545,7 @@ def test_descriptions_that_can_not_be(name, content, message, tmp_path):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
         vit.load(path)
-    assert f"{name} is damaged (" in str(error.value)
+    assert f"{name} can't be used (" in str(error.value)
     assert str(error.value).endswith("; correct it, or remove it from beside the weights")
 
 
@@ -642,7 +642,9 @@ def test_files_of_another_kind_than_their_name(tensors, tiny_weights, tmp_path):
     )
     with pytest.raises(ValueError, match=r"one part of several; give .*index\.json"):
         vit.load(part)
-    with pytest.raises(ValueError, match="model-2.safetensors can't be used .*index.json lists it"):
+    with pytest.raises(
+        ValueError, match="model-2.safetensors is missing, or no file; .*index.json lists"
+    ):
         vit.load(index)
     tensors["blocks.0.mlp.fc1.weight"] = tensors["blocks.0.mlp.fc1.weight"].to(torch.int8)
     save_file(tensors, tmp_path / "int8.safetensors")

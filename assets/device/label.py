@@ -99,14 +99,18 @@ def upright_rgb(image):
 
 
 def is_stack(image):
-    """Whether an opened photo is a TIFF of several pages. A smaller second page is a thumbnail."""
-    if image.format != "TIFF" or image.n_frames == 1:
+    """Whether an opened photo is a TIFF of several pages. A second page that is smaller, or says so
+    (tag NewSubfileType), is a thumbnail or a mask."""
+    if image.format != "TIFF":
         return False
     size = image.size
-    image.seek(1)
-    second = image.size
-    image.seek(0)
-    return second == size
+    try:
+        image.seek(1)
+        return image.size == size and not image.tag_v2.get(254)
+    except Exception:  # there is none, or what leads to it is damaged
+        return False
+    finally:
+        image.seek(0)
 
 
 def open_photo(path, side):
@@ -120,7 +124,7 @@ def open_photo(path, side):
     try:
         with Image.open(path, formats=formats) as image:
             if is_stack(image):
-                raise ValueError("a TIFF of several pages; save those to use as files of their own")
+                raise ValueError("a TIFF of several pages, of which only one can be used")
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
             return upright_rgb(image)
     except Image.UnidentifiedImageError:
