@@ -780,12 +780,6 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
         path = data.ASSETS / "vit_micro.safetensors"
     else:
         path = data.hub_file(vit.BACKBONES[name].repo, "model.safetensors", offline=options.offline)
-    given = {}  # settings that options state
-    for setting in ("heads", "mean", "std"):
-        if getattr(options, setting):
-            given[setting] = getattr(options, setting)
-    if options.mlp_act:
-        given["quick_gelu"] = options.mlp_act == "quick_gelu"
     return vit.load(
         path,
         name=name,
@@ -793,7 +787,10 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
         # CLIP's projection is loaded as the head; with --init-lora so is a classifier.
         head=options.method in adaptertune.CLIP_METHODS or bool(options.init_lora),
         lora=options.init_lora,
-        **given,
+        heads=options.heads,
+        quick_gelu=options.mlp_act == "quick_gelu" if options.mlp_act else None,
+        mean=options.mean or None,
+        std=options.std or None,
     )
 
 
@@ -1704,10 +1701,8 @@ def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, di
     adaptertune.check_fingerprint(meta, present["fingerprint"], present["backbone"])
     present |= adapt_backbone(model, options, len(meta["classes"]))
     compared = {name: value for name, value in present.items() if name not in EVAL_MAY_CHANGE}
-    shape = ("method", "rank", "placement", "prompts")  # first, for an error that names settings
-    adaptertune.check_same(path, meta, {name: compared[name] for name in shape if name in compared})
+    adaptertune.check_same(path, meta, compared)  # before tensors, for an error that names settings
     adaptertune.load(path, model, name=present["backbone"])
-    adaptertune.check_same(path, meta, compared)
     return model, backbone, present | meta
 
 
