@@ -1080,17 +1080,22 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
 def cache_features(run: Run) -> data.Dataset:
     """The data set with the features [n, D] that the head reads in place of images.
 
-    Parts that share a table of images share one of features, whichever part an image is in. So runs
-    with other seeds, which draw other parts, find them on the disk.
+    Parts of one table of images share a table of features, whichever part an image is in. So runs
+    with other seeds, which draw other parts, find them on the disk. With --shots and --limit, only
+    test has the same images for all seeds, so each part has its own.
     """
-    parts = {part: getattr(run.dataset, part) for part in ("train", "val", "test")}
+    groups: dict[int | str, dict[str, data.Images]] = {}
+    for part in ("train", "val", "test"):
+        images = getattr(run.dataset, part)
+        few = run.options.shots or run.options.limit
+        groups.setdefault(part if few else id(images.table), {})[part] = images
     features = {}
-    for table in {id(images.table): images.table for images in parts.values()}.values():
-        sharing = {part: images for part, images in parts.items() if images.table is table}
-        rows = torch.cat([images.rows for images in sharing.values()]).unique()
+    for group in groups.values():
+        table = next(iter(group.values())).table
+        rows = torch.cat([images.rows for images in group.values()]).unique()
         everything = data.Images(table, torch.zeros(len(rows)), rows=rows)
-        found = find_features(run, everything, " and ".join(sharing))
-        for part, images in sharing.items():
+        found = find_features(run, everything, " and ".join(group))
+        for part, images in group.items():
             places = torch.searchsorted(rows, images.rows)
             features[part] = data.Images(found, images.labels, images.names, places)
     return replace(run.dataset, **features)
@@ -1799,7 +1804,8 @@ def load_run(
     Args:
         weights: the path of the backbone's file, if it has moved.
         init_lora: the path of the LoRA, if it has moved.
-        device: "cpu"; "cuda" for a GPU; "auto" for a GPU if there is one.
+        device: "cpu"; "cuda" for a GPU; "auto" for a GPU if there is one. On a GPU, torch's own
+            settings hold: by default, its convolutions have TF32's precision.
 
     Raises:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
