@@ -69,7 +69,8 @@ import vit
 # Peak learning rates by method, for all backbones and data set sizes. They were chosen on
 # validation over pairs of backbone and data set (assets/results, Learning rates). The paper's 1e-3
 # for adapters is for 50 epochs on large data sets and too low for a short run. AdaptFormer's rate
-# is the one for rank 64 (see `default_rate`). The head's is the highest: `head_rate` lowers it.
+# is the one for rank 64 (see `default_rate`). Those of `head` and `full` are the highest that
+# `fit_to_features` sets.
 RATES = {
     "adaptertune": 5e-3,
     "adaptformer": 1e-2,
@@ -868,16 +869,8 @@ read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the 
 
 
 @torch.no_grad()
-def head_rate(
-    highest: float, model: vit.ViT, dataset: data.Dataset, batches: data.Batches
-) -> float:
-    """The default learning rate of a new linear head on a backbone, from 32 training images.
-
-    A step of AdamW moves each weight by about the learning rate. So it moves the logit of an image
-    whose features are f by up to the learning rate times Σ|f - f̄|, the bias aside. The rate is such
-    that this is 1 on average, but at most `highest`. Between the backbones and image sizes that
-    were tried, Σ|f - f̄| varies from 60 to 380 (assets/results, Learning rates).
-    """
+def spread_of_features(model: vit.ViT, dataset: data.Dataset, batches: data.Batches) -> float:
+    """The mean of Σ|f - f̄| over 32 training images with features f [D]."""
     index = torch.linspace(0, len(dataset.train) - 1, 32).long().unique()
     alone = replace(batches, rank=0, world=1)  # all of them in each process
     model.eval()
@@ -885,8 +878,7 @@ def head_rate(
     for x, _ in alone.eval(dataset.train[index], dataset.center):
         features.append(in_parts(model.features, model, x))
     features = torch.cat(features)  # [n, D]
-    spread = (features - features.mean(dim=0)).abs().sum(dim=1).mean().item()
-    return float(f"{1 / max(spread, 1 / highest):.2g}")
+    return (features - features.mean(dim=0)).abs().sum(dim=1).mean().item()
 
 
 def fit_to_features(
@@ -895,14 +887,27 @@ def fit_to_features(
     dataset: data.Dataset,
     batches: data.Batches,
 ) -> None:
-    """Set the head's learning rate, unless it is given; the first process's in all."""
-    if options.head_lr:
+    """Set the learning rates of a new linear head and of full fine-tuning, unless they are given.
+
+    A step of AdamW moves each weight by about the learning rate. So it moves the logit of an image
+    with features f by up to the head's learning rate times Σ|f - f̄|, the bias aside. The rate is
+    such that this is 1 on average, but at most HEAD_RATE, for `head` RATES["head"]. Between the
+    backbones and image sizes that were tried, Σ|f - f̄| varies from 60 to 380: it is highest at the
+    backbone's own image size. There the best rate of `full` is lower by as much, for which no
+    derivation is known; so it is a fiftieth of that, at most RATES["full"] and at least a tenth of
+    it (assets/results, Learning rates). All processes use the first one's measurement.
+    """
+    if options.head_lr and options.lr:
         return
     model.to(batches.device)
+    spread = spread_of_features(model, dataset, batches)
+    first = torch.tensor(0.0 if batches.rank else spread, dtype=torch.float64)
+    unit = 1 / max(1e-9, sum_over_processes(first).item())
     highest = RATES["head"] if options.method == "head" else HEAD_RATE
-    rate = head_rate(highest, model, dataset, batches)
-    first = torch.tensor(0.0 if batches.rank else rate, dtype=torch.float64)
-    options.head_lr = sum_over_processes(first).item()
+    options.head_lr = options.head_lr or two_digits(min(highest, unit))
+    if options.method == "full":
+        rate = max(RATES["full"] / 10, min(RATES["full"], unit / 50))
+        options.lr = options.lr or two_digits(rate)
     options.lr = options.lr or options.head_lr
 
 
@@ -2877,7 +2882,8 @@ def add_training_options(parser: Parser) -> None:
     cached = "for --method head: train on features computed once, without augmentation"
     parser.switch("--cached", cached)
     add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
-    rate = "peak learning rate (by method and rank; for head as --head-lr)"
+    rate = "peak learning rate (by method and rank; for full by the features, at most "
+    rate += f"{RATES['full']:g}; for head as --head-lr)"
     add("--lr", "LR", number(1e-12, 1000), rate, 0.0)
     head = f"peak learning rate of the head (by its features, at most {HEAD_RATE:g}, for head "
     head += f"{RATES['head']:g}; as --lr for clip-adapter, scratch)"
@@ -3024,6 +3030,11 @@ def default_rate(method: str, rank: int | None) -> float:
     rate = RATES[method]
     if method == "adaptformer":
         rate *= (64 / max(1, rank)) ** (1 / 3)
+    return two_digits(rate)
+
+
+def two_digits(rate: float) -> float:
+    """A learning rate, rounded."""
     return float(f"{rate:.2g}")
 
 
@@ -3043,7 +3054,7 @@ def fill_in(options: argparse.Namespace) -> None:
         options.label_smoothing = 0.0 if clip else 0.1
     if options.method in ("head", "clip-adapter"):  # they train nothing but the head
         options.lr = options.head_lr or options.lr
-    if options.method != "head":  # whose rate comes from the features, if it isn't given
+    if options.method not in ("head", "full"):  # `fit_to_features` sets theirs
         options.lr = options.lr or default_rate(options.method, options.rank)
     if options.method in ONE_RATE_METHODS:
         options.head_lr = options.head_lr or options.lr

@@ -9,7 +9,7 @@ The search climbs: it tries three rates of a method, then further ones while the
 Rates and recipe are chosen by validation accuracy alone, so each pair of data and backbone has more
 images for validation than train.py would split off; the test set isn't read. The default rates were
 fixed on HALVES["rule"]; the runs of HALVES["confirm"] came after that. HALVES["sharp"] has images
-of the size that backbones are made for; train.head_rate comes from it.
+of the size that backbones are made for; train.fit_to_features comes from it.
 
 Each row of the .csv is one run; its recipe lists further options that aren't at their defaults.
 Runs that the .csv holds aren't repeated, so a stopped grid can be continued.

@@ -1958,7 +1958,7 @@ STATED = {
     "--image-size": "(0: its own)",
     "--epochs": "(10, up to 30 for fewer than 1,500 images; --cached 100)",
     "--batch": "(128; 32 for fewer than 5,000 images)",
-    "--lr": "(by method and rank; for head as --head-lr)",
+    "--lr": "(by method and rank; for full by the features, at most 0.00025; for head as",
     "--head-lr": "(by its features, at most 0.01, for head 0.02; as --lr for",
     "--weight-decay": "(0.05)",
     "--label-smoothing": "(0.1; CLIP's methods 0)",
@@ -2066,9 +2066,9 @@ CLIP_ADAPTER["label_smoothing"] = 0.0
         (["--rank", "64"], {"lr": 5e-3}),
         (["--rank", "1"], {"lr": 5e-3}),
         (["--method", "adaptformer", "--rank", "8"], {"lr": 2e-2, "head_lr": 0.0}),
-        (["--method", "full"], {"lr": 2.5e-4, "head_lr": 0.0}),
+        (["--method", "full"], {"lr": 0.0, "head_lr": 0.0}),
         (["--method", "full", "--lr", "1e-4"], {"lr": 1e-4, "head_lr": 0.0}),
-        (["--method", "full", "--head-lr", "1e-3"], {"lr": 2.5e-4, "head_lr": 1e-3}),
+        (["--method", "full", "--head-lr", "1e-3"], {"lr": 0.0, "head_lr": 1e-3}),
         (["--method", "head"], {"lr": 0.0, "head_lr": 0.0}),
         (["--method", "head", "--lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--method", "head", "--head-lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
@@ -2118,7 +2118,8 @@ def test_what_the_data_decide(arguments, images, expected):
 @pytest.mark.parametrize("factor", [1, 100, 1000])
 def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     """By default the head's rate is the inverse of the mean Σ|f - f̄| over training images, at most
-    2e-2, or 1e-2 where the backbone is adapted. A stopped run goes on with its own rate."""
+    2e-2, or 1e-2 where the backbone is adapted. Full fine-tuning has a fiftieth of it, within
+    limits. A stopped run goes on with its own rate."""
     weights = write_backbone(tmp_path / "b.safetensors", seed=0)
     tensors, meta = vit.read_tensors(weights)
     for name in ("norm.weight", "norm.bias"):  # of the last norm: it scales the features
@@ -2134,6 +2135,10 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     assert (result["lr"], result["head_lr"]) == (5e-3, min(rate, 1e-2))
     assert f"learning rate 0.005 (head {min(rate, 1e-2):g})" in out
 
+    run(*common, "--method", "full", "--name", "full")
+    full = json.loads(Path("runs/full/result.json").read_text())
+    assert full["head_lr"] == min(rate, 1e-2)
+
     options, *_ = train.parse(["--eval", "runs/head"])
     again = train.open_run(options)
     index = torch.linspace(0, 39, 32).long()
@@ -2143,6 +2148,8 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     spread = (features - features.mean(dim=0)).abs().sum(dim=1).mean()
     assert rate == pytest.approx(min(2e-2, 1 / spread.item()), rel=0.05)
     assert (rate < 1e-2) == (factor > 1)
+    expected = min(2.5e-4, max(2.5e-5, 0.02 / spread.item()))
+    assert full["lr"] == pytest.approx(expected, rel=0.05)
 
     config = json.loads(Path("runs/head/config.json").read_text())
     config |= {"lr": 3e-3, "head_lr": 3e-3}
