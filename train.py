@@ -2182,11 +2182,8 @@ class Summary:
         return statistics.mean(self.values(key))
 
     def spread(self, key: str = "test_accuracy") -> float:
-        """The standard deviation over the seeds; 0 for a single run, NaN if one has no value."""
-        values = self.values(key)
-        if math.isnan(sum(values)):
-            return math.nan
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        """The standard deviation over the seeds, all of which have a value; 0 for a single run."""
+        return statistics.stdev(self.values(key)) if len(self.results) > 1 else 0.0
 
     def in_words(self, key: str) -> str:
         """An accuracy's mean, with the standard deviation of several seeds; "-" if one lacks it."""

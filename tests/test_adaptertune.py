@@ -418,6 +418,18 @@ def test_adapt_trains_what_the_method_trains(clip, tiny_weights, method):
         assert 0.01 < model.head.weight.std() < 0.03  # timm's 0.02
 
 
+def test_other_modules_are_not_merged(tiny_weights):
+    """A module of one's own in an adapter's place stays there, though it looks like one."""
+
+    model, _ = vit.load(tiny_weights)
+    adaptertune.adapt(model, "adaptertune", 5, reads="ln", act="mlp")
+    own = nn.Module()
+    vars(own).update(vars(model.blocks[0].adapter))  # the same parts, with another forward
+    model.blocks[0].adapter = own
+    assert adaptertune.merge(model) == 1
+    assert model.blocks[0].adapter is own
+
+
 def test_a_trained_backbone_needs_its_fingerprint(tiny_weights, tmp_path):
     """A file with a part of the backbone (BitFit) states the fingerprint from before training, for
     the backbone isn't the one to load it into any more."""

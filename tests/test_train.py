@@ -974,7 +974,11 @@ def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
     assert "other: 0 train / 0 val / 9 test" in out
     assert "(another folder, 9 images)" in out
     assert "recipe" not in out
-    (table,) = (tmp_path / "runs/a").glob("predictions-other-*.csv")
+    shutil.copytree(tmp_path / "other", tmp_path / "elsewhere/other")
+    run("--eval", "runs/a", "--dataset", "elsewhere/other")
+    tables = sorted((tmp_path / "runs/a").glob("predictions-other-*.csv"), key=os.path.getmtime)
+    assert len(tables) == 2  # of two folders with one name
+    table = tables[0]
     rows = read_predictions(table)
     assert sorted(row["label"] for row in rows) == ["apple"] * 4 + ["sky"] * 5
     right = sum(row["label"] == row["prediction"] for row in rows)
@@ -1145,6 +1149,9 @@ def test_a_finished_run_gets_more_epochs(
             assert train.main(more) == 130
         train.stop_asked.clear()
         capsys.readouterr()
+    else:
+        first[2][7] = "1000.00"  # a long evaluation, which counts on
+        (folder / "metrics.csv").write_text("\n".join(map(",".join, first)) + "\n")
     adapter = folder.with_name(f"{folder.name}.onnx_adapter")
     adapter.touch()
     out = run(*more)
@@ -1474,6 +1481,23 @@ def test_a_process_that_waits_in_vain_can_be_stopped(tmp_path):
         time.sleep(0.5)
         process.terminate()
         assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_runs_that_processes_do_not_share(tiny_weights, tmp_path, monkeypatch):
+    """A process without the run's folder that others have is refused, before they wait for it."""
+    monkeypatch.chdir(tmp_path)
+    options, *_ = train.parse([str(each) for each in quick(tiny_weights)])
+    monkeypatch.setattr(train, "any_process", lambda value: True)  # some other process has it
+    with pytest.raises(ValueError, match="isn't the same for all processes; let them share runs/"):
+        train.prepare(options, 0)
+
+
+def test_parts_and_memory(monkeypatch):
+    """A batch has no more parts than images. Where the kernel doesn't state the peak, it is 0."""
+    model = vit.ViT(vit.Config(width=32, depth=1, heads=2, patch=4, image_size=512))
+    assert train.count_parts(model, torch.zeros(2, 3, 512, 512)) == 2
+    monkeypatch.setattr(train.Path, "read_text", lambda self: "VmRSS:  1 kB")
+    assert train.peak_memory(torch.device("cpu")) == 0.0
 
 
 def test_main_in_a_thread(tiny_weights, tmp_path, monkeypatch):
