@@ -1296,7 +1296,7 @@ def square(height: int, width: int) -> tuple[int, int, int, int]:
 
 def is_stack(image: "Image.Image") -> bool:  # noqa: F821
     """Whether an opened photo is a TIFF of several pages. A second page that is smaller, or says so
-    (tag NewSubfileType), is a thumbnail or a mask."""
+    (tag NewSubfileType), is a thumbnail or a mask. label.py, which stands alone, does the same."""
     if image.format != "TIFF":
         return False
     size = image.size

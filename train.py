@@ -3101,10 +3101,7 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
 
 
 def check_backbone_name(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse a backbone's name as --weights, and a backbone that isn't a CLIP for CLIP's methods,
-    before anything is downloaded."""
-    if options.weights in vit.BACKBONES and not Path(options.weights).exists():
-        parser.error(f"--weights takes a file; give --backbone {options.weights}")
+    """Refuse a backbone that isn't a CLIP for CLIP's methods, before it is downloaded."""
     clip = options.method in adaptertune.CLIP_METHODS
     if clip and options.backbone and not vit.BACKBONES[options.backbone].config.norm_pre:
         names = [name for name, each in vit.BACKBONES.items() if each.config.norm_pre]

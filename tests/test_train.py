@@ -1760,7 +1760,6 @@ WRONG_USAGE = [
     (["--ranks", "1,", ","], "argument --rank/--ranks: '' is not a valid int"),
     (["--method", "head,head"], "argument --method: head is given twice"),
     (["--epoch", "1"], "unrecognized arguments: --epoch 1; do you mean --epochs\\?"),
-    (["--weights", "vit_s16"], "--weights takes a file; give --backbone vit_s16"),
     (["--init", "ones"], "--init ones: choose zero, small or a file with adapters"),
     (["--batch", "0"], "argument --batch: 0 is not between 1 and 1,000,000,000"),
     (["--epochs", "0"], "--epochs 0 trains nothing; it is for --init-lora"),
@@ -1796,6 +1795,7 @@ WRONG_USAGE = [
 ]
 REFUSED = [
     (["--eval", "runs/none"], "no run in runs/none: runs/none/config.json is missing"),
+    (["--weights", "vit_s16"], "--weights takes a file; vit_s16 is the name of a --backbone"),
     (["--dataset", "cifar99"], "no data set or folder 'cifar99': choose digits, cifar10, cifar100"),
     (["--dataset", "no/such/folder"], "no data set or folder 'no/such/folder'"),
     (["--dataset", "cifar100", "--offline"], "--offline given; put the published archive"),
