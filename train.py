@@ -121,7 +121,6 @@ class Run:
     """Everything that one training run works with."""
 
     options: argparse.Namespace
-    seed: int
     folder: Path
     dataset: data.Dataset
     model: vit.ViT
@@ -294,7 +293,7 @@ def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
     first = state.step  # not 0 if a stopped run continues
     started = time.perf_counter()
     before = started
-    for images, labels in run.batches.train(run.dataset, run.seed, state.epoch, first=first):
+    for images, labels in run.batches.train(run.dataset, options.seed, state.epoch, first=first):
         stop_if_asked()  # here, between two steps, weights and optimiser agree
         # Like the batches, learning rate and dropout depend only on the position, so a resumed run
         # takes the same steps as one that wasn't stopped.
@@ -303,7 +302,7 @@ def train_epoch(run: Run, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(position, total)
         # Dropout has a key of its own: the crops are drawn by (seed, epoch, step) alone.
-        key = f"dropout/{run.seed}/{state.epoch}/{state.step}"
+        key = f"dropout/{options.seed}/{state.epoch}/{state.step}"
         torch.manual_seed(data.seed_from(key) + run.batches.rank)
 
         # The images of this batch in all processes. The last batch may be smaller.
@@ -559,14 +558,14 @@ def finish(run: Run) -> dict:
     return result
 
 
-def train_run(options: argparse.Namespace, seed: int) -> dict:
+def train_run(options: argparse.Namespace) -> dict:
     """One run, from loading to the report. Returns the content of result.json with the "folder",
     and with "kept" if the run was finished before."""
     if options.cached and dist.is_initialized():
         raise ValueError(f"{options.method} trains on cached features: one process, not torchrun")
-    folder = run_folder(options, seed)
+    folder = run_folder(options)
     with at_work(folder):
-        if run_folder(options, seed) != folder:
+        if run_folder(options) != folder:
             raise ValueError(f"another process has begun a run in {folder}; run this again")
         if is_unfinished(folder) and not options.resume:
             raise ValueError(
@@ -576,8 +575,8 @@ def train_run(options: argparse.Namespace, seed: int) -> dict:
         if finished:
             return finished | {"folder": folder, "kept": True}
         check_own(folder)
-        run = prepare(options, seed, folder)
-        describe_folder(options, seed, folder)
+        run = prepare(options, folder)
+        describe_folder(options, folder)
         return set_up_and_fit(run) | {"folder": folder}
 
 
@@ -911,9 +910,7 @@ def fit_to_features(
     options.lr = options.lr or options.head_lr
 
 
-def split_dataset(
-    dataset: data.Dataset, options: argparse.Namespace, seed: int, folder: Path
-) -> data.Dataset:
+def split_dataset(dataset: data.Dataset, options: argparse.Namespace, folder: Path) -> data.Dataset:
     """Split a data set by the split.json in the run's folder, if there is a run; else by the seed.
 
     So a split stays the same if photos are added or removed, and a class keeps its number.
@@ -929,7 +926,7 @@ def split_dataset(
             )
         return data.split(
             dataset,
-            seed=seed,
+            seed=options.seed,
             limit=options.limit,
             shots=options.shots,
             test_share=options.test_share,
@@ -988,13 +985,13 @@ def take_as_test(
     return replace(dataset, test=test[torch.tensor(new)])
 
 
-def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) -> Run:
+def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
     """Load everything that a run needs, before anything is written.
 
     Args:
         folder: the run's folder; derived from the options if left out.
     """
-    folder = folder or run_folder(options, seed)
+    folder = folder or run_folder(options)
     data.check_name(options.dataset)  # before a backbone is downloaded
     compiled = options.compile and not options.cached
     device = choose_device(options.device)
@@ -1002,11 +999,11 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     if compiled:
         check_compiler(device)
     with first_process_first():  # it downloads
-        torch.manual_seed(data.seed_from(f"{seed}/init"))
+        torch.manual_seed(data.seed_from(f"{options.seed}/init"))
         model, backbone = load_backbone(options)
         size = backbone.config.image_size
         dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
-    dataset = split_dataset(dataset, options, seed, folder)
+    dataset = split_dataset(dataset, options, folder)
     data.check_split(dataset)
     check_prototypes(options, dataset)
     options = copy.copy(options)  # of this run alone
@@ -1031,7 +1028,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
         "center": dataset.center,
         "dataset": dataset.name,
         "classes": dataset.classes,
-        "seed": seed,
+        "seed": options.seed,
         "limit": options.limit,
         "shots": options.shots,
         "epochs": options.epochs,
@@ -1046,7 +1043,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path | None = None) 
     model.to(device)
     bf16 = options.amp == "bf16"
     return Run(
-        options, seed, folder, dataset, model, batches, device, bf16, meta, backbone, head_note=note
+        options, folder, dataset, model, batches, device, bf16, meta, backbone, head_note=note
     )
 
 
@@ -1191,12 +1188,12 @@ def average_class_images(run: Run) -> None:
 # ----------------------------------------------------------------------------------- a run's folder
 
 
-def run_name(options: argparse.Namespace, seed: int) -> str:
+def run_name(options: argparse.Namespace) -> str:
     """A name such as digits-adaptertune-r8-s0; or --name, followed by what differs in the grid."""
     if options.name:
         parts = [options.name, *re.findall(r"[\w.-]+", options.label)]
         if len(options.seeds) > 1:
-            parts.append(f"s{seed}")
+            parts.append(f"s{options.seed}")
         return "-".join(parts)
     parts = [Path(options.dataset).resolve().name, options.method]
     if options.rank:
@@ -1213,22 +1210,22 @@ def run_name(options: argparse.Namespace, seed: int) -> str:
         parts.append("b" + ".".join(map(str, options.blocks))[:60])  # run_folder numbers repeats
     if options.method in adaptertune.ADAPTER_METHODS and options.init != "zero":
         parts.append(Path(options.init).stem)
-    return "-".join([*parts, f"s{seed}"])
+    return "-".join([*parts, f"s{options.seed}"])
 
 
-def run_folder(options: argparse.Namespace, seed: int) -> Path:
+def run_folder(options: argparse.Namespace) -> Path:
     """The folder of these options: runs/NAME, or runs/NAME-2 and so on if other runs have the name.
 
     Raises:
         ValueError: a run with other options has the --name or, with --resume, is unfinished; or
             --resume gives a finished run no more epochs than it has.
     """
-    first = Path("runs") / run_name(options, seed)
+    first = Path("runs") / run_name(options)
     folder = first
     number = 1
     fewer = ""
     while (folder / "config.json").exists():
-        difference = find_difference(folder, options, seed)
+        difference = find_difference(folder, options)
         if not difference:
             return folder
         unfinished = options.resume and is_unfinished(folder)
@@ -1247,12 +1244,12 @@ def run_folder(options: argparse.Namespace, seed: int) -> Path:
     return folder
 
 
-def find_difference(folder: Path, options: argparse.Namespace, seed: int) -> str:
+def find_difference(folder: Path, options: argparse.Namespace) -> str:
     """How the run in a folder differs from these options; "" if it is the same run. With --resume
     it is also the same run if it is finished and the options have more epochs. When epochs are to
     be trained, files of the run may have been moved: their content is compared later."""
     saved = read_config(folder)
-    kept = kept_options(options, seed)
+    kept = kept_options(options)
     unfinished = options.resume and is_unfinished(folder)
     more = options.resume and (options.epochs or 0) > saved["epochs"]
     if more and not unfinished:
@@ -1344,22 +1341,22 @@ def check_backbone(path: Path, trained_on: str, present: str, options: argparse.
         )
 
 
-def describe_folder(options: argparse.Namespace, seed: int, folder: Path) -> None:
+def describe_folder(options: argparse.Namespace, folder: Path) -> None:
     """Print a note if a run's folder may be unexpected."""
     if (folder / "config.json").exists():
         return
     if options.resume:
         print(f"note     there is nothing to resume at {folder}: it begins")
-    first = Path("runs") / run_name(options, seed)
+    first = Path("runs") / run_name(options)
     if folder != first:
-        difference = find_difference(first, options, seed)
+        difference = find_difference(first, options)
         text = f"note     {first} holds a run with {difference}; this one goes to {folder}"
         resumed = copy.copy(options)
         resumed.resume = True
         saved = read_config(first)
-        kept = kept_options(options, seed)
+        kept = kept_options(options)
         same_files = all(kept[name] == saved.get(name) for name in PATHS)
-        if same_files and not find_difference(first, resumed, seed):
+        if same_files and not find_difference(first, resumed):
             text += "; --resume would add epochs to it"
         print(text)
 
@@ -1415,13 +1412,13 @@ def at_work(folder: Path) -> Iterator[None]:
                 os.removedirs(folder)
 
 
-def kept_options(options: argparse.Namespace, seed: int) -> dict:
+def kept_options(options: argparse.Namespace) -> dict:
     """The options that config.json holds: every one that says what the run is, with absolute
     paths."""
     kept = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
     for name in PATHS:
         kept[name] = absolute(kept[name])
-    return kept | {"seeds": [seed]}
+    return kept | {"seeds": [options.seed]}
 
 
 def absolute(path: str) -> str:
@@ -1567,7 +1564,7 @@ def write_records(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **versions}
-    config = kept_options(run.options, run.seed) | {"made": made}
+    config = kept_options(run.options) | {"made": made}
     write_json(run.folder / "config.json", config)
     write_csv(run.folder / "metrics.csv", COLUMNS + FILE_COLUMNS, run.state.rows)
     listed = {"classes": run.dataset.classes}
@@ -1726,14 +1723,13 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
         ValueError: no finished run there, or the backbone isn't the one that it was trained on.
     """
     folder = Path(options.eval)
-    seed = options.seeds[0]
     device = choose_device(options.device)
     be_repeatable(device)
     model, backbone, meta = open_network(options)
     model.to(device)
     size = meta["image_size"]
     batches = data.Batches(size, backbone.norm, options.batch or 128, device)
-    run = Run(options, seed, folder, None, model, batches, device, False, meta, backbone)
+    run = Run(options, folder, None, model, batches, device, False, meta, backbone)
     try:
         if not Path(options.dataset).is_dir() and options.dataset not in data.DATASETS:
             raise ValueError(
@@ -1741,7 +1737,7 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
                 "--dataset FOLDER"
             )
         dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
-        dataset = split_dataset(dataset, options, seed, folder)
+        dataset = split_dataset(dataset, options, folder)
         path = folder / "adapters.safetensors"
         adaptertune.check_same(path, meta, {"classes": dataset.classes})
         run.dataset = dataset
@@ -1862,7 +1858,7 @@ def describe(run: Run) -> None:
     device = f"{run.device.type} {where}"
     if run.batches.world > 1:
         device = f"{run.batches.world} processes, each {device}"
-    print(f"env      torch {torch.__version__} · {device} · {precision} · seed {run.seed}")
+    print(f"env      torch {torch.__version__} · {device} · {precision} · seed {run.options.seed}")
 
     counts = adaptertune.count(run.model)
     describe_backbone(run.backbone, run.meta, counts["frozen"])
@@ -2089,9 +2085,8 @@ def model_card(run: Run) -> str:
     done = "trained" if meta["epochs"] else "evaluated"
     what = f"{meta['backbone']} ({method}) {done} on {meta['dataset']}"
     images = counted(len(run.dataset.train), "image")
-    how = (
-        f"{images}, {counted(meta['epochs'], 'epoch')}, seed {run.seed}, torch {torch.__version__}"
-    )
+    how = f"{images}, {counted(meta['epochs'], 'epoch')}, seed {meta['seed']}, "
+    how += f"torch {torch.__version__}"
     result = f"{meta['test_accuracy']:.2f} % of {len(run.dataset.test):,} test images are right"
     if "test_class_accuracy" in meta:
         result += f" ({meta['test_class_accuracy']:.2f} % as a mean over classes)"
@@ -2440,7 +2435,7 @@ def examine(run: Run) -> Examined:
         features = run.model.head.embed(features)
     points, projection = to_two_dimensions(features.cpu())
     return Examined(
-        title=f"{method_text(run.meta)}, seed {run.seed}, {accuracy:.2f} %",
+        title=f"{method_text(run.meta)}, seed {run.options.seed}, {accuracy:.2f} %",
         classes=[data.printable(each) for each in run.dataset.classes],
         names=test.names,
         labels=test.labels,
@@ -2562,7 +2557,7 @@ ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
 # Options that config.json leaves out, since they say what is done with a run.
-NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot")
+NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "seed")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
 # Options whose default depends on data or machine, with the value that stands for "not given".
 # config.json lists under "auto" which of them weren't given.
@@ -2721,7 +2716,7 @@ def make_parser() -> Parser:
 
 
 def parse(arguments: list[str] | None = None) -> list[argparse.Namespace]:
-    """The options of each run, except its seed. Wrong usage prints one line and exits with 2.
+    """The options of each run. Wrong usage prints one line and exits with 2.
 
     Raises:
         ValueError: --eval or --predict names no run, or a damaged one.
@@ -2778,6 +2773,7 @@ def options_of(folder: str | Path, **given) -> argparse.Namespace:
     """
     (options,) = expand(make_parser().parse_args([]))
     saved = read_config(Path(folder))
+    options.seed = saved["seeds"][0]
     # Somebody else's run decides what is read, but not where a data set is downloaded to.
     if not data.is_there(saved["dataset"], saved["data_dir"]):
         del saved["data_dir"]
@@ -2983,7 +2979,7 @@ def defaults_of(setting: str) -> str:
 
 
 def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
-    """The options of each run of the grid; `label` says what differs between them."""
+    """The options of each run of the grid: `label` says what differs between them but the seed."""
     runs = []
     for values in itertools.product(*(getattr(options, name) for name in GRID)):
         run = dict(zip(GRID, values, strict=True))
@@ -2996,9 +2992,9 @@ def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
         if run not in runs:
             runs.append(run)
     grid = []
-    for run in runs:
+    for run, seed in itertools.product(runs, options.seeds):
         run_options = copy.copy(options)
-        vars(run_options).update(run, label=label_of(run, runs))
+        vars(run_options).update(run, label=label_of(run, runs), seed=seed)
         grid.append(run_options)
     return grid
 
@@ -3128,17 +3124,15 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
     results = []
     times = []  # seconds of the runs that weren't finished before
     stop_asked.clear()
-    total = sum(len(options.seeds) for options in grid)
     for options in grid:
-        for seed in options.seeds:
-            stop_if_asked()
-            if total > 1:
-                print_heading(options, seed, len(results), total, times)
-            started = time.perf_counter()
-            result = train_run(options, seed)
-            if "kept" not in result:
-                times.append(time.perf_counter() - started)
-            results.append((options.label, result))
+        stop_if_asked()
+        if len(grid) > 1:
+            print_heading(options, len(results), len(grid), times)
+        started = time.perf_counter()
+        result = train_run(options)
+        if "kept" not in result:
+            times.append(time.perf_counter() - started)
+        results.append((options.label, result))
     rank, _ = rank_and_world()
     if rank:
         return
@@ -3157,15 +3151,13 @@ def as_file_name(name: str) -> str:
     return re.sub(r"^\.|[/\\\0]", "_", name) or "_"
 
 
-def print_heading(
-    options: argparse.Namespace, seed: int, done: int, total: int, times: list[float]
-) -> None:
+def print_heading(options: argparse.Namespace, done: int, total: int, times: list[float]) -> None:
     """Print the line above one of several runs: which it is, and the time left for all of them,
     estimated from `times`, the seconds that earlier runs took."""
     text = options.label or options.method
     if options.lr:
         text += f", learning rate {options.lr:g}"
-    text += f", seed {seed}"
+    text += f", seed {options.seed}"
     if times:
         text += f"; about {data.clock_text(statistics.mean(times) * (total - done))} left for all"
     print(f"\nrun      {done + 1} of {total}: {text}")

@@ -52,10 +52,10 @@ def set_rank(model: nn.Module, rank: int) -> None:
             block.adapter.rank = rank
 
 
-def train_all_ranks(options: argparse.Namespace, seed: int) -> train.Run:
+def train_all_ranks(options: argparse.Namespace) -> train.Run:
     """Train a run to its last epoch, with a rank drawn at random in each step."""
-    run = train.prepare(options, seed)
-    generator = torch.Generator().manual_seed(seed)
+    run = train.prepare(options)
+    generator = torch.Generator().manual_seed(options.seed)
     for block in run.model.blocks:
         if block.adapter is not None:
             block.adapter = FirstUnits(block.adapter)
@@ -101,13 +101,13 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         return
-    options, *_ = train.parse([*sys.argv[1:], "--rank", str(RANKS[-1])])
+    grid = train.parse([*sys.argv[1:], "--rank", str(RANKS[-1])])
     titles = [f"rank {rank}" for rank in RANKS]
     print("seed", *(f"{title:>8}" for title in titles), "  within a standard error")
-    for seed in options.seeds:
-        losses = validation_losses(train_all_ranks(options, seed))
+    for options in grid:
+        losses = validation_losses(train_all_ranks(options))
         means = [f"{mean:8.4f}" for mean in losses.mean(dim=1)]
-        print(f"{seed:4}", *means, f"  rank {least_sufficient(losses)}", flush=True)
+        print(f"{options.seed:4}", *means, f"  rank {least_sufficient(losses)}", flush=True)
 
 
 if __name__ == "__main__":

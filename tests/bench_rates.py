@@ -131,8 +131,8 @@ def train_once(run: dict[str, str], options: argparse.Namespace) -> dict:
         contextlib.redirect_stdout(io.StringIO()),
     ):
         place = "digits" if dataset.name == "digits" else folder
-        chosen, *_ = train.parse(["--dataset", place, *arguments])
-        return train.train_run(chosen, int(run["seed"]))
+        (chosen,) = train.parse(["--dataset", place, *arguments])
+        return train.train_run(chosen)
 
 
 def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> float:

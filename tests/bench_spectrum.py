@@ -174,10 +174,10 @@ def rank_for(energy: Tensor, share: float = 0.9) -> int:
     return int(enough.nonzero()[0]) + 1
 
 
-def prepare_head(options: argparse.Namespace, seed: int, epochs: int) -> train.Run:
+def prepare_head(options: argparse.Namespace, epochs: int) -> train.Run:
     """A run without adapters, in which to fit a head."""
     changes = {"method": "head", "rank": None, "epochs": epochs, "lr": train.RATES["head"]}
-    return train.prepare(argparse.Namespace(**vars(options) | changes), seed)
+    return train.prepare(argparse.Namespace(**vars(options) | changes))
 
 
 def fit_head(run: train.Run, images: data.Images, val: data.Images) -> None:
@@ -195,9 +195,9 @@ def fit_head(run: train.Run, images: data.Images, val: data.Images) -> None:
     taken = 0  # steps
     best_loss = math.inf
     for epoch in range(1, options.epochs + 1):
-        for step, (x, labels) in enumerate(run.batches.train(features, run.seed, epoch)):
+        for step, (x, labels) in enumerate(run.batches.train(features, options.seed, epoch)):
             # As in train.train_epochs; a head that is initialised later depends on this seed.
-            torch.manual_seed(data.seed_from(f"{run.seed}/{epoch}/{step}"))
+            torch.manual_seed(data.seed_from(f"{options.seed}/{epoch}/{step}"))
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * train.schedule(taken, steps)
             loss = F.cross_entropy(run.logits(x), labels, label_smoothing=options.label_smoothing)
@@ -228,7 +228,7 @@ def flattened_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits / 4, labels)
 
 
-def estimate_rank(options: argparse.Namespace, seed: int) -> None:
+def estimate_rank(options: argparse.Namespace) -> None:
     """Print the rank that takes 90 % of what the first step could take, and the table of blocks.
 
     It uses four fifths of the training images, at most 4,000, and takes less time than an epoch.
@@ -236,9 +236,9 @@ def estimate_rank(options: argparse.Namespace, seed: int) -> None:
     images, a head that fits them leaves nothing to learn.
     """
     started = time.perf_counter()
-    run = prepare_head(options, seed, epochs=12)
+    run = prepare_head(options, epochs=12)
     images = run.dataset.train
-    order = data.stratified_order(images.labels, f"spectrum/{seed}")
+    order = data.stratified_order(images.labels, f"spectrum/{options.seed}")
     count = min(4000, round(0.8 * len(images)))
     for_head, for_gradient = order[:count].tensor_split(2)
     features = with_features(run, images[for_head])
@@ -272,10 +272,11 @@ def print_blocks(energy: Tensor) -> None:
 # ------------------------------------------------------------------------------------ the starts
 
 
-def measure_gradients(options: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def measure_gradients(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     """G [L, D, D], C [L, D, D] and the spectrum [L, D], means over the halves' two roles."""
-    run = prepare_head(options, seed, epochs=30)
-    images = run.dataset.train[data.stratified_order(run.dataset.train.labels, f"spectrum/{seed}")]
+    run = prepare_head(options, epochs=30)
+    images = run.dataset.train
+    images = images[data.stratified_order(images.labels, f"spectrum/{options.seed}")]
     features = with_features(run, images)
     val = with_features(run, run.dataset.val)
     first, second = torch.arange(len(images)).tensor_split(2)
@@ -339,7 +340,7 @@ def set_start(
     if variant == "uneven":
         ranks = uneven_ranks(energy, rank * len(blocks))
         for block, block_rank in zip(blocks, ranks, strict=True):
-            torch.manual_seed(data.seed_from(f"{run.seed}/{block_rank}"))
+            torch.manual_seed(data.seed_from(f"{run.options.seed}/{block_rank}"))
             adapter = adaptertune.Adapter(run.model.config.width, block_rank)
             block.adapter = adapter.to(run.device)
         adaptertune.freeze(run.model)
@@ -350,10 +351,10 @@ def set_start(
 
 
 def train_variant(
-    options: argparse.Namespace, seed: int, variant: str, found: tuple[Tensor, Tensor, Tensor]
+    options: argparse.Namespace, variant: str, found: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[float, float]:
     """Train one variant: validation accuracy after epoch 1 and test accuracy, in percent."""
-    run = train.prepare(options, seed)
+    run = train.prepare(options)
     set_start(run, variant, found, options.rank)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = replace(run, folder=Path(folder))
@@ -363,20 +364,21 @@ def train_variant(
     return val, run.meta["test_accuracy"]
 
 
-def compare_starts(options: argparse.Namespace) -> None:
+def compare_starts(grid: list[argparse.Namespace]) -> None:
     """Train every variant with every seed; print each run, then means and standard deviations."""
-    if options.method != "adaptertune" or options.every > 1 or options.blocks:
+    first = grid[0]
+    if first.method != "adaptertune" or first.every > 1 or first.blocks:
         raise ValueError("start adapts every block; leave out --method, --every and --blocks")
     vals = {variant: [] for variant in VARIANTS}
     tests = {variant: [] for variant in VARIANTS}
-    for seed in options.seeds:
-        found = measure_gradients(options, seed)
+    for options in grid:
+        found = measure_gradients(options)
         for variant in VARIANTS:
-            val, test = train_variant(options, seed, variant, found)
+            val, test = train_variant(options, variant, found)
             vals[variant].append(val)
             tests[variant].append(test)
             numbers = f"val after an epoch {val:6.2f} %, test {test:6.2f} %"
-            print(f"seed {seed}  {variant:8} {numbers}", flush=True)
+            print(f"seed {options.seed}  {variant:8} {numbers}", flush=True)
     for variant in VARIANTS:
         val = mean_and_spread(vals[variant])
         print(f"{variant:8}  val after an epoch {val}  test {mean_and_spread(tests[variant])}")
@@ -398,13 +400,13 @@ def main() -> int:
     parser.add_argument("use", choices=("estimate", "start"))
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of train.py")
     arguments = parser.parse_args()
-    options, *_ = train.parse([*arguments.options, "--name", "bench"])
+    grid = train.parse([*arguments.options, "--name", "bench"])
     try:
         if arguments.use == "start":
-            compare_starts(options)
+            compare_starts(grid)
         else:
-            for seed in options.seeds:
-                estimate_rank(options, seed)
+            for options in grid:
+                estimate_rank(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

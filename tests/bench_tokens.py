@@ -150,10 +150,11 @@ def train_once(name: str, schedule: str, seed: int, options: argparse.Namespace)
     ):
         arguments = ["--dataset", folder, "--weights", str(weights)]
         arguments += ["--image-size", str(options.size), "--epochs", str(epochs)]
-        chosen, *_ = train.parse(arguments)
+        arguments += ["--seed", str(seed)]
+        (chosen,) = train.parse(arguments)
         train.prepare = prepare
         try:
-            return train.train_run(chosen, seed)
+            return train.train_run(chosen)
         finally:
             train.prepare = plain
 

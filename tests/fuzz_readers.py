@@ -279,7 +279,7 @@ def resume(folder: Path) -> None:
     """Load a state, train on and finish."""
     with contextlib.redirect_stdout(io.StringIO()):
         options, *_ = train.parse([*OPTIONS, "--name", "b", "--resume"])
-        train.fit(train.prepare(options, 0))
+        train.fit(train.prepare(options))
 
 
 def label_photo(folder: Path) -> int:
@@ -406,7 +406,7 @@ def make_files(folder: Path) -> None:
     # A run that was stopped after its first step.
     (folder / "runs/b/adapters.safetensors").unlink()
     options, *_ = train.parse([*OPTIONS, "--name", "b", "--resume"])
-    run = train.prepare(options, 0)
+    run = train.prepare(options)
     rates = (options.weight_decay, run.options.lr, run.options.head_lr)
     groups = train.adaptertune.parameter_groups(run.model, *rates)
     optimizer = torch.optim.AdamW(groups)

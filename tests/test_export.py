@@ -1036,7 +1036,7 @@ def test_a_card_names_what_the_hub_has():
     options = train.argparse.Namespace(weights="")
     device = torch.device("cpu")
     backbone = vit.BACKBONES["mae_b16"]
-    run = train.Run(options, 0, None, None, None, None, device, False, meta, backbone)
+    run = train.Run(options, None, None, None, None, device, False, meta, backbone)
     card = export.model_card(run, int8=False)
     for line in (
         'base_model: "timm/vit_base_patch16_224.mae"',

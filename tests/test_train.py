@@ -238,7 +238,7 @@ def test_frozen_tensors_stay_and_have_no_gradient(tiny_weights, tmp_path, monkey
     """Training changes every adapter and the head, and gives no gradient to anything else."""
     monkeypatch.chdir(tmp_path)
     (options,) = train.parse([str(each) for each in quick(tiny_weights)])
-    prepared = train.prepare(options, 0)
+    prepared = train.prepare(options)
     before = {name: tensor.clone() for name, tensor in prepared.model.state_dict().items()}
     train.fit(prepared)
     after = prepared.model.state_dict()
@@ -279,7 +279,7 @@ def test_every_method_trains_with_rotary_positions(run, tmp_path):
 def test_bf16_is_for_training_alone(tiny_weights):
     """The network trains in bf16, nearly as in fp32, and is evaluated in fp32."""
     options, *_ = train.parse(["--weights", str(tiny_weights), "--limit", "64", "--amp", "bf16"])
-    run = train.prepare(options, 0)
+    run = train.prepare(options)
     x, _ = next(run.batches.eval(run.dataset.val, 1.0))
     exact = run.model(x)
     run.model.train()
@@ -296,7 +296,7 @@ def test_a_batch_in_parts_teaches_what_the_whole_teaches(tiny_weights, monkeypat
     those of the whole batch, even if its parts and classes differ in weight."""
     weights = ["--weights", str(tiny_weights), "--amp", "off", "--label-smoothing", "0.1"]
     options, *_ = train.parse([*weights, "--shots", "20", "--batch", "151", "--class-weights"])
-    run = train.prepare(options, 0)
+    run = train.prepare(options)
     run.class_weights = torch.linspace(0.5, 2, 10)
     run.model.train()
     images, labels = next(run.batches.train(run.dataset, 0, 1))
@@ -405,9 +405,10 @@ def test_training_is_the_stated_recipe(tiny_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = ["--lr", 0.02, "--head-lr", 0.05, "--weight-decay", 0.3, "--label-smoothing", 0.2]
     command = quick(tiny_weights, *recipe, "--class-weights", "--epochs", 2, "--amp", "off")
+    command += ["--seed", 3]
     (options,) = train.parse([str(each) for each in command])
-    twin = train.prepare(options, 3)
-    run = train.prepare(options, 3)
+    twin = train.prepare(options)
+    run = train.prepare(options)
     train.fit(run)
 
     weights = adaptertune.trained(twin.model)
@@ -569,7 +570,7 @@ def test_a_run_keeps_its_split(dataset, run, photos, tiny_weights, tmp_path):
     listed["test"], listed["train"] = listed["train"][:7], listed["test"]
     path.write_text(json.dumps(listed))
     (options,) = train.parse([str(each) for each in command])
-    resumed = train.prepare(options, 0).dataset
+    resumed = train.prepare(options).dataset
     opened = train.open_run(train.options_of("runs/a")).dataset
     for split in (resumed, opened):
         for part in ("train", "val", "test"):
@@ -894,7 +895,7 @@ def test_classes_are_matched_by_name(run, photos, tiny_weights, tmp_path):
     path.write_text(json.dumps(listed))
     assert "with classes" in run("--eval", "runs/a", status=1)  # the adapters' file disagrees
     (options,) = train.parse([str(each) for each in command])
-    test = train.prepare(options, 0).dataset.test
+    test = train.prepare(options).dataset.test
     folders = [name.split("/")[0] for name in test.names]
     expected = {"sky": 0, "apple": 1, "leaf": 2}
     assert test.labels.tolist() == [expected[folder] for folder in folders]
@@ -1123,12 +1124,12 @@ def test_class_weights():
     images = data.Images(torch.zeros(6, 1), labels)
     dataset = data.Dataset("x", ["a", "b", "c"], images, None, None)
     options = train.argparse.Namespace(class_weights=True)
-    each = train.Run(options, 0, None, dataset, None, None, torch.device("cpu"), False, {}, None)
+    each = train.Run(options, None, dataset, None, None, torch.device("cpu"), False, {}, None)
     weights = each.class_weights
     assert torch.allclose(weights, torch.tensor([6 / 9, 1.0, 2.0]))
     assert weights[labels].mean().item() == pytest.approx(1)
     options.class_weights = False
-    plain = train.Run(options, 0, None, dataset, None, None, torch.device("cpu"), False, {}, None)
+    plain = train.Run(options, None, dataset, None, None, torch.device("cpu"), False, {}, None)
     assert torch.equal(plain.class_weights, torch.ones(3))
 
 
@@ -1388,7 +1389,7 @@ def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, unsto
     """A reader that opened a file before it is rewritten reads the old content, whole."""
     monkeypatch.chdir(tmp_path)
     (options,) = train.parse([str(each) for each in quick(tiny_weights, "--name", "a")])
-    prepared = train.prepare(options, 0)
+    prepared = train.prepare(options)
     prepared.folder.mkdir(parents=True)
     names = ("config.json", "split.json", "metrics.csv")
     for name in names:
@@ -1489,7 +1490,7 @@ def test_runs_that_processes_do_not_share(tiny_weights, tmp_path, monkeypatch):
     options, *_ = train.parse([str(each) for each in quick(tiny_weights)])
     monkeypatch.setattr(train, "any_process", lambda value: True)  # some other process has it
     with pytest.raises(ValueError, match="isn't the same for all processes; let them share runs/"):
-        train.prepare(options, 0)
+        train.prepare(options)
 
 
 def test_parts_and_memory(monkeypatch):
@@ -2034,7 +2035,7 @@ def test_help_names_every_option_and_its_default(run, monkeypatch):
     for option, default in STATED.items():
         assert default in paragraphs[option], option
     (options,) = train.parse([])
-    for setting in set(vars(options)) - {"label"}:
+    for setting in set(vars(options)) - {"label", "seed"}:  # derived
         option = OPTIONS.get(setting, "--" + setting.replace("_", "-"))
         assert option in paragraphs, setting
 
@@ -2179,7 +2180,7 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     config |= {"lr": 3e-3, "head_lr": 3e-3}
     Path("runs/head/config.json").write_text(json.dumps(config))
     options, *_ = train.parse([*map(str, common), "--method", "head", "--name", "head"])
-    assert train.prepare(options, 0, Path("runs/head")).options.lr == 3e-3
+    assert train.prepare(options, Path("runs/head")).options.lr == 3e-3
 
 
 def test_the_recipe_is_printed_and_kept(tiny_weights, run):
@@ -2212,7 +2213,7 @@ def test_images_that_have_a_side(tiny_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "crop_resize", crop_resize)
     for more, low, high in (([], 0.3, 0.7), (["--no-flip"], 0, 0)):
         (options,) = train.parse([*command, *more])
-        run = train.prepare(options, 0)
+        run = train.prepare(options)
         mirrored.clear()
         list(run.batches.train(run.dataset, 0, 1))
         assert low <= torch.cat(mirrored).mean() <= high
@@ -2237,9 +2238,9 @@ def test_dropout_is_not_drawn_like_the_crops(tiny_weights, tmp_path, monkeypatch
         keys.append(key)
         return zlib.crc32(key.encode())
 
-    command = ["--weights", str(tiny_weights), "--limit", "64", "--epochs", "1"]
+    command = ["--weights", str(tiny_weights), "--limit", "64", "--epochs", "1", "--seed", "3"]
     (options,) = train.parse(command)
-    prepared = train.prepare(options, 3)
+    prepared = train.prepare(options)
     monkeypatch.setattr(data, "seed_from", seed_from)
     groups = adaptertune.parameter_groups(prepared.model, 0.0, 1e-3)
     train.train_epochs(prepared, torch.optim.AdamW(groups))
