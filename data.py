@@ -532,7 +532,7 @@ def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
             return
         try:
             extract(archive, part)
-            os.replace(part / root.name, root)
+            move(part / root.name, root)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, FileNotFoundError) as e:
             raise ValueError(f"{archive} is damaged ({e}); delete it to fetch it again") from e
 
@@ -545,7 +545,7 @@ def extract(archive: Path, folder: Path) -> None:
     done = 0
     for name, content in archived_files(archive):
         parts = Path(name).parts
-        if Path(name).is_absolute() or ".." in parts:
+        if Path(name).anchor or ".." in parts:
             raise ValueError(f"{archive} holds {name!r}, outside of its folder; delete it")
         path = folder.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1004,7 +1004,8 @@ def decode(
 
     Args:
         root: the folder that all photos are in.
-        keep: in the cache; else in an unlinked file, which vanishes when this process closes it.
+        keep: in the cache; else in an unlinked file, which vanishes when this process closes it
+            (except on Windows, where it stays in the folder of temporary files).
 
     Raises:
         ValueError: no Pillow; photos that can't be read (some are named); no room, or no place
@@ -1116,6 +1117,7 @@ def open_photos(folder: Path, side: int, wanted: int) -> Photos:
         photos = Photos(folder, side)
         if len(photos.sums) <= 2 * wanted:
             return photos
+        photos.file.close()  # Windows deletes no open file
     for name, content in {"pixels": "", "index": f"{made_by()}\n"}.items():
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(content)
@@ -1653,7 +1655,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
-            os.replace(part, path)  # from here on another process may have a new part
+            move(part, path)  # from here on another process may have a new part
         flush(path.parent)
     except (OSError, RuntimeError) as error:
         # torch.save raises a RuntimeError while it handles the system's error.
@@ -1661,6 +1663,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if not isinstance(reason, OSError):
             raise
         raise ValueError(f"can't write {path} ({reason.strerror}); fix that first") from error
+
+
+def move(part: Path, path: Path) -> None:
+    """Move a file or folder to `path`, where it replaces a file. On Windows it can't while another
+    program has the file open, as virus scanners do for a moment; so it is tried for two seconds."""
+    tries = 20 if os.name == "nt" else 1
+    for left in reversed(range(tries)):
+        try:
+            os.replace(part, path)
+            return
+        except PermissionError:
+            if not left:
+                raise
+        time.sleep(0.1)
 
 
 def remove_odd(path: Path) -> None:
@@ -1708,7 +1724,6 @@ def empty_folder(path: Path) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-NEW_LINE = "\r\x1b[K"  # makes a terminal go to the start of the line and clear it
 # Control characters, which a terminal obeys and XML doesn't allow.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -1760,9 +1775,9 @@ def clock_text(seconds: float) -> str:
 def wipe_progress() -> None:
     """Remove the progress line, before anything else is printed."""
     if progress_lines:
-        progress_lines.clear()
+        blank = " " * len(progress_lines.pop())
         terminal = getattr(sys.stderr, "stream", sys.stderr)  # past train.Printable
-        print(NEW_LINE, end="", file=terminal, flush=True)
+        print(f"\r{blank}\r", end="", file=terminal, flush=True)
 
 
 def file_hash(path: Path, kind: str) -> str:
@@ -1871,7 +1886,7 @@ def download(
                 part.unlink()
             raise ValueError(f"{error}; or {by_hand}") from error
         flush(part)
-        os.replace(part, path)
+        move(part, path)
     flush(path.parent)
 
 
@@ -1909,13 +1924,22 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise ValueError(f"can't write {part} ({error.strerror}); make room") from error
-            reason = str(getattr(error, "reason", error) or type(error).__name__)
+            reason = why_no_answer(error)
             continue
         kind, digest = checksum or ("sha256", stated)
         if digest and file_hash(part, kind) != digest:
             raise DownloadError(f"arrived with a wrong {kind}")
         return
     raise ValueError(f"could not fetch {url}: {reason}; run again to go on")
+
+
+def why_no_answer(error: OSError) -> str:
+    """Why a request failed, with advice if the server's certificate isn't known."""
+    reason = str(getattr(error, "reason", error) or type(error).__name__)
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        reason += "; set SSL_CERT_FILE to a file of certificates, or on macOS run Python's "
+        reason += "Install Certificates.command"
+    return reason
 
 
 def check_content(path: Path, name: str) -> None:

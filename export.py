@@ -1126,7 +1126,7 @@ def move_files(part: Path, folder: Path) -> None:
             path.mkdir(exist_ok=True)
             continue
         data.flush(file)
-        file.replace(path)
+        data.move(file, path)
         size = path.stat().st_size
         text = f"{size / 1e6:.3g} MB" if size > 1e4 else f"{size / 1e3:.3g} kB"
         print(f"saved    {path} ({text})")

@@ -44,7 +44,6 @@ import re
 import shlex
 import statistics
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -753,17 +752,18 @@ def time_bf16() -> float:
     where they took 0.5, steps took 0.5 (large networks) to 0.8 (small ones; tests/bench_train.py).
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one thread's CPU time hardly depends on what else is running
-    seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    torch.set_num_threads(1)
+    seconds = {torch.float32: [], torch.bfloat16: []}
     for _ in range(10):
-        for dtype in seconds:
+        for dtype, times in seconds.items():
             x = torch.ones(2048, 256, dtype=dtype)
             weight = torch.ones(1024, 256, dtype=dtype)
-            started = time.thread_time()
+            started = time.perf_counter()
             F.linear(x, weight)
-            seconds[dtype] += time.thread_time() - started
+            times.append(time.perf_counter() - started)
     torch.set_num_threads(threads)
-    return seconds[torch.bfloat16] / seconds[torch.float32]
+    # The shortest times hardly depend on what else is running.
+    return min(seconds[torch.bfloat16]) / min(seconds[torch.float32])
 
 
 def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
@@ -1381,9 +1381,11 @@ def check_writable(folder: Path) -> None:
         if place.is_symlink():  # such as one to a disk that isn't mounted
             raise ValueError(f"{place} is a link to nothing; mend it or remove it")
         place = place.parent
+    # Not by tempfile, which on Windows tries again for hours where nothing may be written.
+    probe = place / f"{os.getpid()}-{time.time_ns()}.part"
     try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        probe.touch(exist_ok=False)
+        probe.unlink()
     except OSError as error:
         if not place.exists():  # another process has removed it, as it was empty
             return check_writable(folder)
@@ -2141,11 +2143,13 @@ def conclude(run: Run) -> None:
     if run.options.cached:
         cost += f", {data.clock_text(run.features_time)} features"
     memory = peak_memory(run.device)
+    if memory:
+        cost += f", peak {memory:.1f} GiB"
     print()
     report_test(run, how)
     if state.first_epoch > 1 and state.chosen_epoch < state.first_epoch:
         print(f"note     no added epoch is as good on val; epoch {state.chosen_epoch} is kept")
-    print(f"cost     {cost}, peak {memory:.1f} GiB")
+    print(f"cost     {cost}")
     print(f"saved    {path} ({path.stat().st_size / 1e6:.2f} MB)")
     curves = run.folder / "curves.svg"
     mistakes = run.folder / "mistakes.png"
@@ -2159,7 +2163,7 @@ def conclude(run: Run) -> None:
     script = Path(__file__).with_name("export.py")
     if script.parent == Path.cwd():
         script = script.name
-    print(f"next     python {shlex.join([str(script), str(run.folder)])}")
+    print(f"next     python {vit.command_line([str(script), str(run.folder)])}")
 
 
 @dataclass
@@ -2224,7 +2228,8 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
         val = "-" if math.isnan(val) else f"{val:.2f}"
         rate = f"{each.results[0]['lr']:g}" if each.trained else "-"
         row += f"{val:>9}{rate:>9}"
-        row += f"{data.clock_text(each.mean('seconds')):>8}{each.mean('memory'):>7.2f}"
+        memory = f"{each.mean('memory'):.2f}" if each.mean("memory") else "-"
+        row += f"{data.clock_text(each.mean('seconds')):>8}{memory:>7}"
         print(f"{each.label:<{width}}{row}")
     if seeds > 1:
         print(
@@ -3083,9 +3088,9 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
     check_backbone_name(options, parser)
     if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
         parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
-    if options.name and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name):
+    if options.name and not re.fullmatch(r"[^/\\:\0]*[^/\\:\0.][^/\\:\0]*", options.name):
         parser.error(
-            f"--name {options.name}: give the name of a folder below runs/, without / in it"
+            f"--name {options.name}: give the name of a folder below runs/, without / or : in it"
         )
     if options.every != 1 and options.blocks:
         parser.error("--every and --blocks both say where the adapters go; give one")
@@ -3148,7 +3153,7 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
 
 def as_file_name(name: str) -> str:
     """A data set's name as part of a file name: in somebody else's run it may be anything."""
-    return re.sub(r"^\.|[/\\\0]", "_", name) or "_"
+    return re.sub(r"^\.|[/\\:\0]", "_", name) or "_"
 
 
 def print_heading(options: argparse.Namespace, done: int, total: int, times: list[float]) -> None:
@@ -3273,7 +3278,7 @@ def run_command(grid: list[argparse.Namespace]) -> int:
 def print_error(error: Exception) -> None:
     """Print one line for an error that the user can do something about; raise any other again."""
     text = str(error)
-    no_memory = "can't allocate memory" in text or "could not create a primitive" in text
+    no_memory = "DefaultCPUAllocator" in text or "could not create a primitive" in text
     if isinstance(error, MemoryError) or no_memory:
         text = "not enough memory; give a smaller --batch or --image-size"
     elif isinstance(error, torch.OutOfMemoryError):
@@ -3322,7 +3327,7 @@ def how_to_go_on(arguments: list[str] | None, grid: list[argparse.Namespace]) ->
     if dist.is_initialized():
         here = os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())  # torchrun sets it
         program = f"torchrun --nproc-per-node {here}"
-    return f"stopped; to go on: {program} {shlex.join(command)}"
+    return f"stopped; to go on: {program} {vit.command_line(command)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

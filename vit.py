@@ -35,6 +35,7 @@ import pickle
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import unicodedata
 import warnings
@@ -2106,6 +2107,11 @@ def describe_norm(norm: tuple) -> str:
     return f"mean {mean}, std {std}"
 
 
+def command_line(arguments: list[str]) -> str:
+    """Arguments as one line for the shell."""
+    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
+
+
 def describe_file(path: str) -> list[str]:
     """Lines that describe a file of weights; the last one is a command that uses it."""
     model, backbone = load(path)
@@ -2131,7 +2137,8 @@ def describe_file(path: str) -> list[str]:
     if backbone.note:
         lines.append(f"note     {backbone.note}")
     lines += describe_guesses(backbone)
-    lines.append(f"next     python train.py --weights {shlex.quote(path)} --dataset path/to/photos")
+    arguments = ["train.py", "--weights", path, "--dataset", "path/to/photos"]
+    lines.append(f"next     python {command_line(arguments)}")
     return lines
 
 

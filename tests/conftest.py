@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import struct
 import sys
 import threading
@@ -281,6 +280,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def full_disk(size):
     """For subprocess's preexec_fn: files longer than `size` bytes fail, as on a full disk. (In a
     subprocess, because the limit would also apply to the file that pytest prints to.)"""
+    import resource  # Windows has none
+
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 

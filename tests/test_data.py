@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -794,9 +795,29 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
     data.progress("fetching", 1, 4, started=100.0)
     assert capsys.readouterr().err == "fetching 1 of 4, 0:30 left"
     data.progress("fetching", 3, 4, started=100.0, first=1)
-    assert capsys.readouterr().err == "\r\x1b[Kfetching 3 of 4, 0:05 left"
+    assert capsys.readouterr().err == f"\r{26 * ' '}\rfetching 3 of 4, 0:05 left"
     data.progress("fetching", 4, 4, started=100.0)
-    assert capsys.readouterr().err == "\r\x1b[K"
+    assert capsys.readouterr().err == f"\r{26 * ' '}\r"
+
+
+def test_a_file_that_is_held_open_on_windows(tmp_path, monkeypatch):
+    """There a file isn't replaced while another program has it open: it is tried for a while."""
+    tries = []
+
+    def held(part, path):
+        tries.append(path)
+        if len(tries) < 3:
+            raise PermissionError
+
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(data, "os", SimpleNamespace(name="nt", replace=held))
+    data.move(tmp_path / "a.part", tmp_path / "a")
+    assert len(tries) == 3
+    monkeypatch.setattr(data, "os", SimpleNamespace(name="posix", replace=held))
+    tries.clear()
+    with pytest.raises(PermissionError):
+        data.move(tmp_path / "a.part", tmp_path / "a")
+    assert len(tries) == 1
 
 
 def test_photos_that_the_disk_can_not_hold(photos, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import urllib.error
 from functools import partial
 
 import numpy as np
@@ -327,6 +328,18 @@ def test_token_that_a_server_repeats(server, tmp_path):
     with pytest.raises(ValueError, match="could not fetch .*: BadStatusLine; run") as caught:
         data.download(f"{server.url}/f", tmp_path / "f", token="hf_xyzzy")
     assert "xyzzy" not in str(caught.value)
+
+
+def test_unknown_certificates(tmp_path, monkeypatch):
+    """A server whose certificate can't be checked gives the two remedies."""
+
+    def request_rest(*_):
+        raise urllib.error.URLError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+
+    monkeypatch.setattr(data, "request_rest", request_rest)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    with pytest.raises(ValueError, match="SSL_CERT_FILE .* or on macOS .*Certificates.command"):
+        data.download("https://localhost/f", tmp_path / "f")
 
 
 def test_a_phrase_of_several_lines(server, tmp_path):

@@ -362,7 +362,7 @@ def test_a_line_after_the_progress(capsys, place, monkeypatch):
         return 0
 
     assert train.run_program(work, str) == 0
-    assert capsys.readouterr().err.endswith(" left\r\x1b[Kskipped\nnext\n")
+    assert capsys.readouterr().err.endswith(" \rskipped\nnext\n")
 
 
 # ------------------------------------------------------------------------------------ usage

@@ -12,6 +12,7 @@ import shutil
 import warnings
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1417,6 +1418,14 @@ def test_several_files(tiny_weights, capsys, tmp_path):
     assert out.count("\nnetwork ") == 2
     assert f"file     {tmp_path}/tiny\ufffd[2J.safetensors" in out
     assert out.replace("\n", "").isprintable()
+
+
+def test_a_command_for_the_shell(monkeypatch):
+    """Names are quoted for the system's shell: cmd.exe knows only double quotes."""
+    arguments = ["export.py", "runs/my run", "a\\b"]
+    assert vit.command_line(arguments) == "export.py 'runs/my run' 'a\\b'"
+    monkeypatch.setattr(vit, "os", SimpleNamespace(name="nt"))
+    assert vit.command_line(arguments) == 'export.py "runs/my run" a\\b'
 
 
 def test_usage(run):
