@@ -909,7 +909,7 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         )
     try:
         check_values(tensors, wanted)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # NotImplementedError: of 4-bit floats
         raise ValueError(f"{path}: {error}") from error
     saved = dict(meta)
     if saved.get("act") == "mlp":
@@ -931,6 +931,10 @@ def text(value: object) -> bool:
 
 def flag(value: object) -> bool:
     return isinstance(value, bool)
+
+
+def line(value: object) -> bool:
+    return isinstance(value, str) and "\n" not in value
 
 
 def whole(low: int, high: int = 10**9) -> Callable:
@@ -998,7 +1002,7 @@ META = {
     "interpolation": text,
     "center": real(0.5, 1),
     "dataset": text,
-    "classes": several(text, least=2),
+    "classes": several(line, least=2),
     "classifier": text,
     "seed": whole(0),
     "limit": whole(0),
@@ -1009,6 +1013,7 @@ META = {
     "head_lr": real(0),
     "val_accuracy": maybe(real(0, 100)),
     "test_accuracy": real(0, 100),
+    "test_images": whole(0),
     "test_class_accuracy": real(0, 100),
     "zero_shot_val_accuracy": real(0, 100),
     "placement": several(whole(0)),

@@ -909,6 +909,8 @@ def photos_by_class(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
         name = as_utf8(class_folder.name)
         if name in photos:
             raise ValueError(f"{folder} has two folders that read {name}; rename one")
+        if "\n" in name:
+            raise ValueError(f"the name {name!r} in {folder} has two lines; rename that folder")
         if found:
             photos[name] = found
         else:
@@ -1018,6 +1020,7 @@ def decode(
         cache = cache_folder() / "photos" if keep else Path(temporary)
         place = cache / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
         try:
+            remove_odd(place)
             with locked(place, folder=True):
                 photos = open_photos(place, side, wanted=len(paths))
                 missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
@@ -1113,6 +1116,8 @@ def open_photos(folder: Path, side: int, wanted: int) -> Photos:
     """The photos in a folder of the cache. It starts empty if it is new, damaged, of another
     decoder, or if over half of its rows are of photos that were removed or changed, since only
     `wanted` are there. Then new files are made: other processes may have the old ones open."""
+    for name in ("pixels", "index"):
+        remove_odd(folder / name)
     with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
         photos = Photos(folder, side)
         if len(photos.sums) <= 2 * wanted:
@@ -1193,7 +1198,11 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
 
 def file_crc(path: Path) -> str:
     """A photo's CRC-32 in hexadecimal."""
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
 
 
 def list_unread(bad: list[ValueError]) -> str:
@@ -1680,11 +1689,12 @@ def move(part: Path, path: Path) -> None:
 
 
 def remove_odd(path: Path) -> None:
-    """Remove what is neither a file nor a folder. In another user's folder a link may lead
-    anywhere, and opening a pipe may wait forever."""
+    """Remove what is neither a folder nor a file with this name alone. In somebody else's folder a
+    link, hard or symbolic, may lead anywhere, and opening a pipe may wait forever."""
     with contextlib.suppress(FileNotFoundError):
-        mode = path.lstat().st_mode
-        if not S_ISREG(mode) and not S_ISDIR(mode):
+        state = path.lstat()
+        only_here = S_ISREG(state.st_mode) and state.st_nlink == 1
+        if not only_here and not S_ISDIR(state.st_mode):
             path.unlink()
 
 

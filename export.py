@@ -141,6 +141,13 @@ class Graph:
         end = one if count == 1 else self.constant("tokens.own", [count])
         return self("Slice", x, zero, end, one, name=name)
 
+    def for_each_image(self, name: str, x: str, tokens: str) -> str:
+        """The same tokens [P, D] for each image of x [B, N, D]: [B, P, D]. This works for any batch
+        size with neither a shape that is computed at run time nor Pad, which CoreML lacks."""
+        first = self.first_tokens(f"{name}.first", x, 1)
+        zero = self("Mul", first, self.constant("zero", 0.0), name=f"{name}.zero")  # [B, 1, D]
+        return self("Add", zero, tokens, name=name)
+
 
 def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
     """The graph's input, uint8 [B, H, W, 3], as floats [B, 3, S, S] from 0 to 255.
@@ -213,8 +220,7 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
 def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
     """The graph's input to tokens [B, N, D], as they enter the first block.
 
-    The patches are padded with zeros in front, and a single Add fills in class token, registers,
-    positions and biases. This works for any batch size and computes no shape at run time.
+    Positions and biases are added to the patches, and the class token and registers put in front.
     """
     config = model.config
     weight = model.patch_embed.proj.weight  # [D, 3, patch, patch]
@@ -238,16 +244,15 @@ def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
     shape = g.constant("patch_embed.shape", [0, config.width, config.grid**2])  # 0 keeps B
     x = g("Reshape", x, shape, name="patch_embed.flatten")  # [B, D, g²]
     x = g("Transpose", x, name="patch_embed", perm=[0, 2, 1])  # [B, g², D]
-    pads = g.constant("tokens.pads", [0, 1 + config.registers, 0, 0, 0, 0])
-    x = g("Pad", x, pads, name="tokens.pad", mode="constant")  # [B, N, D]; pnnx needs the mode
     positions = model.pos_embed
     if positions is None:  # rotary positions are applied in attention
         positions = torch.zeros(1, 1 + config.grid**2, config.width)
-    tokens = [model.cls_token + positions[:, :1]]
+    x = g("Add", x, g.constant("patches.positions", positions[:, 1:] + bias), name="patches")
+    prefix = model.cls_token + positions[:, :1]
     if model.reg_token is not None:
-        tokens.append(model.reg_token)
-    tokens.append(positions[:, 1:] + bias)
-    x = g("Add", x, g.constant("tokens.positions", torch.cat(tokens, dim=1)), name="tokens")
+        prefix = torch.cat([prefix, model.reg_token], dim=1)  # [1, 1 + R, D]
+    prefix = g.for_each_image("prefix", x, g.constant("prefix.tokens", prefix))
+    x = g("Concat", prefix, x, name="tokens", axis=1)  # [B, N, D]
     if config.norm_pre:
         x = g.layer_norm("norm_pre", x, model.norm_pre)
     return x
@@ -366,15 +371,12 @@ def write_block(
 
 
 def write_prompts(g: Graph, name: str, prompts: Tensor, x: str, N: int, first: bool) -> str:
-    """Put a block's prompts [P, D] after the image's N tokens, replacing those of an earlier block:
-    zero padding, then an Add."""
-    P, D = prompts.shape
+    """Put a block's prompts [P, D] after the image's N tokens, replacing those of an earlier
+    block."""
     if not first:
         x = g.first_tokens(f"{name}.own", x, N)
-    pads = g.constant(f"tokens.prompts.{P}", [0, 0, 0, 0, P, 0])
-    x = g("Pad", x, pads, name=f"{name}.pad", mode="constant")
-    rows = torch.cat([torch.zeros(N, D), prompts])
-    return g("Add", x, g.constant(f"{name}.weight", rows), name=name)
+    prompts = g.for_each_image(f"{name}.prompts", x, g.constant(f"{name}.weight", prompts))
+    return g("Concat", x, prompts, name=name, axis=1)
 
 
 def write_pooling(g: Graph, model: vit.ViT, x: str, prompts: int) -> str:
@@ -496,6 +498,7 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
         ir_version=IR[g.opset],
         opset_imports=[helper.make_opsetid("", g.opset)],
         producer_name="adaptertune",
+        model_version=1,  # else onnxruntime shows 2⁶³-1
         doc_string=sentence(meta),
     )
     helper.set_model_props(proto, to_props(meta, model.config))
@@ -508,13 +511,14 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
 def to_props(meta: dict, config: vit.Config) -> dict[str, str]:
     """The metadata_props: a graph's `meta`, with strings unchanged and other values as JSON.
 
-    If another program uses the same key, our value wins.
+    What other programs read can't be changed by further keys in somebody else's run.
     """
     props = {}
     if "swappable" not in meta:  # else classes and crop come with the adapter
         props |= props_of_others(meta, config)
     for name, value in meta.items():
-        props[name] = value if isinstance(value, str) else json.dumps(value)
+        if name not in props:
+            props[name] = value if isinstance(value, str) else json.dumps(value)
     return props
 
 
@@ -574,7 +578,8 @@ def preprocessing(meta: dict, config: vit.Config) -> str:
     text = f"JPEG decoded at 1/2, 1/4 or 1/8 size while both sides stay at least {2 * side}, "
     text += "photo turned upright (EXIF), transparency over white, 16-bit grey divided by 257, "
     if not meta["resize"]:
-        text += f"its centre square, resized to {side} x {side} (bicubic, antialiased), "
+        text += f"its centre square, resized to {side} x {side} (bicubic as Pillow's: a = -1/2, "
+        text += "antialiased, rounded to 0..255; failing that, by area), "
         text += f"of that the middle {S} x {S}, "
     if meta["input"] == "uint8":
         return text + "RGB 0..255, channels last"
@@ -1119,8 +1124,14 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def move_files(part: Path, folder: Path) -> None:
-    """Move the contents of `part` into `folder`, and print where each file is now."""
-    for file in sorted(part.rglob("*")):
+    """Move the contents of `part` into `folder`, and print where each file is now. Several files
+    belong together, so earlier ones are removed first: a kill leaves no mixture of old and new."""
+    new = sorted(part.rglob("*"))
+    for file in new if len(new) > 1 else []:
+        path = folder / file.relative_to(part)
+        if path.is_symlink() or path.is_file():  # links to folders, too, as they lead elsewhere
+            path.unlink()
+    for file in new:
         path = folder / file.relative_to(part)
         if file.is_dir():
             path.mkdir(exist_ok=True)
@@ -1402,7 +1413,9 @@ def hub_processor(meta: dict) -> dict:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": data.stored_side(S, meta["center"])},
-        "resample": 3,  # bicubic
+        # Lanczos, with which transformers.js antialiases (with bicubic, 3, it doesn't). Pillow's is
+        # so near to its bicubic that transformers gives the same labels with either.
+        "resample": 1,
         "do_center_crop": True,
         "crop_size": {"height": S, "width": S},
         "do_rescale": True,
@@ -1447,12 +1460,12 @@ def model_card(run: train.Run, int8: bool) -> str:
     if "test_images" in meta:  # else the data set can't be read
         accuracy += f" of {meta['test_images']:,}"
     text = CARD.format(
-        dataset=meta["dataset"],
+        dataset=train.as_code(meta["dataset"]),
         count=len(meta["classes"]),
-        backbone=meta["backbone"],
+        backbone=train.as_code(meta["backbone"]),
         method=train.method_text(meta),
         accuracy=accuracy,
-        classes=", ".join(map(data.printable, meta["classes"])),
+        classes=", ".join(map(train.as_code, meta["classes"])),
         license=meta["license"],
         int8=note if int8 else "",
     )
@@ -1475,7 +1488,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.value
     place = "where to write: a folder, or FILE.onnx (the run's folder; "
     add("-o", "PATH", str, place + "with --swappable its parent)", "")
-    opset = "ONNX opset; 17 runs nearly everywhere, 23 is the newest supported (17)"
+    opset = "ONNX opset: 17 runs nearly everywhere, in onnxruntime from 1.12 on; 20 needs 1.17, 23 "
+    opset += "needs 1.23 (17)"
     add("--opset", "N", int, opset, 17, choices=sorted(IR))
     add("--batch", "N", train.integer(0, 1024), "fixed number of images per call (0: any)", 0)
     image = "normalised floats, or floats from 0 to 1 (unit), both [batch, 3, S, S]; or pixels "

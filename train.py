@@ -1536,10 +1536,12 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
         raise ValueError(f"rows of {len(rows)} epochs")
     for number, row in enumerate(rows, start=1):
         values = dict(zip(COLUMNS + FILE_COLUMNS, row, strict=True))
-        numbers = [float(values[name]) for name in ("loss", "train%", "seconds")]
-        if values["epoch"] != str(number) or not all(map(math.isfinite, numbers)):
+        if values["epoch"] != str(number) or not all(isinstance(cell, str) for cell in row):
             raise ValueError(f"no row of epoch {number}")
-        float(values["val%"])  # "nan" without validation images
+        for name, most in (("loss", 1e30), ("train%", 100), ("seconds", 1e9), ("val%", 100)):
+            value = float(values[name])
+            if not 0 <= value <= most and not (name == "val%" and math.isnan(value)):
+                raise ValueError(f"{name} {values[name]} in epoch {number}")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1636,8 +1638,10 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
         if type(saved[name]) is not type(value):
             raise ValueError(f"{name} is of another type")
     state = State(**saved)
-    if state.hits.shape or state.loss.shape or state.hits.dtype != torch.int64:
-        raise ValueError("hits or loss aren't single numbers")
+    for name in ("hits", "loss"):
+        tensor = saved[name]
+        if tensor.shape or tensor.dtype != start[name].dtype or tensor.device.type == "meta":
+            raise ValueError(f"{name} isn't a number of {start[name].dtype}")
     steps = run.batches.count(run.dataset.train)
     epochs = run.options.epochs
     if not (
@@ -1645,9 +1649,10 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
         and 0 <= state.chosen_epoch < state.epoch
         and 0 <= state.step <= steps
         and 0 <= state.seen <= len(run.dataset.train)
-        and min(state.epoch_time, state.train_time, state.eval_time) >= 0
+        and all(0 <= each < 1e9 for each in (state.epoch_time, state.train_time, state.eval_time))
+        and -1 <= state.best_val <= 100
     ):
-        raise ValueError("impossible epochs, steps or times")
+        raise ValueError("impossible epochs, steps, times or accuracies")
     check_rows(state.rows, state.epoch - 1)
     shapes = {name: each.shape for name, each in adaptertune.trained(run.model).items()}
     for tensors in (weights, state.chosen):
@@ -2060,6 +2065,12 @@ def write_predictions(run: Run, path: Path) -> None:
     write_csv(path, header, rows)
 
 
+def as_code(name: str) -> str:
+    """A name as code in Markdown, in which nothing has a meaning."""
+    plain = data.printable(name).replace("`", "'").replace("\n", " ")
+    return f"`{plain}`"
+
+
 def front_matter(run: Run, library: str, tags: list[str]) -> str:
     """The front matter of a model card for Hugging Face's hub; it names only what is on the hub."""
     license = run.meta["license"]
@@ -2085,7 +2096,7 @@ def model_card(run: Run) -> str:
     if run.options.init_lora:
         method += ", with a LoRA merged"
     done = "trained" if meta["epochs"] else "evaluated"
-    what = f"{meta['backbone']} ({method}) {done} on {meta['dataset']}"
+    what = f"{as_code(meta['backbone'])} ({method}) {done} on {as_code(meta['dataset'])}"
     images = counted(len(run.dataset.train), "image")
     how = f"{images}, {counted(meta['epochs'], 'epoch')}, seed {meta['seed']}, "
     how += f"torch {torch.__version__}"
@@ -2094,7 +2105,7 @@ def model_card(run: Run) -> str:
         result += f" ({meta['test_class_accuracy']:.2f} % as a mean over classes)"
     if meta["val_accuracy"] is not None:
         result += f", {meta['val_accuracy']:.2f} % of {len(run.dataset.val):,} of validation"
-    classes = ", ".join(f"`{data.printable(name)}`" for name in meta["classes"])
+    classes = ", ".join(map(as_code, meta["classes"]))
     held = f"adapters and head, and needs the weights of {meta['backbone']}"
     if run.options.weights:
         held += " (`--weights FILE` says where they are)"
@@ -2157,7 +2168,8 @@ def conclude(run: Run) -> None:
         if state.rows:
             draw_curves(state.rows, state.chosen_epoch, curves)
         draw_mistakes(run, mistakes)
-    exported = [*run.folder.glob("*.onnx"), *run.folder.parent.glob(f"{run.folder.name}.onnx_*")]
+    adapter = run.folder.with_name(f"{run.folder.name}.onnx_adapter")
+    exported = [*run.folder.glob("*.onnx"), *([adapter] if adapter.exists() else [])]
     if state.first_epoch > 1 and exported:
         print(f"note     {', '.join(map(str, exported))}: of fewer epochs; export again")
     script = Path(__file__).with_name("export.py")
@@ -2192,8 +2204,9 @@ class Summary:
         return f"{text} ± {self.spread(key):.2f}" if len(self.results) > 1 else text
 
     @property
-    def rank(self) -> int | None:
-        return self.results[0].get("rank")
+    def rank(self) -> int:
+        """The rank that a label such as "rank 8" names."""
+        return int(self.label.removeprefix("rank "))
 
     @property
     def trained(self) -> int:
@@ -2399,7 +2412,7 @@ def draw_comparison(summaries: list[Summary], elbow: int | None, title: str, pat
             one_decade = max(counts) < 10 * min(counts)  # perhaps with no power of ten in it
             axes.xaxis.set_minor_formatter("{x:,.0f}" if one_decade else "")
             axes.set_xlabel("trainable parameters")
-        axes.set(title=title, ylabel="test accuracy in % (± standard deviation)")
+        axes.set(title=data.printable(title), ylabel="test accuracy in % (± standard deviation)")
         axes.grid(alpha=0.3)
         axes.legend()
 
@@ -3211,7 +3224,8 @@ def predict_photos(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     for number, photo in enumerate(photos):
         try:
-            _, (probabilities,) = model.predict([photo])
+            with warnings.catch_warnings(action="ignore"):  # Pillow's, about large photos
+                _, (probabilities,) = model.predict([photo])
         except ValueError as error:
             print(f"skipped  {data.printable(str(error))}", file=sys.stderr)
             continue
@@ -3287,6 +3301,8 @@ def print_error(error: Exception) -> None:
         text = f"the processes can't connect ({vit.first_line(error)}); give another --master-port"
     elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         text = f"another process ended ({vit.first_line(error)})"
+    elif isinstance(error, RecursionError):
+        text = "files or folders that are nested too deeply"
     elif isinstance(error, RuntimeError):
         raise error
     print(f"error: {data.printable(text)}", file=sys.stderr)

@@ -776,6 +776,13 @@ def test_photos_that_went_leave_the_cache(photos, counted, monkeypatch):
     assert (cached_folder() / "pixels").stat().st_size == found.train.nbytes
 
 
+def test_a_class_of_two_lines(photos):
+    """A folder whose name has a line break is refused: it would forge lines of output."""
+    (photos / "leaf").rename(photos / "le\naf")
+    with pytest.raises(ValueError, match="the name 'le.*naf' in .* has two lines; rename"):
+        data.read(str(photos), image_size=16)
+
+
 def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path):
     """An unusable cache folder is an error before decoding that names the variable to set."""
     (tmp_path / "file").write_text("")

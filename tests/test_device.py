@@ -403,7 +403,7 @@ def test_adapter_with_damaged_metadata(swappable, label, tmp_path):
     whole = swappable / "photos.onnx_adapter"
     tensors = onnxruntime.AdapterFormat.read_adapter(str(whole)).get_parameters()
     key = next(name for name in tensors if name.startswith("for."))
-    for text in (b"{", b"{}", b"[]"):
+    for text in (b"{", b"{}", b"[]", 100_000 * b"["):
         path = tmp_path / "damaged.onnx_adapter"
         export.save_adapter({key: np.frombuffer(text, np.uint8)}, path)
         error = label(swappable / "backbone.onnx", "--adapter", path, "odd/dark.bmp", status=1)
@@ -495,7 +495,7 @@ def changed(run_export, tmp_path):
     return change
 
 
-NEEDED = ("classes", "image_size", "center", "resize", "batch", "input", "output", "mean", "std")
+NEEDED = ("classes", "image_size", "center", "resize", "input", "output", "mean", "std")
 
 
 def test_damaged_metadata(changed, label):
@@ -508,6 +508,40 @@ def test_damaged_metadata(changed, label):
         assert "are damaged" in label(changed(**{key: text}), "odd/dark.bmp", status=1)
     error = label(changed(classes='["a", "b"]'), "odd/dark.bmp", status=1)
     assert "the metadata name 2 classes, but the graph gives (1, 4)" in error
+
+
+def test_values_that_are_not_finite(changed, label):
+    """A mean that isn't finite is refused; it would make every probability NaN."""
+    assert "mean isn't finite" in label(changed(mean="[1e400, 0, 0]"), "odd/dark.bmp", status=1)
+
+
+def test_graphs_without_a_usual_input(changed, label):
+    """A graph without inputs, or with a scalar one, is refused in one line."""
+    path = changed()
+    proto = onnx.load(path)
+    proto.graph.node.insert(0, helper.make_node("Identity", ["constant"], ["image"], name="i"))
+    proto.graph.initializer.append(
+        numpy_helper.from_array(np.zeros((1, 3, 32, 32), np.float32), "constant")
+    )
+    del proto.graph.input[:]
+    onnx.save(proto, path)
+    assert "is no graph of export.py" in label(path, "odd/dark.bmp", status=1)
+
+
+def test_a_batch_that_was_fixed_later(changed, label):
+    """The graph's input says how many photos it takes, as after onnxruntime's own
+    make_dynamic_shape_fixed."""
+    path = changed()
+    expected = label(path, "odd/dark.bmp")
+    proto = onnx.load(path)
+    first = proto.graph.input[0].type.tensor_type.shape.dim[0]
+    for batch in (1, 3):
+        first.dim_value = batch
+        onnx.save(proto, path)
+        assert label(path, "odd/dark.bmp") == expected
+    first.dim_value = 100_000
+    onnx.save(proto, path)
+    assert "takes 100000 photos at once" in label(path, "odd/dark.bmp", status=1)
 
 
 def test_metadata_of_other_programs(changed, label):

@@ -5,6 +5,7 @@ tests/kill_runs.py and tests/fuzz_readers.py, which are run by hand, test more o
 import contextlib
 import gzip
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import fuzz_readers
+import onnx
 import pytest
 import torch
 from conftest import ROOT, full_disk, runner
@@ -598,6 +600,122 @@ def test_links_are_not_followed(run, finished, place, capsys):
     assert (finished / "predictions.csv").read_text().startswith("file,split,label")
     runner(export.main, capsys)("runs/a")
     assert (mine / "letter").read_text() == "dear"
+
+
+def test_hard_links_are_not_written_to(run, finished, place):
+    """A file of a stranger's folder that has another name outside, as tar can make it, is not
+    written to."""
+    (place / "letter").write_text("dear")
+    (finished / "predictions.csv").unlink()
+    for name in ("predictions.csv", "predictions.csv.part", "mistakes.png.part"):
+        os.link(place / "letter", finished / name)
+    run("--eval", "runs/a")
+    assert (finished / "predictions.csv").read_text().startswith("file,split,label")
+    assert (place / "letter").read_text() == "dear"
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "folder"])
+def test_links_in_a_shared_cache(photos, place, monkeypatch, kind):
+    """Links that another user put into the cache of photos lead to nothing that is overwritten."""
+    pytest.importorskip("PIL")
+    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(place / "cache"))
+    data.read(str(photos), image_size=16)
+    (cached,) = (place / "cache/photos").iterdir()
+    mine = place / "mine"
+    mine.mkdir()
+    (mine / "pixels").write_text("dear")
+    if kind == "folder":
+        cached.rename(place / "other")
+        cached.symlink_to(mine)
+    else:
+        (cached / "index").write_text(f"{data.made_by()}\n")
+        (cached / "pixels").unlink()
+        link = os.link if kind == "hard" else os.symlink
+        link(mine / "pixels", cached / "pixels")
+    assert len(data.read(str(photos), image_size=16).train) == 60
+    assert (mine / "pixels").read_text() == "dear"
+    assert [path.name for path in mine.iterdir()] == ["pixels"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_time": math.inf},
+        {"eval_time": math.nan},
+        {"best_val": 1e300},
+        {"loss": torch.zeros((), dtype=torch.float64, device="meta")},
+        {"hits": torch.zeros((), dtype=torch.int32)},
+        {"rows": [["1", "1.0", "50.00", "50.00", "5", None, "0:01", "1.0", "0.1", "1.0"]]},
+        {"rows": [["1", "1.0", "50.00", "50.00", "5", "0:01", "0:01", "1e308", "0.1", "1.0"]]},
+        {"rows": [["1", "1.0", "50.00", "inf", "5", "0:01", "0:01", "1.0", "0.1", "1.0"]]},
+    ],
+    ids=str,
+)
+def test_impossible_states(run, tiny_weights, place, monkeypatch, capsys, changes):
+    """A state.pt with values that no run has gives one line when its run is resumed."""
+    two = [*QUICK[:-1], "2", "--name", "a"]
+    plain = train.train_epoch
+
+    def train_epoch(running, optimizer):
+        if running.state.epoch == 2:
+            raise KeyboardInterrupt
+        plain(running, optimizer)
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    assert train.main(["--weights", str(tiny_weights), *two]) == 130
+    capsys.readouterr()
+    path = place / "runs/a/state.pt"
+    saved = torch.load(path, weights_only=True)
+    assert len(saved["rows"][0]) == 10
+    torch.save(saved | changes, path)
+    error = run("--weights", tiny_weights, *two, "--resume", status=1)
+    assert re.fullmatch(r"error: runs/a/state.pt can't be used \(.*\n", error)
+
+
+def test_folders_without_end(run, finished, monkeypatch):
+    """Folders that are nested more deeply than Python can follow give one line."""
+
+    def walk(*_, **__):
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(data.os, "walk", walk)
+    pytest.importorskip("PIL")
+    error = run("--predict", "runs/a", finished, status=1)
+    assert error == "error: files or folders that are nested too deeply\n"
+
+
+def test_metadata_that_a_stranger_adds(finished, capsys):
+    """Further keys in a run's metadata can't change what the graph tells other programs; its names
+    can't act as Markdown."""
+    path = finished / "adapters.safetensors"
+    tensors, meta = adaptertune.read(path)
+    meta["dataset"] = "x` [click](http://localhost)"
+    save_file(tensors, path, {"adaptertune": json.dumps(meta | {"names": "__import__('os')"})})
+    run_export = runner(export.main, capsys)
+    run_export("runs/a", "--images", 8)
+    props = {each.key: each.value for each in onnx.load("runs/a/model.onnx").metadata_props}
+    assert props["names"].startswith("{0: ")
+    run_export("runs/a", "--hub", "hub", "--images", 8, "--force")
+    assert "on `x' [click](http://localhost)`. Accuracy" in Path("hub/README.md").read_text()
+
+
+def test_a_killed_export_leaves_no_mixture(finished, capsys, monkeypatch):
+    """If an export of several files stops while they are moved, no old file is beside a new one."""
+    run_export = runner(export.main, capsys)
+    run_export("runs/a", "--hub", "hub", "--images", 8, "--force")
+    moved = []
+
+    def move(part, path):
+        if "export.part" not in path.parts:  # else it is being written
+            if moved:
+                raise OSError("no more")
+            moved.append(path)
+        os.replace(part, path)
+
+    monkeypatch.setattr(data, "move", move)
+    run_export("runs/a", "--hub", "hub", "--images", 8, "--force", status=1)
+    left = [path for path in Path("hub").rglob("*") if path.is_file()]
+    assert left == moved
 
 
 def test_a_name_stays_below_runs(run, tiny_weights, place):

@@ -198,7 +198,6 @@ def read_task(meta):
         "image_size": int(meta["image_size"]),  # 224
         "center": float(meta["center"]),  # 0.875: share of the square's side that the network sees
         "resize": json.loads(meta["resize"]),  # true: the graph resizes
-        "batch": int(meta["batch"]),  # 0: any
         "input": meta["input"],  # uint8 [B, H, W, 3]; unit, 0..1, or float, normalised [B, 3, S, S]
         "output": meta["output"],
     }
@@ -214,6 +213,8 @@ def read_task(meta):
     if task["input"] == "float":
         for name in ("mean", "std"):
             task[name] = np.array(json.loads(meta[name]), np.float32).reshape(3)
+            if not np.isfinite(task[name]).all():
+                raise ValueError(f"{name} isn't finite")
     return task
 
 
@@ -223,7 +224,8 @@ def load_adapter(path, model, meta):
     if not hasattr(onnxruntime, "AdapterFormat"):
         fail(f"--adapter needs onnxruntime 1.20 or later, not {onnxruntime.__version__}")
     try:
-        tensors = onnxruntime.AdapterFormat.read_adapter(path).get_parameters()
+        file = onnxruntime.AdapterFormat.read_adapter(path)
+        tensors = file.get_parameters()  # before onnxruntime 1.28 they don't keep the file alive
     except RuntimeError:
         fail(f"{path} isn't an adapter that onnxruntime can read; give an .onnx_adapter")
     key = ""
@@ -239,7 +241,7 @@ def load_adapter(path, model, meta):
     try:
         task = json.loads(tensors[key].numpy().tobytes())
         meta |= {name: json.dumps(task[name]) for name in ("classes", "center")}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         fail(f"the metadata of {path} are damaged; export it again")
     adapter = onnxruntime.LoraAdapter()
     adapter.Load(path)
@@ -248,21 +250,14 @@ def load_adapter(path, model, meta):
     return options, adapter  # the options don't keep the adapter alive
 
 
-def task_of(path, meta, batch):
-    """A graph's task as `read_task` returns it. Unusable metadata end the program.
-
-    Args:
-        batch: the first dimension of the graph's input; a name if any batch size will do.
-    """
+def task_of(path, meta):
+    """A graph's task as `read_task` returns it. Unusable metadata end the program."""
     try:
-        task = read_task(meta)
+        return read_task(meta)
     except KeyError as error:
         fail(f"{path} is no graph of export.py: its metadata have no {error}")
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         fail(f"the metadata of {path} are damaged ({reason(error)}); export it again")
-    if task["batch"] != (batch if isinstance(batch, int) else 0):
-        fail(f"the graph takes {batch} photos, not what its metadata say; export it again")
-    return task
 
 
 def check_file(path, suffix):
@@ -287,19 +282,27 @@ def open_graph(path, adapter_path):
     settings.log_severity_level = 3  # no warnings about inputs that have a default
     try:
         session = onnxruntime.InferenceSession(path, settings)
+        meta = dict(session.get_modelmeta().custom_metadata_map)
     except Exception as error:  # onnxruntime's exceptions have no narrower base class
-        fail(f"{path} isn't an .onnx that onnxruntime can load ({reason(error)})")
-    meta = dict(session.get_modelmeta().custom_metadata_map)
+        advice = ""
+        if "Unsupported model IR version" in str(error) or "is under development" in str(error):
+            advice = "; it needs a newer onnxruntime, or export it with --opset 17"
+        fail(f"{path} isn't an .onnx that onnxruntime can load ({reason(error)[:200]}){advice}")
     options = adapter = None
     if adapter_path:
         options, adapter = load_adapter(adapter_path, path, meta)
-    if "image_size" not in meta:
+    inputs = session.get_inputs()
+    if "image_size" not in meta or not inputs or not inputs[0].shape:
         fail(f"{path} is no graph of export.py: it doesn't say what it takes")
     if "classes" not in meta:
         fail(f"{path} has no class names; give the task's --adapter")
     if meta.get("output") == "embedding":
         fail(f"{path} gives embeddings, not labels")
-    task = task_of(path, meta, session.get_inputs()[0].shape[0])
+    task = task_of(path, meta)
+    batch = inputs[0].shape[0]
+    task["batch"] = batch if isinstance(batch, int) else 1  # a name: any size will do
+    if not 1 <= task["batch"] <= 1024:  # export.py's limit
+        fail(f"{path} takes {batch} photos at once; export it with --batch 1")
     return session, task, options, adapter
 
 
@@ -322,7 +325,7 @@ def label(photo, session, task, options):
     """
     wanted = session.get_inputs()[0]
     images = read_photo(photo, task)
-    images = np.repeat(images, task["batch"] or 1, axis=0)  # fill up a fixed batch
+    images = np.repeat(images, task["batch"], axis=0)  # fill up a fixed batch
     if not takes(wanted, images):
         what = f"{wanted.type} {wanted.shape}"
         fail(f"the graph takes {what}, not what its metadata say; export it again")
@@ -372,7 +375,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # the pipe's reader has gone ("| head"), or the disk is full
+    except (OSError, RecursionError) as error:
+        # The pipe's reader has gone ("| head"), the disk is full, or folders are nested deeply.
         if not isinstance(error, BrokenPipeError):
             print(plain(f"error: {reason(error)}"), file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
