@@ -253,7 +253,7 @@ def split(
 
     If there is no published test set (digits, plain class folders), it is a stratified 20 %, the
     same for every seed. A missing validation set is a stratified 10 % of the rest, drawn by `seed`
-    (the paper's protocol).
+    (the share in the paper's code, which isn't stratified).
 
     Args:
         limit: keep this many training images, preserving class proportions, and a quarter as many
@@ -943,6 +943,8 @@ def photos_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
         inside[:] = [name for name in inside if not name.startswith(".")]
         # Links to folders may form loops, so os.walk doesn't follow them.
         names += [name for name in inside if Path(place, name).is_symlink()]
+        if len(Path(place).parts) > 400:  # Python can't follow a thousand
+            raise ValueError(f"the folders in {folder} are nested more than 400 deep")
         for name in names:
             file = Path(place, name)
             if not name.startswith("."):

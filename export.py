@@ -16,7 +16,8 @@ are exact up to rounding:
     key              no bias: it shifts all scores of a query equally, which softmax ignores
                      (kept with rotary positions, which rotate it differently for each token)
     value, proj      b' = b + W · b_v: the rows of softmax sum to 1;  W' = γW, b' = γb (LayerScale)
-    fc2, adapter     b' = γb + su, U' = sU; v' = v - V·su if the adapter reads "block" or "mlp"
+    fc2              b' = γb + su: the adapter's output bias moves to the layer before it
+    adapter          U' = sU; v' = v - V·su if it reads "block" or "mlp", which contain su now
     last block       query, MLP and adapter of the class token alone, if the head reads only that
     pixels 0..255    W' = W / (255 std), b' = b - Σ W · mean / std in the patch embedding
     pixels 0..1      W' = W / std, the same b'
@@ -142,8 +143,11 @@ class Graph:
         return self("Slice", x, zero, end, one, name=name)
 
     def for_each_image(self, name: str, x: str, tokens: str) -> str:
-        """The same tokens [P, D] for each image of x [B, N, D]: [B, P, D]. This works for any batch
-        size with neither a shape that is computed at run time nor Pad, which CoreML lacks."""
+        """The same tokens, [P, D] or [1, P, D], for each image of x [B, N, D]: [B, P, D].
+
+        This works for any batch size with neither a shape that is computed at run time nor Pad,
+        which onnxruntime can't pass on to CoreML.
+        """
         first = self.first_tokens(f"{name}.first", x, 1)
         zero = self("Mul", first, self.constant("zero", 0.0), name=f"{name}.zero")  # [B, 1, D]
         return self("Add", zero, tokens, name=name)
@@ -286,12 +290,12 @@ def write_attention(g: Graph, name: str, block: vit.Block, query: str, x: str, t
         heads = {"q_num_heads": H, "kv_num_heads": H, "scale": 1.0}
         y = g("Attention", q, k, v, name=f"{name}.heads", **heads)
     else:
-        q = split_heads(g, q, H, D, [0, 2, 1, 3])  # [B, H, N, d]
+        q = split_heads(g, q, H, D, [0, 2, 1, 3])  # [B, H, M, d], M = 1 or N queries
         k = split_heads(g, k, H, D, [0, 2, 3, 1])  # [B, H, d, N]
         v = split_heads(g, v, H, D, [0, 2, 1, 3])  # [B, H, N, d]
-        scores = g("MatMul", q, k, name=f"{name}.scores")  # [B, H, N, N]
+        scores = g("MatMul", q, k, name=f"{name}.scores")  # [B, H, M, N]
         weights = g("Softmax", scores, name=f"{name}.softmax", axis=-1)
-        y = g("MatMul", weights, v, name=f"{name}.mix")  # [B, H, N, d]
+        y = g("MatMul", weights, v, name=f"{name}.mix")  # [B, H, M, d]
         y = g("Transpose", y, name=f"{name}.mix.transpose", perm=[0, 2, 1, 3])
         y = g("Reshape", y, g.constant("tokens.shape", [0, -1, D]), name=f"{name}.heads")
     gamma = layer_scale(block.ls1, D)
@@ -511,14 +515,13 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
 def to_props(meta: dict, config: vit.Config) -> dict[str, str]:
     """The metadata_props: a graph's `meta`, with strings unchanged and other values as JSON.
 
-    What other programs read can't be changed by further keys in somebody else's run.
+    If another program uses the same key, our value wins.
     """
     props = {}
     if "swappable" not in meta:  # else classes and crop come with the adapter
         props |= props_of_others(meta, config)
     for name, value in meta.items():
-        if name not in props:
-            props[name] = value if isinstance(value, str) else json.dumps(value)
+        props[name] = value if isinstance(value, str) else json.dumps(value)
     return props
 
 
@@ -1108,35 +1111,40 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder to write to: its contents are moved into `folder` if all goes well, else deleted."""
+def staged(folder: Path, together: bool = False) -> Iterator[Path]:
+    """A folder to write to: its contents are moved into `folder` if all goes well, else deleted.
+
+    Args:
+        together: remove earlier files of the same names first: a kill leaves no mixture of old and
+            new.
+    """
     train.check_writable(folder)
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with data.empty_folder(folder / "export.part") as part:
             yield part
-            move_files(part, folder)
+            move_files(part, folder, together)
     finally:
         with contextlib.suppress(OSError):  # they aren't empty
             for each in new:
                 each.rmdir()
 
 
-def move_files(part: Path, folder: Path) -> None:
-    """Move the contents of `part` into `folder`, and print where each file is now. Several files
-    belong together, so earlier ones are removed first: a kill leaves no mixture of old and new."""
+def move_files(part: Path, folder: Path, together: bool) -> None:
+    """Move the contents of `part` into `folder` (see `staged`); print where each file is now."""
     new = sorted(part.rglob("*"))
-    for file in new if len(new) > 1 else []:
+    for file in new:
+        data.flush(file)
         path = folder / file.relative_to(part)
-        if path.is_symlink() or path.is_file():  # links to folders, too, as they lead elsewhere
+        # A folder that is a link leads elsewhere.
+        if path.is_symlink() or (together and path.is_file()):
             path.unlink()
     for file in new:
         path = folder / file.relative_to(part)
         if file.is_dir():
             path.mkdir(exist_ok=True)
             continue
-        data.flush(file)
         data.move(file, path)
         size = path.stat().st_size
         text = f"{size / 1e6:.3g} MB" if size > 1e4 else f"{size / 1e3:.3g} kB"
@@ -1365,7 +1373,7 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
     card = place / "README.md"
     if card.exists() and not (place / "preprocessor_config.json").exists():
         raise ValueError(f"{card} exists and wasn't written by --hub; give another folder")
-    with staged(place) as folder:
+    with staged(place, together=True) as folder:
         inside = folder / "onnx"
         inside.mkdir()
         path = inside / "model.onnx"
@@ -1466,7 +1474,7 @@ def model_card(run: train.Run, int8: bool) -> str:
         method=train.method_text(meta),
         accuracy=accuracy,
         classes=", ".join(map(train.as_code, meta["classes"])),
-        license=meta["license"],
+        license=train.as_code(meta["license"]),
         int8=note if int8 else "",
     )
     return train.front_matter(run, "transformers.js", ["onnx", "vit", "adaptertune"]) + text
@@ -1579,9 +1587,11 @@ def export_as_asked(arguments: list[str] | None) -> int:
         split = train.read_split(run.folder / "split.json")
         run.meta["test_images"] = len(split["test"])
     choose_images(run, options)
-    # From here on run.meta describes the graph, and is stored in it.
-    for name in ("config", "learn_scale", "init", "dropout"):  # of no use in deployment
-        run.meta.pop(name, None)
+    # From here on run.meta describes the graph, and is stored in it. Keys that we don't know, in
+    # somebody else's run, might mean something to other programs.
+    no_use = ("config", "learn_scale", "init", "dropout")
+    known = adaptertune.META.keys() - set(no_use)
+    run.meta = {name: value for name, value in run.meta.items() if name in known}
     for name in CHOICES:
         run.meta[name] = getattr(options, name)
     describe(run)

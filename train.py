@@ -9,7 +9,7 @@
 The recipe begins from the paper's (https://arxiv.org/abs/2603.14706): AdamW, weight decay 0.05,
 linear warm-up over a tenth of the steps and then a cosine to zero, gradients clipped to norm 1,
 random resized crops and flips. What differs from the paper's code is listed in assets/results, "The
-paper's code". The epoch kept is the last whose validation accuracy is within a standard error of
+paper's code". The epoch kept is the last whose validation accuracy is within √2 standard errors of
 the best (`standard_error`), which on few validation images is nearly always the last one. The test
 set is read once, at the very end, with the weights of that epoch.
 
@@ -66,10 +66,10 @@ import data
 import vit
 
 # Peak learning rates by method, for all backbones and data set sizes. They were chosen on
-# validation over pairs of backbone and data set (assets/results, Learning rates). The paper's 1e-3
-# for adapters is for 50 epochs on large data sets and too low for a short run. AdaptFormer's rate
-# is the one for rank 64 (see `default_rate`). Those of `head` and `full` are the highest that
-# `fit_to_features` sets.
+# validation over pairs of backbone and data set (assets/results, Learning rates; clip-adapter's:
+# Few shots; zero-shot trains nothing). The paper's 1e-3 for adapters is for 50 epochs on large data
+# sets and too low for a short run. AdaptFormer's rate is the one for rank 64 (see `default_rate`).
+# Those of `head` and `full` are the highest that `fit_to_features` sets.
 RATES = {
     "adaptertune": 5e-3,
     "adaptformer": 1e-2,
@@ -351,6 +351,7 @@ def take_step(
         losses = F.cross_entropy(
             logits, y, label_smoothing=run.options.label_smoothing, reduction="none"
         )
+        # The weight is the label's, of the whole smoothed loss; torch's own `weight` isn't.
         part_loss = (losses * run.class_weights[y]).sum() / batch
         part_loss.backward()  # adds to the gradients of the earlier parts
         loss += part_loss.detach()
@@ -396,11 +397,13 @@ def in_parts(network: Callable[[Tensor], Tensor], model: vit.ViT, images: Tensor
 
 
 def standard_error(accuracy: float, images: int) -> float:
-    """The standard error of the difference between two such accuracies, in percentage points, as if
-    they were measured on different images. (On the same images, as here, it is smaller. With the
-    larger one, a later epoch is kept where validation images are few, which has tested better;
-    CHANGELOG, Tried.) One hit and one miss are added, so that 100 % on a few images isn't taken for
-    certain."""
+    """The standard error of the difference between two such accuracies of different images, in
+    percentage points. One hit and one miss are added, so that 100 % on a few images isn't taken for
+    certain.
+
+    Here both are of the same images, whose difference has a smaller error. The larger one makes a
+    run on few images keep one of its last epochs, which has tested better (CHANGELOG, Tried).
+    """
     p = (accuracy / 100 * images + 1) / (images + 2)
     return 100 * math.sqrt(2 * p * (1 - p) / max(1, images))
 
@@ -888,8 +891,9 @@ def fit_to_features(
 ) -> None:
     """Set the learning rates of a new linear head and of full fine-tuning, unless they are given.
 
-    A step of AdamW moves each weight by about the learning rate. So it moves the logit of an image
-    with features f by up to the head's learning rate times Σ|f - f̄|, the bias aside. The rate is
+    An early step of AdamW moves each weight by about the learning rate. So, besides what it adds to
+    the logits of all images alike, it moves the logit of an image with features f by up to the
+    head's learning rate times Σ|f - f̄|. The rate is
     such that this is 1 on average, but at most HEAD_RATE, for `head` RATES["head"]. Between the
     backbones and image sizes that were tried, Σ|f - f̄| varies from 60 to 380: it is highest at the
     backbone's own image size. There the best rate of `full` is lower by as much, for which no
@@ -1326,7 +1330,7 @@ def describe_new_photos(options: argparse.Namespace, folder: Path) -> None:
     known = {*listed["train"], *listed["val"], *listed["test"]}
     new = [name for name in list_photos(options.dataset) if name not in known]
     if new:
-        text = f"{counted(len(new), 'photo')} came since then, such as {new[0]}"
+        text = f"{counted(len(new), 'photo')} came since then, such as {data.printable(new[0])}"
         print(f"note     {text}; a run with another --name trains on all")
 
 
@@ -1382,10 +1386,11 @@ def check_writable(folder: Path) -> None:
             raise ValueError(f"{place} is a link to nothing; mend it or remove it")
         place = place.parent
     # Not by tempfile, which on Windows tries again for hours where nothing may be written.
-    probe = place / f"{os.getpid()}-{time.time_ns()}.part"
+    probe = place / "write-test.part"
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        data.remove_odd(probe)
+        probe.touch()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         if not place.exists():  # another process has removed it, as it was empty
             return check_writable(folder)
@@ -1650,7 +1655,7 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
         and 0 <= state.step <= steps
         and 0 <= state.seen <= len(run.dataset.train)
         and all(0 <= each < 1e9 for each in (state.epoch_time, state.train_time, state.eval_time))
-        and -1 <= state.best_val <= 100
+        and (math.isnan(state.best_val) or -1 <= state.best_val <= 100)
     ):
         raise ValueError("impossible epochs, steps, times or accuracies")
     check_rows(state.rows, state.epoch - 1)
@@ -2106,11 +2111,11 @@ def model_card(run: Run) -> str:
     if meta["val_accuracy"] is not None:
         result += f", {meta['val_accuracy']:.2f} % of {len(run.dataset.val):,} of validation"
     classes = ", ".join(map(as_code, meta["classes"]))
-    held = f"adapters and head, and needs the weights of {meta['backbone']}"
+    held = f"adapters and head, and needs the weights of {as_code(meta['backbone'])}"
     if run.options.weights:
         held += " (`--weights FILE` says where they are)"
     if run.options.init_lora:
-        held += f" with the LoRA {Path(run.options.init_lora).name} (`--init-lora PATH`)"
+        held += f" with the LoRA {as_code(Path(run.options.init_lora).name)} (`--init-lora PATH`)"
     if meta["method"] in adaptertune.WHOLE_METHODS:
         held = "the whole network"
     folder = run.folder.as_posix()
@@ -2134,7 +2139,7 @@ import train
 model = train.load_run({folder!r})
 labels, probabilities = model.predict(["photo.jpg"])
 ```
-adapters.safetensors holds {held} (licence: {meta["license"]}).
+adapters.safetensors holds {held} (licence: {as_code(meta["license"])}).
 """
 
 
@@ -2249,7 +2254,7 @@ def compare(results: list[tuple[str, dict]], path: Path) -> None:
             f"{seeds} seeds: mean ± standard deviation between them of the accuracy, which doesn't "
             "show how far other test images would change it; mean time of training"
         )
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and any(each.mean("memory") for each in summaries):
         print("GiB of a process, with what its earlier runs left; compare by one run a process")
     only_ranks = all(re.fullmatch(r"rank \d+", label) for label in by_label)
     elbow = find_elbow(summaries) if only_ranks and len(summaries) > 2 and seeds > 1 else None
@@ -2574,7 +2579,8 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
 ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
-# Options that config.json leaves out, since they say what is done with a run.
+# Options that config.json leaves out, since they say what is done with a run ("seed": it has
+# "seeds").
 NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "seed")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
 # Options whose default depends on data or machine, with the value that stands for "not given".
@@ -3034,9 +3040,9 @@ def label_of(run: dict, runs: list[dict]) -> str:
 def default_rate(method: str, rank: int | None) -> float:
     """The peak learning rate of a method, for adapters of this rank.
 
-    A bottleneck sums over `rank` units, each of which AdamW moves by the learning rate. AdaptFormer
-    needs twice the learning rate for an eighth of the units; for AdapterTune the learning rate of
-    rank 8 also suits rank 64 (assets/results, Learning rates).
+    Measured, not derived: AdaptFormer needs twice the learning rate for an eighth of the units, and
+    a cube root passes through these two; for AdapterTune the learning rate of rank 8 also suits
+    rank 64 (assets/results, Learning rates).
     """
     rate = RATES[method]
     if method == "adaptformer":
@@ -3101,9 +3107,10 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
     check_backbone_name(options, parser)
     if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
         parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
-    if options.name and not re.fullmatch(r"[^/\\:\0]*[^/\\:\0.][^/\\:\0]*", options.name):
+    drive = Path(options.name).drive  # "C:" of Windows
+    if options.name and (drive or not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name)):
         parser.error(
-            f"--name {options.name}: give the name of a folder below runs/, without / or : in it"
+            f"--name {options.name}: give the name of a folder below runs/, without / in it"
         )
     if options.every != 1 and options.blocks:
         parser.error("--every and --blocks both say where the adapters go; give one")
@@ -3219,7 +3226,8 @@ def predict_photos(options: argparse.Namespace) -> int:
     photos = data.find_photos(options.predict[1:], others)
     if others:
         what = counted(len(others), "file")
-        print(f"skipped  {what}, not photos, such as {others[0]}", file=sys.stderr)
+        example = data.printable(str(others[0]))
+        print(f"skipped  {what}, not photos, such as {example}", file=sys.stderr)
     rows = []
     started = time.perf_counter()
     for number, photo in enumerate(photos):
@@ -3301,8 +3309,6 @@ def print_error(error: Exception) -> None:
         text = f"the processes can't connect ({vit.first_line(error)}); give another --master-port"
     elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         text = f"another process ended ({vit.first_line(error)})"
-    elif isinstance(error, RecursionError):
-        text = "files or folders that are nested too deeply"
     elif isinstance(error, RuntimeError):
         raise error
     print(f"error: {data.printable(text)}", file=sys.stderr)

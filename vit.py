@@ -4,13 +4,13 @@ An image is cut into square patches, and each patch becomes a token of width D. 
 in some models R register tokens) is prepended, and L blocks of the same shape follow (ViT,
 https://arxiv.org/abs/2010.11929, equations 1 to 4):
 
-    h_0 = [class; registers; patches] + positions
+    h_0 = [class + position; registers; patches + positions]        in CLIP LayerNorm of that
     h   <- h + Attention(LayerNorm(h))        every token attends to every token
     h   <- h + MLP(LayerNorm(h))              each token on its own
     logits = W · LayerNorm(h_L)[class]        or W · LayerNorm(mean of the patch tokens)
 
-DINOv3 adds no positions to h_0: its attention rotates queries and keys by the positions of their
-patches (Rotary).
+DINOv2 and DINOv3 scale what attention and MLP add, per channel (LayerScale). DINOv3 adds no
+positions to h_0: its attention rotates queries and keys by the positions of their patches (Rotary).
 
 Shapes: B images, S pixels along a side, g = S / patch, N = 1 + R + g² tokens, D width, H heads,
 d = D / H, L blocks; T token ids of a text, K texts, E CLIP's embedding width.
@@ -35,7 +35,6 @@ import pickle
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import unicodedata
 import warnings
@@ -75,8 +74,8 @@ class Config:
     patch: int  # pixels along a side of a patch, such as 16
     image_size: int  # S, such as 224
     hidden: int = 0  # width of the MLP; 0 for the usual 4·D
-    registers: int = 0  # R; 4 in DINOv2's "_reg" (https://arxiv.org/abs/2309.16588)
-    layer_scale: bool = False  # DINOv2
+    registers: int = 0  # R; 4 in DINOv2's "_reg" (https://arxiv.org/abs/2309.16588) and DINOv3
+    layer_scale: bool = False  # True in DINOv2 and DINOv3
     norm_pre: bool = False  # a LayerNorm before the first block, as in CLIP
     quick_gelu: bool = False  # OpenAI's CLIP
     qkv_bias: bool = True
@@ -125,7 +124,8 @@ class QuickGELU(nn.Module):
 
 class Rotary(nn.Module):
     """Rotary positions in two dimensions for queries or keys [B, H, N, d] (RoFormer,
-    https://arxiv.org/abs/2104.09864, equation 34; DINOv3, https://arxiv.org/abs/2508.10104).
+    https://arxiv.org/abs/2104.09864, equation 34, with neighbouring channels paired and in one
+    dimension; as here in DINOv3, https://arxiv.org/abs/2508.10104).
 
     Channels i and i + d/2 are the coordinates of a point, which is rotated about the origin: the
     first d/4 points by the patch's row y, the others by its column x. Both run from -1 to 1 across
@@ -137,8 +137,8 @@ class Rotary(nn.Module):
     their patches. Tokens that aren't patches (class token, registers, and prompts, which follow the
     patches) have the angle 0.
 
-    The tables of cosines and sines aren't in the state dict. They are fp32, as in timm and
-    transformers; Meta's code rounds ROPE_BASE^(4j/d) to bf16.
+    The tables of cosines and sines aren't in the state dict. They are computed in fp32, as in timm
+    and transformers; Meta's published files have ROPE_BASE^(4j/d) rounded to bf16.
     """
 
     def __init__(self, config: Config):
@@ -530,7 +530,8 @@ class Backbone:
     """A pretrained network and the input that it expects.
 
     The normalisation belongs to the backbone, not to the data set: with a wrong one the network
-    still works, only worse. All backbones were trained on images resized bicubically.
+    still works, only worse. timm evaluates all backbones on images resized bicubically (Google's
+    ViTs were trained bilinearly).
     """
 
     repo: str  # on the Hugging Face hub; empty for a local file
@@ -582,6 +583,8 @@ def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
 
 _DINOV2 = {"layer_scale": True}
 _REG = _DINOV2 | {"registers": 4}
+# Meta's code has biases of queries and values; in the published files they are zero, and timm's
+# leave them out.
 _DINOV3 = _REG | {"rope": True, "qkv_bias": False, "eps": 1e-5}
 _LAION = {"norm_pre": True, "patch_bias": False, "eps": 1e-5}
 _CLIP = _LAION | {"quick_gelu": True}
@@ -2110,8 +2113,13 @@ def describe_norm(norm: tuple) -> str:
 
 
 def command_line(arguments: list[str]) -> str:
-    """Arguments as one line for the shell."""
-    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
+    """Arguments as one line for the shell; on Windows, PowerShell."""
+    if os.name != "nt":
+        return shlex.join(arguments)
+    plain = re.compile(r"[\w.:/\\=+-]+")
+    return " ".join(
+        each if plain.fullmatch(each) else "'" + each.replace("'", "''") + "'" for each in arguments
+    )
 
 
 def describe_file(path: str) -> list[str]:

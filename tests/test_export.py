@@ -241,8 +241,8 @@ def test_what_a_viewer_shows():
 
 
 def test_operators():
-    """A graph has no operator that CoreML lacks (Pad, for one; onnxruntime's list of those that it
-    has, coreml_supported_mlprogram_ops.md), and none that computes a shape."""
+    """A graph has no operator that onnxruntime can't pass on to CoreML (Pad, for one; its list is
+    coreml_supported_mlprogram_ops.md), and none that computes a shape."""
     model = network({"rank": 4})
     adaptertune.add_prompts(model, prompts=5, deep=True)
     model.requires_grad_(False)
@@ -809,7 +809,8 @@ def test_adapters_are_small(run, tmp_path):
     for name in ("a", "b", "head"):
         run(f"runs/{name}", "--swappable", "-o", tmp_path, "--images", 8)
         path = tmp_path / f"{name}.onnx_adapter"
-        tensors = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        file = onnxruntime.AdapterFormat.read_adapter(str(path))  # the tensors need it
+        tensors = file.get_parameters()
         size = sum(value.numpy().nbytes for value in tensors.values())
         assert path.stat().st_size < 1.1 * size + 3000
     assert {path.suffix for path in tmp_path.iterdir()} == {".onnx", ".onnx_adapter"}

@@ -637,21 +637,25 @@ def test_links_in_a_shared_cache(photos, place, monkeypatch, kind):
     assert [path.name for path in mine.iterdir()] == ["pixels"]
 
 
+ROW = ("1", "1.0", "50.00", "50.00", "5", "0:01", "0:01", "1.0", "0.1", "1.0")  # of metrics.csv
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"train_time": math.inf},
-        {"eval_time": math.nan},
-        {"best_val": 1e300},
-        {"loss": torch.zeros((), dtype=torch.float64, device="meta")},
-        {"hits": torch.zeros((), dtype=torch.int32)},
-        {"rows": [["1", "1.0", "50.00", "50.00", "5", None, "0:01", "1.0", "0.1", "1.0"]]},
-        {"rows": [["1", "1.0", "50.00", "50.00", "5", "0:01", "0:01", "1e308", "0.1", "1.0"]]},
-        {"rows": [["1", "1.0", "50.00", "inf", "5", "0:01", "0:01", "1.0", "0.1", "1.0"]]},
+        ({"train_time": math.inf}, "impossible epochs, steps, times"),
+        ({"eval_time": math.nan}, "impossible epochs, steps, times"),
+        ({"best_val": 1e300}, "impossible epochs, steps, times or accuracies"),
+        ({"loss": torch.zeros((), dtype=torch.float64, device="meta")}, "loss isn't a number"),
+        ({"hits": torch.zeros((), dtype=torch.int32)}, "hits isn't a number of torch.int64"),
+        ({"rows": [[*ROW[:5], None, *ROW[6:]]]}, "no row of epoch 1"),
+        ({"rows": [[*ROW[:7], "1e308", *ROW[8:]]]}, "seconds 1e308 in epoch 1"),
+        ({"rows": [[*ROW[:3], "inf", *ROW[4:]]]}, "val% inf in epoch 1"),
+        ({"rows": [list(ROW)], "best_val": math.nan}, ""),  # as without validation images
     ],
     ids=str,
 )
-def test_impossible_states(run, tiny_weights, place, monkeypatch, capsys, changes):
+def test_impossible_states(run, tiny_weights, place, monkeypatch, capsys, changes, message):
     """A state.pt with values that no run has gives one line when its run is resumed."""
     two = [*QUICK[:-1], "2", "--name", "a"]
     plain = train.train_epoch
@@ -668,20 +672,18 @@ def test_impossible_states(run, tiny_weights, place, monkeypatch, capsys, change
     saved = torch.load(path, weights_only=True)
     assert len(saved["rows"][0]) == 10
     torch.save(saved | changes, path)
-    error = run("--weights", tiny_weights, *two, "--resume", status=1)
-    assert re.fullmatch(r"error: runs/a/state.pt can't be used \(.*\n", error)
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    out = run("--weights", tiny_weights, *two, "--resume", status=1 if message else 0)
+    assert (f"error: runs/a/state.pt can't be used ({message}" in out) == bool(message)
 
 
-def test_folders_without_end(run, finished, monkeypatch):
+def test_folders_without_end(run, finished, place):
     """Folders that are nested more deeply than Python can follow give one line."""
-
-    def walk(*_, **__):
-        raise RecursionError("maximum recursion depth exceeded")
-
-    monkeypatch.setattr(data.os, "walk", walk)
     pytest.importorskip("PIL")
-    error = run("--predict", "runs/a", finished, status=1)
-    assert error == "error: files or folders that are nested too deeply\n"
+    (place / "deep").joinpath(*420 * "d").mkdir(parents=True)
+    error = run("--predict", "runs/a", "deep", status=1)
+    assert error == "error: the folders in deep are nested more than 400 deep\n"
 
 
 def test_metadata_that_a_stranger_adds(finished, capsys):
@@ -690,11 +692,14 @@ def test_metadata_that_a_stranger_adds(finished, capsys):
     path = finished / "adapters.safetensors"
     tensors, meta = adaptertune.read(path)
     meta["dataset"] = "x` [click](http://localhost)"
-    save_file(tensors, path, {"adaptertune": json.dumps(meta | {"names": "__import__('os')"})})
+    strange = {"names": "__import__('os')", "kpt_shape": "[1, 2]", "swappable": "x"}
+    save_file(tensors, path, {"adaptertune": json.dumps(meta | strange)})
     run_export = runner(export.main, capsys)
-    run_export("runs/a", "--images", 8)
-    props = {each.key: each.value for each in onnx.load("runs/a/model.onnx").metadata_props}
-    assert props["names"].startswith("{0: ")
+    for output in ("logits", "embedding"):
+        run_export("runs/a", "--images", 8, "--output", output, "-o", "a.onnx")
+        props = {each.key: each.value for each in onnx.load("a.onnx").metadata_props}
+        assert props.get("names", "{0: ").startswith("{0: ")
+        assert not {"kpt_shape", "swappable"} & set(props)
     run_export("runs/a", "--hub", "hub", "--images", 8, "--force")
     assert "on `x' [click](http://localhost)`. Accuracy" in Path("hub/README.md").read_text()
 

@@ -872,11 +872,11 @@ def test_photos_whose_content_changed(run, photos, tiny_weights, tmp_path):
         assert message in error
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", "/tmp/a", "C:a"])
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", "/tmp/a"])
 def test_names_that_are_no_folder_below_runs(run, tiny_weights, tmp_path, name):
     """A run's name must be that of a folder directly below runs/."""
     error = run(*quick(tiny_weights, "--name", name), status=2)
-    assert "give the name of a folder below runs/, without / or : in it" in error
+    assert "give the name of a folder below runs/, without / in it" in error
     assert list(tmp_path.iterdir()) == []
 
 

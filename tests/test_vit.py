@@ -1421,11 +1421,13 @@ def test_several_files(tiny_weights, capsys, tmp_path):
 
 
 def test_a_command_for_the_shell(monkeypatch):
-    """Names are quoted for the system's shell: cmd.exe knows only double quotes."""
-    arguments = ["export.py", "runs/my run", "a\\b"]
-    assert vit.command_line(arguments) == "export.py 'runs/my run' 'a\\b'"
+    """Names are quoted for the system's shell; that of Windows is PowerShell."""
+    arguments = ["export.py", r"runs\name", "my run", "it's", "x&calc", "$x"]
+    quoted = r"""export.py 'runs\name' 'my run' 'it'"'"'s' 'x&calc' '$x'"""
+    assert vit.command_line(arguments) == quoted
     monkeypatch.setattr(vit, "os", SimpleNamespace(name="nt"))
-    assert vit.command_line(arguments) == 'export.py "runs/my run" a\\b'
+    quoted = r"""export.py runs\name 'my run' 'it''s' 'x&calc' '$x'"""
+    assert vit.command_line(arguments) == quoted
 
 
 def test_usage(run):

@@ -213,8 +213,8 @@ def read_task(meta):
     if task["input"] == "float":
         for name in ("mean", "std"):
             task[name] = np.array(json.loads(meta[name]), np.float32).reshape(3)
-            if not np.isfinite(task[name]).all():
-                raise ValueError(f"{name} isn't finite")
+            if not np.isfinite(task[name]).all() or not (name == "mean" or task[name].all()):
+                raise ValueError(f"{name} isn't finite, or 0")
     return task
 
 
@@ -225,7 +225,7 @@ def load_adapter(path, model, meta):
         fail(f"--adapter needs onnxruntime 1.20 or later, not {onnxruntime.__version__}")
     try:
         file = onnxruntime.AdapterFormat.read_adapter(path)
-        tensors = file.get_parameters()  # before onnxruntime 1.28 they don't keep the file alive
+        tensors = file.get_parameters()  # before onnxruntime 1.27 they don't keep the file alive
     except RuntimeError:
         fail(f"{path} isn't an adapter that onnxruntime can read; give an .onnx_adapter")
     key = ""
