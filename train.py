@@ -1086,22 +1086,16 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
 def cache_features(run: Run) -> data.Dataset:
     """The data set with the features [n, D] that the head reads in place of images.
 
-    Parts of one table of images share a table of features, whichever part an image is in. So runs
-    with other seeds, which draw other parts, find them on the disk. With --shots and --limit, only
-    test has the same images for all seeds, so each part has its own.
+    Training and validation images share a table of features, whichever part an image is in. So runs
+    with other seeds, which draw other parts of the same images, find them on the disk.
     """
-    groups: dict[int | str, dict[str, data.Images]] = {}
-    for part in ("train", "val", "test"):
-        images = getattr(run.dataset, part)
-        few = run.options.shots or run.options.limit
-        groups.setdefault(part if few else id(images.table), {})[part] = images
     features = {}
-    for group in groups.values():
-        table = next(iter(group.values())).table
-        rows = torch.cat([images.rows for images in group.values()]).unique()
-        everything = data.Images(table, torch.zeros(len(rows)), rows=rows)
+    for group in (("train", "val"), ("test",)):
+        parts = {part: getattr(run.dataset, part) for part in group}
+        rows = torch.cat([images.rows for images in parts.values()]).unique()
+        everything = data.Images(run.dataset.train.table, torch.zeros(len(rows)), rows=rows)
         found = find_features(run, everything, " and ".join(group))
-        for part, images in group.items():
+        for part, images in parts.items():
             places = torch.searchsorted(rows, images.rows)
             features[part] = data.Images(found, images.labels, images.names, places)
     return replace(run.dataset, **features)
