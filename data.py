@@ -1963,10 +1963,10 @@ def check_content(path: Path, name: str) -> None:
                 return
         except SafetensorError as error:
             raise DownloadError("isn't a whole safetensors file") from error
-    with path.open("rb") as file:
-        beginning = file.read(8)
-    if name.endswith(".txt") and not beginning.startswith(b"#version"):
-        raise DownloadError("isn't a vocabulary")
+    if name.endswith(".txt"):
+        with path.open("rb") as file:
+            if file.read(8) != b"#version":
+                raise DownloadError("isn't a vocabulary")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

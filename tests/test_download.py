@@ -236,12 +236,11 @@ def test_another_thing_is_not_kept(server, tmp_path, poison):
     assert path.read_bytes() == WEIGHTS
 
 
-@pytest.mark.parametrize("name", ["merges.txt", "vocab.txt.gz"])
-def test_a_page_is_no_vocabulary(server, tmp_path, name):
+def test_a_page_is_no_vocabulary(server, tmp_path):
     """A web page received in place of a vocabulary isn't kept."""
     server.answers["/v"] = answer(PAGE)
-    with pytest.raises(ValueError, match="isn't a .* and was removed"):
-        data.download(f"{server.url}/v", tmp_path / name)
+    with pytest.raises(ValueError, match="isn't a vocabulary and was removed"):
+        data.download(f"{server.url}/v", tmp_path / "merges.txt")
     assert files_below(tmp_path) == []
 
 
