@@ -6,13 +6,13 @@ A small bottleneck after a block adds a correction to the residual stream h:
 
 AdapterTune (https://arxiv.org/abs/2603.14706): the input x is h itself, the block's output; GELU;
 s = 1. AdaptFormer (https://arxiv.org/abs/2205.13535): x is the residual stream before the MLP's
-LayerNorm, as in its code; ReLU; s = 0.1. Both are descendants of Houlsby's adapter
-(https://arxiv.org/abs/1902.00751), which is in the residual branches, twice in a block.
+LayerNorm, as in its code; ReLU; s = 0.1. Both descend from Houlsby's adapter
+(https://arxiv.org/abs/1902.00751), which sits in the residual branches, twice per block.
 
 U and u are initialised to zero, so the correction is exactly zero before the first step: training
 starts at the pretrained function, bit for bit. V is random. In the first step only U and u have
 gradients other than zero, from the second on V and v too. (If V were zero as well, only u would
-ever change.) AdamW's steps don't depend on the size of a gradient, so s acts as a factor of the
+ever change.) AdamW's steps don't depend on the scale of the gradients, so s acts as a factor on the
 learning rate of U and u.
 
 Only the adapters (2Dr + r + D parameters for each adapted block) and the classifier ("head") are
@@ -74,9 +74,9 @@ from torch import Tensor, nn
 
 VERSION = 1  # of the adapter file's format
 
-# The settings of each method and their defaults, which are the published ones but for the rank of
-# AdapterTune (16 in its code) and VPT's prompts (5, shallow, in its code; the paper searches 1 to
-# 200). AdaptFormer reads LN(x) in the paper's equation, but x itself in its code
+# The settings of each method and their defaults. These are the published ones, except for the rank
+# of AdapterTune (16 in its code) and the prompts of VPT (5, shallow, in its code; its paper tries 1
+# to 200). AdaptFormer reads LN(x) in the paper's equation, but x itself in its code
 # (adapter_layernorm_option="none"); the default follows the code. AdaptFormer's code also has a
 # BatchNorm before the head; here all methods but CLIP's have the same linear head. For
 # CLIP-Adapter, rank 0 means a quarter of the embedding width; the paper's ratio is 0.2 for generic
@@ -120,8 +120,8 @@ class Adapter(nn.Module):
         act: the nonlinearity, as a new module; GELU if left out.
         init: "zero" (U = 0, u = 0: no correction) or "small" (both from N(0, 1e-4²), the ablation
             of AdapterTune's paper).
-        kaiming: initialise V with Kaiming uniform, a = √5, which is U(±1/√D), torch's default of a
-            linear layer (AdaptFormer); instead of Xavier uniform, U(±√(6/(D + r))) (AdapterTune).
+        kaiming: initialise V with Kaiming uniform, a = √5 (AdaptFormer). This is U(±1/√D), torch's
+            default for a linear layer. Otherwise Xavier uniform, U(±√(6/(D + r))) (AdapterTune).
         scale: s; with `learn_scale` it is a trained parameter.
         dropout: probability of dropping a hidden unit in training; 0 for off.
 
@@ -392,7 +392,7 @@ class ClipHead(nn.Module):
 
     A' is a second such bottleneck. The outer ReLU is in the published code. f [B, E] is CLIP's
     image embedding (the projected features [B, D]). W [K, E] has a row per class: the embedding of
-    its name, or the mean embedding of its training images. With a = b = 0 and embeddings of names
+    its name, or the mean embedding of its training images. With a = b = 0 and embeddings of names,
     this is zero-shot CLIP, up to rounding.
 
     Args:
@@ -916,7 +916,7 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
         )
     try:
         check_values(tensors, wanted)
-    except (ValueError, NotImplementedError) as error:  # NotImplementedError: of 4-bit floats
+    except (ValueError, NotImplementedError) as error:  # 4-bit floats raise NotImplementedError
         raise ValueError(f"{path}: {error}") from error
     saved = dict(meta)
     if saved.get("act") == "mlp":

@@ -253,7 +253,7 @@ def split(
 
     If there is no published test set (digits, plain class folders), it is a stratified 20 %, the
     same for every seed. A missing validation set is a stratified 10 % of the rest, drawn by `seed`
-    (the share in the paper's code, which isn't stratified).
+    (the paper's code has the same share, but doesn't stratify).
 
     Args:
         limit: keep this many training images, preserving class proportions, and a quarter as many
@@ -908,7 +908,9 @@ def photos_by_class(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
         if name in photos:
             raise ValueError(f"{folder} has two folders that read {name}; rename one")
         if "\n" in name:
-            raise ValueError(f"the name {name!r} in {folder} has two lines; rename that folder")
+            raise ValueError(
+                f"the name {name!r} in {folder} contains a line break; rename that folder"
+            )
         if found:
             photos[name] = found
         else:
@@ -941,7 +943,7 @@ def photos_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
         inside[:] = [name for name in inside if not name.startswith(".")]
         # Links to folders may form loops, so os.walk doesn't follow them.
         names += [name for name in inside if Path(place, name).is_symlink()]
-        if len(Path(place).parts) > 400:  # Python can't follow a thousand
+        if len(Path(place).parts) > 400:  # Python can't handle a thousand
             raise ValueError(f"the folders in {folder} are nested more than 400 deep")
         for name in names:
             file = Path(place, name)
@@ -1006,8 +1008,8 @@ def decode(
 
     Args:
         root: the folder that all photos are in.
-        keep: in the cache; else in an unlinked file, which vanishes when this process closes it
-            (except on Windows, where it stays in the folder of temporary files).
+        keep: in the cache; else in an unlinked file, which vanishes when this process closes it (on
+            Windows it stays in the folder for temporary files).
 
     Raises:
         ValueError: no Pillow; photos that can't be read (some are named); no room, or no place
@@ -1122,7 +1124,7 @@ def open_photos(folder: Path, side: int, wanted: int) -> Photos:
         photos = Photos(folder, side)
         if len(photos.sums) <= 2 * wanted:
             return photos
-        photos.file.close()  # Windows deletes no open file
+        photos.file.close()  # Windows can't delete an open file
     for name, content in {"pixels": "", "index": f"{made_by()}\n"}.items():
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(content)
@@ -1675,8 +1677,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def move(part: Path, path: Path) -> None:
-    """Move a file or folder to `path`, where it replaces a file. On Windows it can't while another
-    program has the file open, as virus scanners do for a moment; so it is tried for two seconds."""
+    """Move a file or folder to `path`, where it replaces a file. On Windows this fails while some
+    program has the file open, as virus scanners do for a moment, so it is tried for two seconds."""
     tries = 20 if os.name == "nt" else 1
     for left in reversed(range(tries)):
         try:
@@ -1689,11 +1691,11 @@ def move(part: Path, path: Path) -> None:
 
 
 def remove_odd(path: Path) -> None:
-    """Remove what is neither a folder nor a file with this name alone. In somebody else's folder a
-    link, hard or symbolic, may lead anywhere, and opening a pipe may wait forever."""
+    """Remove what is neither a folder nor a file that has only this name. In somebody else's folder
+    a link, hard or symbolic, may lead anywhere, and opening a pipe may block forever."""
     with contextlib.suppress(FileNotFoundError):
         state = path.lstat()
-        only_here = S_ISREG(state.st_mode) and state.st_nlink <= 1  # 0 on some file systems
+        only_here = S_ISREG(state.st_mode) and state.st_nlink <= 1  # some file systems say 0
         if not only_here and not S_ISDIR(state.st_mode):
             path.unlink()
 
@@ -1944,7 +1946,7 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
 
 
 def why_no_answer(error: OSError) -> str:
-    """Why a request failed, with advice if the server's certificate isn't known."""
+    """Why a request failed, with advice if the server's certificate can't be verified."""
     reason = str(getattr(error, "reason", error) or type(error).__name__)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         reason += "; set SSL_CERT_FILE to a file of certificates, or on macOS run Python's "

@@ -17,7 +17,7 @@ are exact up to rounding:
                      (kept with rotary positions, which rotate it differently for each token)
     value, proj      b' = b + W · b_v: the rows of softmax sum to 1;  W' = γW, b' = γb (LayerScale)
     fc2              b' = γb + su: the adapter's output bias moves to the layer before it
-    adapter          U' = sU; v' = v - V·su if it reads "block" or "mlp", which contain su now
+    adapter          U' = sU; v' = v - V·su if it reads "block" or "mlp", which now contain su
     last block       query, MLP and adapter of the class token alone, if the head reads only that
     pixels 0..255    W' = W / (255 std), b' = b - Σ W · mean / std in the patch embedding
     pixels 0..1      W' = W / std, the same b'
@@ -145,8 +145,8 @@ class Graph:
     def for_each_image(self, name: str, x: str, tokens: str) -> str:
         """The same tokens, [P, D] or [1, P, D], for each image of x [B, N, D]: [B, P, D].
 
-        This works for any batch size with neither a shape that is computed at run time nor Pad,
-        which onnxruntime can't pass on to CoreML.
+        This works for any batch size. It needs neither a shape that is computed at run time nor
+        Pad, which onnxruntime can't pass on to CoreML.
         """
         first = self.first_tokens(f"{name}.first", x, 1)
         zero = self("Mul", first, self.constant("zero", 0.0), name=f"{name}.zero")  # [B, 1, D]
@@ -224,7 +224,7 @@ def write_resample(g: Graph, name: str, length: str, edge: str, size: int, cente
 def write_embedding(g: Graph, model: vit.ViT, meta: dict) -> str:
     """The graph's input to tokens [B, N, D], as they enter the first block.
 
-    Positions and biases are added to the patches, and the class token and registers put in front.
+    Positions and biases are added to the patches; class token and registers are put in front.
     """
     config = model.config
     weight = model.patch_embed.proj.weight  # [D, 3, patch, patch]
@@ -581,7 +581,7 @@ def preprocessing(meta: dict, config: vit.Config) -> str:
     text = f"JPEG decoded at 1/2, 1/4 or 1/8 size while both sides stay at least {2 * side}, "
     text += "photo turned upright (EXIF), transparency over white, 16-bit grey divided by 257, "
     if not meta["resize"]:
-        text += f"its centre square, resized to {side} x {side} (bicubic as Pillow's: a = -1/2, "
+        text += f"its centre square, resized to {side} x {side} (bicubic as in Pillow: a = -1/2, "
         text += "antialiased, rounded to 0..255; failing that, by area), "
         text += f"of that the middle {S} x {S}, "
     if meta["input"] == "uint8":
@@ -1115,8 +1115,8 @@ def staged(folder: Path, together: bool = False) -> Iterator[Path]:
     """A folder to write to: its contents are moved into `folder` if all goes well, else deleted.
 
     Args:
-        together: remove earlier files of the same names first: a kill leaves no mixture of old and
-            new.
+        together: first remove earlier files of the same names, so that a kill leaves no mixture of
+            old and new files.
     """
     train.check_writable(folder)
     new = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -1137,7 +1137,7 @@ def move_files(part: Path, folder: Path, together: bool) -> None:
     for file in new:
         data.flush(file)
         path = folder / file.relative_to(part)
-        # A folder that is a link leads elsewhere.
+        # A link to a folder leads elsewhere.
         if path.is_symlink() or (together and path.is_file()):
             path.unlink()
     for file in new:
@@ -1421,7 +1421,7 @@ def hub_processor(meta: dict) -> dict:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": data.stored_side(S, meta["center"])},
-        # Lanczos, with which transformers.js antialiases; with bicubic, 3, it doesn't. In Python, 2
+        # Lanczos, with which transformers.js antialiases; with bicubic (3) it doesn't. In Python, 2
         # of 480 labels differ between the two (assets/results, Exports).
         "resample": 1,
         "do_center_crop": True,
@@ -1496,8 +1496,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.value
     place = "where to write: a folder, or FILE.onnx (the run's folder; "
     add("-o", "PATH", str, place + "with --swappable its parent)", "")
-    opset = "ONNX opset: 17 runs nearly everywhere, in onnxruntime from 1.12 on; 20 needs 1.17, 23 "
-    opset += "needs 1.23 (17)"
+    opset = "ONNX opset: 17 runs nearly everywhere, in onnxruntime 1.12 or later; 20 needs 1.17, "
+    opset += "23 needs 1.23 (17)"
     add("--opset", "N", int, opset, 17, choices=sorted(IR))
     add("--batch", "N", train.integer(0, 1024), "fixed number of images per call (0: any)", 0)
     image = "normalised floats, or floats from 0 to 1 (unit), both [batch, 3, S, S]; or pixels "
@@ -1587,8 +1587,8 @@ def export_as_asked(arguments: list[str] | None) -> int:
         split = train.read_split(run.folder / "split.json")
         run.meta["test_images"] = len(split["test"])
     choose_images(run, options)
-    # From here on run.meta describes the graph, and is stored in it. Keys that we don't know, in
-    # somebody else's run, might mean something to other programs.
+    # From here on run.meta describes the graph, and is stored in it. In somebody else's run, keys
+    # that we don't know might mean something to other programs.
     no_use = ("config", "learn_scale", "init", "dropout")
     known = adaptertune.META.keys() - set(no_use)
     run.meta = {name: value for name, value in run.meta.items() if name in known}

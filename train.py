@@ -66,8 +66,8 @@ import data
 import vit
 
 # Peak learning rates by method, for all backbones and data set sizes. They were chosen on
-# validation over pairs of backbone and data set (assets/results, Learning rates; clip-adapter's:
-# Few shots; zero-shot trains nothing). The paper's 1e-3 for adapters is for 50 epochs on large data
+# validation over pairs of backbone and data set (assets/results, Learning rates; for clip-adapter,
+# Few shots). zero-shot trains nothing. The paper's 1e-3 for adapters is for 50 epochs on large data
 # sets and too low for a short run. AdaptFormer's rate is the one for rank 64 (see `default_rate`).
 # Those of `head` and `full` are the highest that `fit_to_features` sets.
 RATES = {
@@ -351,7 +351,7 @@ def take_step(
         losses = F.cross_entropy(
             logits, y, label_smoothing=run.options.label_smoothing, reduction="none"
         )
-        # The weight is the label's, of the whole smoothed loss; torch's own `weight` isn't.
+        # The label's weight applies to the whole smoothed loss, unlike torch's own `weight`.
         part_loss = (losses * run.class_weights[y]).sum() / batch
         part_loss.backward()  # adds to the gradients of the earlier parts
         loss += part_loss.detach()
@@ -397,12 +397,13 @@ def in_parts(network: Callable[[Tensor], Tensor], model: vit.ViT, images: Tensor
 
 
 def standard_error(accuracy: float, images: int) -> float:
-    """The standard error of the difference between two such accuracies of different images, in
+    """The standard error of the difference between two such accuracies on different images, in
     percentage points. One hit and one miss are added, so that 100 % on a few images isn't taken for
     certain.
 
-    Here both are of the same images, whose difference has a smaller error. The larger one makes a
-    run on few images keep one of its last epochs, which has tested better (CHANGELOG, Tried).
+    Here both accuracies are on the same images, so the error of their difference is smaller. With
+    the larger error, a run on few images keeps one of its last epochs, which has tested better
+    (CHANGELOG, Tried).
     """
     p = (accuracy / 100 * images + 1) / (images + 2)
     return 100 * math.sqrt(2 * p * (1 - p) / max(1, images))
@@ -891,14 +892,14 @@ def fit_to_features(
 ) -> None:
     """Set the learning rates of a new linear head and of full fine-tuning, unless they are given.
 
-    An early step of AdamW moves each weight by about the learning rate. So, besides what it adds to
-    the logits of all images alike, it moves the logit of an image with features f by up to the
-    head's learning rate times Σ|f - f̄|. The rate is
-    such that this is 1 on average, but at most HEAD_RATE, for `head` RATES["head"]. Between the
-    backbones and image sizes that were tried, Σ|f - f̄| varies from 60 to 380: it is highest at the
-    backbone's own image size. There the best rate of `full` is lower by as much, for which no
-    derivation is known; so it is a fiftieth of that, at most RATES["full"] and at least a tenth of
-    it (assets/results, Learning rates). All processes use the first one's measurement.
+    An early step of AdamW moves each weight by about the learning rate. Apart from a shift that is
+    the same for all images, such a step moves the logit of an image with features f by up to the
+    head's learning rate times Σ|f - f̄|. The head's rate is the one at which this bound is 1 on
+    average, but at most HEAD_RATE, or RATES["head"] for `head`. Over the backbones and image sizes
+    that were tried, Σ|f - f̄| varies from 60 to 380; it is highest at the backbone's own image size.
+    There the best rate of `full` is lower by as much, for which no derivation is known. So it is a
+    fiftieth of 1 / mean Σ|f - f̄|, at most RATES["full"] and at least a tenth of it (assets/results,
+    Learning rates). All processes use the first one's measurement.
     """
     if options.head_lr and options.lr:
         return
@@ -1379,7 +1380,7 @@ def check_writable(folder: Path) -> None:
         if place.is_symlink():  # such as one to a disk that isn't mounted
             raise ValueError(f"{place} is a link to nothing; mend it or remove it")
         place = place.parent
-    # Not by tempfile, which on Windows tries again for hours where nothing may be written.
+    # Not with tempfile, which on Windows retries for hours in a folder that can't be written to.
     probe = place / "write-test.part"
     try:
         data.remove_odd(probe)
@@ -1536,7 +1537,7 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
     for number, row in enumerate(rows, start=1):
         values = dict(zip(COLUMNS + FILE_COLUMNS, row, strict=True))
         if values["epoch"] != str(number) or not all(isinstance(cell, str) for cell in row):
-            raise ValueError(f"no row of epoch {number}")
+            raise ValueError(f"no row for epoch {number}")
         for name, most in (("loss", 1e30), ("train%", 100), ("seconds", 1e9), ("val%", 100)):
             value = float(values[name])
             if not 0 <= value <= most and not (name == "val%" and math.isnan(value)):
@@ -1640,7 +1641,7 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
     for name in ("hits", "loss"):
         tensor = saved[name]
         if tensor.shape or tensor.dtype != start[name].dtype or tensor.device.type == "meta":
-            raise ValueError(f"{name} isn't a number of {start[name].dtype}")
+            raise ValueError(f"{name} isn't a scalar of {start[name].dtype}")
     steps = run.batches.count(run.dataset.train)
     epochs = run.options.epochs
     if not (
@@ -2065,7 +2066,7 @@ def write_predictions(run: Run, path: Path) -> None:
 
 
 def as_code(name: str) -> str:
-    """A name as code in Markdown, in which nothing has a meaning."""
+    """A name as a code span in Markdown, in which no character has a special meaning."""
     plain = data.printable(name).replace("`", "'").replace("\n", " ")
     return f"`{plain}`"
 
@@ -2573,8 +2574,8 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
 ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
-# Options that config.json leaves out, since they say what is done with a run ("seed": it has
-# "seeds").
+# Options that config.json leaves out, since they say what is done with a run. ("seed" is left out
+# since config.json has "seeds".)
 NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "seed")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
 # Options whose default depends on data or machine, with the value that stands for "not given".
@@ -2997,7 +2998,7 @@ def defaults_of(setting: str) -> str:
 
 
 def expand(options: argparse.Namespace) -> list[argparse.Namespace]:
-    """The options of each run of the grid: `label` says what differs between them but the seed."""
+    """The options of each run of the grid; `label` says what differs between them but the seed."""
     runs = []
     for values in itertools.product(*(getattr(options, name) for name in GRID)):
         run = dict(zip(GRID, values, strict=True))
@@ -3034,9 +3035,9 @@ def label_of(run: dict, runs: list[dict]) -> str:
 def default_rate(method: str, rank: int | None) -> float:
     """The peak learning rate of a method, for adapters of this rank.
 
-    Measured, not derived: AdaptFormer needs twice the learning rate for an eighth of the units, and
-    a cube root passes through these two; for AdapterTune the learning rate of rank 8 also suits
-    rank 64 (assets/results, Learning rates).
+    Measured, not derived. AdaptFormer needs twice the learning rate for an eighth of the units; a
+    cube root passes through these two points. For AdapterTune, the learning rate of rank 8 also
+    suits rank 64 (assets/results, Learning rates).
     """
     rate = RATES[method]
     if method == "adaptformer":
@@ -3101,7 +3102,7 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
     check_backbone_name(options, parser)
     if options.method == "clip-adapter" and not options.ratio and not options.text_ratio:
         parser.error("--ratio 0 and --text-ratio 0 leave nothing to train; use --method zero-shot")
-    drive = Path(options.name).drive  # "C:" of Windows
+    drive = Path(options.name).drive  # "C:" on Windows
     if options.name and (drive or not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", options.name)):
         parser.error(
             f"--name {options.name}: give the name of a folder below runs/, without / in it"
@@ -3226,7 +3227,7 @@ def predict_photos(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     for number, photo in enumerate(photos):
         try:
-            with warnings.catch_warnings(action="ignore"):  # Pillow's, about large photos
+            with warnings.catch_warnings(action="ignore"):  # Pillow warns about large photos
                 _, (probabilities,) = model.predict([photo])
         except ValueError as error:
             print(f"skipped  {data.printable(str(error))}", file=sys.stderr)

@@ -4,13 +4,14 @@ An image is cut into square patches, and each patch becomes a token of width D. 
 in some models R register tokens) is prepended, and L blocks of the same shape follow (ViT,
 https://arxiv.org/abs/2010.11929, equations 1 to 4):
 
-    h_0 = [class + position; registers; patches + positions]        in CLIP LayerNorm of that
+    h_0 = [class + position; registers; patches + positions]        in CLIP, LayerNorm of this
     h   <- h + Attention(LayerNorm(h))        every token attends to every token
     h   <- h + MLP(LayerNorm(h))              each token on its own
     logits = W · LayerNorm(h_L)[class]        or W · LayerNorm(mean of the patch tokens)
 
-DINOv2 and DINOv3 scale what attention and MLP add, per channel (LayerScale). DINOv3 adds no
-positions to h_0: its attention rotates queries and keys by the positions of their patches (Rotary).
+DINOv2 and DINOv3 multiply what attention and MLP add by a factor per channel (LayerScale). DINOv3
+adds no positions to h_0: its attention rotates queries and keys by the positions of their patches
+(Rotary).
 
 Shapes: B images, S pixels along a side, g = S / patch, N = 1 + R + g² tokens, D width, H heads,
 d = D / H, L blocks; T token ids of a text, K texts, E CLIP's embedding width.
@@ -101,7 +102,7 @@ class Config:
             raise ValueError(
                 f"image size {self.image_size} is not a multiple of the patch size {self.patch}"
             )
-        if self.grid > 256 and not self.causal:  # a small file must not ask for hours of work
+        if self.grid > 256 and not self.causal:  # a small file must not cause hours of work
             raise ValueError(f"image size {self.image_size} is over 256 patches of {self.patch}")
         if self.rope and self.width // self.heads % 4:
             raise ValueError(
@@ -124,8 +125,8 @@ class QuickGELU(nn.Module):
 
 class Rotary(nn.Module):
     """Rotary positions in two dimensions for queries or keys [B, H, N, d] (RoFormer,
-    https://arxiv.org/abs/2104.09864, equation 34, with neighbouring channels paired and in one
-    dimension; as here in DINOv3, https://arxiv.org/abs/2508.10104).
+    https://arxiv.org/abs/2104.09864, equation 34, in one dimension and with neighbouring channels
+    paired; DINOv3, https://arxiv.org/abs/2508.10104, as here).
 
     Channels i and i + d/2 are the coordinates of a point, which is rotated about the origin: the
     first d/4 points by the patch's row y, the others by its column x. Both run from -1 to 1 across
@@ -138,7 +139,7 @@ class Rotary(nn.Module):
     patches) have the angle 0.
 
     The tables of cosines and sines aren't in the state dict. They are computed in fp32, as in timm
-    and transformers; Meta's published files have ROPE_BASE^(4j/d) rounded to bf16.
+    and transformers. In Meta's published files, ROPE_BASE^(4j/d) is rounded to bf16.
     """
 
     def __init__(self, config: Config):
@@ -530,8 +531,8 @@ class Backbone:
     """A pretrained network and the input that it expects.
 
     The normalisation belongs to the backbone, not to the data set: with a wrong one the network
-    still works, only worse. timm evaluates all backbones on images resized bicubically (Google's
-    ViTs were trained bilinearly).
+    still works, only worse. timm evaluates all backbones on images resized bicubically. (Google's
+    ViTs were trained on images resized bilinearly.)
     """
 
     repo: str  # on the Hugging Face hub; empty for a local file
@@ -583,8 +584,8 @@ def _vit(width: int, patch: int, image_size: int = 224, **more) -> Config:
 
 _DINOV2 = {"layer_scale": True}
 _REG = _DINOV2 | {"registers": 4}
-# Meta's code has biases of queries and values; in the published files they are zero, and timm's
-# leave them out.
+# In Meta's code, queries and values have biases. In its published files these are zero; timm's
+# files leave them out.
 _DINOV3 = _REG | {"rope": True, "qkv_bias": False, "eps": 1e-5}
 _LAION = {"norm_pre": True, "patch_bias": False, "eps": 1e-5}
 _CLIP = _LAION | {"quick_gelu": True}
@@ -1900,7 +1901,7 @@ def find_place(name: str, found: dict[str, Tensor]) -> tuple[str, str]:
         if ours in found or ours.startswith("head."):
             return ours, ".".join(parts[:start])
     raise ValueError(
-        f"{name[:200]} isn't a tensor of these weights: give those that it was made for"
+        f"{name[:200]} isn't a tensor of these weights: give those that the LoRA was made for"
     )
 
 
@@ -2113,7 +2114,7 @@ def describe_norm(norm: tuple) -> str:
 
 
 def command_line(arguments: list[str]) -> str:
-    """Arguments as one line for the shell; on Windows, PowerShell."""
+    """Arguments as one line for the shell; on Windows, for PowerShell."""
     if os.name != "nt":
         return shlex.join(arguments)
     plain = re.compile(r"[\w.:/\\=+-]+")

@@ -779,7 +779,7 @@ def test_photos_that_went_leave_the_cache(photos, counted, monkeypatch):
 def test_a_class_of_two_lines(photos):
     """A folder whose name has a line break is refused: it would forge lines of output."""
     (photos / "leaf").rename(photos / "le\naf")
-    with pytest.raises(ValueError, match="the name 'le.*naf' in .* has two lines; rename"):
+    with pytest.raises(ValueError, match="the name 'le.*naf' in .* contains a line break; rename"):
         data.read(str(photos), image_size=16)
 
 

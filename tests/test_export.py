@@ -433,7 +433,7 @@ def test_what_other_programs_read(kind, output):
     assert props["Image.BitmapPixelFormat"] == "Rgb8"
     ranges = {"unit": "Normalized_0_1", "uint8": "NominalRange_0_255"}
     assert props.get("Image.NominalPixelRange") == ranges.get(kind)
-    assert "resized to 18 x 18 (bicubic as Pillow's: a = -1/2, " in props["preprocessing"]
+    assert "resized to 18 x 18 (bicubic as in Pillow: a = -1/2, " in props["preprocessing"]
     assert ("minus mean, divided by std" in props["preprocessing"]) == (kind == "float")
     if output == "embedding":
         assert not {"task", "names", "model_info model_type"} & set(props)

@@ -646,9 +646,9 @@ ROW = ("1", "1.0", "50.00", "50.00", "5", "0:01", "0:01", "1.0", "0.1", "1.0")  
         ({"train_time": math.inf}, "impossible epochs, steps, times"),
         ({"eval_time": math.nan}, "impossible epochs, steps, times"),
         ({"best_val": 1e300}, "impossible epochs, steps, times or accuracies"),
-        ({"loss": torch.zeros((), dtype=torch.float64, device="meta")}, "loss isn't a number"),
-        ({"hits": torch.zeros((), dtype=torch.int32)}, "hits isn't a number of torch.int64"),
-        ({"rows": [[*ROW[:5], None, *ROW[6:]]]}, "no row of epoch 1"),
+        ({"loss": torch.zeros((), dtype=torch.float64, device="meta")}, "loss isn't a scalar"),
+        ({"hits": torch.zeros((), dtype=torch.int32)}, "hits isn't a scalar of torch.int64"),
+        ({"rows": [[*ROW[:5], None, *ROW[6:]]]}, "no row for epoch 1"),
         ({"rows": [[*ROW[:7], "1e308", *ROW[8:]]]}, "seconds 1e308 in epoch 1"),
         ({"rows": [[*ROW[:3], "inf", *ROW[4:]]]}, "val% inf in epoch 1"),
         ({"rows": [list(ROW)], "best_val": math.nan}, ""),  # as without validation images

@@ -214,7 +214,7 @@ def read_task(meta):
         for name in ("mean", "std"):
             task[name] = np.array(json.loads(meta[name]), np.float32).reshape(3)
             if not np.isfinite(task[name]).all() or not (name == "mean" or task[name].all()):
-                raise ValueError(f"{name} isn't finite, or 0")
+                raise ValueError(f"{name} isn't finite or is 0")
     return task
 
 
@@ -233,7 +233,7 @@ def load_adapter(path, model, meta):
         if name.startswith("for."):
             key = name
     if not key:
-        fail(f"{path} is another program's; give an adapter of export.py --swappable")
+        fail(f"{path} was made by another program; give an adapter from export.py --swappable")
     if key != meta.get("swappable"):
         accepted = meta.get("swappable", "no adapters")
         advice = "give the backbone.onnx that was exported with this adapter"
@@ -255,7 +255,7 @@ def task_of(path, meta):
     try:
         return read_task(meta)
     except KeyError as error:
-        fail(f"{path} is no graph of export.py: its metadata have no {error}")
+        fail(f"{path} isn't a graph from export.py: its metadata have no {error}")
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         fail(f"the metadata of {path} are damaged ({reason(error)}); export it again")
 
@@ -277,7 +277,7 @@ def open_graph(path, adapter_path):
     if adapter_path:
         check_file(adapter_path, ".onnx_adapter")
     if ADAPTER.match(first_bytes(path)):
-        fail(f"{path} is an adapter; use it so: label.py backbone.onnx --adapter {path} photo.jpg")
+        fail(f"{path} is an adapter; use it with label.py backbone.onnx --adapter {path} photo.jpg")
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # no warnings about inputs that have a default
     try:
@@ -286,16 +286,18 @@ def open_graph(path, adapter_path):
     except Exception as error:  # onnxruntime's exceptions have no narrower base class
         advice = ""
         if "Unsupported model IR version" in str(error) or "is under development" in str(error):
-            advice = "; it needs a newer onnxruntime, or export it with --opset 17"
-        fail(f"{path} isn't an .onnx that onnxruntime can load ({reason(error)[:200]}){advice}")
+            advice = "; install a newer onnxruntime, or export it with --opset 17"
+        fail(
+            f"{path} isn't an .onnx file that onnxruntime can load ({reason(error)[:200]}){advice}"
+        )
     options = adapter = None
     if adapter_path:
         options, adapter = load_adapter(adapter_path, path, meta)
     inputs = session.get_inputs()
     if "image_size" not in meta or not inputs or not inputs[0].shape:
-        fail(f"{path} is no graph of export.py: it doesn't say what it takes")
+        fail(f"{path} isn't a graph from export.py: it doesn't say what it takes")
     if "classes" not in meta:
-        fail(f"{path} has no class names; give the task's --adapter")
+        fail(f"{path} has no class names; give the task's adapter with --adapter")
     if meta.get("output") == "embedding":
         fail(f"{path} gives embeddings, not labels")
     task = task_of(path, meta)
@@ -376,7 +378,7 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, RecursionError) as error:
-        # The pipe's reader has gone ("| head"), the disk is full, or folders are nested deeply.
+        # The pipe's reader has gone ("| head"), the disk is full, or folders are nested too deep.
         if not isinstance(error, BrokenPipeError):
             print(plain(f"error: {reason(error)}"), file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
