@@ -67,9 +67,9 @@ import vit
 
 # Peak learning rates by method, for all backbones and data set sizes. They were chosen on
 # validation over pairs of backbone and data set (assets/results, Learning rates; for clip-adapter,
-# Few shots). zero-shot trains nothing. The paper's 1e-3 for adapters is for 50 epochs on large data
-# sets and too low for a short run. AdaptFormer's rate is the one for rank 64 (see `default_rate`).
-# Those of `head` and `full` are the highest that `fit_to_features` sets.
+# fewshot-rates.txt). zero-shot trains nothing. The paper's 1e-3 for adapters is for 50 epochs on
+# large data sets and too low for a short run. AdaptFormer's rate is the one for rank 64 (see
+# `default_rate`). Those of `head` and `full` are the highest that `fit_to_features` sets.
 RATES = {
     "adaptertune": 5e-3,
     "adaptformer": 1e-2,
