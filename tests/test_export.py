@@ -693,6 +693,7 @@ def test_int8_is_where_it_should_be(run, tmp_path):
     assert proto.ir_version == 8
     assert proto.opset_import[0].version == 17
     assert proto.producer_name == "adaptertune"
+    assert proto.model_version == 1
 
 
 def test_int8_of_a_fixed_batch(run, tmp_path):
@@ -1014,6 +1015,7 @@ def test_hub(run, tmp_path, trained):
     assert "transformers.js_config" not in config
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": 16}
+    assert processor["resample"] == 1  # Lanczos, which transformers.js antialiases
     assert processor["crop_size"] == {"height": 16, "width": 16}
     assert processor["image_mean"] == processor["image_std"] == [0.5] * 3
     card = (tmp_path / "README.md").read_text()

@@ -553,9 +553,10 @@ def test_adapters_that_are_not_finite(run, finished):
     assert "head.bias has values that aren't finite" in run("--eval", "runs/a", status=1)
 
 
-@pytest.mark.parametrize("classes", [[1, 2], ["a"]], ids=str)
+@pytest.mark.parametrize("classes", [[1, 2], ["a"], ["a\nb", "c"]], ids=str)
 def test_wrong_types_in_adapters(run, finished, classes):
-    """Class names of a wrong type, or just one class, in the adapters' metadata are refused."""
+    """Class names of a wrong type or of two lines, or just one class, in the adapters' metadata are
+    refused."""
     path = finished / "adapters.safetensors"
     tensors, meta = adaptertune.read(path)
     save_file(tensors, path, {"adaptertune": json.dumps(meta | {"classes": classes})})

@@ -872,6 +872,14 @@ def test_photos_whose_content_changed(run, photos, tiny_weights, tmp_path):
         assert message in error
 
 
+def test_a_name_with_special_characters(run, tiny_weights, tmp_path):
+    """A name that would be a pattern of file names is only a name."""
+    for name in ("a**b", "[a]"):
+        run(*quick(tiny_weights, "--epochs", 1, "--limit", 40, "--name", name))
+        assert (tmp_path / "runs" / name / "result.json").exists()
+        assert not (tmp_path / "runs" / name / "state.pt").exists()
+
+
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", "/tmp/a"])
 def test_names_that_are_no_folder_below_runs(run, tiny_weights, tmp_path, name):
     """A run's name must be that of a folder directly below runs/."""

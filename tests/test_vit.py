@@ -275,6 +275,15 @@ def test_a_network_without_its_positions_is_no_dinov3(tmp_path):
             vit.load(path, heads=2)
 
 
+def test_more_patches_than_any_image_has():
+    """A size that would take hours and gigabytes is refused, however small the network is."""
+    shape = {"width": 8, "depth": 1, "heads": 1, "patch": 4}
+    vit.Config(**shape, image_size=1024)
+    vit.Config(**shape | {"patch": 1}, image_size=300, causal=True)  # a text of 300 tokens
+    with pytest.raises(ValueError, match="image size 1028 is over 256 patches of 4"):
+        vit.Config(**shape, image_size=1028)
+
+
 def test_rotary_positions_that_can_not_be(tmp_path):
     """Rotary positions are refused if a head's channels aren't a multiple of 4, for more patches
     than any image has, and if the file beside the weights states another base than DINOv3's."""
