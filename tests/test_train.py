@@ -872,6 +872,14 @@ def test_photos_whose_content_changed(run, photos, tiny_weights, tmp_path):
         assert message in error
 
 
+def test_names_of_several_runs():
+    """With several runs, what differs follows --name."""
+    grid = train.parse(["--name", "x", "--seeds", "0,3", "--ranks", "2,4"])
+    names = [train.run_name(options) for options in grid]
+    assert names == ["x-rank-2-s0", "x-rank-2-s3", "x-rank-4-s0", "x-rank-4-s3"]
+    assert [train.run_name(options) for options in train.parse(["--name", "x"])] == ["x"]
+
+
 def test_a_name_with_special_characters(run, tiny_weights, tmp_path):
     """A name that would be a pattern of file names is only a name."""
     for name in ("a**b", "[a]"):
