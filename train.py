@@ -33,6 +33,7 @@ import copy
 import csv
 import difflib
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -2067,7 +2068,7 @@ def write_predictions(run: Run, path: Path) -> None:
 
 def as_code(name: str) -> str:
     """A name as a code span in Markdown, in which no character has a special meaning."""
-    plain = data.printable(name).replace("`", "'").replace("\n", " ")
+    plain = data.printable(name).replace("`", "'")
     return f"`{plain}`"
 
 
@@ -2168,8 +2169,8 @@ def conclude(run: Run) -> None:
         if state.rows:
             draw_curves(state.rows, state.chosen_epoch, curves)
         draw_mistakes(run, mistakes)
-    adapter = run.folder.with_name(f"{run.folder.name}.onnx_adapter")
-    exported = [*run.folder.glob("*.onnx"), *([adapter] if adapter.exists() else [])]
+    adapter = f"{glob.escape(run.folder.name)}.onnx_adapter"
+    exported = [*run.folder.glob("*.onnx"), *run.folder.parent.glob(adapter)]
     if state.first_epoch > 1 and exported:
         print(f"note     {', '.join(map(str, exported))}: of fewer epochs; export again")
     script = Path(__file__).with_name("export.py")

@@ -213,8 +213,9 @@ def read_task(meta):
     if task["input"] == "float":
         for name in ("mean", "std"):
             task[name] = np.array(json.loads(meta[name]), np.float32).reshape(3)
-            if not np.isfinite(task[name]).all() or not (name == "mean" or task[name].all()):
-                raise ValueError(f"{name} isn't finite or is 0")
+        usable = np.isfinite(task["mean"]) & np.isfinite(task["std"]) & (task["std"] > 0)
+        if not usable.all():
+            raise ValueError("mean or std isn't finite, or std is 0")
     return task
 
 
