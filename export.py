@@ -1442,6 +1442,9 @@ Classes: {classes}.
 
 The backbone's licence: {license}. {int8}
 
+Training resized photos bicubically (3). preprocessor_config.json asks for Lanczos (1), with which
+transformers.js antialiases.
+
 ```js
 import {{ pipeline }} from "@huggingface/transformers";
 const classify = await pipeline("image-classification", "path/to/this-folder");
