@@ -30,10 +30,14 @@ Shapes: B images (batch), N tokens, D width, H heads, d = D/H, r rank, S pixels 
 g = S / patch, P prompts, K classes.
 """
 
+import os
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getpid() == 1:  # a container's first process: the kernel ignores default handlers
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
 import argparse
 import contextlib
@@ -45,17 +49,20 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor, nn
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.32 reports to Microsoft
+
+import onnxruntime
+from onnxruntime.quantization import quantize_dynamic
 
 import adaptertune
 import data
@@ -495,8 +502,7 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
         width = model.config.width
     outputs = [typed(meta["output"], TensorProto.FLOAT, [B, width])]
 
-    constants = [numpy_helper.from_array(value, name) for name, value in g.constants.items()]
-    graph = helper.make_graph(g.nodes, meta["backbone"], inputs, outputs, constants)
+    graph = helper.make_graph(g.nodes, meta["backbone"], inputs, outputs)
     proto = helper.make_model(
         graph,
         ir_version=IR[g.opset],
@@ -505,6 +511,8 @@ def to_model(g: Graph, model: vit.ViT, meta: dict) -> onnx.ModelProto:
         model_version=1,  # else onnxruntime shows 2⁶³-1
         doc_string=sentence(meta),
     )
+    for name, value in g.constants.items():  # here, since `make_model` copies the graph
+        proto.graph.initializer.append(numpy_helper.from_array(value, name))
     helper.set_model_props(proto, to_props(meta, model.config))
     return proto
 
@@ -876,8 +884,7 @@ def to_check(run: train.Run, images: data.Images) -> Checked:
     """A batch as the graph and as torch take it."""
     labels = images.labels.numpy()
     pixels = fill_batch(run, images.pixels)
-    boxes = data.center_boxes(len(pixels), *pixels.shape[-2:], run.dataset.center, pixels.device)
-    x = run.batches.finish(pixels, boxes)
+    x = run.batches.central(pixels, run.dataset.center)
     if run.meta["input"] == "float":
         return Checked(x.numpy(), x, labels)
     mean, std = run.batches.mean_std
@@ -1118,13 +1125,17 @@ def staged(folder: Path, together: bool = False) -> Iterator[Path]:
         together: first remove earlier files of the same names, so that a kill leaves no mixture of
             old and new files.
     """
-    train.check_writable(folder)
+    train.check_writable(folder, instead="-o")
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with data.empty_folder(folder / "export.part") as part:
             yield part
             move_files(part, folder, together)
+    except OSError as error:
+        if error.errno not in data.NO_ROOM:
+            raise
+        raise ValueError(f"can't write to {folder} ({error.strerror}); make room") from error
     finally:
         with contextlib.suppress(OSError):  # they aren't empty
             for each in new:
@@ -1607,9 +1618,10 @@ def export_as_asked(arguments: list[str] | None) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 1 for an error, 130 or 143 when
+def main(arguments: Iterable | None = None) -> int:
+    """The command line, see train.main. Returns the exit status: 0, 1 for an error, 130 or 143 when
     stopped."""
+    arguments = train.as_texts(arguments)
     return train.run_program(
         lambda: export_as_asked(arguments), lambda: "stopped; nothing was written"
     )

@@ -22,10 +22,14 @@ In order: training, several processes, setting up, a run's folder, opening a run
 pictures, options.
 """
 
+import os
 import signal
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getpid() == 1:  # a container's first process: the kernel ignores default handlers
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
 import argparse
 import contextlib
@@ -39,7 +43,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -210,7 +213,12 @@ class Predictions:
         return 100 * (hits / images)[images > 0].mean().item()
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, and nothing is half done."""
+
+
 stop_asked: list[int] = []  # signals received
+callers_handlers: dict[int, Callable | signal.Handlers | None] = {}  # before `run_program`
 
 
 def on_stop(handler: Callable | signal.Handlers) -> None:
@@ -222,9 +230,10 @@ def on_stop(handler: Callable | signal.Handlers) -> None:
 
 
 def ask_stop(number: int, frame: object) -> None:
-    """Signal handler: record the signal. If it comes again it kills the process."""
+    """Signal handler: record the signal. If it comes again, the caller's handler is called: it ends
+    a program at once, and interrupts a notebook's cell without ending the notebook."""
     stop_asked.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, callers_handlers.get(number) or signal.SIG_DFL)
 
 
 def stop_at_once(number: int, frame: object) -> None:
@@ -234,10 +243,10 @@ def stop_at_once(number: int, frame: object) -> None:
 
 
 def stop_if_asked() -> None:
-    """Raise a KeyboardInterrupt if any process received a signal. All processes call this together,
-    at points where nothing is half done."""
+    """Raise Stopped if any process received a signal. All processes call this together, at points
+    where nothing is half done."""
     if any_process(bool(stop_asked)):
-        raise KeyboardInterrupt
+        raise Stopped
 
 
 def schedule(step: int, steps: int) -> float:
@@ -511,7 +520,7 @@ def fit(run: Run) -> None:
         if is_uneven(run.dataset.train, run.dataset.test):
             classes = len(run.dataset.classes)
             run.meta["test_class_accuracy"] = run.predictions["test"].class_accuracy(classes)
-    except KeyboardInterrupt:
+    except Stopped:
         save_state(run, optimizer)
         raise
 
@@ -579,6 +588,7 @@ def train_run(options: argparse.Namespace) -> dict:
         if finished:
             return finished | {"folder": folder, "kept": True}
         check_own(folder)
+        check_writable(folder)
         run = prepare(options, folder)
         describe_folder(options, folder)
         return set_up_and_fit(run) | {"folder": folder}
@@ -1374,8 +1384,12 @@ def check_own(folder: Path) -> None:
             )
 
 
-def check_writable(folder: Path) -> None:
-    """Raise a ValueError if files can't be written to a folder, which needn't exist yet."""
+def check_writable(folder: Path, instead: str = "--name") -> None:
+    """Raise a ValueError if files can't be written to a folder, which needn't exist yet.
+
+    Args:
+        instead: the option that names another folder.
+    """
     place = folder
     while not place.exists():
         if place.is_symlink():  # such as one to a disk that isn't mounted
@@ -1389,10 +1403,10 @@ def check_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         if not place.exists():  # another process has removed it, as it was empty
-            return check_writable(folder)
+            return check_writable(folder, instead)
         raise ValueError(
             f"can't write to {place.resolve()} ({error.strerror}); change to another folder, or "
-            "give another --name"
+            f"give another {instead}"
         ) from error
 
 
@@ -1401,18 +1415,21 @@ def at_work(folder: Path) -> Iterator[None]:
     """Lock a run's folder. It is made if it doesn't exist, and removed again if it is still empty.
 
     Raises:
-        ValueError: another process is at work in it, or nothing can be written there.
+        ValueError: another process is at work in it, or it can't be made.
     """
     if rank_and_world()[0]:  # the first process holds the lock for all
         yield
         return
-    check_writable(folder)
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    if new:
+        check_writable(folder)
     with data.locked(folder, folder=True, wait=False):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # it isn't empty
-                os.removedirs(folder)
+            with contextlib.suppress(OSError):  # they aren't empty
+                for each in new:
+                    each.rmdir()
 
 
 def kept_options(options: argparse.Namespace) -> dict:
@@ -1766,29 +1783,30 @@ class Classifier:
     center: float  # the network sees this share of each side of a photo's centre square
     batches: data.Batches
 
-    def preprocess(self, photo: "str | Path | Image.Image") -> Tensor:  # noqa: F821
-        """A photo, given as a file or as Pillow's image, as input of the network: [1, 3, S, S].
+    def preprocess(self, photo: data.Photo) -> Tensor:
+        """A photo as input of the network: [1, 3, S, S].
 
         Raises:
             ValueError: the photo can't be read.
         """
         pixels = data.read_photo(photo, data.stored_side(self.image_size, self.center))[None]
         pixels = pixels.to(self.batches.device)
-        boxes = data.center_boxes(1, *pixels.shape[-2:], self.center, pixels.device)
-        return self.batches.finish(pixels, boxes)
+        return self.batches.central(pixels, self.center)
 
-    @torch.inference_mode()
-    def predict(
-        self,
-        photos: "Iterable | str | Path | Image.Image",  # noqa: F821
-    ) -> tuple[list[str], Tensor]:
-        """The labels of n photos, files or Pillow's images, and the probabilities [n, K]. A single
-        photo needn't be in a list. For tensors, call `network`.
+    @torch.no_grad()
+    def predict(self, photos: "Iterable[data.Photo] | data.Photo") -> tuple[list[str], Tensor]:
+        """The labels of n photos, and the probabilities [n, K]. A photo is a path, the content of a
+        file as bytes, a binary file, or Pillow's image; a single one needn't be in a list. For
+        tensors, call `network`.
+
+        A large JPEG is decoded at a smaller size, unless it is given as Pillow's image, so the
+        probabilities may differ a little between the two.
 
         Raises:
             ValueError: a photo can't be read, or none is given.
         """
-        if isinstance(photos, str | Path) or not isinstance(photos, Iterable):
+        file = isinstance(photos, str | Path | bytes) or hasattr(photos, "read")
+        if file or not isinstance(photos, Iterable):
             photos = [photos]
         photos = list(photos)
         if not photos:
@@ -1810,6 +1828,9 @@ def load_run(
         model = train.load_run("runs/NAME")
         labels, probabilities = model.predict(["photo.jpg", "other.jpg"])
 
+    Threads may share the result. A process that is forked after this can't use torch's threads, so
+    load it in each worker of a server, not before they are forked.
+
     Args:
         weights: the path of the backbone's file, if it has moved.
         init_lora: the path of the LoRA, if it has moved.
@@ -1821,7 +1842,8 @@ def load_run(
     """
     moved = {"weights": weights, "init_lora": init_lora}
     moved = {name: str(path) for name, path in moved.items() if path}
-    return open_classifier(options_of(folder, device=str(device), **moved))
+    with torch.random.fork_rng():  # weights are drawn before the loaded ones replace them
+        return open_classifier(options_of(folder, device=str(device), **moved))
 
 
 def open_classifier(options: argparse.Namespace) -> Classifier:
@@ -1862,6 +1884,8 @@ def describe(run: Run) -> None:
         where = torch.cuda.get_device_name(run.device)
     else:
         where = counted(torch.get_num_threads(), "thread")
+        if math.isfinite(data.cpu_limit()):
+            where += f" (this process may use {data.cpu_limit():g} CPUs)"
     precision = "bf16" if run.bf16 else "fp32"
     device = f"{run.device.type} {where}"
     if run.batches.world > 1:
@@ -2173,10 +2197,13 @@ def conclude(run: Run) -> None:
     exported = [*run.folder.glob("*.onnx"), *run.folder.parent.glob(adapter)]
     if state.first_epoch > 1 and exported:
         print(f"note     {', '.join(map(str, exported))}: of fewer epochs; export again")
-    script = Path(__file__).with_name("export.py")
-    if script.parent == Path.cwd():
-        script = script.name
-    print(f"next     python {vit.command_line([str(script), str(run.folder)])}")
+    print(f"next     python {vit.command_line([script('export.py'), str(run.folder)])}")
+
+
+def script(name: str) -> str:
+    """The path of one of the programs, as it is given to Python here."""
+    path = Path(__file__).with_name(name)
+    return name if path.parent == Path.cwd() else str(path)
 
 
 @dataclass
@@ -3262,8 +3289,11 @@ class Printable:
 
 
 def prepare_process() -> None:
-    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt. Make stdout and stderr print "?" for what a
-    terminal can't show, and nothing if they are closed."""
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt. Make stdout and stderr print each line at
+    once, "?" for what a terminal can't show, and nothing if they are closed. Use no more threads
+    than a container's limit allows: torch sees all CPUs of the host, and was ten times slower."""
+    if "OMP_NUM_THREADS" not in os.environ and data.cpu_limit() < torch.get_num_threads():
+        torch.set_num_threads(max(1, int(data.cpu_limit())))
     stop_asked.clear()
     on_stop(stop_at_once)
     null = os.open(os.devnull, os.O_RDWR)
@@ -3275,7 +3305,7 @@ def prepare_process() -> None:
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - kept open
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
         if not isinstance(stream, Printable):
             setattr(sys, name, Printable(stream))
 
@@ -3307,15 +3337,19 @@ def print_error(error: Exception) -> None:
         text = f"another process ended ({vit.first_line(error)})"
     elif isinstance(error, RuntimeError):
         raise error
+    elif "No usable temporary directory" in text:  # torch makes one to import its compiler
+        text += "; set TMPDIR to a folder that can be written to"
     print(f"error: {data.printable(text)}", file=sys.stderr)
 
 
 def run_program(work: Callable[[], int], stopped: Callable[[], str]) -> int:
     """Run `work` and return the exit status: what it returns; 1 for an error, which is printed; 130
     after Ctrl-C and 143 after SIGTERM, when the line that `stopped` returns is printed. Streams and
-    signal handlers are restored afterwards, for a notebook that calls `main`."""
+    signal handlers are restored afterwards, for a notebook that calls `main`; so let only one
+    thread of a process call it at a time."""
     streams = (sys.stdout, sys.stderr)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        callers_handlers[number] = signal.getsignal(number)
     prepare_process()
     try:
         return work()
@@ -3332,13 +3366,13 @@ def run_program(work: Callable[[], int], stopped: Callable[[], str]) -> int:
     finally:
         sys.stdout, sys.stderr = streams
         if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
+            for number, handler in callers_handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)  # None if Python didn't set it
 
 
 def how_to_go_on(arguments: list[str] | None, grid: list[argparse.Namespace]) -> str:
     """The command that continues a stopped one; `grid` is empty if its options weren't parsed."""
-    command = sys.argv if arguments is None else ["train.py", *arguments]
+    command = sys.argv if arguments is None else [script("train.py"), *arguments]
     if grid and not grid[0].eval and not grid[0].resume:
         command = [*command, "--resume"]
     program = "python"
@@ -3348,9 +3382,22 @@ def how_to_go_on(arguments: list[str] | None, grid: list[argparse.Namespace]) ->
     return f"stopped; to go on: {program} {vit.command_line(command)}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line, given as a list of strings. Returns the exit status: 0, 1 for an error,
-    130 after Ctrl-C, 143 after SIGTERM. Wrong usage raises SystemExit(2)."""
+def as_texts(arguments: Iterable | None) -> list[str] | None:
+    """A list of arguments as texts: code may give numbers and paths."""
+    if isinstance(arguments, str):
+        raise ValueError(f"give a list of arguments, such as {arguments.split()}")
+    return None if arguments is None else [str(argument) for argument in arguments]
+
+
+def main(arguments: Iterable | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, 1 for an error, 130 after Ctrl-C, 143 after
+    SIGTERM. Wrong usage raises SystemExit(2).
+
+    Args:
+        arguments: such as ["--epochs", 5]; [] for none. If left out, those of the process, which in
+            a notebook are the notebook's.
+    """
+    arguments = as_texts(arguments)
     grid = []
 
     def work() -> int:

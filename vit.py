@@ -138,16 +138,17 @@ class Rotary(nn.Module):
     their patches. Tokens that aren't patches (class token, registers, and prompts, which follow the
     patches) have the angle 0.
 
-    The tables of cosines and sines aren't in the state dict. They are computed in fp32, as in timm
-    and transformers. In Meta's published files, ROPE_BASE^(4j/d) is rounded to bf16.
+    The tables of cosines and sines aren't in the state dict, so they are computed even where `load`
+    makes meta tensors; in fp32, as in timm and transformers. In Meta's published files,
+    ROPE_BASE^(4j/d) is rounded to bf16.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         g = config.grid
         quarter = config.width // config.heads // 4
-        periods = ROPE_BASE ** (torch.arange(quarter) / quarter)  # [d/4]
-        centers = (torch.arange(g) + 0.5) / g * 2 - 1  # of the patches in a row, [g]
+        periods = ROPE_BASE ** (torch.arange(quarter, device="cpu") / quarter)  # [d/4]
+        centers = (torch.arange(g, device="cpu") + 0.5) / g * 2 - 1  # of the patches in a row, [g]
         angles = 2 * math.pi * centers[:, None] / periods  # [g, d/4]
         rows = angles[:, None].expand(g, g, quarter)
         columns = angles[None].expand(g, g, quarter)
@@ -313,13 +314,9 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(D, eps=config.eps)
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
         if config.rope:
-            self.build_rotary()
-
-    def build_rotary(self) -> None:
-        """Give all blocks the tables of DINOv3's rotary positions, which no file holds."""
-        rope = Rotary(self.config)
-        for block in self.blocks:
-            block.attn.rope = rope
+            rope = Rotary(config)
+            for block in self.blocks:
+                block.attn.rope = rope
 
     def init_weights(self) -> None:
         """Initialise all weights to train from scratch: matrices, tokens and positions from a
@@ -1653,8 +1650,6 @@ def load(
                 classes = len(found["head.weight"])
                 model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
         fill(model, found, translated.names)
-    if config.rope:
-        model.build_rotary()
     return model, backbone
 
 

@@ -37,6 +37,8 @@ TINY = {"width": 32, "depth": 2, "heads": 2, "patch": 4, "image_size": 16, "hidd
 def own_cache(tmp_path_factory):
     """Give the tests a cache folder of their own, also for the commands that they start."""
     os.environ["ADAPTERTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    os.environ.pop("HF_HUB_OFFLINE", None)
 
 
 # -------------------------------------------------------------------------------------- networks

@@ -289,7 +289,7 @@ def label_photo(folder: Path) -> int:
     try:
         session, task, options, _ = label.open_graph(str(folder / "model.onnx"), "")
         try:
-            label.label(str(folder / "honest.png"), session, task, options)
+            label.predict(str(folder / "honest.png"), session, task, options)
         except Exception:  # its `main` prints that the photo is skipped
             return 1
     except SystemExit as error:

@@ -1,5 +1,6 @@
 """Data sets, their splits, and the batches made from them."""
 
+import math
 import os
 import pickle
 import shutil
@@ -44,7 +45,7 @@ def test_crop_and_resize_equal_pillows(size):
 def test_whole_image_at_its_own_size_is_unchanged():
     """Cropping the whole image and resizing it to its own size changes nothing."""
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    boxes = data.center_boxes(4, 32, 32, 1.0, CPU)
+    boxes = torch.tensor([[0, 0, 32, 32]]).expand(4, 4)
     assert torch.allclose(data.crop_resize(pixels, boxes, 32), pixels / 255, atol=1e-6)
 
 
@@ -80,17 +81,27 @@ def test_random_boxes_lie_inside():
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "share", "box"),
+    ("height", "width", "share", "top", "left", "side"),
     [
-        (32, 32, 1.0, [0, 0, 32, 32]),
-        (183, 183, 7 / 8, [11, 11, 160, 160]),
-        (256, 256, 7 / 8, [16, 16, 224, 224]),
-        (14, 9, 1.0, [2, 0, 9, 9]),
+        (32, 32, 1.0, 0, 0, 32),
+        (183, 183, 7 / 8, 11, 11, 160),
+        (256, 256, 7 / 8, 16, 16, 224),
+        (14, 9, 1.0, 2, 0, 9),
     ],
 )
-def test_the_centre_is_cut_at_whole_pixels(height, width, share, box):
-    """The central square begins and ends at whole pixels."""
-    assert data.center_boxes(2, height, width, share, CPU).tolist() == [box, box]
+def test_the_centre_is_cut_at_whole_pixels(height, width, share, top, left, side):
+    """The central square begins and ends at whole pixels; it is resized if its size isn't the
+    network's."""
+    pixels = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    norm = ((0.5,) * 3, (0.25,) * 3)
+    square = pixels[..., top : top + side, left : left + side]
+    found = data.Batches(side, norm, 2, CPU).central(pixels, share)
+    assert torch.equal(found, (square / 255 - 0.5) / 0.25)
+    box = torch.tensor([[top, left, side, side]]).expand(2, 4)
+    for size in (side, side // 2):
+        resized = (data.crop_resize(pixels, box, size) - 0.5) / 0.25
+        found = data.Batches(size, norm, 2, CPU).central(pixels, share)
+        assert torch.allclose(found, resized, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------ digits and splits
@@ -786,8 +797,8 @@ def test_no_code_in_a_pickle_is_run(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------- the progress
 
 
-def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
-    """On a terminal, a line shows the progress and the time left; elsewhere nothing is shown."""
+def test_progress(monkeypatch, capsys):
+    """On a terminal, a line shows the progress and the time left."""
     monkeypatch.setattr(data.time, "perf_counter", lambda: 110.0)
     data.progress("fetching", 1, 4, started=100.0)
     assert capsys.readouterr().err == ""
@@ -798,6 +809,42 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
     assert capsys.readouterr().err == f"\r{26 * ' '}\rfetching 3 of 4, 0:05 left"
     data.progress("fetching", 4, 4, started=100.0)
     assert capsys.readouterr().err == f"\r{26 * ' '}\r"
+
+
+def test_progress_in_a_log(monkeypatch, capsys):
+    """In a log, torchrun's first process prints a line a minute."""
+    monkeypatch.setattr(data, "last_report", 0.0)
+    shown = []
+    for now in range(1000, 1240, 10):
+        monkeypatch.setattr(data.time, "perf_counter", lambda now=now: float(now))
+        data.progress("fetching", now - 1000, 400, started=1000.0)
+        if capsys.readouterr().err:
+            shown.append(now - 1000)
+    assert shown == [70, 140, 210]
+    monkeypatch.setattr(data, "last_report", 0.0)
+    data.progress("fetching", 100, 400, started=1000.0)
+    assert capsys.readouterr().err == "fetching 100 of 400, 11:30 left\n"
+    monkeypatch.setattr(data, "last_report", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    data.progress("fetching", 100, 400, started=1000.0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "files, limit",
+    [
+        ({"cpu.max": "50000 100000\n"}, 0.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu.cfs_quota_us": "200000\n", "cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_a_containers_cpu_limit(tmp_path, files, limit):
+    """The limit of a control group of either version; infinite without one."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert data.quota(tmp_path) == limit
 
 
 def test_a_file_that_is_held_open_on_windows(tmp_path, monkeypatch):

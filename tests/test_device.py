@@ -176,6 +176,36 @@ def run_export(work, monkeypatch, capsys):
     return runner(export.main, capsys)
 
 
+def test_nothing_is_reported(work, tmp_path, monkeypatch):
+    """onnxruntime's telemetry is off: it would keep an identifier and events in the home folder."""
+    monkeypatch.chdir(work)
+    environment = dict(os.environ, HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    del environment["ORT_DISABLE_TELEMETRY"]
+    graph = tmp_path / "model.onnx"
+    photo = next((work / "photos").rglob("*.png"))
+    for command in ([ROOT / "export.py", "runs/photos", "-o", graph], [LABEL, graph, photo]):
+        arguments = [sys.executable, *map(str, command)]
+        subprocess.run(arguments, env=environment, capture_output=True, timeout=120, check=True)
+    assert graph.exists()
+    assert not [path for path in tmp_path.rglob("*") if "icrosoft" in path.name]
+
+
+def test_use_in_a_program(work, run_export, tmp_path):
+    """label.py as a module: files opened by the caller, probabilities, and errors that don't end
+    the program."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx")
+    module = runpy.run_path(str(LABEL))
+    session, task, options, _ = module["open_graph"](tmp_path / "model.onnx")
+    photo = next((work / "photos").rglob("*.png"))
+    expected = in_torch("runs/photos", [photo])[str(photo)]
+    with photo.open("rb") as opened:
+        probabilities = module["predict"](opened, session, task, options)
+    found = dict(zip(task["classes"], probabilities.tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(module["UnusableError"], match="there is no file gone.onnx"):
+        module["open_graph"]("gone.onnx")
+
+
 def in_torch(run, photos, rounded=True):
     """Torch's probabilities, {photo: {class: probability}}.
 

@@ -132,13 +132,37 @@ def test_a_private_file_needs_a_token(server, tmp_path, status):
         data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
 
 
-def test_server_error_is_tried_again(server, tmp_path):
-    """Requests that end in a server error are tried again."""
+def test_a_token_that_is_not_accepted(server, tmp_path):
+    """The error for a token that the hub refuses doesn't advise to set one."""
+    server.errors = [401]
+    with pytest.raises(ValueError, match="401 Unauthorized; it doesn't accept HF_TOKEN: correct"):
+        data.download(f"{server.url}/f", tmp_path / "f", token="hf_old")
+
+
+@pytest.mark.parametrize("errors", [[503, 500], [429, 408]])
+def test_server_error_is_tried_again(server, tmp_path, errors, capsys):
+    """Requests that end in a server error, or come too often, are tried again."""
     server.files["/f"] = BODY
-    server.errors = [503, 500]
+    server.errors = list(errors)
     data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
     assert len(server.seen) == 3
     assert (tmp_path / "f").read_bytes() == BODY
+    first, *retries = capsys.readouterr().out.splitlines()
+    assert first == f"fetch    {server.url}/f"
+    assert [int(line.split()[1]) for line in retries] == errors
+
+
+def test_a_server_that_asks_to_wait(server, tmp_path, monkeypatch):
+    """Before the next request, the time of Retry-After passes, but at most a minute."""
+    pauses = []
+    monkeypatch.setattr(data.time, "sleep", pauses.append)
+    server.answers["/f"] = answer(b"", 429, **{"Retry-After": "7"})
+    with pytest.raises(ValueError, match="429 Too Many Requests; run again"):
+        data.download(f"{server.url}/f", tmp_path / "f", tries=2)
+    server.answers["/f"] = answer(b"", 429, **{"Retry-After": "86400"})
+    with pytest.raises(ValueError, match="429 Too Many Requests; run again"):
+        data.download(f"{server.url}/f", tmp_path / "f", tries=2)
+    assert pauses == [0, 7.5, 0, 60.5]
 
 
 def test_no_network(tmp_path):
@@ -171,7 +195,7 @@ print([process.exitcode for process in both])
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "[0, 0]\n", done.stderr
+    assert done.stdout.splitlines()[-1] == "[0, 0]", done.stderr
     assert done.stderr.count("waiting for another process") == 1
     assert files_below(tmp_path) == [tmp_path / "f"]
     assert len(server.seen) == 2  # both by one process: it was cut once, and waited half a second
@@ -188,6 +212,15 @@ def test_without_locks(server, tmp_path, monkeypatch):
         data.write_file(part / "x", "content")
     assert (tmp_path / "f").read_text() == "new"
     assert files_below(tmp_path) == [tmp_path / "f"]
+
+
+def test_inode_numbers_that_change(tmp_path, monkeypatch):
+    """Where a file never seems to be the same (some network file systems), it is written anyway."""
+    monkeypatch.setattr(data, "is_same", lambda handle, path: False)
+    data.write_file(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text() == "new"
+    with data.locked(tmp_path / "folder", folder=True) as handle:
+        assert handle >= 0
 
 
 # ------------------------------------------------------------------------- what isn't the file
@@ -393,6 +426,16 @@ def test_hub_file(server, tmp_path, monkeypatch):
     requests = len(server.seen)
     assert data.hub_file("timm/net", "model.safetensors", offline=True) == path
     assert len(server.seen) == requests
+
+
+def test_hub_offline(server, monkeypatch):
+    """With HF_HUB_OFFLINE, nothing is requested."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    serve_as_hub(server, WEIGHTS, WEIGHTS_SHA)
+    with pytest.raises(ValueError, match="is not there and HF_HUB_OFFLINE given; fetch it once"):
+        data.hub_file("timm/net", "model.safetensors")
+    assert server.seen == []
 
 
 def test_hub_checksum(server, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ Few shots, cached features, comparisons, pictures, loading a run, how often the 
 
 import copy
 import csv
+import io
 import json
 import math
 import re
@@ -669,9 +670,18 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
     assert torch.equal(model.predict(each for each in opened)[1], probabilities)
     with pytest.raises(ValueError, match="no photo at"):
         model.predict(["gone.png"])
+    content = files[0].read_bytes()
+    for photo in (content, io.BytesIO(content), files[0].open("rb")):
+        assert torch.allclose(model.predict(photo)[1], probabilities[:1], atol=1e-5)
+    model.predict(content)[1].mul_(2)  # an ordinary tensor
     for array in (np.zeros((20, 20, 3), np.uint8), torch.zeros(3, 16, 16)):
-        with pytest.raises(ValueError, match=r"a photo is a file or .*, not (ndarray|Tensor); try"):
+        message = r"a photo is a path, .* or Pillow's image, not (ndarray|Tensor); try"
+        with pytest.raises(ValueError, match=message):
             model.predict([array])
+    cut = Image.open(io.BytesIO(content[: len(content) // 2]))
+    for photo in (content[:30], io.BytesIO(content[:30]), cut, Image.new("RGB", (0, 0))):
+        with pytest.raises(ValueError, match="can't read the photo as an image"):
+            model.predict([photo])
     with pytest.raises(ValueError, match="device 'none' can't be used here"):
         train.load_run(tmp_path / "runs/a", device="none")
 

@@ -3,6 +3,7 @@
 tests/kill_runs.py and tests/fuzz_readers.py, which are run by hand, test more of it."""
 
 import contextlib
+import errno
 import gzip
 import json
 import math
@@ -274,6 +275,17 @@ def test_a_file_in_the_way(run, tiny_weights, place, name):
     error = run("--weights", tiny_weights, *QUICK, "--name", "a", status=1)
     assert re.fullmatch(r"error: can't write to .* \(Not a directory\); change .*\n", error)
     assert path.read_text() == "mine"
+    with pytest.raises(ValueError, match="another folder, or give another -o$"):
+        export.staged(path / "folder").__enter__()
+
+
+def test_a_full_disk_during_export(tmp_path):
+    """The error names the folder, and nothing is left behind."""
+    message = r"can't write to .*/new \(No space left on device\); make room"
+    with pytest.raises(ValueError, match=message), export.staged(tmp_path / "new") as part:
+        (part / "model.onnx").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------- streams
@@ -744,6 +756,7 @@ def test_damaged_files(name, damaged_folder, monkeypatch):
     if name in ("predict", "graph", "annotations", "names") or name.startswith("photo"):
         pytest.importorskip("PIL")
     monkeypatch.chdir(damaged_folder)
+    monkeypatch.setattr(fuzz_readers, "SECONDS", 10)  # on a busy machine
     assert fuzz_readers.fuzz(name, damaged_folder, 10) == []
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -959,7 +960,10 @@ def test_predictions_of_every_image(run, photos, tiny_weights, tmp_path):
             worst.append((sum(hits) / len(hits), f"{name} ({sum(hits)}/{len(hits)} right)"))
     stated = re.findall("^worst    (.*)$", out, re.M)
     assert stated == [", ".join(text for _, text in sorted(worst))]
+    torch.manual_seed(0)
     model = train.load_run(folder)
+    number = torch.rand(1)
+    assert torch.equal(number, torch.rand(1, generator=torch.Generator().manual_seed(0)))
     _, probabilities = model.predict([photos / row["file"] for row in tested])
     for row, each in zip(tested, probabilities, strict=True):
         best, second = each.topk(2).indices.tolist()
@@ -1468,6 +1472,123 @@ def test_a_resumed_run_shows_the_rows_before(
     rows = printed_rows(capsys.readouterr().out)
     assert rows == [row[:7] for row in read_table(tmp_path / "runs/cut")]
     assert rows[:3] == before
+
+
+def test_a_second_ctrl_c_in_a_notebook(tiny_weights, tmp_path, monkeypatch, unstopped, whole):
+    """The second one doesn't wait for the step, and a half-done step isn't saved: the run goes on
+    from its last whole epoch. Python, and so the notebook, isn't ended."""
+    monkeypatch.chdir(tmp_path)
+    plain = train.take_step
+    steps = itertools.count()
+
+    def take_step(*arguments):
+        if next(steps) == EPOCH + 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return plain(*arguments)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "take_step", take_step)
+        assert train.main(resumable(tiny_weights, "cut")) == 130
+    assert signal.getsignal(signal.SIGINT) is handler is signal.default_int_handler
+    state = torch.load(tmp_path / "runs/cut/state.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (2, 0)
+    train.stop_asked.clear()
+    assert train.main(resumable(tiny_weights, "cut")) == 0
+    expected = (whole / "adapters.safetensors").read_bytes()
+    assert (tmp_path / "runs/cut/adapters.safetensors").read_bytes() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("program", ["train.py", "export.py", "assets/device/label.py"])
+def test_signals_of_a_containers_first_process(program, number):
+    """The kernel doesn't apply default handlers to process 1, so the programs have some."""
+    unshare = ["unshare", "--fork", "--pid"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
+        pytest.skip("needs unshare and the right to use it")
+    command = [*unshare, sys.executable, str(ROOT / program), "--help"]
+    outer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+    ready = False
+    for _ in range(2000):  # until Python handles signals
+        time.sleep(0.002)
+        for child in children.read_text().split():
+            caught = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{child}/status").read_text())
+            ready = bool(int(caught[1], 16) >> (number - 1) & 1)
+        if ready and number == signal.SIGTERM:
+            break
+        if ready and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:  # Python handles SIGINT itself
+            break
+    assert ready
+    os.kill(int(child), number)
+    assert outer.wait(20) == 128 + number
+
+
+def test_arguments_of_main(monkeypatch):
+    """In code, arguments may be numbers and paths; one text is refused."""
+    assert train.as_texts(["--epochs", 1, Path("a")]) == ["--epochs", "1", "a"]
+    assert train.as_texts(None) is None
+    with pytest.raises(ValueError, match=r"a list of arguments, such as \['--epochs', '1'\]"):
+        train.main("--epochs 1")
+    parsed = []
+    monkeypatch.setattr(train, "run_command", lambda grid: parsed.extend(grid) or 0)
+    assert train.main(["--epochs", 1, "--name", Path("a")]) == 0
+    assert (parsed[0].epochs, parsed[0].name) == (1, "a")
+
+
+def test_lines_are_printed_at_once(monkeypatch):
+    """Without a terminal too, so that the log of a killed run isn't empty."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    seen = []
+
+    def work():
+        print("a line")
+        seen.append(written.getvalue())
+        return 0
+
+    assert train.run_program(work, str) == 0
+    assert seen == [b"a line\n"]
+
+
+def test_threads_in_a_container(monkeypatch):
+    """A CPU limit below the number of threads lowers it, unless OMP_NUM_THREADS states a number."""
+    monkeypatch.setattr(data, "cpu_limit", lambda: 1.5)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        train.run_program(lambda: 0, str)
+        assert torch.get_num_threads() == 3
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        train.run_program(lambda: 0, str)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_folder_for_runs_is_kept(run, tmp_path):
+    """A failed run removes the folders that it made, and no others."""
+    (tmp_path / "runs").mkdir(mode=0o770)
+    run("--dataset", "nowhere", status=1)
+    assert (tmp_path / "runs").is_dir()
+    (tmp_path / "runs").rmdir()
+    run("--dataset", "nowhere", status=1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_that_is_read_only(run, tiny_weights, monkeypatch):
+    """The same command succeeds where nothing can be written."""
+    command = quick(tiny_weights, "--name", "a", "--epochs", 1)
+    run(*command)
+
+    def refuse(folder, instead=""):
+        raise ValueError("can't write")
+
+    monkeypatch.setattr(train, "check_writable", refuse)
+    assert "kept     runs/a" in run(*command)
 
 
 def test_ctrl_c_in_a_notebook(monkeypatch, capsys):

@@ -7,20 +7,31 @@
 Class names, image size, normalisation and the form of input and output are read from the file. All
 photos in a folder and its subfolders are labelled, without hidden ones. A photo that can't be read
 is reported and skipped; the exit status is then 1.
+
+In your own program, for photos as paths or binary files:
+
+    session, task, options, adapter = label.open_graph("model.onnx")
+    probabilities = label.predict("photo.jpg", session, task, options)  # of task["classes"]
 """
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getpid() == 1:  # a container's first process: the kernel ignores default handlers
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
 import argparse
 import contextlib
 import json
-import os
 import re
-import signal
 import sys
 import warnings
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.32 reports to Microsoft
 
 try:
     import numpy as np
@@ -57,9 +68,13 @@ def plain(text):
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", text)
 
 
+class UnusableError(Exception):
+    """A graph, an adapter or a command that can't be used."""
+
+
 def fail(text):
-    """End with one line and exit status 1."""
-    sys.exit(plain(f"error: {text}"))
+    """Raise UnusableError; the program ends with the text."""
+    raise UnusableError(text)
 
 
 def reason(error):
@@ -70,6 +85,9 @@ def reason(error):
 
 def first_bytes(path):
     """The first 12 bytes of a file, which tell its format."""
+    if hasattr(path, "read"):  # an open file
+        path.seek(0)
+        return path.read(12)
     with Path(path).open("rb") as file:
         return file.read(12)
 
@@ -113,32 +131,40 @@ def is_stack(image):
         image.seek(0)
 
 
-def open_photo(path, side):
-    """A photo as 8-bit RGB, upright. A JPEG may be decoded smaller, but large enough for `side`."""
+def check_path(path):
+    """Raise a ValueError for a path that isn't a file's."""
     if Path(path).is_dir():
         raise ValueError("a folder without photos")
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError("a pipe or a device, not a file")
+
+
+def open_photo(photo, side):
+    """A photo, given as a path or a binary file, as 8-bit RGB, upright. A JPEG may be decoded
+    smaller, but large enough for `side`."""
+    if not hasattr(photo, "read"):
+        check_path(photo)
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
     try:
-        with Image.open(path, formats=formats) as image:
+        with Image.open(photo, formats=formats) as image:
             if is_stack(image):
                 raise ValueError("a TIFF of several pages, of which only one can be used")
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
             return upright_rgb(image)
     except Image.UnidentifiedImageError:
-        if "HEIF" not in Image.OPEN and HEIC.match(first_bytes(path)):
+        if "HEIF" not in Image.OPEN and HEIC.match(first_bytes(photo)):
             message = "HEIC needs a package to be decoded: pip install pillow-heif"
             raise ValueError(message) from None
         raise
 
 
-def read_photo(path, task):
-    """A photo as the graph takes it, prepared as in evaluation: a batch of 1."""
+def read_photo(photo, task):
+    """A photo, given as a path or a binary file, as the graph takes it, prepared as in evaluation:
+    a batch of 1."""
     size = task["image_size"]
     side = round(size / task["center"])  # 256 for 224
-    image = open_photo(path, side)
+    image = open_photo(photo, side)
     if not task["resize"]:  # resize here: the centre square to `side` pixels, then its middle
         edge = min(image.size)
         left = (image.width - edge) // 2
@@ -252,7 +278,7 @@ def load_adapter(path, model, meta):
 
 
 def task_of(path, meta):
-    """A graph's task as `read_task` returns it. Unusable metadata end the program."""
+    """A graph's task as `read_task` returns it; UnusableError for unusable metadata."""
     try:
         return read_task(meta)
     except KeyError as error:
@@ -262,7 +288,7 @@ def task_of(path, meta):
 
 
 def check_file(path, suffix):
-    """End the program if a path is no file. If it is a folder, name the files in it to give."""
+    """Raise UnusableError if a path is no file. If it is a folder, name the files in it to give."""
     if Path(path).is_dir():
         inside = sorted([*Path(path).glob(f"[!.]*{suffix}"), *Path(path).glob(f"onnx/*{suffix}")])
         if inside:
@@ -272,8 +298,12 @@ def check_file(path, suffix):
         fail(f"there is no file {path}")
 
 
-def open_graph(path, adapter_path):
-    """The session of a graph, its task, and run options with the adapter, if one is given."""
+def open_graph(path, adapter_path=None):
+    """The session of a graph, its task, and run options with the adapter, if one is given.
+
+    Raises:
+        UnusableError: one of the files can't be used.
+    """
     check_file(path, ".onnx")
     if adapter_path:
         check_file(adapter_path, ".onnx_adapter")
@@ -320,10 +350,15 @@ def takes(wanted, images):
     return True
 
 
-def label(photo, session, task, options):
-    """The photo's three likeliest classes and their probabilities, as text.
+def predict(photo, session, task, options):
+    """The probabilities of a photo's classes: float32 [K], in the order of task["classes"].
+
+    Args:
+        photo: a path or a binary file.
+        session, task, options: what `open_graph` returned. Threads may share them.
 
     Raises:
+        UnusableError: the graph isn't what its metadata say.
         Exception: of any kind, if the photo can't be read: Pillow's decoders raise many.
     """
     wanted = session.get_inputs()[0]
@@ -340,8 +375,13 @@ def label(photo, session, task, options):
     if task["output"] == "logits":
         scores = np.exp(scores - scores.max())
         scores /= scores.sum()
-    best = np.argsort(-scores)[:3]
-    return "  ".join(f"{classes[i]} {100 * scores[i]:.1f} %" for i in best)
+    return scores
+
+
+def as_text(probabilities, classes):
+    """The three likeliest classes and their probabilities."""
+    best = np.argsort(-probabilities)[:3]
+    return "  ".join(f"{classes[i]} {100 * probabilities[i]:.1f} %" for i in best)
 
 
 def main():
@@ -365,12 +405,15 @@ def main():
     failed = False
     for photo in find_photos(arguments.photos):
         try:
-            labels = label(photo, session, task, options)
+            probabilities = predict(photo, session, task, options)
+        except UnusableError:
+            raise
         except Exception as error:
             print(plain(f"skipped {photo}: {reason(error)}"), file=sys.stderr)
             failed = True
         else:
-            print(plain(f"{photo}  {labels}"), flush=True)
+            text = as_text(probabilities, task["classes"])
+            print(plain(f"{photo}  {text}"), flush=True)
     if failed:
         sys.exit(1)
 
@@ -378,6 +421,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except UnusableError as error:
+        sys.exit(plain(f"error: {error}"))
     except (OSError, RecursionError) as error:
         # The pipe's reader has gone ("| head"), the disk is full, or folders are nested too deep.
         if not isinstance(error, BrokenPipeError):
