@@ -1421,7 +1421,7 @@ def at_work(folder: Path) -> Iterator[None]:
         yield
         return
     new = [each for each in (folder, *folder.parents) if not each.exists()]
-    if new:
+    if not folder.is_dir():
         check_writable(folder)
     with data.locked(folder, folder=True, wait=False):
         try:

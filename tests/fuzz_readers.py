@@ -283,7 +283,7 @@ def resume(folder: Path) -> None:
 
 
 def label_photo(folder: Path) -> int:
-    """Label a photo with assets/device/label.py, whose errors are a sys.exit with one line."""
+    """Label a photo with assets/device/label.py, whose errors have one line."""
     import label
 
     try:
@@ -292,8 +292,8 @@ def label_photo(folder: Path) -> int:
             label.predict(str(folder / "honest.png"), session, task, options)
         except Exception:  # its `main` prints that the photo is skipped
             return 1
-    except SystemExit as error:
-        assert "\n" not in str(error), error
+    except label.UnusableError as error:
+        assert "\n" not in label.plain(str(error)), error
         return 1
     return 0
 
