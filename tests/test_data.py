@@ -465,6 +465,11 @@ def test_photos_that_would_mislead_are_refused(tmp_path, monkeypatch):
     after = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
     content[after : after + 4] = b"\xff" * 4  # where the next page's tags would be
     (tmp_path / "damaged.tif").write_bytes(content)
+    with image.open(tmp_path / "stack.tif") as opened:
+        with pytest.raises(ValueError, match="a TIFF of several pages"):
+            data.read_photo(opened, side=16)
+        opened.seek(1)  # one is chosen
+        data.read_photo(opened, side=16)
     for read in (data.read_photo, label.open_photo):
         for name in ("12 bits.png", "12 bits.tiff"):
             with pytest.raises(ValueError, match="almost black; scale its values to 65535"):

@@ -1484,6 +1484,7 @@ def test_a_second_ctrl_c_in_a_notebook(tiny_weights, tmp_path, monkeypatch, unst
     def take_step(*arguments):
         if next(steps) == EPOCH + 2:
             signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is handler  # in a program the kernel's
             signal.raise_signal(signal.SIGINT)
         return plain(*arguments)
 
@@ -1504,7 +1505,8 @@ def test_a_second_ctrl_c_in_a_notebook(tiny_weights, tmp_path, monkeypatch, unst
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("program", ["train.py", "export.py", "assets/device/label.py"])
 def test_signals_of_a_containers_first_process(program, number):
-    """The kernel doesn't apply default handlers to process 1, so the programs have some."""
+    """The kernel doesn't apply default handlers to process 1, so the programs have some from the
+    start, before they import torch or onnxruntime."""
     unshare = ["unshare", "--fork", "--pid"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
         pytest.skip("needs unshare and the right to use it")
@@ -1522,6 +1524,8 @@ def test_signals_of_a_containers_first_process(program, number):
         if ready and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:  # Python handles SIGINT itself
             break
     assert ready
+    loaded = Path(f"/proc/{child}/maps").read_text()
+    assert "libtorch" not in loaded and "onnxruntime" not in loaded  # noqa: PT018
     os.kill(int(child), number)
     assert outer.wait(20) == 128 + number
 
@@ -1579,8 +1583,8 @@ def test_a_folder_for_runs_is_kept(run, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_finished_run_that_is_read_only(run, tiny_weights, monkeypatch):
-    """The same command succeeds where nothing can be written."""
+def test_a_finished_run_that_is_read_only(run, tiny_weights, tmp_path, monkeypatch):
+    """The same command succeeds where nothing can be written; another one fails before training."""
     command = quick(tiny_weights, "--name", "a", "--epochs", 1)
     run(*command)
 
@@ -1589,6 +1593,9 @@ def test_a_finished_run_that_is_read_only(run, tiny_weights, monkeypatch):
 
     monkeypatch.setattr(train, "check_writable", refuse)
     assert "kept     runs/a" in run(*command)
+    (tmp_path / "runs/b").mkdir()
+    monkeypatch.setattr(train, "prepare", None)  # it isn't called
+    assert run(*command, "--name", "b", status=1) == "error: can't write\n"
 
 
 def test_ctrl_c_in_a_notebook(monkeypatch, capsys):
