@@ -1232,33 +1232,52 @@ def read_photo(photo: Photo, side: int) -> Tensor:
     image = open_photo(photo, side)
     box = square(image.height, image.width)
     resized = image.resize((side, side), box=box, resample=3)  # Image.Resampling.BICUBIC
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
-def open_photo(photo: Photo, side: int) -> "Image.Image":  # noqa: F821
-    """A photo as 8-bit RGB, upright. A JPEG may be decoded smaller, but large enough for `side`."""
-    Image = import_pillow().Image
-    is_path = isinstance(photo, str | Path)
-    name = photo if is_path else "the photo"  # for messages
-    if is_path and Path(photo).exists() and not Path(photo).is_file() and not Path(photo).is_dir():
-        raise ValueError(f"can't read {name} as an image (a pipe or a device); remove it")
+def for_pillow(photo: Photo) -> "str | Path | io.BytesIO | Image.Image":  # noqa: F821
+    """A photo in a form that Pillow can open, or Pillow's image.
+
+    Raises:
+        ValueError: it has another type, or is the path of a pipe or a device.
+    """
+    if isinstance(photo, str | Path):
+        if Path(photo).exists() and not Path(photo).is_file() and not Path(photo).is_dir():
+            raise ValueError(f"can't read {photo} as an image (a pipe or a device); remove it")
+        return photo
+    if hasattr(photo, "read"):
+        with contextlib.suppress(OSError):  # it can't, such as a connection
+            photo.seek(0)
+        photo = photo.read()
     if isinstance(photo, bytes):
-        photo = io.BytesIO(photo)
-    if not (is_path or hasattr(photo, "read") or isinstance(photo, Image.Image)):
+        return io.BytesIO(photo)
+    if not hasattr(photo, "getexif"):  # as Pillow's images have
         kind = type(photo).__name__
         raise ValueError(
             f"a photo is a path, bytes, a binary file or Pillow's image, not {kind}; try "
             "Image.fromarray"
         )
+    if not min(photo.size):
+        raise ValueError("the photo has no pixels")
+    return photo
+
+
+def open_photo(photo: Photo, side: int) -> "Image.Image":  # noqa: F821
+    """A photo as 8-bit RGB, upright. A JPEG may be decoded smaller, but large enough for `side`."""
+    Image = import_pillow().Image
+    name = photo if isinstance(photo, str | Path) else "the photo"  # for messages
+    photo = for_pillow(photo)
     has_heif = add_heif()
     try:
         if isinstance(photo, Image.Image):
-            return single_rgb(photo)
+            return upright_rgb(photo)
         Image.init()
         formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
         with Image.open(photo, formats=formats) as image:
+            if is_stack(image):
+                raise ValueError("a TIFF of several pages, of which only one can be used")
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
-            return single_rgb(image)
+            return upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"no photo at {name}") from error
     except IsADirectoryError as error:
@@ -1272,18 +1291,11 @@ def open_photo(photo: Photo, side: int) -> "Image.Image":  # noqa: F821
                 f"can't read {name} as an image without pillow-heif: pip install pillow-heif"
             ) from error
         reason = " ".join(str(error).split())  # pillow-heif's message has two lines
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "its format is unknown"
         raise ValueError(
             f"can't read {name} as an image ({reason}); repair or remove it"
         ) from error
-
-
-def single_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
-    """An opened photo as 8-bit RGB, upright. Raises ValueError if it can't be one photo."""
-    if is_stack(image):
-        raise ValueError("a TIFF of several pages, of which only one can be used")
-    if not min(image.size):
-        raise ValueError("it has no pixels")
-    return upright_rgb(image)
 
 
 def import_pillow() -> ModuleType:
@@ -1306,11 +1318,10 @@ def add_heif() -> bool:
     return True
 
 
-def is_heif(photo: str | Path | BinaryIO) -> bool:
+def is_heif(photo: str | Path | io.BytesIO) -> bool:
     """Whether a file begins as HEIC does, whatever its suffix."""
-    if not isinstance(photo, str | Path):
-        photo.seek(0)
-        return bool(HEIC.match(photo.read(12)))
+    if isinstance(photo, io.BytesIO):
+        return bool(HEIC.match(photo.getvalue()))
     with Path(photo).open("rb") as file:
         return bool(HEIC.match(file.read(12)))
 
@@ -1327,7 +1338,7 @@ def square(height: int, width: int) -> tuple[int, int, int, int]:
 def is_stack(image: "Image.Image") -> bool:  # noqa: F821
     """Whether an opened photo is a TIFF of several pages. A second page that is smaller, or says so
     (tag NewSubfileType), is a thumbnail or a mask. label.py, which stands alone, does the same."""
-    if image.format != "TIFF" or image.tell():  # the caller has chosen a page
+    if image.format != "TIFF":
         return False
     size = image.size
     try:
@@ -1624,8 +1635,7 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
                 break
             handle = os.open(path, os.O_RDONLY)
             take_lock(handle, path, wait)
-            if tries and not is_same(handle, path):
-                tries -= 1  # for ever in a file system whose inode numbers change
+            if not is_same(handle, path):
                 os.close(handle)
                 handle = -1
         except (FileNotFoundError, FileExistsError):
@@ -1661,11 +1671,22 @@ def take_lock(handle: int, path: Path, wait: bool) -> None:
 
 
 def is_same(handle: int, path: Path) -> bool:
-    """Whether an opened file or folder is still the one at the path."""
+    """Whether an opened file or folder is still the one at the path. It is taken for the same in
+    network file systems that give a file another inode number each time."""
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        if os.path.samestat(os.fstat(handle), path.stat()):
+            return True
     except FileNotFoundError:
         return False
+    return all(inode(path) != inode(path) for _ in range(10))
+
+
+def inode(path: Path) -> int:
+    """A file's or folder's inode number; -1 if it is missing."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return -1
 
 
 @contextlib.contextmanager
@@ -1766,16 +1787,19 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 @functools.cache
-def cpu_limit() -> float:
+def cpu_limit(
+    groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> float:
     """How many CPUs the kernel's control groups let this process use, as containers limit them;
     infinite without a limit. torch.get_num_threads() and os.cpu_count() don't tell."""
     limits = [math.inf]
-    with contextlib.suppress(OSError):  # not Linux
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+    with contextlib.suppress(OSError, ValueError):  # not Linux, or only something like it
+        for line in groups.read_text().splitlines():
             _, controllers, group = line.split(":", 2)  # "0::/a/b", or "4:cpu,cpuacct:/a/b"
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            root = Path("/sys/fs/cgroup", controllers)
+            root = mounted / "cpu" if controllers else mounted
+            # A container may see the group by the host's path and itself at the root.
             for place in (Path(group), *Path(group).parents):
                 limits.append(quota(root / str(place).lstrip("/")))
     return min(limits)
@@ -1791,7 +1815,7 @@ def quota(folder: Path) -> float:
             allowed = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
         return int(allowed) / int(period) if int(allowed) > 0 else math.inf
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return math.inf
 
 
@@ -1978,11 +2002,12 @@ def fetch(url: str, part: Path, checksum: tuple[str, str] | None, token: str, tr
     """
     reason = ""
     pause = 0  # seconds that the server asked for
-    print(f"fetch    {url}")
+    print(f"fetch    {url}", file=sys.stderr)
     for attempt in range(tries):
         if attempt:
-            print(f"retry    {reason}")
+            print(f"retry    {reason}", file=sys.stderr)
         time.sleep(0.5 * attempt + pause)
+        pause = 0
         try:
             stated = request_rest(url, part, token)
         except urllib.error.HTTPError as error:

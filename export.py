@@ -1118,14 +1118,15 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
 
 
 @contextlib.contextmanager
-def staged(folder: Path, together: bool = False) -> Iterator[Path]:
+def staged(folder: Path, option: str = "-o", together: bool = False) -> Iterator[Path]:
     """A folder to write to: its contents are moved into `folder` if all goes well, else deleted.
 
     Args:
+        option: the one that names the folder.
         together: first remove earlier files of the same names, so that a kill leaves no mixture of
             old and new files.
     """
-    train.check_writable(folder, instead="-o")
+    train.check_writable(folder, instead=option)
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -1384,7 +1385,7 @@ def export_hub(run: train.Run, options: argparse.Namespace) -> None:
     card = place / "README.md"
     if card.exists() and not (place / "preprocessor_config.json").exists():
         raise ValueError(f"{card} exists and wasn't written by --hub; give another folder")
-    with staged(place, together=True) as folder:
+    with staged(place, "--hub", together=True) as folder:
         inside = folder / "onnx"
         inside.mkdir()
         path = inside / "model.onnx"

@@ -12,6 +12,7 @@ own exporter is included if onnxscript is installed.
 
 import argparse
 import copy
+import os
 import platform
 import statistics
 import subprocess
@@ -21,6 +22,8 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported
 
 import numpy as np
 import onnx

@@ -19,6 +19,7 @@ from pathlib import Path
 
 if not os.environ.get("ADAPTERTUNE_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported
 
 import numpy as np
 import pytest
@@ -37,7 +38,6 @@ TINY = {"width": 32, "depth": 2, "heads": 2, "patch": 4, "image_size": 16, "hidd
 def own_cache(tmp_path_factory):
     """Give the tests a cache folder of their own, also for the commands that they start."""
     os.environ["ADAPTERTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     os.environ.pop("HF_HUB_OFFLINE", None)
 
 
@@ -209,6 +209,7 @@ def runner(main, capsys):
         assert got == status, out + error
         if status == 0:
             return out
+        error = re.sub(r"^(fetch|retry)    .*\n", "", error, flags=re.M)  # what a download says
         assert re.fullmatch(r"error: [^\n]+\n", error), error
         return error
 

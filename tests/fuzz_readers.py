@@ -287,7 +287,7 @@ def label_photo(folder: Path) -> int:
     import label
 
     try:
-        session, task, options, _ = label.open_graph(str(folder / "model.onnx"), "")
+        session, task, options = label.open_graph(str(folder / "model.onnx"), "")
         try:
             label.predict(str(folder / "honest.png"), session, task, options)
         except Exception:  # its `main` prints that the photo is skipped

@@ -1,6 +1,7 @@
 """assets/device/label.py, run without torch and onnx: it gives torch's labels and probabilities."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -195,7 +196,7 @@ def test_use_in_a_program(work, run_export, tmp_path):
     the program."""
     run_export("runs/photos", "-o", tmp_path / "model.onnx")
     module = runpy.run_path(str(LABEL))
-    session, task, options, _ = module["open_graph"](tmp_path / "model.onnx")
+    session, task, options = module["open_graph"](tmp_path / "model.onnx")
     photo = next((work / "photos").rglob("*.png"))
     expected = in_torch("runs/photos", [photo])[str(photo)]
     with photo.open("rb") as opened:
@@ -204,6 +205,13 @@ def test_use_in_a_program(work, run_export, tmp_path):
     assert found == pytest.approx(expected, abs=1e-4)
     with pytest.raises(module["UnusableError"], match="there is no file gone.onnx"):
         module["open_graph"]("gone.onnx")
+    run_export("runs/photos", "--swappable", "-o", tmp_path / "swap")
+    graph, adapter = sorted((tmp_path / "swap").glob("*.onnx*"))
+    session, task, options = module["open_graph"](graph, adapter)
+    gc.collect()
+    probabilities = module["predict"](photo, session, task, options)
+    found = dict(zip(task["classes"], probabilities.tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def in_torch(run, photos, rounded=True):

@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import itertools
+import os
 import pickle
 import random
 import re
@@ -147,7 +149,7 @@ def test_server_error_is_tried_again(server, tmp_path, errors, capsys):
     data.download(f"{server.url}/f", tmp_path / "f", checksum=RIGHT)
     assert len(server.seen) == 3
     assert (tmp_path / "f").read_bytes() == BODY
-    first, *retries = capsys.readouterr().out.splitlines()
+    first, *retries = capsys.readouterr().err.splitlines()
     assert first == f"fetch    {server.url}/f"
     assert [int(line.split()[1]) for line in retries] == errors
 
@@ -160,9 +162,16 @@ def test_a_server_that_asks_to_wait(server, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="429 Too Many Requests; run again"):
         data.download(f"{server.url}/f", tmp_path / "f", tries=2)
     server.answers["/f"] = answer(b"", 429, **{"Retry-After": "86400"})
-    with pytest.raises(ValueError, match="429 Too Many Requests; run again"):
-        data.download(f"{server.url}/f", tmp_path / "f", tries=2)
-    assert pauses == [0, 7.5, 0, 60.5]
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if seconds > 60:
+            server.answers["/f"] = answer(b"", 500)
+
+    monkeypatch.setattr(data.time, "sleep", sleep)
+    with pytest.raises(ValueError, match="500 Internal Server Error; run again"):
+        data.download(f"{server.url}/f", tmp_path / "f", tries=3)
+    assert pauses == [0, 7.5, 0, 60.5, 1.0]
 
 
 def test_no_network(tmp_path):
@@ -216,11 +225,33 @@ def test_without_locks(server, tmp_path, monkeypatch):
 
 def test_inode_numbers_that_change(tmp_path, monkeypatch):
     """Where a file never seems to be the same (some network file systems), it is written anyway."""
-    monkeypatch.setattr(data, "is_same", lambda handle, path: False)
+    numbers = itertools.count()
+    monkeypatch.setattr(data.os.path, "samestat", lambda first, second: False)
+    monkeypatch.setattr(data, "inode", lambda path: next(numbers))
     data.write_file(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "new"
-    with data.locked(tmp_path / "folder", folder=True) as handle:
-        assert handle >= 0
+    with data.locked(tmp_path / "folder", folder=True):
+        assert (tmp_path / "folder").is_dir()
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="nothing is locked")
+def test_a_file_that_is_replaced_again_and_again(tmp_path, monkeypatch):
+    """Whoever waits for a file that others replace locks the one that stays."""
+    path = tmp_path / "f"
+    plain = data.take_lock
+    replaced = iter(range(300))
+
+    def take_lock(handle, place, wait):
+        plain(handle, place, wait)
+        for number in replaced:
+            (tmp_path / "new").write_text(str(number))
+            os.replace(tmp_path / "new", place)
+            return
+
+    monkeypatch.setattr(data, "take_lock", take_lock)
+    with data.locked(path) as handle:
+        assert os.fstat(handle).st_ino == path.stat().st_ino
+        assert path.read_text() == "299"
 
 
 # ------------------------------------------------------------------------- what isn't the file

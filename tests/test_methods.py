@@ -680,7 +680,7 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
             model.predict([array])
     cut = Image.open(io.BytesIO(content[: len(content) // 2]))
     for photo in (content[:30], io.BytesIO(content[:30]), cut, Image.new("RGB", (0, 0))):
-        with pytest.raises(ValueError, match="can't read the photo as an image"):
+        with pytest.raises(ValueError, match=r"can't read the photo as|the photo has no pixels"):
             model.predict([photo])
     with pytest.raises(ValueError, match="device 'none' can't be used here"):
         train.load_run(tmp_path / "runs/a", device="none")

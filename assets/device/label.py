@@ -10,7 +10,7 @@ is reported and skipped; the exit status is then 1.
 
 In your own program, for photos as paths or binary files:
 
-    session, task, options, adapter = label.open_graph("model.onnx")
+    session, task, options = label.open_graph("model.onnx")
     probabilities = label.predict("photo.jpg", session, task, options)  # of task["classes"]
 """
 
@@ -83,12 +83,12 @@ def reason(error):
     return first
 
 
-def first_bytes(path):
-    """The first 12 bytes of a file, which tell its format."""
-    if hasattr(path, "read"):  # an open file
-        path.seek(0)
-        return path.read(12)
-    with Path(path).open("rb") as file:
+def first_bytes(photo):
+    """The first 12 bytes of a path's file or of a binary file, which tell its format."""
+    if hasattr(photo, "read"):
+        photo.seek(0)
+        return photo.read(12)
+    with Path(photo).open("rb") as file:
         return file.read(12)
 
 
@@ -274,11 +274,17 @@ def load_adapter(path, model, meta):
     adapter.Load(path)
     options = onnxruntime.RunOptions()
     options.add_active_adapter(adapter)
-    return options, adapter  # the options don't keep the adapter alive
+    return options, adapter
 
 
 def task_of(path, meta):
     """A graph's task as `read_task` returns it; UnusableError for unusable metadata."""
+    if "image_size" not in meta:
+        fail(f"{path} isn't a graph from export.py: it doesn't say what it takes")
+    if "classes" not in meta:
+        fail(f"{path} has no class names; give the task's adapter with --adapter")
+    if meta.get("output") == "embedding":
+        fail(f"{path} gives embeddings, not labels")
     try:
         return read_task(meta)
     except KeyError as error:
@@ -302,8 +308,10 @@ def open_graph(path, adapter_path=None):
     """The session of a graph, its task, and run options with the adapter, if one is given.
 
     Raises:
-        UnusableError: one of the files can't be used.
+        UnusableError: one of the files can't be used, or a package is missing.
     """
+    if missing:
+        fail(f"{reason(missing)}; pip install onnxruntime pillow")
     check_file(path, ".onnx")
     if adapter_path:
         check_file(adapter_path, ".onnx_adapter")
@@ -312,7 +320,7 @@ def open_graph(path, adapter_path=None):
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # no warnings about inputs that have a default
     try:
-        session = onnxruntime.InferenceSession(path, settings)
+        session = onnxruntime.InferenceSession(str(path), settings)
         meta = dict(session.get_modelmeta().custom_metadata_map)
     except Exception as error:  # onnxruntime's exceptions have no narrower base class
         advice = ""
@@ -323,20 +331,17 @@ def open_graph(path, adapter_path=None):
         )
     options = adapter = None
     if adapter_path:
-        options, adapter = load_adapter(adapter_path, path, meta)
-    inputs = session.get_inputs()
-    if "image_size" not in meta or not inputs or not inputs[0].shape:
-        fail(f"{path} isn't a graph from export.py: it doesn't say what it takes")
-    if "classes" not in meta:
-        fail(f"{path} has no class names; give the task's adapter with --adapter")
-    if meta.get("output") == "embedding":
-        fail(f"{path} gives embeddings, not labels")
+        options, adapter = load_adapter(str(adapter_path), path, meta)
     task = task_of(path, meta)
+    inputs = session.get_inputs()
+    if not inputs or not inputs[0].shape:
+        fail(f"{path} isn't a graph from export.py: it takes no images")
     batch = inputs[0].shape[0]
     task["batch"] = batch if isinstance(batch, int) else 1  # a name: any size will do
     if not 1 <= task["batch"] <= 1024:  # export.py's limit
         fail(f"{path} takes {batch} photos at once; export it with --batch 1")
-    return session, task, options, adapter
+    task["adapter"] = adapter  # the options don't keep it alive
+    return session, task, options
 
 
 def takes(wanted, images):
@@ -390,8 +395,6 @@ def main():
     parser.add_argument("photos", nargs="+", metavar="photo", help="a photo, or a folder of photos")
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
     arguments = parser.parse_args()
-    if missing:
-        fail(f"{reason(missing)}; pip install onnxruntime pillow")
     if "" in sys.argv:
         fail("an argument is empty; give it a value")
     for name in ("stdout", "stderr"):
@@ -400,8 +403,7 @@ def main():
         getattr(sys, name).reconfigure(errors="replace")  # names that a terminal can't show
     warnings.simplefilter("ignore")  # Pillow's, about photos that it can still read
 
-    # The options don't keep the adapter alive, so it stays in a variable.
-    session, task, options, _adapter = open_graph(arguments.model, arguments.adapter)
+    session, task, options = open_graph(arguments.model, arguments.adapter)
     failed = False
     for photo in find_photos(arguments.photos):
         try:
