@@ -671,7 +671,9 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
     with pytest.raises(ValueError, match="no photo at"):
         model.predict(["gone.png"])
     content = files[0].read_bytes()
-    for photo in (content, io.BytesIO(content), files[0].open("rb")):
+    read = io.BytesIO(content)
+    read.seek(99)
+    for photo in (content, read, files[0].open("rb")):
         assert torch.allclose(model.predict(photo)[1], probabilities[:1], atol=1e-5)
     model.predict(content)[1].mul_(2)  # an ordinary tensor
     for array in (np.zeros((20, 20, 3), np.uint8), torch.zeros(3, 16, 16)):
