@@ -1605,6 +1605,7 @@ def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
         state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
         state["fingerprint"] = run.meta["fingerprint"]
+        state["environment"] = environment(run)
         write_records(run)
         with data.replacing(run.folder / "state.pt") as file:
             torch.save(state, file)
@@ -1623,6 +1624,7 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         saved = torch.load(path, map_location=run.device, weights_only=True)
         vit.check_size(saved, path)
         fingerprint = saved.pop("fingerprint")
+        before = str(saved.pop("environment"))
     check_backbone(path, fingerprint, run.meta["fingerprint"], run.options)
     with vit.refusing(path, advice):
         weights = saved.pop("weights")
@@ -1631,6 +1633,8 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         run.model.load_state_dict(weights, strict=False)
     for name, value in saved.items():
         setattr(run.state, name, value)
+    if before != environment(run):
+        print(f"note     stopped on {before}; the results differ by rounding from there on")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -1879,8 +1883,8 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
     return int(peak[1]) / 2**20 if peak else 0.0
 
 
-def describe(run: Run) -> None:
-    """Print the lines above the table: environment, backbone, trained parameters and data."""
+def environment(run: Run) -> str:
+    """What a run's rounding depends on: torch's version, device, threads, processes, precision."""
     if run.device.type == "cuda":
         where = torch.cuda.get_device_name(run.device)
     else:
@@ -1891,7 +1895,12 @@ def describe(run: Run) -> None:
     device = f"{run.device.type} {where}"
     if run.batches.world > 1:
         device = f"{run.batches.world} processes, each {device}"
-    print(f"env      torch {torch.__version__} · {device} · {precision} · seed {run.options.seed}")
+    return f"torch {torch.__version__} · {device} · {precision}"
+
+
+def describe(run: Run) -> None:
+    """Print the lines above the table: environment, backbone, trained parameters and data."""
+    print(f"env      {environment(run)} · seed {run.options.seed}")
 
     counts = adaptertune.count(run.model)
     describe_backbone(run.backbone, run.meta, counts["frozen"])

@@ -1396,7 +1396,7 @@ def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, ca
         assert_refused()
     path.write_bytes(whole[: len(whole) // 2])
     assert_refused()
-    for gone in ("chosen_val", "fingerprint", "optimizer", "weights"):
+    for gone in ("chosen_val", "environment", "fingerprint", "optimizer", "weights"):
         torch.save({key: value for key, value in saved.items() if key != gone}, path)
         assert_refused()
     for weights in ("chosen", "weights"):
@@ -1423,6 +1423,26 @@ def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, unsto
             assert file.read() == "old"
         assert (prepared.folder / name).read_text() != "old"
     assert {path.name for path in prepared.folder.iterdir()} == set(names)
+
+
+def test_resuming_elsewhere_is_stated(run, tiny_weights, monkeypatch, capsys):
+    """--resume says that results may differ if it has another number of threads than before."""
+    command = [str(each) for each in quick(tiny_weights, "--name", "a", "--amp", "off")]
+    before = torch.get_num_threads()
+    for place in (0, 1):
+        with monkeypatch.context() as patch:
+            stop_at(patch, place, signal.SIGTERM)
+            assert train.main([*command, "--resume"]) == 143
+        train.stop_asked.clear()
+        assert "note     stopped on" not in capsys.readouterr().out
+    try:
+        torch.set_num_threads(before + 1)
+        out = run(*command, "--resume")
+    finally:
+        torch.set_num_threads(before)
+    threads = "1 thread" if before == 1 else f"{before} threads"
+    where = f"torch {torch.__version__} · cpu {threads} · fp32"
+    assert f"note     stopped on {where}; the results differ by rounding" in out
 
 
 @pytest.mark.usefixtures("unstopped")
