@@ -192,7 +192,11 @@ class Dataset:
 
 
 def read(
-    name: str, data_dir: str = "data", image_size: int = 224, offline: bool = False
+    name: str,
+    data_dir: str = "data",
+    image_size: int = 224,
+    offline: bool = False,
+    some: bool = False,
 ) -> Dataset:
     """A data set by name or path, as published.
 
@@ -202,6 +206,7 @@ def read(
         data_dir: where published data sets are, or are downloaded to.
         image_size: the network's; photos' centre squares are kept at 1/CENTER of it (256 for 224).
         offline: never download.
+        some: a folder may have photos of a single class, such as new ones to evaluate a run on.
 
     Raises:
         ValueError: unknown name, missing or empty folder, corrupt file, a package that isn't
@@ -211,7 +216,14 @@ def read(
     side = stored_side(image_size, CENTER)
     if name in DATASETS:
         return DATASETS[name](name, Path(data_dir), offline, side)
-    return read_folder(Path(name), side)
+    return read_folder(Path(name), side, least=1 if some else 2)
+
+
+def central_box(height: int, width: int, share: float) -> tuple[int, int, int]:
+    """Top, left and side of the central square whose side is `share` of the shorter one, in whole
+    pixels. It is what a network sees of an image in evaluation."""
+    side = round(share * min(height, width))
+    return (height - side) // 2, (width - side) // 2, side
 
 
 def stored_side(image_size: int, center: float) -> int:
@@ -720,12 +732,13 @@ def read_archive(
 # ----------------------------------------------------------------------------- folders of photos
 
 
-def read_folder(root: Path, side: int) -> Dataset:
-    """Photos in class folders, each decoded once to a centre square of `side` pixels."""
+def read_folder(root: Path, side: int, least: int = 2) -> Dataset:
+    """Photos in class folders, at least `least`, each photo decoded once to a centre square of
+    `side` pixels."""
     val = root / "val"  # many sort it into class folders, and leave the list beside them
     if (val / "val_annotations.txt").is_file() and (val / "images").is_dir():
         return read_tiny_imagenet(root, side)
-    classes, labelled, skipped = find_labelled(root)
+    classes, labelled, skipped = find_labelled(root, least)
     named = name_classes(root / "README.txt", classes)
     return replace(from_photos(root.resolve().name, named, labelled, side, root), skipped=skipped)
 
@@ -737,12 +750,12 @@ def list_photos(folder: str) -> list[str]:
 
 
 def find_labelled(
-    root: Path,
+    root: Path, least: int = 2
 ) -> tuple[list[str], dict[str, list[tuple[Path, int]]], list[str]]:
     """The classes in a folder; its photos with their labels, by part; and what is skipped.
 
     Raises:
-        ValueError: fewer than two classes, or parts with different ones.
+        ValueError: fewer than `least` classes, or parts with different ones.
     """
     parts = find_parts(root)
     skipped = []
@@ -754,12 +767,12 @@ def find_labelled(
                     skipped += map(str, photos_and_others(folder)[0])
     photos = {part: photos_by_class(folder, skipped) for part, folder in parts.items()}
     classes = list(photos["train"])
-    if len(classes) < 2:
+    if len(classes) < least:
         hint = one_level_down(parts["train"], classes)
         if not classes:
             hint = "; give the folder that holds a folder of photos for each class"
         raise ValueError(
-            f"at least 2 class folders are needed, {parts['train']} has {len(classes)}{hint}"
+            f"at least {least} class folders are needed, {parts['train']} has {len(classes)}{hint}"
         )
     labelled = {}
     for part, by_class in photos.items():
@@ -1167,12 +1180,12 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
     add_heif()  # not in threads: one could get the module while its import fails in another
     bad = []
     keys = list(missing)
-    at_a_time = max(os.cpu_count(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))
+    at_a_time = max(usable_cpus(), min(PHOTOS_AT_A_TIME, 2**28 // (3 * side**2)))
     started = time.perf_counter()
     with (
         (folder / "pixels").open("r+b") as pixels,
         (folder / "index").open("r+b") as index,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(usable_cpus()) as pool,
         warnings.catch_warnings(action="ignore"),  # Pillow calls 90 megapixels a "DOS attack"
     ):
         pixels.seek(rows * 3 * side**2)
@@ -1214,6 +1227,17 @@ def list_unread(bad: list[ValueError]) -> str:
         names = [str(error).partition(" as an image")[0] for error in bad[1:6]]
         text += f"; and {len(bad) - 1} more: {', '.join(names)}"
     return text
+
+
+def sample_sizes(data: Dataset) -> list[tuple[int, int]]:
+    """Width and height in pixels of some of a data set's photos, sorted by their ratio: the longest
+    first. Empty for images that aren't in files."""
+    names = data.everything.names if data.folder else []
+    sizes = []
+    for name in names[:: max(1, len(names) // 32)]:
+        with contextlib.suppress(OSError):  # gone since it was decoded
+            sizes.append(photo_size(data.folder / name))
+    return sorted(sizes, key=lambda size: max(size) / min(size), reverse=True)
 
 
 # ------------------------------------------------------------------------------------- one photo
@@ -1271,9 +1295,7 @@ def open_photo(photo: Photo, side: int) -> "Image.Image":  # noqa: F821
     try:
         if isinstance(photo, Image.Image):
             return upright_rgb(photo)
-        Image.init()
-        formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
-        with Image.open(photo, formats=formats) as image:
+        with Image.open(photo, formats=readable_formats()) as image:
             if is_stack(image):
                 raise ValueError("a TIFF of several pages, of which only one can be used")
             image.draft("RGB", (2 * side, 2 * side))  # JPEG: decode no larger than needed
@@ -1296,6 +1318,28 @@ def open_photo(photo: Photo, side: int) -> "Image.Image":  # noqa: F821
         raise ValueError(
             f"can't read {name} as an image ({reason}); repair or remove it"
         ) from error
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Width and height of a photo as stored, in pixels, without decoding it.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    Image = import_pillow().Image
+    formats = readable_formats()
+    with (
+        warnings.catch_warnings(action="ignore"),  # of large photos
+        Image.open(path, formats=formats) as image,
+    ):
+        return image.size
+
+
+def readable_formats() -> list[str]:
+    """Those of FORMATS that the installed Pillow has."""
+    Image = import_pillow().Image
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
 
 
 def import_pillow() -> ModuleType:
@@ -1551,10 +1595,7 @@ class Batches:
     def central(self, pixels: Tensor, share: float) -> Tensor:
         """The central square of a batch uint8 [B, 3, H, W], resized and normalised. Its side is
         `share` of the shorter side, in whole pixels, to avoid blur."""
-        H, W = pixels.shape[-2:]
-        side = round(share * min(H, W))
-        top = (H - side) // 2
-        left = (W - side) // 2
+        top, left, side = central_box(*pixels.shape[-2:], share)
         if side != self.size:
             box = torch.tensor([[top, left, side, side]], device=pixels.device)
             return self.finish(pixels, box.expand(len(pixels), 4))
@@ -1633,7 +1674,7 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
                 path.touch()
             if fcntl is None:
                 break
-            handle = os.open(path, os.O_RDONLY)
+            handle = open_to_lock(path)
             take_lock(handle, path, wait)
             if not is_same(handle, path):
                 os.close(handle)
@@ -1655,8 +1696,19 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
             os.close(handle)
 
 
+def open_to_lock(path: Path) -> int:
+    """The descriptor of an opened file or folder. NFS locks only files that are open for writing,
+    and no folders (man 2 flock)."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    return os.open(path, os.O_RDONLY)
+
+
 def take_lock(handle: int, path: Path, wait: bool) -> None:
-    """Lock an opened file or folder; on a file system without locks do nothing."""
+    """Lock an opened file or folder; on a file system without locks print a note."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -1666,8 +1718,18 @@ def take_lock(handle: int, path: Path, wait: bool) -> None:
             ) from error
         print(f"waiting for another process that writes {path}", file=sys.stderr)
         fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
-        return
+    except OSError as error:
+        note_no_locks(error.strerror)
+
+
+@functools.cache
+def note_no_locks(reason: str) -> None:
+    """Print once that this file system has no locks."""
+    print(
+        f"note     files can't be locked here ({reason}): run no two processes with one run's "
+        "folder, or with one cache, at a time",
+        file=sys.stderr,
+    )
 
 
 def is_same(handle: int, path: Path) -> bool:
@@ -1784,6 +1846,15 @@ def empty_folder(path: Path) -> Iterator[Path]:
 
 # Control characters, which a terminal obeys and XML doesn't allow.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may keep busy: those that a batch system assigned to it, within
+    `cpu_limit`."""
+    cpus = os.cpu_count()
+    if sys.platform == "linux":
+        cpus = len(os.sched_getaffinity(0))
+    return max(1, int(min(cpus, cpu_limit())))
 
 
 @functools.cache
@@ -1917,7 +1988,8 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
     if offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "true", "yes"):
         given = "--offline" if offline else "HF_HUB_OFFLINE"
         raise ValueError(
-            f"{path} is not there and {given} given; fetch it once without, or give --weights FILE"
+            f"{path} is not there and {given} given; fetch it once without (train.py has "
+            "--download), or give --weights FILE"
         )
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
     token = os.environ.get("HF_TOKEN", "").strip()
@@ -1930,7 +2002,13 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
             "HF_ENDPOINT is no address like https://huggingface.co, without user and password; "
             "correct it"
         )
-    download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=token)
+    try:
+        download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=token)
+    except OSError as error:
+        raise ValueError(
+            f"can't write to {path.parent} ({error.strerror}); set ADAPTERTUNE_CACHE to another "
+            "folder"
+        ) from error
     return path
 
 

@@ -92,6 +92,8 @@ COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
 # training only), the learning rate of the epoch's last step, the mean validation loss. Unlike
 # "loss", which is of augmented images, it has neither label smoothing nor class weights.
 FILE_COLUMNS = ("seconds", "lr", "val_loss")
+# With at most this many classes, tables of predictions have the probability of each.
+EACH = 20
 UNEVEN = 3  # above this ratio of class sizes, accuracy is also given as a mean over classes
 
 # -------------------------------------------------------------------------------------- training
@@ -195,6 +197,7 @@ class Predictions:
     probability: Tensor  # [n], of `best`
     loss: Tensor  # [n], cross-entropy with the label, without smoothing
     labels: Tensor  # [n]
+    each: Tensor | None = None  # [n, K], the probability of each class, if K is at most EACH
 
     @property
     def accuracy(self) -> float:
@@ -230,10 +233,12 @@ def on_stop(handler: Callable | signal.Handlers) -> None:
 
 
 def ask_stop(number: int, frame: object) -> None:
-    """Signal handler: record the signal. If it comes again, the caller's handler is called: it ends
-    a program at once, and interrupts a notebook's cell without ending the notebook."""
+    """Signal handler: record the signal. If Ctrl-C comes again, the caller's handler is called: it
+    ends a program at once, and interrupts a notebook's cell without ending the notebook. SIGTERM
+    may come again before the run is saved: batch systems and torchrun both send it."""
     stop_asked.append(number)
-    signal.signal(number, callers_handlers.get(number) or signal.SIG_DFL)
+    if number == signal.SIGINT:
+        signal.signal(number, callers_handlers.get(number) or signal.SIG_DFL)
 
 
 def stop_at_once(number: int, frame: object) -> None:
@@ -454,7 +459,9 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
 @torch.inference_mode()
 def predict(run: Run, images: data.Images, what: str) -> Predictions:
     """The network's predictions for images. Each process computes a part and gets all of them."""
-    table = torch.zeros(4, len(images), dtype=torch.float64, device=run.device)
+    K = len(run.dataset.classes)
+    columns = 4 + K if K <= EACH else 4
+    table = torch.zeros(columns, len(images), dtype=torch.float64, device=run.device)
     rows = torch.arange(len(images), device=run.device).split(run.batches.batch)
     seen = 0
     started = time.perf_counter()
@@ -462,15 +469,20 @@ def predict(run: Run, images: data.Images, what: str) -> Predictions:
     for part, (x, labels) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
         stop_if_asked()
         logits = in_parts(run.logits, run.model, x)
-        probabilities, classes = logits.softmax(dim=-1).topk(2)
+        probabilities = logits.softmax(dim=-1)  # [B, K]
+        highest, classes = probabilities.topk(2)
         loss = F.cross_entropy(logits, labels, reduction="none")
+        found = [*classes.T, highest[:, 0], loss]
+        if K <= EACH:
+            found += probabilities.T
         here = part[run.batches.rank :: run.batches.world]
-        table[:, here] = torch.stack([*classes.T, probabilities[:, 0], loss]).double()
+        table[:, here] = torch.stack(found).double()
         seen = min(seen + run.batches.batch, len(images))
         data.progress(what, seen, len(images), started)
-    best, second, probability, loss = sum_over_processes(table).cpu()
+    best, second, probability, loss, *each = sum_over_processes(table).cpu()
     run.state.eval_time += time.perf_counter() - started
-    return Predictions(best.long(), second.long(), probability, loss, images.labels.cpu())
+    each = torch.stack(each, dim=1) if each else None
+    return Predictions(best.long(), second.long(), probability, loss, images.labels.cpu(), each)
 
 
 def predict_all(run: Run) -> None:
@@ -682,6 +694,11 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and dist.is_initialized():
+        if not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= set(os.environ):
+            raise ValueError(
+                "LOCAL_RANK and LOCAL_WORLD_SIZE, which say which GPU each process gets, aren't "
+                "set; start the processes with torchrun"
+            )
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         if here > torch.cuda.device_count():
             raise ValueError(
@@ -1152,11 +1169,8 @@ def compute_features(run: Run, images: data.Images, what: str) -> Tensor:
 def embed_class_names(run: Run) -> None:
     """Set a ClipHead's class matrix to embeddings of the class names, and its scale to CLIP's."""
     options = run.options
-    repo = vit.BACKBONES[options.backbone].repo if options.backbone else ""
-    given = options.text_weights or options.weights
-    weights = Path(given or data.hub_file(repo, "model.safetensors", offline=options.offline))
+    weights, vocab = find_text(options)
     tower, scale = vit.load_text(weights, quick_gelu=run.model.config.quick_gelu)
-    vocab = find_vocabulary(options, weights, repo)
     tokenizer = vit.Tokenizer(vocab)
     if scale is None:
         scale = 100.0
@@ -1175,16 +1189,19 @@ def embed_class_names(run: Run) -> None:
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")  # of CLIP, in either form
 
 
-def find_vocabulary(options: argparse.Namespace, weights: Path, repo: str) -> Path:
-    """--vocab, else a vocabulary beside the weights, else the hub's."""
+def find_text(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The weights of CLIP's text tower, and its vocabulary: --vocab, else one beside the weights,
+    else the hub's."""
+    repo = vit.BACKBONES[options.backbone].repo if options.backbone else ""
+    given = options.text_weights or options.weights
+    weights = Path(given or data.hub_file(repo, "model.safetensors", offline=options.offline))
     if options.vocab:
-        return Path(options.vocab)
+        return weights, Path(options.vocab)
     for name in VOCABULARIES:
         if weights.with_name(name).exists():
-            return weights.with_name(name)
-    return data.hub_file(
-        repo or "openai/clip-vit-base-patch16", "merges.txt", offline=options.offline
-    )
+            return weights, weights.with_name(name)
+    repo = repo or "openai/clip-vit-base-patch16"
+    return weights, data.hub_file(repo, "merges.txt", offline=options.offline)
 
 
 @torch.no_grad()
@@ -1234,38 +1251,37 @@ def run_folder(options: argparse.Namespace) -> Path:
     first = Path("runs") / run_name(options)
     folder = first
     number = 1
-    fewer = ""
+    fault = ""  # of the first folder that isn't passed over, if none holds this run
     while (folder / "config.json").exists():
         difference = find_difference(folder, options)
         if not difference:
             return folder
-        unfinished = options.resume and is_unfinished(folder)
-        if options.resume and not unfinished and difference.startswith("epochs "):
-            more = "give --resume more epochs than it has, to add some"
-            fewer = fewer or f"{folder} has {difference}; {more}"
-        if not fewer and (options.name or unfinished):
-            advice = "give this one another --name, or delete that folder"
-            if unfinished:
-                advice = "go on with its own options, or give this one another --name"
-            raise ValueError(f"{folder} holds a run with other options ({difference}); {advice}")
+        other = f"{folder} holds a run with other options ({difference})"
+        if options.resume and is_unfinished(folder):
+            advice = "go on with its own options, or give this one another --name"
+            fault = fault or f"{other}; {advice}"
+        elif options.resume and difference.startswith("epochs "):
+            advice = "give --resume more epochs than it has, to add some"
+            fault = fault or f"{folder} has {difference}; {advice}"
+        elif options.name:
+            fault = fault or f"{other}; give this one another --name, or delete that folder"
         number += 1
         folder = Path(f"{first}-{number}")
-    if fewer:
-        raise ValueError(fewer)
+    if fault:
+        raise ValueError(fault)
     return folder
 
 
 def find_difference(folder: Path, options: argparse.Namespace) -> str:
     """How the run in a folder differs from these options; "" if it is the same run. With --resume
-    it is also the same run if it is finished and the options have more epochs. When epochs are to
-    be trained, files of the run may have been moved: their content is compared later."""
+    it is also the same run if it is finished and the options have more epochs, or if its files have
+    been moved: their content is compared later."""
     saved = read_config(folder)
     kept = kept_options(options)
-    unfinished = options.resume and is_unfinished(folder)
-    more = options.resume and (options.epochs or 0) > saved["epochs"]
-    if more and not unfinished:
+    more = (options.epochs or 0) > saved["epochs"]
+    if options.resume and more and not is_unfinished(folder):
         del kept["epochs"]
-    if more or unfinished:
+    if options.resume:
         for name in ("dataset", "weights", "init_lora"):
             if saved.get(name) and not is_at(saved[name]):
                 del kept[name]
@@ -1316,6 +1332,8 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
         check_backbone(path, result["fingerprint"], adaptertune.fingerprint(model), options)
     if options.resume and (options.epochs or 0) > result["epochs"]:
         return {}
+    if read_config(folder)["dataset"] != absolute(options.dataset):
+        check_moved(options, folder)
     print(
         f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
         "train it again, delete that folder or give a --name"
@@ -1324,6 +1342,18 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
         with contextlib.suppress(ValueError, OSError):  # the folder or split.json can't be used
             describe_new_photos(options, folder)
     return result
+
+
+def check_moved(options: argparse.Namespace, folder: Path) -> None:
+    """Raise a ValueError unless a folder of photos has all that a finished run used, by name."""
+    listed = read_split(folder / "split.json")
+    known = {*listed["train"], *listed["val"], *listed["test"]}
+    missing = sorted(known.difference(list_photos(options.dataset)))
+    if missing:
+        raise ValueError(
+            f"{folder} was trained on other photos: {missing[0]} isn't in {options.dataset}; give "
+            "its own, or another --name"
+        )
 
 
 list_photos = functools.lru_cache(maxsize=1)(data.list_photos)  # all runs have the same
@@ -1338,7 +1368,7 @@ def describe_new_photos(options: argparse.Namespace, folder: Path) -> None:
     new = [name for name in list_photos(options.dataset) if name not in known]
     if new:
         text = f"{counted(len(new), 'photo')} came since then, such as {data.printable(new[0])}"
-        print(f"note     {text}; a run with another --name trains on all")
+        print(f"note     {text}; a run with another --name uses them, in a new split")
 
 
 def check_backbone(path: Path, trained_on: str, present: str, options: argparse.Namespace) -> None:
@@ -1587,6 +1617,7 @@ def write_records(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **versions}
+    made["environment"] = environment(run)
     config = kept_options(run.options) | {"made": made}
     write_json(run.folder / "config.json", config)
     write_csv(run.folder / "metrics.csv", COLUMNS + FILE_COLUMNS, run.state.rows)
@@ -1633,6 +1664,8 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         run.model.load_state_dict(weights, strict=False)
     for name, value in saved.items():
         setattr(run.state, name, value)
+    steps = counted(run.batches.count(run.dataset.train), "step")
+    print(f"resumed  epoch {run.state.epoch}, after {run.state.step} of {steps}")
     if before != environment(run):
         print(f"note     stopped on {before}; the results differ by rounding from there on")
 
@@ -1766,7 +1799,9 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
                 f"no folder {options.dataset}; if the run's photos are elsewhere now, give that "
                 "--dataset FOLDER"
             )
-        dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
+        dataset = read_dataset(
+            options.dataset, options.data_dir, size, options.offline, some=bool(options.eval)
+        )
         dataset = split_dataset(dataset, options, folder)
         path = folder / "adapters.safetensors"
         adaptertune.check_same(path, meta, {"classes": dataset.classes})
@@ -1978,6 +2013,8 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
     if len(images.test) < FEW:
         count = counted(len(images.test), "test image")
         print(f"note     {count}: each is {100 / len(images.test):.3g} points of accuracy")
+    if is_uneven(images.train, images.test):
+        describe_smallest(images)
     if options.dataset in data.DATASETS and Path(options.dataset).is_dir():
         print(f"note     that is the built-in set; the folder of this name is ./{options.dataset}")
     if images.skipped:
@@ -1987,6 +2024,45 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
             f"{images.skipped[0]}"
         )
     describe_copies(images)
+    describe_subfolders(images)
+    describe_view(images)
+
+
+def describe_subfolders(images: data.Dataset) -> None:
+    """Print a note if photos of one subfolder of a class are in train and in test."""
+    train = {Path(name).parent for name in images.train.names}
+    test = {Path(name).parent for name in images.test.names}
+    shared = sorted(train & test, key=lambda folder: len(folder.parts))
+    if len(shared) > len(images.classes):  # more than the classes' own folders
+        print(
+            f"note     photos of {len(shared)} subfolders, such as {shared[-1]}, are in train and "
+            "in test; if those of one subfolder show the same thing, split them yourself"
+        )
+
+
+def describe_view(images: data.Dataset) -> None:
+    """Print which part of a photo the network sees."""
+    sizes = data.sample_sizes(images)
+    if not sizes:
+        return
+    width, height = sizes[len(sizes) // 2]  # the median by the share that is seen
+    _, _, side = data.central_box(height, width, images.center)
+    share = side**2 / (width * height)
+    print(
+        f"view     the middle {side} x {side} of {width} x {height} pixels, {100 * share:.0f} % of "
+        "the area; what lies outside is not seen"
+    )
+
+
+def describe_smallest(images: data.Dataset) -> None:
+    """Print a note if the mean over classes depends on a class with few test images."""
+    sizes = images.test.labels.bincount(minlength=len(images.classes))
+    tested = int((sizes > 0).sum())
+    few = int(torch.where(sizes > 0, sizes, sizes.max()).argmin())
+    if sizes[few] < FEW:
+        count = f"{counted(int(sizes[few]), 'test image')} of {images.classes[few]}"
+        points = 100 / (tested * int(sizes[few]))
+        print(f"note     {count}: each is {points:.3g} points of the mean over classes")
 
 
 def describe_missing(classes: list[str], images: data.Images, what: str) -> None:
@@ -2069,35 +2145,53 @@ def print_header(rows: list[list[str]], epochs: int) -> None:
 
 
 def report_test(run: Run, how: str) -> None:
-    """Print the accuracy on test, and the five classes with the lowest accuracies."""
+    """Print the accuracy on test, and the five classes with the lowest accuracies: those with
+    mistakes, or of classes of uneven size any."""
     predictions = run.predictions["test"]
     text = f"test     {predictions.accuracy:.2f} %"
     K = len(run.dataset.classes)
-    if is_uneven(run.dataset.train, run.dataset.test):
+    uneven = is_uneven(run.dataset.train, run.dataset.test)
+    if uneven:
         text += f", as a mean over classes {predictions.class_accuracy(K):.2f} %"
     print(f"{text}   ({how})")
     hits, images = predictions.by_class(K)
+    predicted = predictions.best.unique()
+    if len(predicted) == 1 and (images > 0).sum() > 1:
+        print(f"warning  each of them is taken for {run.dataset.classes[predicted]}")
     shares = hits / images  # NaN, which is sorted last, for a class without images
     worst = []
     for label in shares.argsort(stable=True)[:5].tolist():
-        if hits[label] < images[label]:
+        if hits[label] < images[label] or (uneven and images[label]):
             worst.append(f"{run.dataset.classes[label]} ({hits[label]}/{images[label]} right)")
     if worst:
         print(f"worst    {', '.join(worst)}")
 
 
 def write_predictions(run: Run, path: Path) -> None:
-    """Write a .csv with a row for each image of validation and test."""
+    """Write a .csv with a row for each image of validation and test; with few classes also the
+    probability of each."""
     classes = run.dataset.classes
     rows = []
     for part, found in run.predictions.items():
         images = getattr(run.dataset, part)
         columns = (images.names, found.labels, found.best, found.probability, found.second)
-        for name, label, best, probability, second in zip(*columns, strict=True):
-            row = (classes[label], classes[best], f"{probability:.4f}", classes[second])
+        for i, (name, label, best, probability, second) in enumerate(zip(*columns, strict=True)):
+            row = [classes[label], classes[best], f"{probability:.4f}", classes[second]]
+            if found.each is not None:
+                row += as_cells(found.each[i])
             rows.append((name, part, *row))
     header = ("file", "split", "label", "prediction", "probability", "runner-up")
-    write_csv(path, header, rows)
+    write_csv(path, (*header, *columns_of(classes)), rows)
+
+
+def as_cells(probabilities: Tensor) -> list[str]:
+    """Probabilities [K] as cells of a table."""
+    return [f"{each:.4f}" for each in probabilities.tolist()]
+
+
+def columns_of(classes: list[str]) -> list[str]:
+    """The headings of the columns for the probability of each class; none with many classes."""
+    return [f"probability of {name}" for name in classes] if len(classes) <= EACH else []
 
 
 def as_code(name: str) -> str:
@@ -2137,7 +2231,9 @@ def model_card(run: Run) -> str:
     how += f"torch {torch.__version__}"
     result = f"{meta['test_accuracy']:.2f} % of {len(run.dataset.test):,} test images are right"
     if "test_class_accuracy" in meta:
-        result += f" ({meta['test_class_accuracy']:.2f} % as a mean over classes)"
+        sizes = run.dataset.test.labels.bincount()
+        result += f" ({meta['test_class_accuracy']:.2f} % as a mean over classes, of which the "
+        result += f"smallest has {counted(int(sizes[sizes > 0].min()), 'image')})"
     if meta["val_accuracy"] is not None:
         result += f", {meta['val_accuracy']:.2f} % of {len(run.dataset.val):,} of validation"
     classes = ", ".join(map(as_code, meta["classes"]))
@@ -2409,14 +2505,19 @@ def draw_mistakes(run: Run, path: Path) -> None:
     classes = run.dataset.classes
     with picture(path, 2.3, 2.8, panels=len(wrong), columns=5) as (figure, panels):
         for axes, i in zip(panels, wrong, strict=True):
-            axes.imshow(images[torch.tensor([i])].pixels[0].cpu().permute(1, 2, 0).numpy())
+            pixels = images[torch.tensor([i])].pixels[0]
+            top, left, side = data.central_box(*pixels.shape[-2:], run.dataset.center)
+            seen = pixels[:, top : top + side, left : left + side]
+            axes.imshow(seen.cpu().permute(1, 2, 0).numpy())
             axes.axis("off")
             lines = [shorten(classes[found.labels[i]])]
             best = shorten(classes[found.best[i]], 18)
             lines.append(f"predicted: {best} {100 * found.probability[i]:.0f} %")
             lines.append(shorten(images.names[i]))
             axes.set_title("\n".join(lines), fontsize=8)
-        figure.suptitle("the most confident mistakes on test: label, prediction, file")
+        figure.suptitle(
+            "the most confident mistakes on test, as the network sees them: label, prediction, file"
+        )
 
 
 def shorten(text: str, length: int = 28) -> str:
@@ -2595,6 +2696,8 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
             axes.imshow(part, cmap="Blues", vmin=0, vmax=100)
             names = [each.classes[label] for label in shown]
             axes.set_xticks(range(len(shown)), names, rotation=90)
+            images = counts.sum(dim=1)[shown].tolist()
+            names = [f"{name} ({n})" for name, n in zip(names, images, strict=True)]
             axes.set_yticks(range(len(shown)), names)
             for (row, column), share in np.ndenumerate(part):
                 if share >= 0.5:
@@ -2604,7 +2707,7 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
             title = each.title
             if K > 40:
                 title += f"; the 20 of {K} classes with most mistakes"
-            axes.set(title=title, xlabel="prediction", ylabel="label (% of its images)")
+            axes.set(title=title, xlabel="prediction", ylabel="label (its images): % of them")
 
 
 # --------------------------------------------------------------------------------------- options
@@ -2614,7 +2717,7 @@ ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 GRID = ("method", "rank", "every", "blocks", "init")
 # Options that config.json leaves out, since they say what is done with a run. ("seed" is left out
 # since config.json has "seeds".)
-NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "seed")
+NOT_KEPT = ("resume", "eval", "predict", "csv", "name", "label", "plot", "seed", "download")
 PATHS = ("dataset", "weights", "init_lora", "text_weights", "vocab")  # options that may name files
 # Options whose default depends on data or machine, with the value that stands for "not given".
 # config.json lists under "auto" which of them weren't given.
@@ -2901,6 +3004,8 @@ def add_options(parser: Parser) -> None:
     share += "(0: a fifth, the same for all seeds)"
     add("--test-share", "P", number(0, 0.9), share, 0.0)
     parser.switch("--offline", "never use the network")
+    fetched = "only fetch what the run needs and decode photos; then it runs with --offline"
+    parser.switch("--download", fetched)
 
     parser.section("backbone")
     named = f"{backbones} (vit_s16; vit_micro for digits)"
@@ -3221,6 +3326,18 @@ def print_heading(options: argparse.Namespace, done: int, total: int, times: lis
     print(f"\nrun      {done + 1} of {total}: {text}")
 
 
+def fetch_for(grid: list[argparse.Namespace]) -> None:
+    """--download: fetch backbones and data sets, and decode photos, for runs that come later."""
+    for options in grid:
+        data.check_name(options.dataset)
+        model, backbone = load_backbone(options)
+        size = backbone.config.image_size
+        dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
+        if options.method in adaptertune.CLIP_METHODS and options.classifier == "text":
+            find_text(options)
+        print(f"ready    {backbone_name(options)} and {dataset.name} at {size} px; give --offline")
+
+
 def evaluate_again(options: argparse.Namespace) -> None:
     """--eval: evaluate a finished run on its test set again, or on another folder."""
     run = open_run(options)
@@ -3262,6 +3379,21 @@ def predict_photos(options: argparse.Namespace) -> int:
         example = data.printable(str(others[0]))
         print(f"skipped  {what}, not photos, such as {example}", file=sys.stderr)
     rows = []
+    try:
+        for row in label_photos(model, photos):
+            rows.append(row)
+    finally:  # after Ctrl-C, too
+        if options.csv:
+            header = [*LABELS_HEADER.split(","), *columns_of(model.classes)]
+            write_csv(Path(options.csv).resolve(), header, rows)
+            part = of_all(len(rows), len(photos))
+            print(f"saved    {options.csv} ({part} photos)", file=sys.stderr)
+    return 0 if all(label for _, label, *_ in rows) else 1
+
+
+def label_photos(model: Classifier, photos: list[Path]) -> Iterator[list[str]]:
+    """Label and print each photo; yields its row of the .csv. That of a photo which can't be read
+    has nothing after its name."""
     started = time.perf_counter()
     for number, photo in enumerate(photos):
         try:
@@ -3269,18 +3401,18 @@ def predict_photos(options: argparse.Namespace) -> int:
                 _, (probabilities,) = model.predict([photo])
         except ValueError as error:
             print(f"skipped  {data.printable(str(error))}", file=sys.stderr)
+            yield [str(photo), "", "", "", *("" for _ in columns_of(model.classes))]
             continue
         (first, second), (best, runner_up) = probabilities.topk(2)
         name = model.classes[best]
         other = model.classes[runner_up]
-        rows.append([str(photo), name, f"{first:.4f}", other])
+        row = [str(photo), name, f"{first:.4f}", other]
+        if len(model.classes) <= EACH:
+            row += as_cells(probabilities)
         text = f"{photo}  {name} {100 * first:.1f} %  ({other} {100 * second:.1f} %)"
         print(data.printable(text), flush=True)
         data.progress("photo", number + 1, len(photos), started)
-    if options.csv:
-        write_csv(Path(options.csv).resolve(), LABELS_HEADER.split(","), rows)
-        print(f"saved    {options.csv}", file=sys.stderr)
-    return 0 if len(rows) == len(photos) else 1
+        yield row
 
 
 class Printable:
@@ -3329,6 +3461,8 @@ def run_command(grid: list[argparse.Namespace]) -> int:
         return predict_photos(grid[0])
     if grid[0].eval:
         evaluate_again(grid[0])
+    elif grid[0].download:
+        fetch_for(grid)
     else:
         run_grid(grid)
     return 0

@@ -850,6 +850,16 @@ def test_a_containers_cpu_limit(tmp_path, files, limit):
     assert data.quota(tmp_path) == limit
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has both")
+def test_cpus_of_a_batch_job(monkeypatch):
+    """Of the machine's CPUs, those count that were assigned to the process, within its limit."""
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda process: {3, 4, 7})
+    for limit, expected in ((math.inf, 3), (2.5, 2), (0.5, 1), (8, 3)):
+        monkeypatch.setattr(data, "cpu_limit", lambda limit=limit: limit)
+        assert data.usable_cpus() == expected
+
+
 @pytest.mark.parametrize(
     "lines, limits, expected",
     [

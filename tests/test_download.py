@@ -1,5 +1,6 @@
 """The download code, tested with a real HTTP server on loopback."""
 
+import errno
 import gzip
 import hashlib
 import itertools
@@ -551,9 +552,51 @@ def test_no_home(monkeypatch):
 
 def test_offline():
     """With --offline, a file that isn't in the cache is an error that says what to do."""
-    message = "--offline given; fetch it once without, or give --weights FILE"
-    with pytest.raises(ValueError, match=message):
+    message = "--offline given; fetch it once without (train.py has --download), or give --weights"
+    with pytest.raises(ValueError, match=re.escape(message)):
         data.hub_file("timm/net", "model.safetensors", offline=True)
+
+
+def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch):
+    """A download to a folder that can't be made says which variable names another."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ADAPTERTUNE_CACHE", str(tmp_path / "file/cache"))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    with pytest.raises(ValueError, match=r"can't write to .*; set ADAPTERTUNE_CACHE to another"):
+        data.hub_file("timm/net", "model.safetensors")
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="nothing is locked")
+def test_file_systems_with_few_locks(tmp_path, monkeypatch, capsys):
+    """Files are locked while open for writing, as NFS wants it, unless they can't be. Where nothing
+    can be locked, one line says so."""
+    path = tmp_path / "f"
+    with data.locked(path) as handle:
+        assert data.fcntl.fcntl(handle, data.fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    plain = os.open
+
+    def read_only(place, flags, *more):
+        if flags & os.O_RDWR:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return plain(place, flags, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "open", read_only)
+        with data.locked(path) as handle:
+            assert data.fcntl.fcntl(handle, data.fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+
+    def no_locks(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(data.fcntl, "flock", no_locks)
+    data.note_no_locks.cache_clear()
+    capsys.readouterr()
+    for _ in range(2):
+        data.write_file(path, "new")
+    assert path.read_text() == "new"
+    assert capsys.readouterr().err.startswith("note     files can't be locked here (No locks avail")
+    data.write_file(path, "newer")
+    assert not capsys.readouterr().err
 
 
 @pytest.fixture
@@ -570,8 +613,13 @@ def test_train_downloads_a_backbone(server, run, tmp_path):
     body = write_tiny(tmp_path / "w.safetensors", seed=0, **shape).read_bytes()
     path = "/timm/deit_tiny_patch16_224.fb_in1k/resolve/main/model.safetensors"
     serve_as_hub(server, body, hashlib.sha256(body).hexdigest(), path)
-    out = run("--backbone", "deit_ti16", "--limit", 20, "--epochs", 1, "--image-size", 32)
-    assert "backbone deit_ti16 32px, 5," in out
+    command = ["--backbone", "deit_ti16", "--limit", 20, "--epochs", 1, "--image-size", 32]
+    ready = "ready    deit_ti16 and digits at 32 px; give --offline\n"
+    assert run(*command, "--download") == ready
+    assert not (tmp_path / "runs").exists()
+    seen = len(server.seen)
+    assert "backbone deit_ti16 32px, 5," in run(*command, "--offline")
+    assert len(server.seen) == seen
 
 
 def test_train_without_the_backbone_on_the_hub(run, tmp_path):

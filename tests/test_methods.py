@@ -949,7 +949,9 @@ def test_pictures_of_features_and_confusion(run, tiny_weights, tmp_path, request
         assert title in confusion
         counts = confusion_of(open_run(tmp_path / f"runs/p-{method}"))
         shares = (100 * counts / counts.sum(axis=1, keepdims=True)).round().astype(int)
-        numbers += [*digits, *digits, *map(str, shares[shares > 0])]
+        rows = [f"{digit} ({n})" for digit, n in zip(digits, counts.sum(axis=1), strict=True)]
+        assert set(rows) <= set(confusion)
+        numbers += [*digits, *map(str, shares[shares > 0])]
     assert sorted(text for text in confusion if text.isdigit()) == sorted(numbers)
 
     again = run("--eval", "runs/p-head", "--plot", "features")

@@ -746,7 +746,7 @@ def test_photos_that_came_since(run, photos, tiny_weights, tmp_path):
     shutil.copy(photos / "sky/01.png", photos / "sky/newer.png")
     train.list_photos.cache_clear()
     note = "note     2 photos came since then, such as sky/new.png; a run with another --name"
-    assert f"{note} trains on all\n" in run(*command)
+    assert f"{note} uses them, in a new split\n" in run(*command)
     (tmp_path / "runs/photos-adaptertune-r8-s0/split.json").unlink()
     assert run(*command).startswith("kept ")
     shutil.rmtree(photos)
@@ -770,6 +770,18 @@ def test_files_that_were_moved(run, photos, tiny_weights, tmp_path):
     assert "more     1 epoch from the weights of epoch" in out
     assert load_file(tmp_path / "runs/a/adapters.safetensors").keys() == before.keys()
     assert "kept" in run(*command)
+
+    # Of a finished run, with --resume, too.
+    again = ["--dataset", shutil.move(mine, tmp_path / "again"), *command[2:]]
+    assert "other options (dataset " in run(*again, status=1)
+    assert "kept" in run(*again, "--resume")
+    (tmp_path / "again/sky/03.png").unlink()
+    train.list_photos.cache_clear()
+    error = run(*again, "--resume", status=1)
+    assert "runs/a was trained on other photos: sky/03.png isn't in" in error
+    shutil.move(tmp_path / "again", mine)
+    shutil.copy(mine / "sky/04.png", mine / "sky/03.png")
+    train.list_photos.cache_clear()
 
     (tmp_path / "other.safetensors").unlink()
     write_tiny(tmp_path / "third.safetensors", seed=1)
@@ -945,6 +957,7 @@ def test_predictions_of_every_image(run, photos, tiny_weights, tmp_path):
     folder = tmp_path / "runs/a"
     rows = read_predictions(folder / "predictions.csv")
     columns = ["file", "split", "label", "prediction", "probability", "runner-up"]
+    columns += [f"probability of {name}" for name in ("apple", "leaf", "sky")]
     assert list(rows[0]) == columns
     listed = json.loads((folder / "split.json").read_text())
     for part in ("val", "test"):
@@ -971,6 +984,8 @@ def test_predictions_of_every_image(run, photos, tiny_weights, tmp_path):
         best, second = each.topk(2).indices.tolist()
         assert (row["prediction"], row["runner-up"]) == (model.classes[best], model.classes[second])
         assert float(row["probability"]) == pytest.approx(float(each[best]), abs=1e-3)
+        stated_each = [float(row[f"probability of {name}"]) for name in model.classes]
+        assert stated_each == pytest.approx(each.tolist(), abs=1e-3)
     before = (folder / "predictions.csv").read_bytes()
     (folder / "predictions.csv").unlink()
     assert stated == re.findall("^worst    (.*)$", run("--eval", "runs/a"), re.M)
@@ -1020,6 +1035,92 @@ def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
     assert error == "error: other has only images that the run was trained on\n"
 
 
+def test_labelling_that_is_stopped(run, photos, tiny_weights, tmp_path, monkeypatch, capsys):
+    """Ctrl-C leaves the labels so far in the table, and says how many they are."""
+    run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
+    plain = train.Classifier.predict
+    calls = itertools.count()
+
+    def predict(model, given):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(model, given)
+
+    monkeypatch.setattr(train.Classifier, "predict", predict)
+    assert train.main(["--predict", "runs/a", str(photos), "--csv", "out.csv"]) == 130
+    assert "saved    out.csv (3 of 60 photos)\n" in capsys.readouterr().err
+    assert len(read_predictions(tmp_path / "out.csv")) == 3
+
+
+@pytest.mark.usefixtures("pictures")
+def test_what_the_network_sees_is_stated(run, photos, tiny_weights, monkeypatch):
+    """A run on photos says which part of them the network sees, and mistakes.png shows that."""
+    axes = pytest.importorskip("matplotlib.axes")
+    for i in range(12):  # labels that say nothing, for mistakes
+        (photos / f"leaf/{i:02}.png").rename(photos / f"sky/leaf{i:02}.png")
+    shown = []
+    monkeypatch.setattr(axes.Axes, "imshow", lambda self, pixels: shown.append(pixels.shape))
+    out = run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1))
+    pattern = r"^view     the middle (\d+) x (\d+) of (\d+) x (\d+) pixels, (\d+) % of"
+    found = re.search(pattern, out, re.M)
+    side, again, width, height, share = map(int, found.groups())
+    assert width == 40
+    assert height in range(30, 50)
+    assert side == again == round(0.875 * min(width, height))
+    assert share == round(100 * side**2 / (width * height))
+    size = TINY["image_size"]
+    assert set(shown) == {(size, size, 3)}
+
+
+def test_what_would_mislead_is_noted(run, photos, tiny_weights, capsys):
+    """Notes on a class with few test images, on subfolders in train and in test, and on a network
+    that knows one class only; a run can be evaluated on new photos of a single class."""
+    for path in (photos / "leaf").glob("*[1-9].png"):
+        path.unlink()  # two of 20 are left
+    for path in (photos / "sky").iterdir():
+        (photos / "sky" / f"part{path.stem[1]}").mkdir(exist_ok=True)
+        path.rename(photos / f"sky/part{path.stem[1]}" / path.name)
+    for i in range(3):
+        shutil.copy(photos / f"apple/0{i}.png", photos / f"leaf/apple{i}.png")
+    options = ["--limit", 0, "--epochs", 1, "--lr", 1e-9, "--head-lr", 1e-9, "--name", "a"]
+    command = ["--dataset", photos, *quick(tiny_weights), *options, "--test-share", 0.5]
+    out = run(*command)
+    few = re.search(
+        r"^note     (\d+) test images? of leaf: each is ([\d.]+) points of the", out, re.M
+    )
+    assert float(few[2]) == pytest.approx(100 / (3 * int(few[1])), rel=1e-2)
+    subfolders = re.search(
+        r"^note     photos of (\d+) subfolders, such as sky/part\d, are", out, re.M
+    )
+    assert int(subfolders[1]) > 3
+    worst = re.search("^worst    (.*)$", out, re.M)[1]
+    assert worst.count(" right)") == 3  # all classes, since they are uneven
+    smallest = r"as a mean over classes, of which the smallest has (\d+) images?\)"
+    assert re.search(smallest, Path("runs/a/README.md").read_text())[1] == few[1]
+
+    alone = photos.with_name("alone")
+    shutil.copytree(photos / "apple", alone / "apple")
+    (alone / "apple/00.png").rename(alone / "apple/renamed.png")
+    with (alone / "apple/renamed.png").open("ab") as file:
+        file.write(b"changed")
+    assert re.search(
+        r"\(another folder, \d+ images?\)", run("--eval", "runs/a", "--dataset", alone)
+    )
+    opened = train.open_run(train.options_of("runs/a"))
+    train.predict_all(opened)
+    for label in (0, 2):
+        found = opened.predictions["test"]
+        found.best = torch.full_like(found.best, label)
+        train.report_test(opened, "")
+        name = opened.dataset.classes[label]
+        assert f"warning  each of them is taken for {name}\n" in capsys.readouterr().out
+        found.best[0] = 1
+        train.report_test(opened, "")
+        assert "warning" not in capsys.readouterr().out
+    error = run(*quick(tiny_weights, "--dataset", alone), status=1)
+    assert "at least 2 class folders are needed" in error
+
+
 def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     """--predict labels files and folders as the run's own test did, even without its data set; a
     bad photo is reported and skipped."""
@@ -1040,8 +1141,17 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     assert re.fullmatch("skipped  1 file, not photos, such as .*notes.txt", skipped[0])
     assert "broken.png" in skipped[1]
     assert skipped[2] == "skipped  no photo at gone.jpg"
+    assert err.endswith("saved    out.csv (62 photos)\n")
     rows = read_predictions(tmp_path / "out.csv")
+    assert len(rows) == 62
+    empty = [row for row in rows if not any(list(row.values())[1:])]
+    assert [Path(row["file"]).name for row in empty] == ["broken.png", "gone.jpg"]
+    rows = [row for row in rows if row not in empty]
     assert len(rows) == len(out.splitlines()) == 60
+    for row in rows:
+        each = {name: float(row[f"probability of {name}"]) for name in ("apple", "leaf", "sky")}
+        assert sum(each.values()) == pytest.approx(1, abs=2e-4)
+        assert each[row["prediction"]] == max(each.values()) == float(row["probability"])
     known = 0
     for row, line in zip(rows, out.splitlines(), strict=True):
         file = Path(row["file"])
@@ -1425,6 +1535,40 @@ def test_a_file_is_never_half_written(tiny_weights, tmp_path, monkeypatch, unsto
     assert {path.name for path in prepared.folder.iterdir()} == set(names)
 
 
+def test_a_second_sigterm_is_ignored(tiny_weights, tmp_path, monkeypatch, unstopped):
+    """SIGTERM may come twice, as from a batch system and from torchrun: the run is still saved."""
+    monkeypatch.chdir(tmp_path)
+    plain = train.save_state
+
+    def save_state(run, optimizer):
+        if train.stop_asked:
+            signal.raise_signal(signal.SIGTERM)
+        plain(run, optimizer)
+
+    monkeypatch.setattr(train, "save_state", save_state)
+    stop_at(monkeypatch, 4, signal.SIGTERM)
+    assert train.main(resumable(tiny_weights, "cut")) == 143
+    assert train.stop_asked == [signal.SIGTERM, signal.SIGTERM]
+    assert torch.load(tmp_path / "runs/cut/state.pt", weights_only=True)["step"] == 4
+
+
+def test_numbered_runs_are_resumed(run, tiny_weights, tmp_path, monkeypatch, capsys):
+    """Of two stopped runs that differ in an option which isn't in their name, --resume continues
+    the one that has its options."""
+    commands = [[str(each) for each in quick(tiny_weights, "--lr", rate)] for rate in (0.01, 0.02)]
+    for command in commands:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 5, signal.SIGTERM)
+            assert train.main(command) == 143
+        train.stop_asked.clear()
+    capsys.readouterr()
+    assert f"resumed  epoch 1, after 5 of {STEPS} steps\n" in run(*commands[1], "--resume")
+    assert (tmp_path / "runs/digits-adaptertune-r8-n200-s0-2/result.json").exists()
+    assert (tmp_path / "runs/digits-adaptertune-r8-n200-s0/state.pt").exists()
+    error = run(*commands[0], "--weight-decay", 0, "--resume", status=1)
+    assert "s0 holds a run with other options (weight_decay 0.05 (the default), not 0.0)" in error
+
+
 def test_resuming_elsewhere_is_stated(run, tiny_weights, monkeypatch, capsys):
     """--resume says that results may differ if it has another number of threads than before."""
     command = [str(each) for each in quick(tiny_weights, "--name", "a", "--amp", "off")]
@@ -1803,7 +1947,11 @@ def test_more_processes_than_gpus(monkeypatch):
     """Each process needs its own GPU; the error says how many there are."""
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="aren't set; start the processes with torchrun"):
+        train.choose_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="2 processes want a GPU each, and there are 1; start as"):
         train.choose_device("cuda")
 
@@ -2177,7 +2325,7 @@ STATED = {
 # Options that are off by default.
 SWITCHES = {"--offline", "--cached", "--resume", "--scratch", "--learn-scale", "--shallow"}
 SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot", "--compile", "--no-flip"}
-SWITCHES |= {"--class-weights", "--predict", "--csv"}
+SWITCHES |= {"--class-weights", "--predict", "--csv", "--download"}
 # The options of settings, where they don't have the setting's name.
 OPTIONS = {"reads": "--adapter-input", "act": "--adapter-act", "deep": "--shallow"}
 
