@@ -369,9 +369,10 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
         if unknown:
             parts.append(f"it has {first_few(unknown)}, which the run doesn't know")
             parts.append(f"the run has {first_few(classes, 10)}")
+        hint = one_level_down(data.folder, data.classes) if data.folder else ""
         raise ValueError(
-            f"{data.name} has other classes than the run: {'; '.join(parts)}; "
-            "rename the folders, or train again"
+            f"{data.name} has other classes than the run: {'; '.join(parts)}"
+            f"{hint or '; rename the folders, or train again'}"
         )
     label_of = torch.tensor([classes.index(name) for name in data.classes])
 
@@ -1327,6 +1328,7 @@ def photo_size(path: Path) -> tuple[int, int]:
         OSError: it can't be opened.
     """
     Image = import_pillow().Image
+    add_heif()
     formats = readable_formats()
     with (
         warnings.catch_warnings(action="ignore"),  # of large photos

@@ -1252,7 +1252,7 @@ def run_folder(options: argparse.Namespace) -> Path:
     folder = first
     number = 1
     fault = ""  # of the first folder that isn't passed over, if none holds this run
-    while (folder / "config.json").exists():
+    while (folder / "config.json").exists() and not (options.name and fault):
         difference = find_difference(folder, options)
         if not difference:
             return folder
@@ -1275,7 +1275,7 @@ def run_folder(options: argparse.Namespace) -> Path:
 def find_difference(folder: Path, options: argparse.Namespace) -> str:
     """How the run in a folder differs from these options; "" if it is the same run. With --resume
     it is also the same run if it is finished and the options have more epochs, or if its files have
-    been moved: their content is compared later."""
+    been moved. Where epochs are to be trained, their content is compared later."""
     saved = read_config(folder)
     kept = kept_options(options)
     more = (options.epochs or 0) > saved["epochs"]
@@ -1283,8 +1283,12 @@ def find_difference(folder: Path, options: argparse.Namespace) -> str:
         del kept["epochs"]
     if options.resume:
         for name in ("dataset", "weights", "init_lora"):
-            if saved.get(name) and not is_at(saved[name]):
+            moved = kept[name] not in ("", saved.get(name))
+            if moved and saved.get(name) and not is_at(saved[name]):
                 del kept[name]
+    kept_as_it_is = not more and not is_unfinished(folder)
+    if "dataset" not in kept and kept_as_it_is and not has_photos_of(folder, options.dataset):
+        return f"dataset {saved['dataset']}, not {options.dataset}"
     derived = ("lr", "head_lr", "label_smoothing", "cached")  # follow from others: named last
     for key in sorted(kept, key=lambda key: (key != "method", key in derived)):
         value = kept[key]
@@ -1332,8 +1336,6 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
         check_backbone(path, result["fingerprint"], adaptertune.fingerprint(model), options)
     if options.resume and (options.epochs or 0) > result["epochs"]:
         return {}
-    if read_config(folder)["dataset"] != absolute(options.dataset):
-        check_moved(options, folder)
     print(
         f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
         "train it again, delete that folder or give a --name"
@@ -1344,16 +1346,13 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
     return result
 
 
-def check_moved(options: argparse.Namespace, folder: Path) -> None:
-    """Raise a ValueError unless a folder of photos has all that a finished run used, by name."""
-    listed = read_split(folder / "split.json")
-    known = {*listed["train"], *listed["val"], *listed["test"]}
-    missing = sorted(known.difference(list_photos(options.dataset)))
-    if missing:
-        raise ValueError(
-            f"{folder} was trained on other photos: {missing[0]} isn't in {options.dataset}; give "
-            "its own, or another --name"
-        )
+def has_photos_of(folder: Path, place: str) -> bool:
+    """Whether all photos of a finished run are in another folder, by name and content."""
+    with contextlib.suppress(ValueError, OSError):  # the folder or split.json can't be used
+        sums = read_split(folder / "split.json")["checksums"]
+        if sums.keys() <= set(list_photos(place)):
+            return all(data.file_crc(Path(place, name)) == crc for name, crc in sums.items())
+    return False
 
 
 list_photos = functools.lru_cache(maxsize=1)(data.list_photos)  # all runs have the same
@@ -1655,7 +1654,7 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         saved = torch.load(path, map_location=run.device, weights_only=True)
         vit.check_size(saved, path)
         fingerprint = saved.pop("fingerprint")
-        before = str(saved.pop("environment"))
+        before = str(saved.pop("environment", ""))
     check_backbone(path, fingerprint, run.meta["fingerprint"], run.options)
     with vit.refusing(path, advice):
         weights = saved.pop("weights")
@@ -1664,10 +1663,15 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
         run.model.load_state_dict(weights, strict=False)
     for name, value in saved.items():
         setattr(run.state, name, value)
-    steps = counted(run.batches.count(run.dataset.train), "step")
-    print(f"resumed  epoch {run.state.epoch}, after {run.state.step} of {steps}")
-    if before != environment(run):
-        print(f"note     stopped on {before}; the results differ by rounding from there on")
+    where = "after the last epoch"
+    if run.state.epoch <= run.options.epochs:
+        steps = counted(run.batches.count(run.dataset.train), "step")
+        where = f"epoch {run.state.epoch}, after {run.state.step} of {steps}"
+    print(f"resumed  {where}")
+    if before and before != environment(run):
+        print(
+            f"note     stopped on {before}; results may differ a little from an undisturbed run's"
+        )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -1799,9 +1803,11 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
                 f"no folder {options.dataset}; if the run's photos are elsewhere now, give that "
                 "--dataset FOLDER"
             )
-        dataset = read_dataset(
-            options.dataset, options.data_dir, size, options.offline, some=bool(options.eval)
-        )
+        where = (options.dataset, options.data_dir, size, options.offline)
+        if absolute(options.dataset) == read_config(folder)["dataset"]:
+            dataset = read_dataset(*where)
+        else:
+            dataset = data.read(*where, some=True)
         dataset = split_dataset(dataset, options, folder)
         path = folder / "adapters.safetensors"
         adaptertune.check_same(path, meta, {"classes": dataset.classes})
@@ -1924,8 +1930,6 @@ def environment(run: Run) -> str:
         where = torch.cuda.get_device_name(run.device)
     else:
         where = counted(torch.get_num_threads(), "thread")
-        if math.isfinite(data.cpu_limit()):
-            where += f" (this process may use {data.cpu_limit():g} CPUs)"
     precision = "bf16" if run.bf16 else "fp32"
     device = f"{run.device.type} {where}"
     if run.batches.world > 1:
@@ -1935,7 +1939,10 @@ def environment(run: Run) -> str:
 
 def describe(run: Run) -> None:
     """Print the lines above the table: environment, backbone, trained parameters and data."""
-    print(f"env      {environment(run)} · seed {run.options.seed}")
+    text = f"{environment(run)} · seed {run.options.seed}"
+    if run.device.type == "cpu" and math.isfinite(data.cpu_limit()):
+        text += f" (this process may use {data.cpu_limit():g} CPUs)"
+    print(f"env      {text}")
 
     counts = adaptertune.count(run.model)
     describe_backbone(run.backbone, run.meta, counts["frozen"])
@@ -2030,13 +2037,18 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
 
 def describe_subfolders(images: data.Dataset) -> None:
     """Print a note if photos of one subfolder of a class are in train and in test."""
-    train = {Path(name).parent for name in images.train.names}
-    test = {Path(name).parent for name in images.test.names}
-    shared = sorted(train & test, key=lambda folder: len(folder.parts))
-    if len(shared) > len(images.classes):  # more than the classes' own folders
+    folders_of = {}  # by class
+    for name, label in zip(images.train.names, images.train.labels.tolist(), strict=True):
+        folders_of.setdefault(label, set()).add(os.path.dirname(name))  # noqa: PTH120 - quick
+    subfolders = set()
+    for folders in folders_of.values():
+        subfolders |= folders - {os.path.commonpath(folders)}
+    shared = subfolders.intersection(os.path.dirname(name) for name in images.test.names)  # noqa: PTH120
+    if shared:
         print(
-            f"note     photos of {len(shared)} subfolders, such as {shared[-1]}, are in train and "
-            "in test; if those of one subfolder show the same thing, split them yourself"
+            f"note     photos of {counted(len(shared), 'subfolder')}, such as {min(shared)}, are "
+            "in train and in test; if those of one subfolder show the same thing, split them "
+            "yourself"
         )
 
 
@@ -2049,8 +2061,8 @@ def describe_view(images: data.Dataset) -> None:
     _, _, side = data.central_box(height, width, images.center)
     share = side**2 / (width * height)
     print(
-        f"view     the middle {side} x {side} of {width} x {height} pixels, {100 * share:.0f} % of "
-        "the area; what lies outside is not seen"
+        f"view     outside of training the network sees the middle {side} x {side} of {width} x "
+        f"{height} pixels, {100 * share:.0f} % of a typical photo"
     )
 
 
@@ -3328,12 +3340,18 @@ def print_heading(options: argparse.Namespace, done: int, total: int, times: lis
 
 def fetch_for(grid: list[argparse.Namespace]) -> None:
     """--download: fetch backbones and data sets, and decode photos, for runs that come later."""
+    done = set()
     for options in grid:
+        text = options.method in adaptertune.CLIP_METHODS and options.classifier == "text"
+        needs = (options.backbone, options.weights, options.method == "scratch", text)
+        if needs in done:
+            continue
+        done.add(needs)
         data.check_name(options.dataset)
         model, backbone = load_backbone(options)
         size = backbone.config.image_size
         dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
-        if options.method in adaptertune.CLIP_METHODS and options.classifier == "text":
+        if text:
             find_text(options)
         print(f"ready    {backbone_name(options)} and {dataset.name} at {size} px; give --offline")
 
@@ -3379,15 +3397,22 @@ def predict_photos(options: argparse.Namespace) -> int:
         example = data.printable(str(others[0]))
         print(f"skipped  {what}, not photos, such as {example}", file=sys.stderr)
     rows = []
+
+    def save() -> None:
+        header = [*LABELS_HEADER.split(","), *columns_of(model.classes)]
+        write_csv(Path(options.csv).resolve(), header, rows)
+        part = of_all(len(rows), len(photos))
+        print(f"saved    {options.csv} ({part} photos)", file=sys.stderr)
+
     try:
         for row in label_photos(model, photos):
             rows.append(row)
-    finally:  # after Ctrl-C, too
-        if options.csv:
-            header = [*LABELS_HEADER.split(","), *columns_of(model.classes)]
-            write_csv(Path(options.csv).resolve(), header, rows)
-            part = of_all(len(rows), len(photos))
-            print(f"saved    {options.csv} ({part} photos)", file=sys.stderr)
+    except (KeyboardInterrupt, BrokenPipeError):
+        if options.csv and not Path(options.csv).exists():  # an earlier table may be complete
+            save()
+        raise
+    if options.csv:
+        save()
     return 0 if all(label for _, label, *_ in rows) else 1
 
 
