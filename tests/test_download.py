@@ -615,7 +615,7 @@ def test_train_downloads_a_backbone(server, run, tmp_path):
     serve_as_hub(server, body, hashlib.sha256(body).hexdigest(), path)
     command = ["--backbone", "deit_ti16", "--limit", 20, "--epochs", 1, "--image-size", 32]
     ready = "ready    deit_ti16 and digits at 32 px; give --offline\n"
-    assert run(*command, "--download") == ready
+    assert run(*command, "--download", "--seeds", "0,1") == ready
     assert not (tmp_path / "runs").exists()
     seen = len(server.seen)
     assert "backbone deit_ti16 32px, 5," in run(*command, "--offline")

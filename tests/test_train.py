@@ -1628,7 +1628,9 @@ def test_a_run_killed_amid_its_pictures_finishes(tiny_weights, tmp_path, monkeyp
             train.main(command)
     first = (tmp_path / "runs/a/adapters.safetensors").read_bytes()
     assert train.main([*command, "--resume"]) == 0
-    assert "test     " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "test     " in out
+    assert "resumed  after the last epoch\n" in out
     assert (tmp_path / "runs/a/adapters.safetensors").read_bytes() == first
     assert not (tmp_path / "runs/a/state.pt").exists()
 
