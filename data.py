@@ -1414,7 +1414,8 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":  # noqa: F821
         grey = np.asarray(image, np.float32)
         grey[grey == image.info.get("transparency", -1)] = 65_535  # white
         if 0 < grey.max() < 4096:
-            raise ValueError("16-bit grey that would be almost black; scale its values to 65535")
+            most = f"16-bit grey of at most {int(grey.max())}"
+            raise ValueError(f"{most}, which is almost black; scale its values to 65535")
         image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
