@@ -2060,8 +2060,8 @@ def describe_view(images: data.Dataset) -> None:
     _, _, side = data.central_box(height, width, images.center)
     share = side**2 / (width * height)
     print(
-        f"view     outside of training the network sees the middle {side} x {side} of {width} x "
-        f"{height} pixels, {100 * share:.0f} % of a typical photo"
+        f"view     of a typical photo, {width} x {height} pixels, evaluation and labelling see the "
+        f"middle {side} x {side} ({100 * share:.0f} %)"
     )
 
 
@@ -3400,8 +3400,9 @@ def predict_photos(options: argparse.Namespace) -> int:
     def save() -> None:
         header = [*LABELS_HEADER.split(","), *columns_of(model.classes)]
         write_csv(Path(options.csv).resolve(), header, rows)
-        part = of_all(len(rows), len(photos))
-        print(f"saved    {options.csv} ({part} photos)", file=sys.stderr)
+        labelled = sum(bool(label) for _, label, *_ in rows)
+        part = of_all(labelled, len(photos))
+        print(f"saved    {options.csv} ({part} photos labelled)", file=sys.stderr)
 
     try:
         for row in label_photos(model, photos):

@@ -1060,7 +1060,7 @@ def test_labelling_that_is_stopped(run, photos, tiny_weights, tmp_path, monkeypa
 
     monkeypatch.setattr(train.Classifier, "predict", predict)
     assert train.main(["--predict", "runs/a", str(photos), "--csv", "out.csv"]) == 130
-    assert "saved    out.csv (3 of 60 photos)\n" in capsys.readouterr().err
+    assert "saved    out.csv (3 of 60 photos labelled)\n" in capsys.readouterr().err
     assert len(read_predictions(tmp_path / "out.csv")) == 3
     calls = itertools.count(3)  # stopped at once: the earlier table stays
     assert train.main(["--predict", "runs/a", str(photos), "--csv", "out.csv"]) == 130
@@ -1077,9 +1077,9 @@ def test_what_the_network_sees_is_stated(run, photos, tiny_weights, monkeypatch)
     shown = []
     monkeypatch.setattr(axes.Axes, "imshow", lambda self, pixels: shown.append(pixels.shape))
     out = run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1))
-    pattern = r"^view     outside .* the middle (\d+) x (\d+) of (\d+) x (\d+) pixels, (\d+) % of"
+    pattern = r"^view     .* photo, (\d+) x (\d+) pixels, .* the middle (\d+) x (\d+) \((\d+) %\)"
     found = re.search(pattern, out, re.M)
-    side, again, width, height, share = map(int, found.groups())
+    width, height, side, again, share = map(int, found.groups())
     assert width == 40
     assert height in range(30, 50)
     assert side == again == round(0.875 * min(width, height))
@@ -1162,7 +1162,7 @@ def test_photos_are_labelled(run, photos, tiny_weights, tmp_path, capsys):
     assert re.fullmatch("skipped  1 file, not photos, such as .*notes.txt", skipped[0])
     assert "broken.png" in skipped[1]
     assert skipped[2] == "skipped  no photo at gone.jpg"
-    assert err.endswith("saved    out.csv (62 photos)\n")
+    assert err.endswith("saved    out.csv (60 of 62 photos labelled)\n")
     rows = read_predictions(tmp_path / "out.csv")
     assert len(rows) == 62
     empty = [row for row in rows if not any(list(row.values())[1:])]
