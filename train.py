@@ -2168,7 +2168,7 @@ def report_test(run: Run, how: str) -> None:
     hits, images = predictions.by_class(K)
     predicted = predictions.best.unique()
     if len(predicted) == 1 and (images > 0).sum() > 1:
-        print(f"warning  each of them is taken for {run.dataset.classes[predicted]}")
+        print(f"warning  each test image is taken for {run.dataset.classes[predicted]}")
     shares = hits / images  # NaN, which is sorted last, for a class without images
     worst = []
     for label in shares.argsort(stable=True)[:5].tolist():

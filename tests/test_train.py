@@ -1134,7 +1134,7 @@ def test_what_would_mislead_is_noted(run, photos, tiny_weights, capsys):
         found.best = torch.full_like(found.best, label)
         train.report_test(opened, "")
         name = opened.dataset.classes[label]
-        assert f"warning  each of them is taken for {name}\n" in capsys.readouterr().out
+        assert f"warning  each test image is taken for {name}\n" in capsys.readouterr().out
         found.best[0] = 1
         train.report_test(opened, "")
         assert "warning" not in capsys.readouterr().out
