@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import platform
+import posixpath
 import re
 import shlex
 import statistics
@@ -2038,11 +2039,11 @@ def describe_subfolders(images: data.Dataset) -> None:
     """Print a note if photos of one subfolder of a class are in train and in test."""
     folders_of = {}  # by class
     for name, label in zip(images.train.names, images.train.labels.tolist(), strict=True):
-        folders_of.setdefault(label, set()).add(os.path.dirname(name))  # noqa: PTH120 - quick
+        folders_of.setdefault(label, set()).add(posixpath.dirname(name))
     subfolders = set()
     for folders in folders_of.values():
-        subfolders |= folders - {os.path.commonpath(folders)}
-    shared = subfolders.intersection(os.path.dirname(name) for name in images.test.names)  # noqa: PTH120
+        subfolders |= folders - {posixpath.commonpath(folders)}
+    shared = subfolders.intersection(posixpath.dirname(name) for name in images.test.names)
     if shared:
         print(
             f"note     photos of {counted(len(shared), 'subfolder')}, such as {min(shared)}, are "
