@@ -1008,6 +1008,7 @@ META = {
     "mlp_act": choice(("gelu", "quick_gelu")),
     "interpolation": text,
     "center": real(0.5, 1),
+    "squash": flag,
     "dataset": text,
     "classes": several(line, least=2),
     "classifier": text,

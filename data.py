@@ -176,6 +176,7 @@ class Dataset:
     # RandomResizedCrop, which the paper uses.
     min_scale: float = 0.08
     center: float = 1.0  # share of each side that evaluation uses; CENTER for photos
+    squash: bool = False  # photos were squashed to squares, so that all of each is seen
     whole: tuple[int, int] = (0, 0)  # sizes of train and val before --limit or --shots
     skipped: list[str] = field(default_factory=list)  # files that aren't photos
     folder: Path | None = None  # where the photos are; None for a built-in set
@@ -196,6 +197,7 @@ def read(
     data_dir: str = "data",
     image_size: int = 224,
     offline: bool = False,
+    squash: bool = False,
     some: bool = False,
 ) -> Dataset:
     """A data set by name or path, as published.
@@ -206,17 +208,40 @@ def read(
         data_dir: where published data sets are, or are downloaded to.
         image_size: the network's; photos' centre squares are kept at 1/CENTER of it (256 for 224).
         offline: never download.
+        squash: keep photos as a whole instead, squashed to squares of the network's size.
         some: a folder may have photos of a single class, such as new ones to evaluate a run on.
 
     Raises:
         ValueError: unknown name, missing or empty folder, corrupt file, a package that isn't
-            installed; the message says what to do.
+            installed, nothing to squash; the message says what to do.
     """
     check_name(name)
-    side = stored_side(image_size, CENTER)
+    square = Square(stored_side(image_size, 1.0 if squash else CENTER), squash)
     if name in DATASETS:
-        return DATASETS[name](name, Path(data_dir), offline, side)
-    return read_folder(Path(name), side, least=1 if some else 2)
+        dataset = DATASETS[name](name, Path(data_dir), offline, square)
+    else:
+        dataset = read_folder(Path(name), square, least=1 if some else 2)
+    if squash and not dataset.folder:
+        raise ValueError(f"the images of {name} are squares already; leave out --squash")
+    return dataset
+
+
+@dataclass(frozen=True)
+class Square:
+    """How a photo becomes a square of pixels."""
+
+    side: int  # in pixels
+    squash: bool = False  # the whole photo, its longer side scaled more; else its centre square
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The part of a photo that is resized to the square: left, top, right and bottom in whole
+        pixels, so that a photo that isn't resized isn't blurred."""
+        if self.squash:
+            return 0, 0, width, height
+        edge = min(height, width)
+        left = (width - edge) // 2
+        top = (height - edge) // 2
+        return left, top, left + edge, top + edge
 
 
 def central_box(height: int, width: int, share: float) -> tuple[int, int, int]:
@@ -457,7 +482,7 @@ def seed_from(key: str) -> int:
 # --------------------------------------------------------------------------- published data sets
 
 
-def read_digits(name: str, data_dir: Path, offline: bool, side: int) -> Dataset:
+def read_digits(name: str, data_dir: Path, offline: bool, square: Square) -> Dataset:
     """1,797 handwritten digits, 8 x 8, grey: UCI's optdigits test set as scikit-learn has it."""
     with np.load(ASSETS / "digits.npz", allow_pickle=False) as file:
         grey = torch.from_numpy(file["images"])  # counts of 0..16 ink dots
@@ -473,7 +498,7 @@ def read_cifar(
     name: str,
     data_dir: Path,
     offline: bool,
-    side: int,
+    square: Square,
     *,
     place: str,
     archive: str,
@@ -634,7 +659,7 @@ def read_torchvision(
     name: str,
     data_dir: Path,
     offline: bool,
-    side: int,
+    square: Square,
     *,
     kind: str,
     place: str,
@@ -667,7 +692,7 @@ def read_torchvision(
         classes = [str(digit) for digit in range(10)]
         # A mirrored digit is no digit, and a small crop may show the digit beside it.
         return Dataset(name, classes, *parts, flip=False, min_scale=0.85)
-    return from_lists(name, sources, trained, side, data_dir / place)
+    return from_lists(name, sources, trained, square, data_dir / place)
 
 
 def import_torchvision(name: str) -> ModuleType:
@@ -692,7 +717,7 @@ def explain_torchvision(error: Exception, name: str, place: Path, offline: bool)
     return f"torchvision can't read {name} ({error}); {again}"
 
 
-def from_lists(name: str, sources: list, trained: int, side: int, root: Path) -> Dataset:
+def from_lists(name: str, sources: list, trained: int, square: Square, root: Path) -> Dataset:
     """A data set of the photos that torchvision's data sets list.
 
     Args:
@@ -718,30 +743,29 @@ def from_lists(name: str, sources: list, trained: int, side: int, root: Path) ->
             "again"
         )
     parts = {"train": photos[:trained], "test": photos[trained:]}
-    return from_photos(name, classes, parts, side, root)
+    return from_photos(name, classes, parts, square, root)
 
 
 def read_archive(
-    name: str, data_dir: Path, offline: bool, side: int, *, place: str, url: str, md5: str
+    name: str, data_dir: Path, offline: bool, square: Square, *, place: str, url: str, md5: str
 ) -> Dataset:
     """A data set that was published as an archive of photos in folders."""
     root = data_dir / place
     fetch_archive(root, url, md5, offline)
-    return replace(read_folder(root, side), name=name)
+    return replace(read_folder(root, square), name=name)
 
 
 # ----------------------------------------------------------------------------- folders of photos
 
 
-def read_folder(root: Path, side: int, least: int = 2) -> Dataset:
-    """Photos in class folders, at least `least`, each photo decoded once to a centre square of
-    `side` pixels."""
+def read_folder(root: Path, square: Square, least: int = 2) -> Dataset:
+    """Photos in class folders, at least `least`, each photo decoded once to a square."""
     val = root / "val"  # many sort it into class folders, and leave the list beside them
     if (val / "val_annotations.txt").is_file() and (val / "images").is_dir():
-        return read_tiny_imagenet(root, side)
+        return read_tiny_imagenet(root, square)
     classes, labelled, skipped = find_labelled(root, least)
     named = name_classes(root / "README.txt", classes)
-    return replace(from_photos(root.resolve().name, named, labelled, side, root), skipped=skipped)
+    return replace(from_photos(root.resolve().name, named, labelled, square, root), skipped=skipped)
 
 
 def list_photos(folder: str) -> list[str]:
@@ -806,7 +830,7 @@ def with_labels(by_class: dict[str, list[Path]], classes: list[str]) -> list[tup
     return found
 
 
-def read_tiny_imagenet(root: Path, side: int) -> Dataset:
+def read_tiny_imagenet(root: Path, square: Square) -> Dataset:
     """Tiny ImageNet as unpacked: train/WNID/images/, and as the test set val/images/, with classes
     in val_annotations.txt (test/ has no labels). Photos keep their 64 pixels.
 
@@ -834,11 +858,11 @@ def read_tiny_imagenet(root: Path, side: int) -> Dataset:
             f"{listed} lists {len(test):,} photos, beside it are {len(photos):,}; unpack the "
             "archive again"
         )
-    if open_photo(test[0][0], side).size == (64, 64):
-        side = min(side, 64)
+    if open_photo(test[0][0], square.side).size == (64, 64):
+        square = replace(square, side=min(square.side, 64))
     parts = {"train": with_labels(by_class, classes), "test": test}
     named = name_classes(root / "words.txt", classes)
-    return replace(from_photos(root.resolve().name, named, parts, side, root), center=1.0)
+    return replace(from_photos(root.resolve().name, named, parts, square, root), center=1.0)
 
 
 def name_classes(listed: Path, classes: list[str]) -> list[str]:
@@ -856,7 +880,11 @@ def name_classes(listed: Path, classes: list[str]) -> list[str]:
 
 
 def from_photos(
-    name: str, classes: list[str], parts: dict[str, list[tuple[Path, int]]], side: int, root: Path
+    name: str,
+    classes: list[str],
+    parts: dict[str, list[tuple[Path, int]]],
+    square: Square,
+    root: Path,
 ) -> Dataset:
     """A data set of photos.
 
@@ -869,12 +897,13 @@ def from_photos(
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} is there twice in the lists of {name}; correct them")
-    everything, sums = decode(paths, [label for _, label in photos], side, root)
+    everything, sums = decode(paths, [label for _, label in photos], square, root)
     places = torch.arange(len(photos)).split([len(part) for part in parts.values()])
     images = {"val": None, "test": None}
     for part, place in zip(parts, places, strict=True):
         images[part] = everything[place]
-    return Dataset(name, classes, **images, center=CENTER, folder=root, sums=sums)
+    seen = {"center": 1.0 if square.squash else CENTER, "squash": square.squash}
+    return Dataset(name, classes, **images, **seen, folder=root, sums=sums)
 
 
 def find_folders(folder: Path) -> list[Path]:
@@ -1013,12 +1042,12 @@ def is_photo(file: Path) -> bool:
 
 
 def decode(
-    paths: list[Path], labels: list[int], side: int, root: Path, *, keep: bool = True
+    paths: list[Path], labels: list[int], square: Square, root: Path, *, keep: bool = True
 ) -> tuple[Images, dict[str, str]]:
-    """Photos as centre squares of `side` pixels, and the checksums of their files by name.
+    """Photos as squares, and the checksums of their files by name.
 
-    They are decoded once: the cache has a folder for each folder of photos and size. When photos
-    come or go, the others stay decoded; photos that a killed process has decoded are kept too.
+    They are decoded once: the cache has a folder for each folder of photos and kind of square. When
+    photos come or go, the others stay decoded; photos that a killed process has decoded are kept.
 
     Args:
         root: the folder that all photos are in.
@@ -1034,16 +1063,17 @@ def decode(
     number = seed_from(as_utf8(str(root)))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         cache = cache_folder() / "photos" if keep else Path(temporary)
-        place = cache / f"{as_utf8(root.name)[:50]}-{side}-{number:08x}"
+        kind = f"{square.side}{'-squashed' if square.squash else ''}"
+        place = cache / f"{as_utf8(root.name)[:50]}-{kind}-{number:08x}"
         try:
             remove_odd(place)
             with locked(place, folder=True):
-                photos = open_photos(place, side, wanted=len(paths))
+                photos = open_photos(place, square, wanted=len(paths))
                 missing = {key: path for key, path in path_of.items() if key not in photos.row_of}
                 if missing:
-                    check_room(place, len(missing), side)
+                    check_room(place, len(missing), square.side)
                     fill_photos(place, photos, missing)
-                    photos = Photos(place, side)
+                    photos = Photos(place, square)
         except OSError as error:
             advice = f"set {'ADAPTERTUNE_CACHE' if keep else 'TMPDIR'} to another folder"
             if error.errno in NO_ROOM:
@@ -1090,7 +1120,7 @@ class Photos:
 
     dtype = torch.uint8
 
-    def __init__(self, folder: Path, side: int):
+    def __init__(self, folder: Path, square: Square):
         self.file = (folder / "pixels").open("rb", buffering=0)
         listed = (folder / "index").read_bytes()
         self.end = listed.rfind(b"\n") + 1  # any bytes after it are a line that was cut short
@@ -1101,9 +1131,10 @@ class Photos:
             name, size, time_ns, crc = json.loads(line)
             self.row_of[name, size, time_ns] = row
             self.sums[row] = int(crc, 16)
-        self.shape = (len(lines), 3, side, side)
+        self.square = square
+        self.shape = (len(lines), 3, square.side, square.side)
         enough = (folder / "pixels").stat().st_size >= math.prod(self.shape)
-        if self.made_by != made_by() or not enough:
+        if self.made_by != made_by(square) or not enough:
             raise ValueError(f"{folder} is damaged, or of another decoder")
 
     def __getitem__(self, rows: Tensor) -> Tensor:
@@ -1123,26 +1154,27 @@ class Photos:
         return key.hexdigest()
 
 
-def made_by() -> str:
+def made_by(square: Square) -> str:
     """The decoder of photos, as the first line of an index names it."""
-    return f"Pillow {import_pillow().__version__}, decoder {DECODER}"
+    squashed = ", squashed" if square.squash else ""
+    return f"Pillow {import_pillow().__version__}, decoder {DECODER}{squashed}"
 
 
-def open_photos(folder: Path, side: int, wanted: int) -> Photos:
+def open_photos(folder: Path, square: Square, wanted: int) -> Photos:
     """The photos in a folder of the cache. It starts empty if it is new, damaged, of another
     decoder, or if over half of its rows are of photos that were removed or changed, since only
     `wanted` are there. Then new files are made: other processes may have the old ones open."""
     for name in ("pixels", "index"):
         remove_odd(folder / name)
     with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
-        photos = Photos(folder, side)
+        photos = Photos(folder, square)
         if len(photos.sums) <= 2 * wanted:
             return photos
         photos.file.close()  # Windows can't delete an open file
-    for name, content in {"pixels": "", "index": f"{made_by()}\n"}.items():
+    for name, content in {"pixels": "", "index": f"{made_by(square)}\n"}.items():
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(content)
-    return Photos(folder, side)
+    return Photos(folder, square)
 
 
 def check_room(folder: Path, count: int, side: int) -> None:
@@ -1172,7 +1204,7 @@ def fill_photos(folder: Path, photos: Photos, missing: dict[tuple[str, int, int]
     def read(path: Path) -> tuple[Tensor, str] | ValueError:
         """A photo's pixels and its file's CRC-32; or why there are none."""
         try:
-            return read_photo(path, side), file_crc(path)
+            return read_photo(path, photos.square), file_crc(path)
         except ValueError as error:
             return error
         except OSError as error:  # removed meanwhile
@@ -1248,14 +1280,15 @@ def sample_sizes(data: Dataset) -> list[tuple[int, int]]:
 Photo: TypeAlias = "str | Path | bytes | BinaryIO | Image.Image"  # noqa: F821
 
 
-def read_photo(photo: Photo, side: int) -> Tensor:
-    """A photo's centre square, resized (bicubic) to `side` pixels: uint8 [3, side, side], RGB.
+def read_photo(photo: Photo, square: Square) -> Tensor:
+    """A photo's centre square, or all of it, resized (bicubic): uint8 [3, side, side], RGB.
 
     Raises:
         ValueError: Pillow isn't installed, or can't read the photo; `photo` is of another type.
     """
+    side = square.side
     image = open_photo(photo, side)
-    box = square(image.height, image.width)
+    box = square.box(image.height, image.width)
     resized = image.resize((side, side), box=box, resample=3)  # Image.Resampling.BICUBIC
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
@@ -1370,15 +1403,6 @@ def is_heif(photo: str | Path | io.BytesIO) -> bool:
         return bool(HEIC.match(photo.getvalue()))
     with Path(photo).open("rb") as file:
         return bool(HEIC.match(file.read(12)))
-
-
-def square(height: int, width: int) -> tuple[int, int, int, int]:
-    """The centre square of an image: left, top, right and bottom in whole pixels, so that an image
-    that isn't resized isn't blurred."""
-    edge = min(height, width)
-    left = (width - edge) // 2
-    top = (height - edge) // 2
-    return left, top, left + edge, top + edge
 
 
 def is_stack(image: "Image.Image") -> bool:  # noqa: F821

@@ -163,8 +163,8 @@ class Graph:
 def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
     """The graph's input, uint8 [B, H, W, 3], as floats [B, 3, S, S] from 0 to 255.
 
-    With --resize, the centre square is resized to S / center pixels as data.read_photo does it, and
-    cropped to the middle S.
+    With --resize, the photo's square is resized to S / center pixels as data.read_photo does it,
+    and cropped to the middle S.
     """
     x = g("Cast", g.image, name="image.float", to=TensorProto.FLOAT)
     x = g("Transpose", x, name="image.channels_first", perm=[0, 3, 1, 2])
@@ -175,9 +175,13 @@ def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
     two, three, four = (g.constant(f"image.axis{i}", [i]) for i in (2, 3, 4))
     height = g("Slice", shape, two, three, name="image.height")
     width = g("Slice", shape, three, four, name="image.width")
-    edge = g("Min", height, width, name="image.edge")
-    rows = write_resample(g, "image.rows", height, edge, config.image_size, meta["center"])
-    cols = write_resample(g, "image.cols", width, edge, config.image_size, meta["center"])
+    if meta["squash"]:  # all rows and all columns
+        edges = (height, width)
+    else:
+        edge = g("Min", height, width, name="image.edge")
+        edges = (edge, edge)
+    rows = write_resample(g, "image.rows", height, edges[0], config.image_size, meta["center"])
+    cols = write_resample(g, "image.cols", width, edges[1], config.image_size, meta["center"])
     cols = g("Transpose", cols, name="image.cols.transposed", perm=[1, 0])
     x = g("MatMul", rows, x, name="image.resize_rows")  # [B, 3, S, W]
     x = g("MatMul", x, cols, name="image.resize_cols")  # [B, 3, S, S]
@@ -188,7 +192,7 @@ def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
 
 def write_resample(g: Graph, name: str, length: str, edge: str, size: int, center: float) -> str:
     """data.resample_matrix [S, L] in the graph. It resizes a line of L pixels: the middle share
-    `center` of the centre square, which is `edge` pixels long.
+    `center` of a centred stretch of `edge` pixels.
 
     Runtimes implement ONNX's Resize differently, and few of them its `antialias`.
     """
@@ -557,7 +561,8 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
         props["Image.NominalPixelRange"] = pixel_range
     if meta["output"] == "embedding":
         return props
-    if meta["input"] == "unit" and meta["output"] == "probabilities" and meta["batch"]:
+    as_fed = meta["input"] == "unit" and meta["batch"] and not meta["squash"]
+    if as_fed and meta["output"] == "probabilities":
         props["task"] = "classify"
     labels = ["_".join(name.split()) for name in meta["classes"]]
     if len(set(labels)) < len(labels):  # "a b" and "a_b"
@@ -576,7 +581,7 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
     if not meta["resize"]:
         props |= {
             "imgsz": str([config.image_size] * 2),
-            "model_info resize_type": "crop",
+            "model_info resize_type": "standard" if meta["squash"] else "crop",
             "model_info interpolation_mode": "CUBIC",
         }
     return props
@@ -589,9 +594,11 @@ def preprocessing(meta: dict, config: vit.Config) -> str:
     text = f"JPEG decoded at 1/2, 1/4 or 1/8 size while both sides stay at least {2 * side}, "
     text += "photo turned upright (EXIF), transparency over white, 16-bit grey divided by 257, "
     if not meta["resize"]:
-        text += f"its centre square, resized to {side} x {side} (bicubic as in Pillow: a = -1/2, "
+        text += "all of it" if meta["squash"] else "its centre square"
+        text += f" resized to {side} x {side} (bicubic as in Pillow: a = -1/2, "
         text += "antialiased, rounded to 0..255; failing that, by area), "
-        text += f"of that the middle {S} x {S}, "
+        if side != S:
+            text += f"of that the middle {S} x {S}, "
     if meta["input"] == "uint8":
         return text + "RGB 0..255, channels last"
     if meta["input"] == "unit":
@@ -830,10 +837,10 @@ def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
     classes = run.meta["classes"]
     inside = Path(folder.resolve().name)
     labels = [label_of(inside / path.relative_to(folder), classes) for path in paths]
-    center = run.meta["center"]
-    side = data.stored_side(run.batches.size, center)
-    images, _ = data.decode(paths, labels, side, folder, keep=False)
-    return data.Dataset("photo", classes, images, None, images, center=center, folder=folder)
+    square = train.square_of(run.meta)
+    images, _ = data.decode(paths, labels, square, folder, keep=False)
+    seen = {"center": run.meta["center"], "squash": square.squash}
+    return data.Dataset("photo", classes, images, None, images, **seen, folder=folder)
 
 
 def label_of(path: Path, classes: list[str]) -> int:
@@ -900,19 +907,20 @@ def original_to_check(run: train.Run, images: data.Images) -> Checked:
     """Images for a graph that resizes; for torch resized as in evaluation, but not rounded to bytes
     on the way. Of a folder it is one photo, as decoded. Images that are stored at the size in use
     are enlarged, or nothing would be resized."""
-    side = data.stored_side(run.batches.size, run.dataset.center)
+    square = train.square_of(run.meta)
     pixels = images.pixels
     if run.dataset.folder:
-        photo = data.open_photo(run.dataset.folder / images.names[0], side)
+        photo = data.open_photo(run.dataset.folder / images.names[0], square.side)
         pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
-    elif pixels.shape[-1] == side:
-        larger = nn.functional.interpolate(pixels.float(), 2 * side + 1, mode="bilinear")
+    elif pixels.shape[-1] == square.side:
+        larger = nn.functional.interpolate(pixels.float(), 2 * square.side + 1, mode="bilinear")
         pixels = larger.round().byte()
-    left, top, right, _ = data.square(*pixels.shape[-2:])
-    scale = (right - left) / side
-    first = (side - run.batches.size) // 2 * scale
-    length = run.batches.size * scale
-    box = torch.tensor([[top + first, left + first, length, length]])
+    left, top, right, bottom = square.box(*pixels.shape[-2:])
+    first = (square.side - run.batches.size) // 2  # of the square's pixels; the middle is used
+    rows = (bottom - top) / square.side  # the photo's pixels per pixel of the square
+    cols = (right - left) / square.side
+    start = [top + first * rows, left + first * cols]
+    box = torch.tensor([[*start, run.batches.size * rows, run.batches.size * cols]])
     x = run.batches.finish(pixels, box.expand(len(pixels), 4))
     pixels = fill_batch(run, pixels)  # last: the photo may be large
     return Checked(channels_last(pixels), fill_batch(run, x), images.labels.numpy())
@@ -1428,16 +1436,18 @@ def hub_processor(meta: dict) -> dict:
     """preprocessor_config.json. CLIP's processor resizes the shorter side and crops the centre;
     transformers' ViT processor can't."""
     S = meta["image_size"]
+    crop = {"height": S, "width": S}
+    side = data.stored_side(S, meta["center"])
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": data.stored_side(S, meta["center"])},
+        "size": crop if meta["squash"] else {"shortest_edge": side},
         # Lanczos, with which transformers.js antialiases; with bicubic (3) it doesn't. In Python, 2
         # of 480 labels differ between the two (assets/results, Exports).
         "resample": 1,
-        "do_center_crop": True,
-        "crop_size": {"height": S, "width": S},
+        "do_center_crop": not meta["squash"],
+        "crop_size": crop,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -1609,6 +1619,7 @@ def export_as_asked(arguments: list[str] | None) -> int:
     run.meta = {name: value for name, value in run.meta.items() if name in known}
     for name in CHOICES:
         run.meta[name] = getattr(options, name)
+    run.meta.setdefault("squash", False)  # runs before 28 November 2026 lack it
     describe(run)
     if options.swappable:
         export_swappable(run, options)

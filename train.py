@@ -901,6 +901,11 @@ def start_head(model: vit.ViT, given: nn.Module, classes: list[str], epochs: int
 read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the same images
 
 
+def images_of(options: argparse.Namespace, size: int) -> tuple:
+    """The arguments of data.read for a run whose network takes images of this size."""
+    return options.dataset, options.data_dir, size, options.offline, options.squash
+
+
 @torch.no_grad()
 def spread_of_features(model: vit.ViT, dataset: data.Dataset, batches: data.Batches) -> float:
     """The mean of Σ|f - f̄| over 32 training images with features f [D]."""
@@ -1037,7 +1042,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
         torch.manual_seed(data.seed_from(f"{options.seed}/init"))
         model, backbone = load_backbone(options)
         size = backbone.config.image_size
-        dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
+        dataset = read_dataset(*images_of(options, size))
     dataset = split_dataset(dataset, options, folder)
     data.check_split(dataset)
     check_prototypes(options, dataset)
@@ -1061,6 +1066,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
     meta = describe_network(options, model, backbone)
     meta |= {
         "center": dataset.center,
+        "squash": dataset.squash,
         "dataset": dataset.name,
         "classes": dataset.classes,
         "seed": options.seed,
@@ -1803,7 +1809,7 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
                 f"no folder {options.dataset}; if the run's photos are elsewhere now, give that "
                 "--dataset FOLDER"
             )
-        where = (options.dataset, options.data_dir, size, options.offline)
+        where = images_of(options, size)
         if absolute(options.dataset) == read_config(folder)["dataset"]:
             dataset = read_dataset(*where)
         else:
@@ -1826,7 +1832,8 @@ class Classifier:
     network: vit.ViT  # normalised images [B, 3, S, S] to logits [B, K]; in eval mode
     classes: list[str]
     image_size: int  # S
-    center: float  # the network sees this share of each side of a photo's centre square
+    center: float  # the network sees this share of each side of the square
+    square: data.Square  # which photos become first
     batches: data.Batches
 
     def preprocess(self, photo: data.Photo) -> Tensor:
@@ -1835,8 +1842,7 @@ class Classifier:
         Raises:
             ValueError: the photo can't be read.
         """
-        pixels = data.read_photo(photo, data.stored_side(self.image_size, self.center))[None]
-        pixels = pixels.to(self.batches.device)
+        pixels = data.read_photo(photo, self.square)[None].to(self.batches.device)
         return self.batches.central(pixels, self.center)
 
     @torch.no_grad()
@@ -1898,7 +1904,14 @@ def open_classifier(options: argparse.Namespace) -> Classifier:
     model, _, meta = open_network(options)
     model = model.eval().requires_grad_(False).to(device)
     batches = data.Batches(meta["image_size"], (meta["mean"], meta["std"]), 1, device)
-    return Classifier(model, meta["classes"], meta["image_size"], meta["center"], batches)
+    square = square_of(meta)
+    return Classifier(model, meta["classes"], meta["image_size"], meta["center"], square, batches)
+
+
+def square_of(meta: dict) -> data.Square:
+    """The squares of photos that a network with these metadata was trained on."""
+    side = data.stored_side(meta["image_size"], meta["center"])
+    return data.Square(side, meta.get("squash", False))  # runs before 28 November 2026 lack it
 
 
 # ---------------------------------------------------------------------------------- the terminal
@@ -2058,12 +2071,14 @@ def describe_view(images: data.Dataset) -> None:
     if not sizes:
         return
     width, height = sizes[len(sizes) // 2]  # the median by the share that is seen
+    text = f"view     of a typical photo, {width} x {height} pixels, evaluation and labelling see "
+    if images.squash:
+        print(f"{text}all, squashed to a square")
+        return
     _, _, side = data.central_box(height, width, images.center)
     share = side**2 / (width * height)
-    print(
-        f"view     of a typical photo, {width} x {height} pixels, evaluation and labelling see the "
-        f"middle {side} x {side} ({100 * share:.0f} %)"
-    )
+    advice = "; with --squash all of it" if share < 0.75 else ""
+    print(f"{text}the middle {side} x {side} ({100 * share:.0f} %){advice}")
 
 
 def describe_smallest(images: data.Dataset) -> None:
@@ -3061,6 +3076,8 @@ def add_training_options(parser: Parser) -> None:
     add("--label-smoothing", "P", number(0, 1), smoothing, None)
     crop = "smallest share of the image in a training crop (0.08; digits 0.85)"
     add("--min-scale", "A", number(1e-6, 1), crop, 0.0)
+    squashed = "squash photos to squares, so that the network sees all of each, not its middle"
+    parser.switch("--squash", squashed)
     mirrored = "don't mirror training images: for text, signs, anything whose left and right differ"
     parser.switch("--no-flip", mirrored)
     weights = "weight the loss by the inverse of each class's size, as if all were of equal size; "
@@ -3350,7 +3367,7 @@ def fetch_for(grid: list[argparse.Namespace]) -> None:
         data.check_name(options.dataset)
         model, backbone = load_backbone(options)
         size = backbone.config.image_size
-        dataset = read_dataset(options.dataset, options.data_dir, size, options.offline)
+        dataset = read_dataset(*images_of(options, size))
         if text:
             find_text(options)
         print(f"ready    {backbone_name(options)} and {dataset.name} at {size} px; give --offline")

@@ -13,6 +13,7 @@ of the size that backbones are made for; train.fit_to_features comes from it.
 
 Until 27 November 2026 the images of pets370 and digits were drawn before their test images were
 split off, so these were among them; pets had 5 and 4, at 224 and 112 px 5 and 5 images per class.
+So pets148-clip112 has other images than the rows of pets-clip112.
 
 Each row of the .csv is one run; its recipe lists further options that aren't at their defaults.
 Runs that the .csv holds aren't repeated, so a stopped grid can be continued.
@@ -65,6 +66,7 @@ PAIRS = {
     "flowers-deit224": ("flowers12", 20, 40, "deit", 224),
     "cifar1000-deit224": ("cifar100", 10, 10, "deit", 224),
     "pets-clip112": ("pets370", 4, 4, "clip", 112),
+    "pets148-clip112": ("pets370", 4, 4, "clip", 112),
 }
 HALVES = {"rule": list(PAIRS)[:5], "confirm": list(PAIRS)[5:9], "sharp": list(PAIRS)[9:]}
 

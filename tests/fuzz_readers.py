@@ -381,7 +381,7 @@ for suffix in PHOTOS:
     READERS[f"photo.{suffix}"] = Reader(
         f"photo.{suffix}",
         damage,
-        lambda at, suffix=suffix: data.read_photo(at / f"photo.{suffix}", 32),
+        lambda at, suffix=suffix: data.read_photo(at / f"photo.{suffix}", data.Square(32)),
     )
 
 

@@ -249,8 +249,37 @@ def test_folder(photos):
 def test_one_photo_is_read_as_its_folder_is(photos):
     """read_photo gives the same pixels as a data set that contains the file."""
     images = data.read(str(photos), image_size=28).train
-    pixels = data.read_photo(photos / images.names[7], side=32)
+    pixels = data.read_photo(photos / images.names[7], data.Square(32))
     assert torch.equal(pixels, images.pixels[7])
+
+
+def test_squash(photos, tmp_path):
+    """With `squash`, all of a photo is resized to the network's size, apart from what is cached
+    without it. What is a square already can't be squashed."""
+    image = pytest.importorskip("PIL.Image")
+    for i, name in enumerate(("apple", "leaf")):
+        pixels = np.zeros((20, 60, 3), np.uint8)
+        pixels[:, 40 * i : 40 * i + 20] = 255  # a third of the width: left or right
+        (tmp_path / "wide" / name).mkdir(parents=True)
+        for k in range(4):
+            image.fromarray(pixels).save(tmp_path / "wide" / name / f"{k}.png")
+    middle = data.read(str(tmp_path / "wide"), image_size=28)
+    whole = data.read(str(tmp_path / "wide"), image_size=28, squash=True)
+    assert (middle.center, middle.squash, middle.train.shape[-1]) == (0.875, False, 32)
+    assert (whole.center, whole.squash, whole.train.shape[-1]) == (1.0, True, 28)
+    assert (middle.train.pixels[..., 3:-3] < 5).all()  # the middle is black
+    left, right = whole.train.pixels[[0, 4], 0, 14]
+    assert (left[:8] > 200).all() and (left[12:] < 50).all()
+    assert (right[-8:] > 200).all() and (right[:-12] < 50).all()
+    assert whole.train.checksum() != middle.train.checksum()
+    same_size = data.read(str(tmp_path / "wide"), image_size=32, squash=True)
+    assert same_size.train.shape == middle.train.shape
+    assert same_size.train.checksum() != middle.train.checksum()
+    photo = tmp_path / "wide/leaf/0.png"
+    pixels = data.read_photo(photo, data.Square(28, squash=True))
+    assert torch.equal(pixels, whole.train.pixels[4])
+    with pytest.raises(ValueError, match="images of digits are squares already; leave out --squa"):
+        data.read("digits", squash=True)
 
 
 def test_a_photo_is_turned_as_its_exif_says(tmp_path):
@@ -262,7 +291,7 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     exif = photo.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     photo.save(tmp_path / "turned.png", exif=exif)
-    read = data.read_photo(tmp_path / "turned.png", side=16)
+    read = data.read_photo(tmp_path / "turned.png", data.Square(16))
     assert (read[:, :, 8:] == 255).all()
     assert (read[:, :, :8] == 0).all()
 
@@ -299,7 +328,7 @@ def test_orientation_beside_an_odd_tag(orientation, tmp_path):
     odd = b"\x01\x1a\x00\x02\x00\x00\x00\x03ab\x00\x00"
     raw = header + b"MM\x00\x2a\x00\x00\x00\x08\x00\x02" + entry + odd + b"\x00" * 4
     photo.save(tmp_path / "a.png", exif=bytes(raw))
-    read = data.read_photo(tmp_path / "a.png", side=16)
+    read = data.read_photo(tmp_path / "a.png", data.Square(16))
     assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)
 
 
@@ -308,7 +337,7 @@ def test_a_tiff_is_turned_once(orientation, tmp_path):
     """A TIFF, which Pillow turns while decoding it, isn't turned twice."""
     photo, exif, upright = turned_photo(orientation)
     photo.save(tmp_path / "a.tif", exif=exif)
-    read = data.read_photo(tmp_path / "a.tif", side=16)
+    read = data.read_photo(tmp_path / "a.tif", data.Square(16))
     assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)
 
 
@@ -327,7 +356,7 @@ def test_photos_of_a_phone(orientation, tmp_path):
     shutil.copy(tmp_path / "a.jpg", tmp_path / "b")
     assert data.find_photos([str(tmp_path)]) == [tmp_path / "a.jpg", tmp_path / "b"]
     for name in ("a.jpg", "b"):
-        read = data.read_photo(tmp_path / name, side=16)
+        read = data.read_photo(tmp_path / name, data.Square(16))
         assert np.array_equal(read.permute(1, 2, 0).numpy(), upright)
 
 
@@ -340,7 +369,7 @@ def test_photos_of_a_phone_without_pillow_heif(name, tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
     message = f"^can't read {tmp_path / name} as an image without pillow-heif: pip install pillow-"
     with pytest.raises(ValueError, match=message):
-        data.read_photo(tmp_path / name, side=16)
+        data.read_photo(tmp_path / name, data.Square(16))
 
 
 @pytest.mark.parametrize("brand", ("heic", "heim", "hevc", "mif1", "msf1"))
@@ -357,7 +386,7 @@ def test_a_link_in_a_circle_without_pillow_heif(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "add_heif", lambda: False)
     (tmp_path / "a.heic").symlink_to("a.heic")
     with pytest.raises(ValueError, match="can't read .*a.heic as an image .*symbolic links"):
-        data.read_photo(tmp_path / "a.heic", side=16)
+        data.read_photo(tmp_path / "a.heic", data.Square(16))
 
 
 def test_pillow_heif_that_cannot_be_imported(photos, tmp_path, monkeypatch):
@@ -381,7 +410,7 @@ def test_a_photo_of_a_phone_that_is_cut_short(tmp_path):
     whole = (tmp_path / "a.heic").read_bytes()
     (tmp_path / "a.heic").write_bytes(whole[:-5])
     with pytest.raises(ValueError, match=r"^can't read [^\n]+; repair or remove it$"):
-        data.read_photo(tmp_path / "a.heic", side=16)
+        data.read_photo(tmp_path / "a.heic", data.Square(16))
 
 
 def grey_twins(image, pixels):
@@ -400,7 +429,7 @@ def test_forms_of_a_grey_photo(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
     for name, twin in grey_twins(image, pixels):
         twin.save(tmp_path / f"{name}.png")
-        read = data.read_photo(tmp_path / f"{name}.png", side=16)
+        read = data.read_photo(tmp_path / f"{name}.png", data.Square(16))
         for channel in read:
             assert np.array_equal(channel.numpy(), pixels), name
 
@@ -423,7 +452,7 @@ def test_what_is_transparent_is_white(tmp_path):
     deep.save(tmp_path / "16 bits.png", transparency=4000)
     icon.save(tmp_path / "RGBA.webp", lossless=True)
     for path in tmp_path.iterdir():
-        read = data.read_photo(path, side=16)
+        read = data.read_photo(path, data.Square(16))
         for channel in read:
             assert np.array_equal(channel.numpy(), 255 - alpha), path.name
 
@@ -467,8 +496,8 @@ def test_photos_that_would_mislead_are_refused(tmp_path, monkeypatch):
     (tmp_path / "damaged.tif").write_bytes(content)
     opened = image.open(tmp_path / "thumbnail.tif")
     opened.paste(9, (0, 0, 32, 32))  # a caller's image isn't read again
-    assert (data.read_photo(opened, side=16) == 9).all()
-    for read in (data.read_photo, label.open_photo):
+    assert (data.read_photo(opened, data.Square(16)) == 9).all()
+    for read in (data.open_photo, label.open_photo):
         for name in ("12 bits.png", "12 bits.tiff"):
             with pytest.raises(ValueError, match="almost black; scale its values to 65535"):
                 read(tmp_path / name, 16)
@@ -488,7 +517,7 @@ def test_photos_without_pillow(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
         data.read(str(tmp_path))
     with pytest.raises(ValueError, match=message):
-        data.read_photo(tmp_path / "a" / "0.png", side=32)
+        data.read_photo(tmp_path / "a" / "0.png", data.Square(32))
 
 
 def test_folder_with_published_parts(photos):
@@ -613,7 +642,7 @@ def test_a_photo_that_would_start_another_program(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     with pytest.raises(ValueError, match="can't read .*a.png as an image .*its format is unknown"):
-        data.read_photo(path, side=8)
+        data.read_photo(path, data.Square(8))
 
 
 @pytest.mark.parametrize(
@@ -911,7 +940,7 @@ def test_photos_that_the_disk_can_not_hold(photos, monkeypatch):
         data.read(str(photos))
     paths = data.find_photos([photos])
     with pytest.raises(ValueError, match="60 photos .* 1 MB free.*set TMPDIR to another folder"):
-        data.decode(paths, [0] * 60, 256, photos, keep=False)
+        data.decode(paths, [0] * 60, data.Square(256), photos, keep=False)
 
 
 def test_large_photos(photos, monkeypatch):
@@ -932,15 +961,15 @@ def test_photos_in_floats_and_too_large(photos, monkeypatch):
     path = photos / "leaf/float.tif"
     Image.new("I", (8, 8), 200).save(path)
     with pytest.raises(ValueError, match="32 bits a pixel"):
-        data.read_photo(path, side=8)
+        data.read_photo(path, data.Square(8))
     Image.new("F", (8, 8), 0.5).save(path)
     with pytest.raises(
         ValueError, match=r"float.tif .*32 bits a pixel, whose white may be 1, 255 or more"
     ):
-        data.read_photo(path, 8)
+        data.read_photo(path, data.Square(8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="00.png is too large to be decoded .*; shrink it"):
-        data.read_photo(photos / "leaf/00.png", 8)
+        data.read_photo(photos / "leaf/00.png", data.Square(8))
 
     def no_memory(image):
         raise MemoryError
@@ -950,4 +979,4 @@ def test_photos_in_floats_and_too_large(photos, monkeypatch):
     with pytest.raises(
         ValueError, match=r"00.png is too large .* \(not enough memory\); shrink it"
     ):
-        data.read_photo(photos / "leaf/00.png", 8)
+        data.read_photo(photos / "leaf/00.png", data.Square(8))

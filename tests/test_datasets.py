@@ -557,7 +557,7 @@ def test_photos_are_decoded_once(photos, counted, capsys):
     assert torch.equal(first.train.pixels, again.train.pixels)
     assert first.sums == again.sums
     name = first.train.names[25]
-    assert torch.equal(again.train.pixels[25], data.read_photo(photos / name, 18))
+    assert torch.equal(again.train.pixels[25], data.read_photo(photos / name, data.Square(18)))
     assert again.sums[name] == data.file_crc(photos / name)
 
 
@@ -582,7 +582,9 @@ def test_a_changed_photo_is_decoded_anew(photos, counted, capsys):
     red = found.train.names.index("leaf/03.png")
     assert found.train.pixels[red, :, 9, 9].tolist() == [255, 0, 0]
     last = found.train.names.index("sky/19.png")
-    assert torch.equal(found.train.pixels[last], data.read_photo(photos / "sky/19.png", 18))
+    assert torch.equal(
+        found.train.pixels[last], data.read_photo(photos / "sky/19.png", data.Square(18))
+    )
 
 
 def test_photos_that_change_places(photos, counted):
@@ -597,7 +599,7 @@ def test_photos_that_change_places(photos, counted):
     found = data.read(str(photos), image_size=16).train
     for name in ("leaf/a.bmp", "leaf/b.bmp"):
         pixels = found.pixels[found.names.index(name)]
-        assert torch.equal(pixels, data.read_photo(photos / name, 18))
+        assert torch.equal(pixels, data.read_photo(photos / name, data.Square(18)))
 
 
 READ = """
@@ -723,7 +725,7 @@ def test_decoding_goes_on_where_it_was_stopped(photos, counted, monkeypatch):
     monkeypatch.setattr(data, "progress", plain)
     found = data.read(str(photos), image_size=16)
     assert len(counted) == 60
-    pixels = [data.read_photo(photos / name, 18) for name in found.train.names]
+    pixels = [data.read_photo(photos / name, data.Square(18)) for name in found.train.names]
     assert torch.equal(found.train.pixels, torch.stack(pixels))
 
 
@@ -792,7 +794,7 @@ def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path):
         data.read(str(photos), image_size=16)
     assert not counted
     paths = data.find_photos([photos])
-    images, _ = data.decode(paths, [0] * 60, 18, photos, keep=False)
+    images, _ = data.decode(paths, [0] * 60, data.Square(18), photos, keep=False)
     assert len(images.pixels) == 60
 
 

@@ -234,7 +234,7 @@ def in_torch(run, photos, rounded=True):
 
 def unrounded(model, photo):
     """A photo for the network, resized and cropped in one step."""
-    side = data.stored_side(model.image_size, model.center)
+    side = model.square.side
     image = data.open_photo(photo, side)
     edge = min(image.size)
     scale = edge / side
@@ -242,8 +242,11 @@ def unrounded(model, photo):
     top = (image.height - edge) // 2 + first
     left = (image.width - edge) // 2 + first
     length = model.image_size * scale
+    box = [top, left, length, length]
+    if model.square.squash:
+        box = [0, 0, image.height, image.width]
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    return model.batches.finish(pixels, torch.tensor([[top, left, length, length]]))
+    return model.batches.finish(pixels, torch.tensor([box]))
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +360,75 @@ def test_turned_photos_are_seen_upright(run_export, label, tmp_path):
         save_turned(image, photo, orientation)
         expected[str(photo)] = probabilities[upright]
     check_labels(label(tmp_path / "model.onnx", *expected), expected, tolerance=0.05)
+
+
+# ------------------------------------------------------------------------------- the whole photo
+
+
+@pytest.fixture(scope="module")
+def edges(work):
+    """A folder `edges`, whose classes are told at the ends of wide photos, and a run on it."""
+    rng = np.random.default_rng(3)
+    for kind, first in (("left", 0), ("right", 88), ("neither", 96)):
+        (work / "edges" / kind).mkdir(parents=True)
+        for i in range(24):
+            pixels = rng.integers(0, 60, (32, 96, 3))
+            pixels[:, first : first + 8] += 180
+            Image.fromarray(pixels.astype(np.uint8)).save(work / "edges" / kind / f"{i:02}.png")
+    command = [*PHOTOS, "--dataset", "edges", "--no-flip", "--min-scale", "0.8", "--epochs", "15"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        for name, squash in (("whole", ["--squash"]), ("middle", [])):
+            assert train.main([*BACKBONE, *command, *squash, "--name", name]) == 0
+    return work / "edges"
+
+
+def test_squash(edges, run_export, label, tmp_path):
+    """With --squash the network sees what is outside a photo's middle, and so does label.py with
+    every kind of graph. Without, nobody sees it."""
+    results = [
+        json.loads(Path(f"runs/{run}/result.json").read_text()) for run in ("whole", "middle")
+    ]
+    assert results[0]["test_accuracy"] > 95
+    assert results[1]["test_accuracy"] < 70
+    photos = sorted(map(str, edges.rglob("*.png")))[::5] + ["odd/dark, large.jpg"]
+    expected = in_torch("runs/whole", photos)
+    for options in ("", "--input uint8", "--input unit --output probabilities --batch 2"):
+        graph = tmp_path / "model.onnx"
+        run_export("runs/whole", "-o", graph, "--images", 8, *options.split())
+        check_labels(label(graph, *photos), expected)
+    run_export("runs/whole", "--resize", "-o", tmp_path / "r.onnx", "--check", "edges")
+    check_labels(label(tmp_path / "r.onnx", *photos), in_torch("runs/whole", photos, rounded=False))
+    run_export("runs/whole", "--swappable", "-o", tmp_path)
+    graph, adapter = tmp_path / "backbone.onnx", tmp_path / "whole.onnx_adapter"
+    check_labels(label(graph, "--adapter", adapter, *photos), expected)
+
+
+def test_squash_is_said_to_others(edges, run_export, tmp_path):
+    """The metadata and --hub's folder say that all of a photo is resized, and a graph doesn't ask
+    Ultralytics to crop."""
+    transformers = pytest.importorskip("transformers")
+    texts = {}
+    for run in ("whole", "middle"):
+        graph = tmp_path / f"{run}.onnx"
+        unit = ["--input", "unit", "--output", "probabilities", "--batch", "1"]
+        run_export(f"runs/{run}", "-o", graph, *unit)
+        texts[run] = export.session(graph).get_modelmeta().custom_metadata_map
+    assert ", all of it resized to 32 x 32 (bicubic" in texts["whole"]["preprocessing"]
+    assert ", its centre square resized to 37 x 37 (" in texts["middle"]["preprocessing"]
+    assert texts["middle"]["task"] == "classify"
+    assert "task" not in texts["whole"]
+    types = [texts[run]["model_info resize_type"] for run in ("whole", "middle")]
+    assert types == ["standard", "crop"]
+
+    run_export("runs/whole", "--hub", tmp_path / "hub", "--force")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hub")
+    model = train.load_run("runs/whole")
+    for path in sorted(edges.rglob("*.png"))[::9]:
+        with Image.open(path) as photo:
+            pixels = processor(photo, return_tensors="pt")["pixel_values"]
+        difference = (pixels - model.preprocess(path)).abs()
+        assert difference.mean() < 0.02  # Lanczos instead of bicubic
 
 
 # ---------------------------------------------------------------------------- swappable adapters
@@ -534,7 +606,8 @@ def changed(run_export, tmp_path):
     return change
 
 
-NEEDED = ("classes", "image_size", "center", "resize", "input", "output", "mean", "std")
+NEEDED = ("classes", "image_size", "center", "squash", "resize")
+NEEDED += ("input", "output", "mean", "std")
 
 
 def test_damaged_metadata(changed, label):

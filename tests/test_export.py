@@ -45,6 +45,7 @@ META = {
     "method": "adaptertune",
     "backbone": "tiny",
     "center": 1.0,
+    "squash": False,
     "interpolation": "bicubic",
     "mean": [0.4, 0.5, 0.6],
     "std": [0.2, 0.25, 0.3],
@@ -188,17 +189,20 @@ def test_outputs(output, batch):
     "size", [(16, 16), (8, 8), (40, 40), (31, 50), (50, 31), (90, 64)], ids=lambda size: f"{size}"
 )
 @pytest.mark.parametrize("opset", [17, 23])
-@pytest.mark.parametrize("center", [1.0, 0.875])
-def test_resize(opset, center, size):
-    """Photos of any size are treated as in data.py: the centre square is resized, then cropped."""
+@pytest.mark.parametrize(("center", "squash"), [(1.0, False), (0.875, False), (1.0, True)])
+def test_resize(opset, center, squash, size):
+    """Photos of any size are treated as in data.py: the centre square, or all of it, is resized,
+    then cropped."""
     model = network({"rank": 8})
-    session, _ = to_session(model, opset, input="uint8", resize=True, center=center)
+    meta = {"input": "uint8", "resize": True, "center": center, "squash": squash}
+    session, _ = to_session(model, opset, **meta)
     pixels = random_pixels(3, *size)
     edge = min(size)
     side = round(16 / center)
     top = (size[0] - edge) // 2
     left = (size[1] - edge) // 2
-    boxes = torch.tensor([[top, left, edge, edge]]).expand(3, 4)
+    box = [0, 0, *size] if squash else [top, left, edge, edge]
+    boxes = torch.tensor([box]).expand(3, 4)
     resized = data.crop_resize(pixels, boxes, side)  # floats from 0 to 1
     start = (side - 16) // 2
     middle = resized[:, :, start : start + 16, start : start + 16]
@@ -539,7 +543,7 @@ def test_resizing_is_checked_on_original_photos(run, runs, photos, tmp_path, mon
             width, height = photo.size[::-1] if turned else photo.size
         assert each.image.shape == (1, height, width, 3)
         shapes.append((height, width))
-        pixels = data.read_photo(photos / image.names[0], 18)[None]
+        pixels = data.read_photo(photos / image.names[0], data.Square(18))[None]
         evaluated = trained.model(trained.batches.central(pixels, 7 / 8)).numpy()
         assert np.abs(session.run(None, {"image": each.image})[0] - evaluated).max() < 0.05
     assert len(set(shapes)) > 10

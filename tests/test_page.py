@@ -207,6 +207,11 @@ def test_photos(tmp_path):
     for name in labels:
         assert f"labelling {name} …" in answer["shown"]
 
+    save_model(tmp_path, squash="true")
+    labels = label_all(tmp_path, "wide.png", "high.png")["labels"]
+    for name in ("wide.png", "high.png"):  # all of it counts
+        check_colours(labels[name]["text"], 500 / 3, 0, 200 / 3)
+
 
 def test_pixels_as_they_are_stored(tmp_path):
     """A file's gamma is ignored, as in training: pixels are used as they are stored."""

@@ -46,7 +46,7 @@ def photos():
     folder = REAL / "data" / "imagenet200"
     paths = sorted(folder.glob("*.jpg"))
     labels = [int(path.name.split("_")[0]) for path in paths]
-    return data.decode(paths, labels, 256, folder)[0]
+    return data.decode(paths, labels, data.Square(256), folder)[0]
 
 
 @pytest.fixture
@@ -187,6 +187,7 @@ def test_export_of_real_weights(photos, path, opset):
         "classes": [str(i) for i in range(len(model.head.weight))],
         "backbone": "real",
         "center": 7 / 8,
+        "squash": False,
         "interpolation": "bicubic",
         "mean": backbone.norm[0],
         "std": backbone.norm[1],

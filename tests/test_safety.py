@@ -641,7 +641,7 @@ def test_links_in_a_shared_cache(photos, place, monkeypatch, kind):
         cached.rename(place / "other")
         cached.symlink_to(mine)
     else:
-        (cached / "index").write_text(f"{data.made_by()}\n")
+        (cached / "index").write_text(f"{data.made_by(data.Square(18))}\n")
         (cached / "pixels").unlink()
         link = os.link if kind == "hard" else os.symlink
         link(mine / "pixels", cached / "pixels")

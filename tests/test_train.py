@@ -2392,6 +2392,7 @@ DIGITS = {
     "image_size": 0,
     "cached": False,
     "compile": False,
+    "squash": False,
     "no_flip": False,
     "class_weights": False,
     "predict": [],

@@ -170,8 +170,10 @@ def read_photo(photo, task):
         edge = min(image.size)
         left = (image.width - edge) // 2
         top = (image.height - edge) // 2
-        square = (left, top, left + edge, top + edge)
-        image = image.resize((side, side), Image.Resampling.BICUBIC, box=square)
+        box = (left, top, left + edge, top + edge)
+        if task["squash"]:
+            box = None  # all of the photo
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
         start = (side - size) // 2
         image = image.crop((start, start, start + size, start + size))
     pixels = np.asarray(image)[None]  # uint8 [1, height, width, 3]
@@ -224,6 +226,7 @@ def read_task(meta):
         "classes": json.loads(meta["classes"]),  # ["bluebell", "daisy"]
         "image_size": int(meta["image_size"]),  # 224
         "center": float(meta["center"]),  # 0.875: share of the square's side that the network sees
+        "squash": json.loads(meta.get("squash", "false")),  # true: of all of the photo, squashed
         "resize": json.loads(meta["resize"]),  # true: the graph resizes
         "input": meta["input"],  # uint8 [B, H, W, 3]; unit, 0..1, or float, normalised [B, 3, S, S]
         "output": meta["output"],
@@ -269,6 +272,7 @@ def load_adapter(path, model, meta):
     try:
         task = json.loads(tensors[key].numpy().tobytes())
         meta |= {name: json.dumps(task[name]) for name in ("classes", "center")}
+        meta["squash"] = json.dumps(task.get("squash", False))  # earlier adapters lack it
     except (KeyError, TypeError, ValueError, RecursionError):
         fail(f"the metadata of {path} are damaged; export it again")
     adapter = onnxruntime.LoraAdapter()
