@@ -55,6 +55,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -1846,6 +1847,27 @@ class Classifier:
         return self.batches.central(pixels, self.center)
 
     @torch.no_grad()
+    def classify(self, photos: list[data.Photo], batch: int) -> Iterator[Tensor | ValueError]:
+        """Each photo's probabilities [K], or why it can't be read. The photos of a batch are
+        decoded at once, on all CPUs."""
+
+        def read(photo: data.Photo) -> Tensor | ValueError:
+            try:
+                return self.preprocess(photo)
+            except ValueError as error:
+                return error
+
+        data.add_heif()  # not in threads, as in data.fill_photos
+        with ThreadPoolExecutor(min(batch, data.usable_cpus())) as pool:
+            for first in range(0, len(photos), batch):
+                found = list(pool.map(read, photos[first : first + batch]))
+                readable = [i for i, x in enumerate(found) if isinstance(x, Tensor)]
+                if readable:
+                    logits = self.network(torch.cat([found[i] for i in readable]))
+                    for i, scores in zip(readable, logits.softmax(dim=-1).cpu(), strict=True):
+                        found[i] = scores
+                yield from found
+
     def predict(self, photos: "Iterable[data.Photo] | data.Photo") -> tuple[list[str], Tensor]:
         """The labels of n photos, and the probabilities [n, K]. A photo is a path, the content of a
         file as bytes, a binary file, or Pillow's image; a single one needn't be in a list. For
@@ -1863,11 +1885,12 @@ class Classifier:
         photos = list(photos)
         if not photos:
             raise ValueError("no photos to label")
-        parts = []
-        for start in range(0, len(photos), 32):
-            images = [self.preprocess(photo) for photo in photos[start : start + 32]]
-            parts.append(self.network(torch.cat(images)).softmax(dim=-1).cpu())
-        probabilities = torch.cat(parts)
+        found = []
+        for scores in self.classify(photos, batch=32):
+            if isinstance(scores, ValueError):
+                raise scores
+            found.append(scores)
+        probabilities = torch.stack(found)
         labels = [self.classes[best] for best in probabilities.argmax(dim=-1).tolist()]
         return labels, probabilities
 
@@ -3423,8 +3446,9 @@ def predict_photos(options: argparse.Namespace) -> int:
         print(f"saved    {options.csv} ({part} photos labelled)", file=sys.stderr)
 
     try:
-        for row in label_photos(model, photos):
-            rows.append(row)
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns about large photos
+            for row in label_photos(model, photos):
+                rows.append(row)
     except (KeyboardInterrupt, BrokenPipeError):
         if options.csv and not Path(options.csv).exists():  # an earlier table may be complete
             save()
@@ -3438,12 +3462,10 @@ def label_photos(model: Classifier, photos: list[Path]) -> Iterator[list[str]]:
     """Label and print each photo; yields its row of the .csv. That of a photo which can't be read
     has nothing after its name."""
     started = time.perf_counter()
-    for number, photo in enumerate(photos):
-        try:
-            with warnings.catch_warnings(action="ignore"):  # Pillow warns about large photos
-                _, (probabilities,) = model.predict([photo])
-        except ValueError as error:
-            print(f"skipped  {data.printable(str(error))}", file=sys.stderr)
+    found = model.classify(photos, batch=data.usable_cpus())  # no more: each line comes soon
+    for number, (photo, probabilities) in enumerate(zip(photos, found, strict=True)):
+        if isinstance(probabilities, ValueError):
+            print(f"skipped  {data.printable(str(probabilities))}", file=sys.stderr)
             yield [str(photo), "", "", "", *("" for _ in columns_of(model.classes))]
             continue
         (first, second), (best, runner_up) = probabilities.topk(2)

@@ -1050,15 +1050,16 @@ def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
 def test_labelling_that_is_stopped(run, photos, tiny_weights, tmp_path, monkeypatch, capsys):
     """Ctrl-C leaves the labels so far in the table, and says how many they are."""
     run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
-    plain = train.Classifier.predict
+    plain = train.Classifier.preprocess
     calls = itertools.count()
 
-    def predict(model, given):
+    def preprocess(model, photo):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return plain(model, given)
+        return plain(model, photo)
 
-    monkeypatch.setattr(train.Classifier, "predict", predict)
+    monkeypatch.setattr(data, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(train.Classifier, "preprocess", preprocess)
     assert train.main(["--predict", "runs/a", str(photos), "--csv", "out.csv"]) == 130
     assert "saved    out.csv (3 of 60 photos labelled)\n" in capsys.readouterr().err
     assert len(read_predictions(tmp_path / "out.csv")) == 3
@@ -1066,6 +1067,33 @@ def test_labelling_that_is_stopped(run, photos, tiny_weights, tmp_path, monkeypa
     assert train.main(["--predict", "runs/a", str(photos), "--csv", "out.csv"]) == 130
     assert "saved" not in capsys.readouterr().err
     assert len(read_predictions(tmp_path / "out.csv")) == 3
+
+
+def test_photos_are_labelled_in_their_order(run, photos, tiny_weights, tmp_path, monkeypatch):
+    """Several photos are decoded at once and labelled as a batch: the rows are in the order of the
+    photos, those that can't be read among them, and the same as for each photo alone."""
+    run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "a"))
+    files = sorted(photos.rglob("*.png"))[::7]
+    for i in (0, 4, 5):
+        files[i].write_bytes(b"no photo")
+    tables = {}
+    for cpus in (1, 3):
+        monkeypatch.setattr(data, "usable_cpus", lambda cpus=cpus: cpus)
+        assert train.main(["--predict", "runs/a", *map(str, files), "--csv", "out.csv"]) == 1
+        tables[cpus] = read_predictions(tmp_path / "out.csv")
+    assert [row["file"] for row in tables[3]] == list(map(str, files))
+    assert [i for i, row in enumerate(tables[3]) if not row["prediction"]] == [0, 4, 5]
+    for alone, together in zip(tables[1], tables[3], strict=True):
+        assert alone["prediction"] == together["prediction"]
+        if alone["prediction"]:
+            assert float(alone["probability"]) == pytest.approx(
+                float(together["probability"]), abs=2e-4
+            )
+    model = train.load_run("runs/a")
+    readable = [file for i, file in enumerate(files) if i not in (0, 4, 5)]
+    labels, probabilities = model.predict(readable)
+    assert labels == [row["prediction"] for row in tables[3] if row["prediction"]]
+    assert len({f"{value:.3f}" for value in probabilities[:, 0].tolist()}) > 3  # they differ
 
 
 @pytest.mark.usefixtures("pictures")
@@ -2351,7 +2379,7 @@ STATED = {
 # Options that are off by default.
 SWITCHES = {"--offline", "--cached", "--resume", "--scratch", "--learn-scale", "--shallow"}
 SWITCHES |= {"--learn-ratio", "--help", "--eval", "--plot", "--compile", "--no-flip"}
-SWITCHES |= {"--class-weights", "--predict", "--csv", "--download"}
+SWITCHES |= {"--class-weights", "--predict", "--csv", "--download", "--squash"}
 # The options of settings, where they don't have the setting's name.
 OPTIONS = {"reads": "--adapter-input", "act": "--adapter-act", "deep": "--shallow"}
 
