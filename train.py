@@ -1940,7 +1940,7 @@ def square_of(meta: dict) -> data.Square:
 # ---------------------------------------------------------------------------------- the terminal
 
 WIDTHS = (6, 8, 9, 8, 9, 10, 10)
-FEW = 50  # with fewer test images, a note says what one of them counts for
+FEW = 50  # with fewer images to evaluate on, a note says what one of them counts for
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:
@@ -2053,9 +2053,10 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
     print(text)
     describe_missing(images.classes, images.val, "validation")
     describe_missing(images.classes, images.test, "test")
-    if len(images.test) < FEW:
-        count = counted(len(images.test), "test image")
-        print(f"note     {count}: each is {100 / len(images.test):.3g} points of accuracy")
+    for part, what in ((images.val, "validation image"), (images.test, "test image")):
+        if 0 < len(part) < FEW:
+            text = f"{counted(len(part), what)}: each is {100 / len(part):.3g} points of accuracy"
+            print(f"note     {text}")
     if is_uneven(images.train, images.test):
         describe_smallest(images)
     if options.dataset in data.DATASETS and Path(options.dataset).is_dir():

@@ -67,6 +67,7 @@ PAIRS = {
     "cifar1000-deit224": ("cifar100", 10, 10, "deit", 224),
     "pets-clip112": ("pets370", 4, 4, "clip", 112),
     "pets148-clip112": ("pets370", 4, 4, "clip", 112),
+    "flowers-clip112": ("flowers12", 10, 20, "clip", 112),
 }
 HALVES = {"rule": list(PAIRS)[:5], "confirm": list(PAIRS)[5:9], "sharp": list(PAIRS)[9:]}
 

@@ -728,14 +728,16 @@ def test_test_images_that_were_trained_on(run, photos, tiny_weights):
     assert f"warning  1 photo in several classes, such as {pair}\n" in out
 
 
-def test_few_test_images(run, photos, tiny_weights):
-    """A note says what one of few test images counts for, and which class has none."""
+def test_few_images_to_evaluate_on(run, photos, tiny_weights):
+    """A note says what one of few images counts for, and which class has no test image."""
     for photo in sorted((photos / "sky").iterdir())[1:]:
         photo.unlink()
     out = run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1))
+    assert "note     3 validation images: each is 33.3 points of accuracy\n" in out
     assert "note     8 test images: each is 12.5 points of accuracy\n" in out
     assert "note     no test image of 1 class, such as sky\n" in out
-    assert "points of accuracy" not in run(*quick(tiny_weights, "--epochs", 1, "--name", "b"))
+    out = run(*quick(tiny_weights, "--limit", 0, "--epochs", 1, "--name", "b"))
+    assert "points of accuracy" not in out
 
 
 def test_photos_that_came_since(run, photos, tiny_weights, tmp_path):
