@@ -208,22 +208,19 @@ def read(
         data_dir: where published data sets are, or are downloaded to.
         image_size: the network's; photos' centre squares are kept at 1/CENTER of it (256 for 224).
         offline: never download.
-        squash: keep photos as a whole instead, squashed to squares of the network's size.
+        squash: keep photos as a whole instead, squashed to squares of the network's size. Images
+            of data sets without photos are squares.
         some: a folder may have photos of a single class, such as new ones to evaluate a run on.
 
     Raises:
         ValueError: unknown name, missing or empty folder, corrupt file, a package that isn't
-            installed, nothing to squash; the message says what to do.
+            installed; the message says what to do.
     """
     check_name(name)
     square = Square(stored_side(image_size, 1.0 if squash else CENTER), squash)
     if name in DATASETS:
-        dataset = DATASETS[name](name, Path(data_dir), offline, square)
-    else:
-        dataset = read_folder(Path(name), square, least=1 if some else 2)
-    if squash and not dataset.folder:
-        raise ValueError(f"the images of {name} are squares already; leave out --squash")
-    return dataset
+        return DATASETS[name](name, Path(data_dir), offline, square)
+    return read_folder(Path(name), square, least=1 if some else 2)
 
 
 @dataclass(frozen=True)
@@ -271,6 +268,11 @@ def check_name(name: str) -> None:
         import_torchvision(name)
     if kind in (read_folder, read_archive):
         import_pillow()
+
+
+def has_photos(name: str) -> bool:
+    """Whether a data set's images are photos of any shape; those of the others are squares."""
+    return name not in ("digits", "cifar10", "cifar100", "svhn")
 
 
 def is_there(name: str, data_dir: str) -> bool:

@@ -175,13 +175,14 @@ def write_pixels(g: Graph, config: vit.Config, meta: dict) -> str:
     two, three, four = (g.constant(f"image.axis{i}", [i]) for i in (2, 3, 4))
     height = g("Slice", shape, two, three, name="image.height")
     width = g("Slice", shape, three, four, name="image.width")
-    if meta["squash"]:  # all rows and all columns
+    center = train.center_of(meta)
+    if meta.get("squash"):  # all rows and all columns
         edges = (height, width)
     else:
         edge = g("Min", height, width, name="image.edge")
         edges = (edge, edge)
-    rows = write_resample(g, "image.rows", height, edges[0], config.image_size, meta["center"])
-    cols = write_resample(g, "image.cols", width, edges[1], config.image_size, meta["center"])
+    rows = write_resample(g, "image.rows", height, edges[0], config.image_size, center)
+    cols = write_resample(g, "image.cols", width, edges[1], config.image_size, center)
     cols = g("Transpose", cols, name="image.cols.transposed", perm=[1, 0])
     x = g("MatMul", rows, x, name="image.resize_rows")  # [B, 3, S, W]
     x = g("MatMul", x, cols, name="image.resize_cols")  # [B, 3, S, S]
@@ -561,7 +562,7 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
         props["Image.NominalPixelRange"] = pixel_range
     if meta["output"] == "embedding":
         return props
-    as_fed = meta["input"] == "unit" and meta["batch"] and not meta["squash"]
+    as_fed = meta["input"] == "unit" and meta["batch"] and not meta.get("squash")
     if as_fed and meta["output"] == "probabilities":
         props["task"] = "classify"
     labels = ["_".join(name.split()) for name in meta["classes"]]
@@ -581,7 +582,7 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
     if not meta["resize"]:
         props |= {
             "imgsz": str([config.image_size] * 2),
-            "model_info resize_type": "standard" if meta["squash"] else "crop",
+            "model_info resize_type": "standard" if meta.get("squash") else "crop",
             "model_info interpolation_mode": "CUBIC",
         }
     return props
@@ -590,11 +591,11 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
 def preprocessing(meta: dict, config: vit.Config) -> str:
     """The steps from a photo to the graph's input, as text."""
     S = config.image_size
-    side = data.stored_side(S, meta["center"])
+    side = train.square_of(meta).side
     text = f"JPEG decoded at 1/2, 1/4 or 1/8 size while both sides stay at least {2 * side}, "
     text += "photo turned upright (EXIF), transparency over white, 16-bit grey divided by 257, "
     if not meta["resize"]:
-        text += "all of it" if meta["squash"] else "its centre square"
+        text += "all of it" if meta.get("squash") else "its centre square"
         text += f" resized to {side} x {side} (bicubic as in Pillow: a = -1/2, "
         text += "antialiased, rounded to 0..255; failing that, by area), "
         if side != S:
@@ -839,7 +840,7 @@ def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
     labels = [label_of(inside / path.relative_to(folder), classes) for path in paths]
     square = train.square_of(run.meta)
     images, _ = data.decode(paths, labels, square, folder, keep=False)
-    seen = {"center": run.meta["center"], "squash": square.squash}
+    seen = {"center": train.center_of(run.meta), "squash": square.squash}
     return data.Dataset("photo", classes, images, None, images, **seen, folder=folder)
 
 
@@ -854,14 +855,14 @@ def label_of(path: Path, classes: list[str]) -> int:
 
 def noise(run: train.Run) -> data.Dataset:
     """64 images of coloured blobs; fewer if they are large."""
-    side = data.stored_side(run.batches.size, run.meta["center"])
+    side = train.square_of(run.meta).side
     count = max(2, min(64, 10**8 // (3 * side**2)))
     blots = torch.rand(count, 3, 8, 8, generator=data.generator("noise"))
     pixels = nn.functional.interpolate(blots, (side, side), mode="bicubic")
     pixels = (255 * pixels).clamp(0, 255).byte()
     images = data.Images(pixels, torch.full((count,), -1))
     none = images[torch.arange(0)]
-    center = run.meta["center"]
+    center = train.center_of(run.meta)
     return data.Dataset("noise image", run.meta["classes"], none, None, images, center=center)
 
 
@@ -1437,16 +1438,16 @@ def hub_processor(meta: dict) -> dict:
     transformers' ViT processor can't."""
     S = meta["image_size"]
     crop = {"height": S, "width": S}
-    side = data.stored_side(S, meta["center"])
+    square = train.square_of(meta)
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": crop if meta["squash"] else {"shortest_edge": side},
+        "size": crop if square.squash else {"shortest_edge": square.side},
         # Lanczos, with which transformers.js antialiases; with bicubic (3) it doesn't. In Python, 2
         # of 480 labels differ between the two (assets/results, Exports).
         "resample": 1,
-        "do_center_crop": not meta["squash"],
+        "do_center_crop": not square.squash,
         "crop_size": crop,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -1619,7 +1620,6 @@ def export_as_asked(arguments: list[str] | None) -> int:
     run.meta = {name: value for name, value in run.meta.items() if name in known}
     for name in CHOICES:
         run.meta[name] = getattr(options, name)
-    run.meta.setdefault("squash", False)  # runs before 28 November 2026 lack it
     describe(run)
     if options.swappable:
         export_swappable(run, options)

@@ -55,7 +55,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -1066,8 +1066,6 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
     fit_to_features(options, model, dataset, batches)
     meta = describe_network(options, model, backbone)
     meta |= {
-        "center": dataset.center,
-        "squash": dataset.squash,
         "dataset": dataset.name,
         "classes": dataset.classes,
         "seed": options.seed,
@@ -1077,6 +1075,8 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
         "lr": options.lr,
         "head_lr": options.head_lr,
     }
+    # A program that doesn't know `squash` misses `center`, and stops instead of cutting photos.
+    meta |= {"squash": True} if dataset.squash else {"center": dataset.center}
     given = model.head  # before a new one takes its place
     meta |= adapt_backbone(model, options, len(dataset.classes))
     note = ""
@@ -1232,14 +1232,10 @@ def run_name(options: argparse.Namespace) -> str:
             parts.append(f"s{options.seed}")
         return "-".join(parts)
     parts = [Path(options.dataset).resolve().name, options.method]
-    if options.rank:
-        parts.append(f"r{options.rank}")
-    if options.method == "vpt":
-        parts.append(f"p{options.prompts}")
-    if options.shots:
-        parts.append(f"k{options.shots}")
-    if options.limit:
-        parts.append(f"n{options.limit}")
+    numbers = {"r": options.rank, "p": options.prompts, "k": options.shots, "n": options.limit}
+    parts += [f"{letter}{number}" for letter, number in numbers.items() if number]
+    if options.squash:
+        parts.append("squashed")
     if options.every > 1:
         parts.append(f"every{options.every}")
     if options.blocks:
@@ -1763,7 +1759,7 @@ def add_epochs(run: Run) -> None:
 EVAL_MAY_CHANGE = ("backbone", "license", "fingerprint", "init")
 # Metadata that a run's adapters.safetensors must have.
 REQUIRED_META = ("method", "backbone", "license", "fingerprint", "image_size", "mean", "std")
-REQUIRED_META += ("center", "dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
+REQUIRED_META += ("dataset", "classes", "seed", "epochs", "val_accuracy", "test_accuracy")
 
 
 def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, dict]:
@@ -1777,6 +1773,8 @@ def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, di
     if not path.exists() and (path.parent / "state.pt").exists():
         raise ValueError(f"{path.parent} holds an unfinished run; continue it with --resume")
     _, meta = adaptertune.read(path, REQUIRED_META)  # fails before anything is loaded
+    if "center" not in meta and not meta.get("squash"):
+        raise ValueError(f"{path} is damaged: its metadata lack center")
     model, backbone = load_backbone(options)
     present = describe_network(options, model, backbone)
     adaptertune.check_fingerprint(meta, present["fingerprint"], present["backbone"])
@@ -1833,9 +1831,9 @@ class Classifier:
     network: vit.ViT  # normalised images [B, 3, S, S] to logits [B, K]; in eval mode
     classes: list[str]
     image_size: int  # S
-    center: float  # the network sees this share of each side of the square
-    square: data.Square  # which photos become first
+    center: float  # the network sees this share of each side of a photo's square
     batches: data.Batches
+    square: data.Square  # what a photo becomes before that share is cut out
 
     def preprocess(self, photo: data.Photo) -> Tensor:
         """A photo as input of the network: [1, 3, S, S].
@@ -1847,9 +1845,14 @@ class Classifier:
         return self.batches.central(pixels, self.center)
 
     @torch.no_grad()
-    def classify(self, photos: list[data.Photo], batch: int) -> Iterator[Tensor | ValueError]:
-        """Each photo's probabilities [K], or why it can't be read. The photos of a batch are
-        decoded at once, on all CPUs."""
+    def classify(
+        self, photos: list[data.Photo], batch: int, mapped: Callable = map
+    ) -> Iterator[Tensor | ValueError]:
+        """Each photo's probabilities [K], or why it can't be read.
+
+        Args:
+            mapped: `map`, or that of a pool of threads, which decode the photos of a batch at once.
+        """
 
         def read(photo: data.Photo) -> Tensor | ValueError:
             try:
@@ -1857,16 +1860,14 @@ class Classifier:
             except ValueError as error:
                 return error
 
-        data.add_heif()  # not in threads, as in data.fill_photos
-        with ThreadPoolExecutor(min(batch, data.usable_cpus())) as pool:
-            for first in range(0, len(photos), batch):
-                found = list(pool.map(read, photos[first : first + batch]))
-                readable = [i for i, x in enumerate(found) if isinstance(x, Tensor)]
-                if readable:
-                    logits = self.network(torch.cat([found[i] for i in readable]))
-                    for i, scores in zip(readable, logits.softmax(dim=-1).cpu(), strict=True):
-                        found[i] = scores
-                yield from found
+        for first in range(0, len(photos), batch):
+            found = list(mapped(read, photos[first : first + batch]))
+            readable = [i for i, x in enumerate(found) if isinstance(x, Tensor)]
+            if readable:
+                logits = self.network(torch.cat([found[i] for i in readable]))
+                for i, scores in zip(readable, logits.softmax(dim=-1).cpu(), strict=True):
+                    found[i] = scores
+            yield from found
 
     def predict(self, photos: "Iterable[data.Photo] | data.Photo") -> tuple[list[str], Tensor]:
         """The labels of n photos, and the probabilities [n, K]. A photo is a path, the content of a
@@ -1885,6 +1886,7 @@ class Classifier:
         photos = list(photos)
         if not photos:
             raise ValueError("no photos to label")
+        # Without threads: the same open file may be in the list twice, and a program may be ending.
         found = []
         for scores in self.classify(photos, batch=32):
             if isinstance(scores, ValueError):
@@ -1928,13 +1930,19 @@ def open_classifier(options: argparse.Namespace) -> Classifier:
     model = model.eval().requires_grad_(False).to(device)
     batches = data.Batches(meta["image_size"], (meta["mean"], meta["std"]), 1, device)
     square = square_of(meta)
-    return Classifier(model, meta["classes"], meta["image_size"], meta["center"], square, batches)
+    center = center_of(meta)
+    return Classifier(model, meta["classes"], meta["image_size"], center, batches, square)
+
+
+def center_of(meta: dict) -> float:
+    """The share of each side of a photo's square that a network with these metadata sees."""
+    return 1.0 if meta.get("squash") else meta["center"]
 
 
 def square_of(meta: dict) -> data.Square:
     """The squares of photos that a network with these metadata was trained on."""
-    side = data.stored_side(meta["image_size"], meta["center"])
-    return data.Square(side, meta.get("squash", False))  # runs before 28 November 2026 lack it
+    side = data.stored_side(meta["image_size"], center_of(meta))
+    return data.Square(side, meta.get("squash", False))
 
 
 # ---------------------------------------------------------------------------------- the terminal
@@ -2069,7 +2077,7 @@ def describe_data(images: data.Dataset, options: argparse.Namespace) -> None:
         )
     describe_copies(images)
     describe_subfolders(images)
-    describe_view(images)
+    describe_view(images, training=not options.eval)
 
 
 def describe_subfolders(images: data.Dataset) -> None:
@@ -2089,7 +2097,7 @@ def describe_subfolders(images: data.Dataset) -> None:
         )
 
 
-def describe_view(images: data.Dataset) -> None:
+def describe_view(images: data.Dataset, training: bool) -> None:
     """Print which part of a photo the network sees."""
     sizes = data.sample_sizes(images)
     if not sizes:
@@ -2101,7 +2109,7 @@ def describe_view(images: data.Dataset) -> None:
         return
     _, _, side = data.central_box(height, width, images.center)
     share = side**2 / (width * height)
-    advice = "; with --squash all of it" if share < 0.75 else ""
+    advice = "; with --squash all of it" if share < 0.75 and training else ""
     print(f"{text}the middle {side} x {side} ({100 * share:.0f} %){advice}")
 
 
@@ -3100,7 +3108,8 @@ def add_training_options(parser: Parser) -> None:
     add("--label-smoothing", "P", number(0, 1), smoothing, None)
     crop = "smallest share of the image in a training crop (0.08; digits 0.85)"
     add("--min-scale", "A", number(1e-6, 1), crop, 0.0)
-    squashed = "squash photos to squares, so that the network sees all of each, not its middle"
+    squashed = "squash photos to squares, so that the network sees all of each, not its middle; "
+    squashed += "long ones may need a larger --image-size"
     parser.switch("--squash", squashed)
     mirrored = "don't mirror training images: for text, signs, anything whose left and right differ"
     parser.switch("--no-flip", mirrored)
@@ -3303,6 +3312,8 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(
             f"--name {options.name}: give the name of a folder below runs/, without / in it"
         )
+    if options.squash and not data.has_photos(options.dataset):
+        parser.error(f"--squash is for photos; the images of {options.dataset} are squares")
     if options.every != 1 and options.blocks:
         parser.error("--every and --blocks both say where the adapters go; give one")
     if options.limit and options.shots:
@@ -3447,8 +3458,12 @@ def predict_photos(options: argparse.Namespace) -> int:
         print(f"saved    {options.csv} ({part} photos labelled)", file=sys.stderr)
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow warns about large photos
-            for row in label_photos(model, photos):
+        data.add_heif()  # not in threads, as in data.fill_photos
+        with (
+            warnings.catch_warnings(action="ignore"),  # Pillow warns about large photos
+            ThreadPoolExecutor(data.usable_cpus()) as pool,
+        ):
+            for row in label_photos(model, photos, pool):
                 rows.append(row)
     except (KeyboardInterrupt, BrokenPipeError):
         if options.csv and not Path(options.csv).exists():  # an earlier table may be complete
@@ -3459,11 +3474,12 @@ def predict_photos(options: argparse.Namespace) -> int:
     return 0 if all(label for _, label, *_ in rows) else 1
 
 
-def label_photos(model: Classifier, photos: list[Path]) -> Iterator[list[str]]:
+def label_photos(model: Classifier, photos: list[Path], pool: Executor) -> Iterator[list[str]]:
     """Label and print each photo; yields its row of the .csv. That of a photo which can't be read
-    has nothing after its name."""
+    has nothing after its name. The pool's threads decode them."""
     started = time.perf_counter()
-    found = model.classify(photos, batch=data.usable_cpus())  # no more: each line comes soon
+    cpus = data.usable_cpus()
+    found = model.classify(photos, cpus, mapped=pool.map)  # few at a time: each line comes soon
     for number, (photo, probabilities) in enumerate(zip(photos, found, strict=True)):
         if isinstance(probabilities, ValueError):
             print(f"skipped  {data.printable(str(probabilities))}", file=sys.stderr)

@@ -40,7 +40,6 @@ META = {
     "method": "adaptertune",
     "backbone": "deit_ti16",
     "center": 7 / 8,
-    "squash": False,
     "mean": [0.5] * 3,
     "std": [0.5] * 3,
     "input": "float",

@@ -418,6 +418,8 @@ def test_squash_is_said_to_others(edges, run_export, tmp_path):
     assert ", its centre square resized to 37 x 37 (" in texts["middle"]["preprocessing"]
     assert texts["middle"]["task"] == "classify"
     assert "task" not in texts["whole"]
+    assert "center" not in texts["whole"]  # readers from before the option stop without it
+    assert "squash" not in texts["middle"]
     types = [texts[run]["model_info resize_type"] for run in ("whole", "middle")]
     assert types == ["standard", "crop"]
 
@@ -606,8 +608,7 @@ def changed(run_export, tmp_path):
     return change
 
 
-NEEDED = ("classes", "image_size", "center", "squash", "resize")
-NEEDED += ("input", "output", "mean", "std")
+NEEDED = ("classes", "image_size", "center", "resize", "input", "output", "mean", "std")
 
 
 def test_damaged_metadata(changed, label):
@@ -618,6 +619,8 @@ def test_damaged_metadata(changed, label):
             assert re.search(r"metadata of .*changed.onnx are damaged \(.+\); export it", message)
     for key, text in (("classes", '{"0": "a"}'), ("mean", "[1, 2]"), ("std", '{"a": 1}')):
         assert "are damaged" in label(changed(**{key: text}), "odd/dark.bmp", status=1)
+    for text in ("two", "1", "null", '"false"'):
+        assert "are damaged" in label(changed(squash=text), "odd/dark.bmp", status=1)
     error = label(changed(classes='["a", "b"]'), "odd/dark.bmp", status=1)
     assert "the metadata name 2 classes, but the graph gives (1, 4)" in error
 

@@ -45,7 +45,6 @@ META = {
     "method": "adaptertune",
     "backbone": "tiny",
     "center": 1.0,
-    "squash": False,
     "interpolation": "bicubic",
     "mean": [0.4, 0.5, 0.6],
     "std": [0.2, 0.25, 0.3],

@@ -676,6 +676,9 @@ def test_load_run(run, photos, clip, tiny_weights, tmp_path, method):
     for photo in (content, read, files[0].open("rb")):
         assert torch.allclose(model.predict(photo)[1], probabilities[:1], atol=1e-5)
     model.predict(content)[1].mul_(2)  # an ordinary tensor
+    for lazy in (Image.open(files[0]), files[0].open("rb")):  # one object, several times
+        same = model.predict([lazy] * 6)[1]
+        assert torch.allclose(same, probabilities[:1].expand(6, -1), atol=1e-5)
     for array in (np.zeros((20, 20, 3), np.uint8), torch.zeros(3, 16, 16)):
         message = r"a photo is a path, .* or Pillow's image, not (ndarray|Tensor); try"
         with pytest.raises(ValueError, match=message):

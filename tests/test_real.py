@@ -187,7 +187,6 @@ def test_export_of_real_weights(photos, path, opset):
         "classes": [str(i) for i in range(len(model.head.weight))],
         "backbone": "real",
         "center": 7 / 8,
-        "squash": False,
         "interpolation": "bicubic",
         "mean": backbone.norm[0],
         "std": backbone.norm[1],

@@ -166,13 +166,12 @@ def read_photo(photo, task):
     size = task["image_size"]
     side = round(size / task["center"])  # 256 for 224
     image = open_photo(photo, side)
-    if not task["resize"]:  # resize here: the centre square to `side` pixels, then its middle
+    if not task["resize"]:  # resize here: the photo's square to `side` pixels; then take its middle
         edge = min(image.size)
         left = (image.width - edge) // 2
         top = (image.height - edge) // 2
-        box = (left, top, left + edge, top + edge)
-        if task["squash"]:
-            box = None  # all of the photo
+        centre = (left, top, left + edge, top + edge)
+        box = None if task["squash"] else centre  # None: all of the photo
         image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
         start = (side - size) // 2
         image = image.crop((start, start, start + size, start + size))
@@ -225,12 +224,16 @@ def read_task(meta):
     task = {
         "classes": json.loads(meta["classes"]),  # ["bluebell", "daisy"]
         "image_size": int(meta["image_size"]),  # 224
-        "center": float(meta["center"]),  # 0.875: share of the square's side that the network sees
-        "squash": json.loads(meta.get("squash", "false")),  # true: of all of the photo, squashed
+        "squash": json.loads(meta.get("squash", "false")),  # true: all of a photo is its square
+        "center": 1.0,  # 0.875: share of the square's side that the network sees
         "resize": json.loads(meta["resize"]),  # true: the graph resizes
         "input": meta["input"],  # uint8 [B, H, W, 3]; unit, 0..1, or float, normalised [B, 3, S, S]
         "output": meta["output"],
     }
+    if not isinstance(task["squash"], bool):
+        raise ValueError(f"squash is {task['squash']}")
+    if not task["squash"]:
+        task["center"] = float(meta["center"])
     names = task["classes"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("classes aren't a list of names")
@@ -271,8 +274,9 @@ def load_adapter(path, model, meta):
         fail(f"{path} is {key}; {model} takes {accepted}; {advice}")
     try:
         task = json.loads(tensors[key].numpy().tobytes())
-        meta |= {name: json.dumps(task[name]) for name in ("classes", "center")}
-        meta["squash"] = json.dumps(task.get("squash", False))  # earlier adapters lack it
+        meta["classes"] = json.dumps(task["classes"])
+        for name in {"center", "squash"} & task.keys():
+            meta[name] = json.dumps(task[name])
     except (KeyError, TypeError, ValueError, RecursionError):
         fail(f"the metadata of {path} are damaged; export it again")
     adapter = onnxruntime.LoraAdapter()
