@@ -933,9 +933,11 @@ def fit_to_features(
     head's learning rate times Σ|f - f̄|. The head's rate is the one at which this bound is 1 on
     average, but at most HEAD_RATE, or RATES["head"] for `head`. Over the backbones and image sizes
     that were tried, Σ|f - f̄| varies from 60 to 380; it is highest at the backbone's own image size.
-    There the best rate of `full` is lower by as much, for which no derivation is known. So it is a
-    fiftieth of 1 / mean Σ|f - f̄|, at most RATES["full"] and at least a tenth of it (assets/results,
-    Learning rates). All processes use the first one's measurement.
+    There the best rate of `full` is lower by as much, for which no derivation is known. It also is
+    lower for a wider network: a step of AdamW changes what a matrix gives in proportion to the
+    number of its inputs (muP, https://arxiv.org/abs/2203.03466, Table 3). So it is a fiftieth of
+    1 / mean Σ|f - f̄|, above width 192 times 192 / width, at most RATES["full"] and at least a
+    hundredth of it (assets/results, Learning rates). All processes use the first one's measurement.
     """
     if options.head_lr and options.lr:
         return
@@ -946,7 +948,8 @@ def fit_to_features(
     highest = RATES["head"] if options.method == "head" else HEAD_RATE
     options.head_lr = options.head_lr or two_digits(min(highest, unit))
     if options.method == "full":
-        rate = max(RATES["full"] / 10, min(RATES["full"], unit / 50))
+        rate = unit / 50 * min(1, 192 / model.config.width)  # 192: DeiT-tiny's
+        rate = max(RATES["full"] / 100, min(RATES["full"], rate))
         options.lr = options.lr or two_digits(rate)
     options.lr = options.lr or options.head_lr
 
@@ -3096,7 +3099,7 @@ def add_training_options(parser: Parser) -> None:
     cached = "for --method head: train on features computed once, without augmentation"
     parser.switch("--cached", cached)
     add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
-    rate = "peak learning rate (by method and rank; for full by the features, at most "
+    rate = "peak learning rate (by method and rank; for full by features and width, at most "
     rate += f"{RATES['full']:g}; for head as --head-lr)"
     add("--lr", "LR", number(1e-12, 1000), rate, 0.0)
     head = f"peak learning rate of the head (by its features, at most {HEAD_RATE:g}, for head "

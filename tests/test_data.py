@@ -253,7 +253,7 @@ def test_one_photo_is_read_as_its_folder_is(photos):
     assert torch.equal(pixels, images.pixels[7])
 
 
-def test_squash(photos, tmp_path):
+def test_squash(tmp_path, capsys):
     """With `squash`, all of a photo is resized to the network's size, apart from what is cached
     without it. Images that are no photos stay as they are."""
     image = pytest.importorskip("PIL.Image")
@@ -275,6 +275,9 @@ def test_squash(photos, tmp_path):
     same_size = data.read(str(tmp_path / "wide"), image_size=32, squash=True)
     assert same_size.train.shape == middle.train.shape
     assert same_size.train.checksum() != middle.train.checksum()
+    capsys.readouterr()
+    data.read(str(tmp_path / "wide"), image_size=28)  # its photos are still there
+    assert capsys.readouterr().out == ""
     photo = tmp_path / "wide/leaf/0.png"
     pixels = data.read_photo(photo, data.Square(28, squash=True))
     assert torch.equal(pixels, whole.train.pixels[4])

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import xml.etree.ElementTree as ElementTree
 import zlib
 from pathlib import Path
@@ -1114,9 +1115,28 @@ def test_what_the_network_sees_is_stated(run, photos, tiny_weights, monkeypatch)
     assert height in range(30, 50)
     assert side == again == round(0.875 * min(width, height))
     assert share == round(100 * side**2 / (width * height))
+    assert "; with --squash all of it\n" in out
     assert "subfolders" not in out
     size = TINY["image_size"]
     assert set(shown) == {(size, size, 3)}
+    out = run("--eval", "runs/photos-adaptertune-r8-s0")
+    assert re.search(r"^view     .* the middle .* \(\d+ %\)$", out, re.M)  # it takes no --squash
+
+    out = run("--dataset", photos, *quick(tiny_weights, "--limit", 0, "--epochs", 1), "--squash")
+    assert "evaluation and labelling see all, squashed to a square\n" in out
+    assert "saved    runs/photos-adaptertune-r8-squashed-s0/adapters.safetensors" in out
+
+
+def test_a_run_without_center(run, tiny_weights):
+    """A run's file says which part of a photo the network sees; one that doesn't is refused."""
+    run(*quick(tiny_weights, "--epochs", 1, "--name", "a"))
+    path = Path("runs/a/adapters.safetensors")
+    tensors, meta = adaptertune.read(path)
+    assert meta["center"] == 1
+    del meta["center"]
+    save_file(tensors, path, {"adaptertune": json.dumps(meta)})
+    with pytest.raises(ValueError, match="is damaged: its metadata lack center"):
+        train.load_run("runs/a")
 
 
 def test_what_would_mislead_is_noted(run, photos, tiny_weights, capsys):
@@ -2356,7 +2376,7 @@ STATED = {
     "--image-size": "(0: its own)",
     "--epochs": "(10, up to 30 for fewer than 1,500 images; --cached 100)",
     "--batch": "(128; 32 for fewer than 5,000 images)",
-    "--lr": "(by method and rank; for full by the features, at most 0.00025; for head as",
+    "--lr": "(by method and rank; for full by features and width, at most 0.00025; for head as",
     "--head-lr": "(by its features, at most 0.01, for head 0.02; as --lr for",
     "--weight-decay": "(0.05)",
     "--label-smoothing": "(0.1; CLIP's methods 0)",
@@ -2547,7 +2567,7 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     spread = (features - features.mean(dim=0)).abs().sum(dim=1).mean()
     assert rate == pytest.approx(min(2e-2, 1 / spread.item()), rel=0.05)
     assert (rate < 1e-2) == (factor > 1)
-    expected = min(2.5e-4, max(2.5e-5, 0.02 / spread.item()))
+    expected = min(2.5e-4, max(2.5e-6, 0.02 / spread.item()))
     assert full["lr"] == pytest.approx(expected, rel=0.05)
 
     config = json.loads(Path("runs/head/config.json").read_text())
@@ -2555,6 +2575,28 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
     Path("runs/head/config.json").write_text(json.dumps(config))
     options, *_ = train.parse([*map(str, common), "--method", "head", "--name", "head"])
     assert train.prepare(options, Path("runs/head")).options.lr == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("width", "spread", "rate"),
+    [
+        (128, 250, 8e-5),
+        (192, 250, 8e-5),
+        (384, 250, 4e-5),
+        (768, 250, 2e-5),
+        (768, 1, 2.5e-4),
+        (768, 10**5, 2.5e-6),
+    ],
+)
+def test_the_rate_of_full_follows_the_width(width, spread, rate, monkeypatch):
+    """Full fine-tuning of a network wider than DeiT-tiny has a rate that is lower by as much,
+    within limits."""
+    monkeypatch.setattr(train, "spread_of_features", lambda *_: spread)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(width=width), to=lambda device: None)
+    batches = types.SimpleNamespace(rank=0, device="cpu")
+    (options,) = train.parse(["--method", "full"])
+    train.fit_to_features(options, model, None, batches)
+    assert options.lr == rate
 
 
 def test_the_recipe_is_printed_and_kept(tiny_weights, run):
