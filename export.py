@@ -591,7 +591,7 @@ def props_of_others(meta: dict, config: vit.Config) -> dict[str, str]:
 def preprocessing(meta: dict, config: vit.Config) -> str:
     """The steps from a photo to the graph's input, as text."""
     S = config.image_size
-    side = train.square_of(meta).side
+    side = data.stored_side(S, train.center_of(meta))
     text = f"JPEG decoded at 1/2, 1/4 or 1/8 size while both sides stay at least {2 * side}, "
     text += "photo turned upright (EXIF), transparency over white, 16-bit grey divided by 257, "
     if not meta["resize"]:

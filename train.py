@@ -1029,6 +1029,15 @@ def take_as_test(
     return replace(dataset, test=test[torch.tensor(new)])
 
 
+def load_both(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, data.Dataset]:
+    """A run's backbone, as `load_backbone` returns it, and its images, not yet split. Both are
+    downloaded if they aren't there."""
+    data.check_name(options.dataset)  # before a backbone is downloaded
+    model, backbone = load_backbone(options)
+    dataset = read_dataset(*images_of(options, backbone.config.image_size))
+    return model, backbone, dataset
+
+
 def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
     """Load everything that a run needs, before anything is written.
 
@@ -1036,7 +1045,6 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
         folder: the run's folder; derived from the options if left out.
     """
     folder = folder or run_folder(options)
-    data.check_name(options.dataset)  # before a backbone is downloaded
     compiled = options.compile and not options.cached
     device = choose_device(options.device)
     be_repeatable(device, bitwise=not compiled)
@@ -1044,9 +1052,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
         check_compiler(device)
     with first_process_first():  # it downloads
         torch.manual_seed(data.seed_from(f"{options.seed}/init"))
-        model, backbone = load_backbone(options)
-        size = backbone.config.image_size
-        dataset = read_dataset(*images_of(options, size))
+        model, backbone, dataset = load_both(options)
     dataset = split_dataset(dataset, options, folder)
     data.check_split(dataset)
     check_prototypes(options, dataset)
@@ -1065,6 +1071,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
         options.amp = "bf16" if bf16 else "off"
     dataset.min_scale = options.min_scale
     dataset.flip = dataset.flip and not options.no_flip
+    size = backbone.config.image_size
     batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
     fit_to_features(options, model, dataset, batches)
     meta = describe_network(options, model, backbone)
@@ -3402,12 +3409,10 @@ def fetch_for(grid: list[argparse.Namespace]) -> None:
         if needs in done:
             continue
         done.add(needs)
-        data.check_name(options.dataset)
-        model, backbone = load_backbone(options)
-        size = backbone.config.image_size
-        dataset = read_dataset(*images_of(options, size))
+        _, backbone, dataset = load_both(options)
         if text:
             find_text(options)
+        size = backbone.config.image_size
         print(f"ready    {backbone_name(options)} and {dataset.name} at {size} px; give --offline")
 
 
