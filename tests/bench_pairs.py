@@ -1,4 +1,4 @@
-"""Methods side by side at 224 px, other options at their defaults: the tables of assets/results.
+"""Methods side by side, other options at their defaults: the tables of assets/results.
 
     python tests/bench_pairs.py --real DIR --restored DIR --out pairs.csv [--work DIR]
                                 [--pairs flowers12-deit] [--methods full] [--seeds 0,1] [--jobs 2]
@@ -40,6 +40,7 @@ PAIRS = {
     "flowers12-clip": ("flowers12", "clip", []),
     "cifar5000-deit": ("cifar100", "deit", ["--limit", "5000"]),
     "cifar5000-clip": ("cifar100", "clip", ["--limit", "5000"]),
+    "cifar5000-clip112": ("cifar100", "clip", ["--limit", "5000", "--image-size", "112"]),
     "cifar100-deit": ("cifar100", "deit", ["--epochs", "10"]),
 }
 COLUMNS = ("pair", "method", "seed", "trained", "val_accuracy", "test_accuracy", "made_with")
