@@ -208,19 +208,21 @@ def read(
         data_dir: where published data sets are, or are downloaded to.
         image_size: the network's; photos' centre squares are kept at 1/CENTER of it (256 for 224).
         offline: never download.
-        squash: keep photos as a whole instead, squashed to squares of the network's size. Images
-            of data sets without photos are squares.
+        squash: keep photos as a whole instead, squashed to squares of the network's size.
         some: a folder may have photos of a single class, such as new ones to evaluate a run on.
 
     Raises:
         ValueError: unknown name, missing or empty folder, corrupt file, a package that isn't
-            installed; the message says what to do.
+            installed, squash where the images are no photos; the message says what to do.
     """
     check_name(name)
     square = Square(stored_side(image_size, 1.0 if squash else CENTER), squash)
-    if name in DATASETS:
-        return DATASETS[name](name, Path(data_dir), offline, square)
-    return read_folder(Path(name), square, least=1 if some else 2)
+    if name not in DATASETS:
+        return read_folder(Path(name), square, least=1 if some else 2)
+    dataset = DATASETS[name](name, Path(data_dir), offline, square)
+    if squash and not dataset.squash:
+        raise ValueError(f"--squash is for photos; the images of {name} are squares")
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -268,11 +270,6 @@ def check_name(name: str) -> None:
         import_torchvision(name)
     if kind in (read_folder, read_archive):
         import_pillow()
-
-
-def has_photos(name: str) -> bool:
-    """Whether a data set's images are photos of any shape; those of the others are squares."""
-    return name not in ("digits", "cifar10", "cifar100", "svhn")
 
 
 def is_there(name: str, data_dir: str) -> bool:

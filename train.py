@@ -3322,8 +3322,6 @@ def check(options: argparse.Namespace, parser: Parser) -> None:
         parser.error(
             f"--name {options.name}: give the name of a folder below runs/, without / in it"
         )
-    if options.squash and not data.has_photos(options.dataset):
-        parser.error(f"--squash is for photos; the images of {options.dataset} are squares")
     if options.every != 1 and options.blocks:
         parser.error("--every and --blocks both say where the adapters go; give one")
     if options.limit and options.shots:

@@ -2180,10 +2180,6 @@ WRONG_USAGE = [
     (["--seeds", "0,-1"], "argument --seeds/--seed: -1 is not between 0 and"),
     (["--every", "2", "--blocks", "0"], "--every and --blocks both say .*; give one"),
     (["--limit", "50", "--shots", "2"], "--limit and --shots both choose .*; give one"),
-    (
-        ["--dataset", "cifar100", "--squash"],
-        "--squash is for photos; the images of cifar100 are sq",
-    ),
     (["--scratch"], "--scratch starts from random weights; leave out --weights"),
     (["--unknown"], "unrecognized arguments: --unknown"),
 ]
