@@ -1,6 +1,7 @@
 """assets/device/label.py, run without torch and onnx: it gives torch's labels and probabilities."""
 
 import contextlib
+import csv
 import gc
 import io
 import json
@@ -340,6 +341,51 @@ def test_labels_are_those_of_torch(run_export, label, odd_photos, tmp_path, opti
     check_labels(out, expected)
 
 
+def test_a_table_of_labels(run_export, python, tmp_path):
+    """label.py --csv writes the table that train.py --predict writes, over an earlier one, but over
+    no other file. A photo that can't be read has an empty row."""
+    run_export("runs/photos", "-o", tmp_path / "model.onnx")
+    (tmp_path / "no photo.png").touch()
+    photos = [*sorted(Path("odd").glob("dark*.png")), tmp_path / "no photo.png", "odd/dark.bmp"]
+    photos = list(map(str, photos))
+    expected = tmp_path / "expected.csv"
+    assert train.main(["--predict", "runs/photos", *photos, "--csv", str(expected)]) == 1
+    table = tmp_path / "labels.csv"
+    for _ in range(2):
+        done = python(LABEL, tmp_path / "model.onnx", *photos, "--csv", table)
+        assert done.returncode == 1
+        assert done.stdout.count("\n") == len(photos) - 1
+        header, *rows = list(csv.reader(table.open(encoding="utf-8")))
+        expected_header, *expected_rows = list(csv.reader(expected.open(encoding="utf-8")))
+        assert header == expected_header
+        assert [row[0] for row in rows] == photos
+        for row, other in zip(rows, expected_rows, strict=True):
+            assert (row[0], row[1], row[3]) == (other[0], other[1], other[3])
+            assert [bool(cell) for cell in row] == [bool(cell) for cell in other]
+            for cell, same in zip(row, other, strict=True):
+                if re.fullmatch(r"\d\.\d{4}", same):
+                    assert float(cell) == pytest.approx(float(same), abs=2e-4)
+    content = Path(photos[0]).read_bytes()
+    done = python(LABEL, tmp_path / "model.onnx", photos[1], "--csv", photos[0])
+    fault = "that file exists and is no table of labels; give another name"
+    assert (done.returncode, done.stderr) == (1, f"error: --csv {photos[0]}: {fault}\n")
+    assert Path(photos[0]).read_bytes() == content
+    done = python(LABEL, tmp_path / "model.onnx", photos[1], "--csv", tmp_path / "nowhere/a.csv")
+    assert done.returncode == 1
+    assert re.fullmatch("error: .*No such file or directory: .*a.csv'\n", done.stderr)
+
+
+def test_a_table_of_many_classes(tmp_path):
+    """With more than 20 classes the table of label.py has the likeliest two alone."""
+    module = runpy.run_path(str(LABEL))
+    classes = [f"class {i}" for i in range(21)]
+    probabilities = np.linspace(0, 0.1, 21)
+    table = module["begin_table"](tmp_path / "a.csv", classes)
+    table.writerow(module["as_row"]("a.jpg", probabilities, classes))
+    lines = (tmp_path / "a.csv").read_text().splitlines()  # each row is there at once
+    assert lines == [train.LABELS_HEADER, "a.jpg,class 20,0.1000,class 19"]
+
+
 def test_turned_photos_are_seen_upright(run_export, label, tmp_path):
     """For each EXIF orientation, the labels are those of the photo as displayed, not as stored.
 
@@ -617,7 +663,8 @@ def test_damaged_metadata(changed, label):
         for text in ("two", "", "{"):
             message = label(changed(**{key: text}), "odd/dark.bmp", status=1)
             assert re.search(r"metadata of .*changed.onnx are damaged \(.+\); export it", message)
-    for key, text in (("classes", '{"0": "a"}'), ("mean", "[1, 2]"), ("std", '{"a": 1}')):
+    kinds = [("classes", '{"0": "a"}'), ("classes", '["a"]'), ("mean", "[1, 2]")]
+    for key, text in (*kinds, ("std", '{"a": 1}')):
         assert "are damaged" in label(changed(**{key: text}), "odd/dark.bmp", status=1)
     for text in ("two", "1", "null", '"false"'):
         assert "are damaged" in label(changed(squash=text), "odd/dark.bmp", status=1)

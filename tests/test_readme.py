@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,7 +122,13 @@ def test_device_commands_run(command, photos_there, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", arguments)
     capsys.readouterr()
     runpy.run_path(arguments[0], run_name="__main__")
-    assert re.fullmatch(r"photo.jpg(  \d \d+\.\d %){3}\n", capsys.readouterr().out)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[\w/.]+\.(jpg|png)(  \d \d+\.\d %){3}", line)
+    if "--csv" in arguments:
+        rows = Path(arguments[-1]).read_text().splitlines()
+        assert [row.partition(",")[0] for row in rows[1:]] == [line.split()[0] for line in lines]
 
 
 def test_every_kind_of_command_is_tested():

@@ -3,6 +3,7 @@
     pip install onnxruntime pillow (and pillow-heif for HEIC photos from phones; Python 3.10)
     python label.py model.onnx photo.jpg …
     python label.py backbone.onnx --adapter flowers.onnx_adapter photo.jpg …
+    python label.py model.onnx folder --csv labels.csv
 
 Class names, image size, normalisation and the form of input and output are read from the file. All
 photos in a folder and its subfolders are labelled, without hidden ones. A photo that can't be read
@@ -25,6 +26,7 @@ if __name__ == "__main__":  # Ctrl-C ends without a traceback
 
 import argparse
 import contextlib
+import csv
 import json
 import re
 import sys
@@ -61,6 +63,10 @@ BEGINNINGS = re.compile(
 )
 HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 ADAPTER = re.compile(rb".{4}TORT", re.DOTALL)  # first bytes of an .onnx_adapter
+# First columns of the table of --csv, as of train.py's --predict. With at most EACH classes it also
+# has the probability of each.
+COLUMNS = ["file", "prediction", "probability", "runner-up"]
+EACH = 20
 
 
 def plain(text):
@@ -235,8 +241,9 @@ def read_task(meta):
     if not task["squash"]:
         task["center"] = float(meta["center"])
     names = task["classes"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("classes aren't a list of names")
+    strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not strings or len(names) < 2:
+        raise ValueError("classes aren't a list of two names or more")
     if not 1 <= task["image_size"] <= 2048 or not 0.5 <= task["center"] <= 1:
         raise ValueError("the image size or the center is out of range")
     if task["input"] not in ("float", "unit", "uint8"):
@@ -398,11 +405,45 @@ def as_text(probabilities, classes):
     return "  ".join(f"{classes[i]} {100 * probabilities[i]:.1f} %" for i in best)
 
 
+def begin_table(path, classes):
+    """Begin a .csv file of labels; returns its writer. Each row is written at once, so that Ctrl-C
+    loses none.
+
+    Raises:
+        UnusableError: the file exists and is no such table, but a photo or a graph.
+        OSError: it can't be written.
+    """
+    known = ",".join(COLUMNS).encode()
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            if file.read(len(known)) not in (b"", known):
+                fail(f"--csv {path}: that file exists and is no table of labels; give another name")
+    lines = {"buffering": 1, "newline": "", "encoding": "utf-8", "errors": "replace"}
+    file = Path(path).open("w", **lines)  # noqa: SIM115 - kept open
+    table = csv.writer(file, lineterminator="\n")
+    each = [f"probability of {name}" for name in classes] if len(classes) <= EACH else []
+    table.writerow(COLUMNS + each)
+    return table
+
+
+def as_row(photo, probabilities, classes):
+    """A photo's row in the table. That of a photo which couldn't be read, without `probabilities`,
+    has nothing after its name."""
+    each = [""] * len(classes)
+    label = ["", "", ""]
+    if probabilities is not None:
+        best, second = np.argsort(-probabilities)[:2]
+        each = [f"{each:.4f}" for each in probabilities]
+        label = [classes[best], each[best], classes[second]]
+    return [photo, *label, *(each if len(classes) <= EACH else [])]
+
+
 def main():
     parser = argparse.ArgumentParser(description="Label photos with an ONNX file from export.py.")
     parser.add_argument("model", help="model.onnx; with --adapter backbone.onnx")
     parser.add_argument("photos", nargs="+", metavar="photo", help="a photo, or a folder of photos")
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
+    parser.add_argument("--csv", metavar="FILE", help="write the labels to this file, too")
     arguments = parser.parse_args()
     if "" in sys.argv:
         fail("an argument is empty; give it a value")
@@ -413,8 +454,10 @@ def main():
     warnings.simplefilter("ignore")  # Pillow's, about photos that it can still read
 
     session, task, options = open_graph(arguments.model, arguments.adapter)
+    table = begin_table(arguments.csv, task["classes"]) if arguments.csv else None
     failed = False
     for photo in find_photos(arguments.photos):
+        probabilities = None
         try:
             probabilities = predict(photo, session, task, options)
         except UnusableError:
@@ -425,6 +468,8 @@ def main():
         else:
             text = as_text(probabilities, task["classes"])
             print(plain(f"{photo}  {text}"), flush=True)
+        if table:
+            table.writerow(as_row(photo, probabilities, task["classes"]))
     if failed:
         sys.exit(1)
 
