@@ -81,7 +81,7 @@ def train(run: tuple[str, str, int], arguments: list[str], options: argparse.Nam
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     row = {"pair": pair, "method": method, "seed": seed, "trained": result["trained"]}
     for part in ("val_accuracy", "test_accuracy"):
-        row[part] = f"{result[part]:.2f}"
+        row[part] = f"{result[part]:.4f}"
     row["made_with"] = f"torch {torch.__version__}, {device}"
     with writing:
         run_tables.add_row(options.out, row)

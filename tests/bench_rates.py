@@ -16,7 +16,9 @@ split off, so these were among them; pets had 5 and 4, at 224 and 112 px 5 and 5
 So pets148-clip112 has other images than the rows of pets-clip112.
 
 Each row of the .csv is one run; its recipe lists further options that aren't at their defaults.
-Runs that the .csv holds aren't repeated, so a stopped grid can be continued.
+The defaults changed over time, so a row names the commit of the code, or, before 28 November 2026,
+the commit that added it. Runs that the .csv holds aren't repeated, so a stopped grid can be
+continued.
 """
 
 import argparse
@@ -39,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
 
-COLUMNS = ("pair", "method", "epochs", "lr", "recipe", "seed", "val_accuracy", "seconds")
+COLUMNS = ("pair", "method", "epochs", "lr", "recipe", "seed", "val_accuracy", "seconds", "commit")
 METHODS = {
     "head": ["--method", "head"],
     "adaptertune": ["--method", "adaptertune", "--rank", "8"],
@@ -156,7 +158,7 @@ def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> floa
         result = {"val_accuracy": 0.0, "seconds": 0.0}
     accuracy = round(result["val_accuracy"], 2)
     row = run | {"val_accuracy": f"{accuracy:.2f}", "seconds": f"{result['seconds']:.1f}"}
-    run_tables.add_row(options.out, row)
+    run_tables.add_row(options.out, row | {"commit": run_tables.commit()})
     return accuracy
 
 
@@ -175,7 +177,8 @@ def accuracies(rows: list[dict[str, str]], pair: str, method: str) -> dict[str, 
 
 
 def print_tables(rows: list[dict[str, str]]) -> None:
-    """Print the accuracy of every rate, and what each method's default rate loses to the best."""
+    """Print the accuracy of every rate, and what each method's default rate loses to the best on
+    the pairs on which others were tried too."""
     summary = []
     for method in METHODS:
         name, _, rank = method.partition("-r")
@@ -191,17 +194,18 @@ def print_tables(rows: list[dict[str, str]]) -> None:
             if found:
                 print(f"| {pair} | {' | '.join(cells)} |")
             for rate, (accuracy, _) in found.items():
-                if f"{float(rate):g}" == default and pair not in HALVES["sharp"]:
+                known = len(found) > 1 and pair not in HALVES["sharp"]
+                if known and f"{float(rate):g}" == default:
                     lost[pair] = max(found.values())[0] - accuracy
         if lost:
             worst = max(lost, key=lost.get)
             mean = statistics.mean(lost.values())
             others = [loss for pair, loss in lost.items() if pair in HALVES["confirm"]]
             others = statistics.mean(others) if others else math.nan
-            row = f"{mean:.2f} | {others:.2f} | {lost[worst]:.1f} ({worst})"
+            row = f"{len(lost)} | {mean:.2f} | {others:.2f} | {lost[worst]:.1f} ({worst})"
             summary.append(f"| `{method}` | {default} | {row} |")
-    print("\n| | default rate | mean loss, all pairs | the four others | largest |")
-    print("|---|--:|--:|--:|--:|")
+    print("\n| | default rate | pairs | mean loss | mean loss on the four others | largest |")
+    print("|---|--:|--:|--:|--:|--:|")
     print("\n".join(summary))
 
 

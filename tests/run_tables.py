@@ -7,6 +7,7 @@ is a run; a run that the table already holds isn't repeated.
 import argparse
 import csv
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,13 @@ def add_row(path: Path, row: dict) -> None:
     with path.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerow(row.values())
     print(*row.values(), flush=True)
+
+
+def commit() -> str:
+    """The repository's commit, shortened, with "+" if files were changed since; "" without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def mean_and_spread(values: list[float]) -> str:

@@ -584,7 +584,7 @@ def test_precision(run, tmp_path, precision, name):
     check = (
         rf"^check    {precision} against fp32, 359 test images: max \|diff\| [\d.e-]+, "
         r"top-1 agreement [\d.]+ %, accuracy [\d.]+ %, before [\d.]+ %, "
-        r"change [+-][\d.]+ ± [\d.]+ points (ok|forced)$"
+        r"change [+-][\d.]+ ± [\d.]+ points \(at least -[\d.]+ is wanted\) (ok|forced)$"
     )
     assert re.search(check, out, re.M)
     assert re.search(r"^speed .* ms fp32, ratio [\d.]+ ", out, re.M)
@@ -608,10 +608,10 @@ def test_int8_that_disagrees(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "equalise", turn_labels_around)
     arguments = ["runs/a", "-o", tmp_path / "m.onnx", "--precision", "int8"]
     error = run(*arguments, status=1)
-    assert "points: it isn't kept without --force" in error
+    assert "is wanted): it isn't kept without --force" in error
     assert not list(tmp_path.iterdir())
-    assert "points forced" in run(*arguments, "--force")
-    assert metadata(tmp_path / "m.onnx")["check"].endswith("points forced")
+    assert "is wanted) forced" in run(*arguments, "--force")
+    assert metadata(tmp_path / "m.onnx")["check"].endswith("is wanted) forced")
     assert names_in(tmp_path) == ["labels.txt", "m.onnx"]
     out = run("runs/a", "--hub", tmp_path / "hub")
     assert re.search(
@@ -633,7 +633,7 @@ def agreement(counts, labels=True):
     [
         ((900, 0, 0, 100), True, "accuracy 90.00 %, before 90.00 %, change +0.00 ± 0.00 points"),
         ((900, 15, 0, 85), False, "accuracy 90.00 %, before 91.50 %, change -1.50 ± 0.38 points"),
-        ((900, 13, 0, 87), True, "change -1.30 ± 0.36 points"),
+        ((900, 13, 0, 87), True, "change -1.30 ± 0.36 points (at least -1.36 is wanted)"),
         ((9000, 150, 0, 850), False, "change -1.50 ± 0.12 points"),
         ((900, 40, 40, 20), True, "top-1 agreement 90 %, accuracy 94.00 %, before 94.00 %"),
         ((70, 2, 0, 2), True, "change -2.70 ± 1.89 points"),

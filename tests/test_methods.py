@@ -800,7 +800,7 @@ def test_sweep_over_ranks(run, tiny_weights, tmp_path):
     )
     texts = check_picture(tmp_path / "runs/digits-comparison.svg")
     if texts is not None:  # with matplotlib
-        assert {"1", "2", "8", f"elbow: rank {min(within)}"} <= set(texts)
+        assert {"1", "2", "8", f"elbow by validation: rank {min(within)}"} <= set(texts)
 
 
 @pytest.mark.usefixtures("no_matplotlib")
@@ -862,6 +862,21 @@ def test_the_elbow_is_within_a_standard_error_of_the_best(
     assert f"elbow    rank {elbow}, the least within a standard error" in out
     assert f", by {chosen_on} accuracy\n" in out
     assert " 0.00025 " in out  # the rate, in full
+
+
+def test_rates_that_follow_each_runs_features(capsys, tmp_path):
+    """Where the seeds have other learning rates, the table shows the lowest and the highest."""
+    results = []
+    for method, rates in (("head", (0.0031, 0.0029, 0.003)), ("full", (1e-4,) * 3)):
+        for rate in rates:
+            row = {"method": method, "dataset": "d", "backbone": "b", "trained": 9, "lr": rate}
+            row |= {"seconds": 1.0, "memory": 0.1, "test_accuracy": 80.0, "val_accuracy": 80.0}
+            results.append((method, row))
+    train.compare(results, tmp_path / "c")
+    header, head, full = capsys.readouterr().out.splitlines()[1:4]
+    assert " 0.0029 to 0.0031 " in head
+    assert re.search(r" 0\.0001  +0:01 ", full)
+    assert len(header) == len(head) == len(full)
 
 
 # ------------------------------------------------------------------------------------- pictures
