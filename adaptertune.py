@@ -63,6 +63,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -210,7 +211,8 @@ def check_vit(model: nn.Module) -> None:
                 f"a {kind} gives the parameters other names; give the vit.ViT in it, .{inner}"
             )
     blocks = getattr(model, "blocks", ())
-    if not blocks or not all(hasattr(block, "adapter") for block in blocks):
+    is_vit = hasattr(model, "config") and all(hasattr(block, "adapter") for block in blocks)
+    if not blocks or not is_vit:  # also of a text tower
         raise ValueError(
             f"a {kind} can't be adapted, only a vit.ViT; vit.load reads the file of a "
             "state_dict from timm, torchvision or transformers"
@@ -240,6 +242,8 @@ def merge_into_mlp(block: nn.Module) -> bool:
     if not isinstance(block.ls2, nn.Identity):  # LayerScale will multiply them by γ
         U = U / block.ls2.gamma[:, None]
         u = u / block.ls2.gamma
+        if not (U.isfinite().all() and u.isfinite().all()):  # γ is 0 somewhere
+            return False
     fc1 = block.mlp.fc1
     fc2 = block.mlp.fc2
     fc1.weight = frozen(torch.cat([fc1.weight, adapter.down.weight]))
@@ -260,6 +264,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 def merge(model: nn.Module) -> int:
     """Merge every adapter that can be merged exactly; return their number. Call `save` first: a
     merged adapter is part of the backbone and no longer saved."""
+    check_vit(model)
     return sum(merge_into_mlp(block) for block in model.blocks)
 
 
@@ -277,6 +282,9 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
     if blocks is not None:
         if isinstance(blocks, str | int):
             raise ValueError(f"placement {blocks!r}: give a list of blocks, such as [0, 1]")
+        for block in blocks:
+            if type(block) is not int:
+                raise ValueError(f"placement {list(blocks)}: give ints, not {block!r}")
         outside = [block for block in blocks if not -depth <= block < depth]
         if outside or not blocks:
             which = f"block {outside[0]}" if outside else "no block"
@@ -566,10 +574,11 @@ def adapt(
         settings: the method's settings (METHODS); its defaults apply to omitted ones.
 
     Returns:
-        The settings in effect, for the adapter file's metadata.
+        The method and its settings in effect, for the adapter file's metadata.
 
     Raises:
-        ValueError: an unknown method, or a setting that the method or the model doesn't support.
+        ValueError: an unknown method, or a setting that the method or the model doesn't support;
+            the model is then as it was.
     """
     check_vit(model)
     check_choice("method", method, METHODS)
@@ -579,28 +588,44 @@ def adapt(
     if type(classes) is not int or classes < 1:
         raise ValueError(f"classes {classes!r}: give their number, an int of at least 1")
     settings = METHODS[method] | settings
-    remove_added(model)
-    if method in ADAPTER_METHODS:
-        add_adapters(model, method=method, placement=placement, **settings)
-        add_head(model, classes)
-    elif method == "vpt":
-        add_prompts(model, **settings)
-        add_head(model, classes)
-    elif method == "clip-adapter":
-        settings["rank"] = add_clip_head(model, classes, **settings)
-    elif method == "zero-shot":
-        add_clip_head(model, classes)
-    elif method in ("head", "full"):
-        add_head(model, classes)
-    elif method == "scratch":
-        model.init_weights()
-        add_head(model, classes)
-    else:
-        raise ValueError(f"METHODS has a row for {method}, but adapt has no branch for it")
-    if method in PLACED_METHODS:
-        settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
-    freeze(model, everything=method in WHOLE_METHODS)
-    return settings
+    with unchanged_by_errors(model):
+        remove_added(model)
+        if method in ADAPTER_METHODS:
+            add_adapters(model, method=method, placement=placement, **settings)
+            add_head(model, classes)
+        elif method == "vpt":
+            add_prompts(model, **settings)
+            add_head(model, classes)
+        elif method == "clip-adapter":
+            settings["rank"] = add_clip_head(model, classes, **settings)
+        elif method == "zero-shot":
+            add_clip_head(model, classes)
+        elif method in ("head", "full"):
+            add_head(model, classes)
+        elif method == "scratch":
+            model.init_weights()
+            add_head(model, classes)
+        else:
+            raise ValueError(f"METHODS has a row for {method}, but adapt has no branch for it")
+        if method in PLACED_METHODS:
+            settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
+        freeze(model, everything=method in WHOLE_METHODS)
+    return {"method": method} | settings
+
+
+@contextmanager
+def unchanged_by_errors(model: nn.Module):
+    """Inside this context, an error puts back the modules and parameters that a model had."""
+    before = [(each, dict(each._modules), dict(each._parameters)) for each in model.modules()]
+    try:
+        yield
+    except Exception:
+        for module, children, parameters in before:
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        raise
 
 
 # ------------------------------------------------------------------------------- what is trained
@@ -748,7 +773,12 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
                 "backbone had before"
             )
         meta["fingerprint"] = "" if is_whole else fingerprint(model)
-    header = json.dumps(meta)
+        if is_whole:  # with it, vit.load reads the file as a backbone
+            meta = {"config": asdict(model.config)} | meta
+    try:
+        header = json.dumps(meta)
+    except TypeError as error:
+        raise ValueError(f"metadata that JSON can't hold ({error})") from error
     check_types(json.loads(header), META)  # a file that `read` would refuse isn't written
     content = to_bytes(tensors, {"adaptertune": header})
     if isinstance(path, str | Path):
@@ -828,8 +858,9 @@ def check_values(saved: dict[str, Tensor], present: dict[str, Tensor]) -> None:
 def unseen_settings(model: nn.Module) -> list[tuple[str, object]]:
     """Settings that a model's tensors don't show, named as in a file's metadata: the backbone's, a
     ClipHead's and each Adapter's. Learnt settings are left out, since they are tensors."""
-    quick_gelu = model.config.quick_gelu
-    found = [("heads", model.config.heads), ("mlp_act", "quick_gelu" if quick_gelu else "gelu")]
+    config = model.config
+    found = [("heads", config.heads), ("mlp_act", "quick_gelu" if config.quick_gelu else "gelu")]
+    found += [("pool", config.pool), ("eps", config.eps)]
     if isinstance(model.head, ClipHead):
         found += [("ratio", model.head.image_ratio), ("text_ratio", model.head.text_ratio)]
     for block in model.blocks:
@@ -841,8 +872,8 @@ def unseen_settings(model: nn.Module) -> list[tuple[str, object]]:
 
 
 def common_settings(model: nn.Module, meta: dict) -> dict:
-    """The unseen settings of a model as it is now, where all its adapters agree in them. An act of
-    "mlp" in `meta`, what `adapt` returned, stays if it is still true.
+    """The unseen settings of a model as it is now, where all its adapters agree in them. Their act
+    is "mlp" if it is the MLP's, and `meta` says so or it has no other name.
 
     Raises:
         ValueError: the adapters differ in a setting that `meta` states.
@@ -858,8 +889,9 @@ def common_settings(model: nn.Module, meta: dict) -> dict:
                 "loading"
             )
     common = {name: values.pop() for name, values in found.items() if len(values) == 1}
-    if meta.get("act") == "mlp" and common.get("act") == name_of_act(model.blocks[0].mlp.act):
-        del common["act"]
+    mlp_act = name_of_act(model.blocks[0].mlp.act)
+    if common.get("act") == mlp_act and (meta.get("act") == "mlp" or mlp_act not in ACTS):
+        common["act"] = "mlp"
     return common
 
 
@@ -901,6 +933,8 @@ def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> 
     """
     tensors, meta = read(path, ("fingerprint",))
     check_vit(model)
+    if model.cls_token.dtype is not torch.float32:  # after .half() it has another fingerprint
+        name += f" in {model.cls_token.dtype}"
     check_fingerprint(meta, fingerprint(model), name)
     trained_on = meta["fingerprint"]
     wanted = model.state_dict()
@@ -1006,6 +1040,8 @@ META = {
     "std": several(real(0.001, 1), 3, 3),
     "heads": whole(1, 10_000),
     "mlp_act": choice(("gelu", "quick_gelu")),
+    "pool": choice(("token", "mean")),
+    "eps": real(0, 1),
     "interpolation": text,
     "center": real(0.5, 1),
     "squash": flag,

@@ -179,11 +179,11 @@ class Attention(nn.Module):
     If `queries` is given, only the first `queries` tokens are output.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, rope: Rotary | None = None):
         super().__init__()
         self.heads = config.heads
         self.causal = config.causal
-        self.rope = nn.Identity()  # or a Rotary that all blocks share
+        self.rope = rope or nn.Identity()
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -243,13 +243,13 @@ class Block(nn.Module):
 
     `adapter`, if set, maps the tensor that its `reads` names to a correction [B, N, D].
     `prompts` [P, D], if set, are extra tokens that ViT.run_blocks appends. If `queries` is given,
-    only the first `queries` tokens are output: [B, queries, D].
+    only the first `queries` tokens are output: [B, queries, D]. All blocks share the Rotary.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, rope: Rotary | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, rope)
         self.ls1 = LayerScale(config.width) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = MLP(config)
@@ -264,15 +264,13 @@ class Block(nn.Module):
         h = x + y
         if self.adapter is None:
             return h
-        if self.adapter.reads == "block":  # AdapterTune: after the block, on the residual stream
-            return h + self.adapter(h)
-        if self.adapter.reads == "raw":  # AdaptFormer's code: parallel to LayerNorm and MLP
-            return h + self.adapter(x)
-        if self.adapter.reads == "ln":  # AdaptFormer's equation: parallel to the MLP
-            return h + self.adapter(z)
-        if self.adapter.reads == "mlp":  # AdaptFormer's sequential form: after the MLP
-            return h + self.adapter(y)
-        raise ValueError(f"no adapter can read {self.adapter.reads!r}; see adaptertune.READS")
+        readable = {
+            "block": h,  # AdapterTune: after the block, on the residual stream
+            "raw": x,  # AdaptFormer's code: parallel to LayerNorm and MLP
+            "ln": z,  # AdaptFormer's equation: parallel to the MLP
+            "mlp": y,  # AdaptFormer's sequential form: after the MLP
+        }
+        return h + self.adapter(readable[self.adapter.reads])
 
 
 class PatchEmbed(nn.Module):
@@ -310,13 +308,10 @@ class ViT(nn.Module):
         if not config.rope:
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, D))
         self.norm_pre = nn.LayerNorm(D, eps=config.eps) if config.norm_pre else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        rope = Rotary(config) if config.rope else None
+        self.blocks = nn.ModuleList(Block(config, rope) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.eps)
         self.head = nn.Linear(D, classes) if classes else nn.Identity()
-        if config.rope:
-            rope = Rotary(config)
-            for block in self.blocks:
-                block.attn.rope = rope
 
     def init_weights(self) -> None:
         """Initialise all weights to train from scratch: matrices, tokens and positions from a
@@ -388,11 +383,14 @@ class ViT(nn.Module):
 # ------------------------------------------------------------------------------ CLIP's text side
 
 
+CLIP_VOCABULARY = 49_408  # token ids
+
+
 class TextTower(nn.Module):
     """CLIP's text tower: token ids int64 [K, T] to embeddings [K, E].
 
-    The head reads the end mark's token, which is found as the highest id. Hugging Face's rule, the
-    first `eos_token_id`, differs only if tokens with higher ids were added to the vocabulary.
+    The head reads the end mark's token, which is found as the highest id, the last of CLIP's
+    vocabulary; `load_text` refuses a larger one.
     """
 
     def __init__(self, config: Config, vocabulary: int, embedding: int):
@@ -430,7 +428,7 @@ class Tokenizer:
         ValueError: the file is missing, damaged, or not a CLIP vocabulary.
     """
 
-    MERGES = 48_894  # the number that CLIP uses; the published list is longer
+    MERGES = CLIP_VOCABULARY - 2 * 256 - 2  # what CLIP uses; the published list is longer
     LONGEST = 2**25  # bytes that are read at most; the published list has 3.2 million
 
     def __init__(self, path: str | Path):
@@ -675,12 +673,12 @@ class Layout:
 
 
 LAYOUTS = (  # the first one that matches is taken
-    Layout("OpenAI CLIP, open_clip", r"\bconv1\.weight$"),
     Layout(
         "Hugging Face CLIP",
         r"\bembeddings\.class_embedding$",
         ignored=(*IGNORED, r"\.\./classifier\."),  # reads the mean of patches without the norm
     ),
+    Layout("OpenAI CLIP, open_clip", r"\bclass_embedding$"),
     Layout(
         "Hugging Face Dinov2",
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
@@ -779,10 +777,15 @@ RENAMES = (
 
 
 class ScriptModule(dict):
-    """Stands in for a module of a TorchScript archive: a dictionary of its attributes."""
+    """Stands in for a module of a TorchScript archive: a dictionary of its attributes. (An enum is
+    made with arguments, and has no state.)"""
 
-    def __setstate__(self, state: dict):
-        self.update(state)
+    def __init__(self, *arguments):
+        super().__init__()
+
+    def __setstate__(self, state: object):
+        if isinstance(state, dict):
+            self.update(state)
 
 
 class Placeholder:
@@ -814,6 +817,12 @@ HARMLESS = [
     "pathlib._local.WindowsPath",
     "pathlib._local.PurePosixPath",
     "pathlib._local.PureWindowsPath",
+    # Type tags of values in TorchScript archives of torch.jit.script.
+    "torch.jit._pickle.build_boollist",
+    "torch.jit._pickle.build_doublelist",
+    "torch.jit._pickle.build_intlist",
+    "torch.jit._pickle.build_tensorlist",
+    "torch.jit._pickle.restore_type_tag",
 ]
 
 # File formats that can't be read: how such a file begins, and what it is.
@@ -904,6 +913,8 @@ def foreign_kind(path: Path, beginning: bytes) -> str:
             return kind
     if path.suffix == ".onnx":
         return "an ONNX graph"
+    if path.name.endswith(".bin.index.json"):
+        return "the index of pickles in several parts"
     if any(name.endswith("archive_format") for name in archive_names(path)):
         return "a program of torch.export (.pt2)"
     return ""
@@ -1029,9 +1040,10 @@ def read_torchscript(path: Path) -> ScriptModule:
                 copy.writestr(name, archive.read(name))
     kept.seek(0)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(kept)
-    modules = [(ScriptModule, name) for name in names if name.startswith("__torch__.")]
+    known = [(ScriptModule, name) for name in names if name.startswith("__torch__.")]
+    known += [(Placeholder, name) for name in HARMLESS]
     kept.seek(0)
-    with torch.serialization.safe_globals(modules):
+    with torch.serialization.safe_globals(known):
         return torch.load(kept, map_location="cpu", weights_only=True)
 
 
@@ -1044,7 +1056,7 @@ def script_tensors(module: ScriptModule) -> dict[str, Tensor]:
 # Keys that identify a network; names of networks whose weights were averaged over training. (Of
 # MoCo's two encoders the base is the one that is used; it comes first.)
 NETWORK_KEY = re.compile("|".join(layout.tell for layout in LAYOUTS + TEXT_LAYOUTS))
-AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)")
+AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)(?![a-z])")
 
 
 def find_tensors(content: object) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -1115,6 +1127,8 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
             match = re.search(layout.tell, key)
             if match:
                 return layout, key[: match.start()]
+    if any(re.search(r"visual|vision|image_encoder", key) for key in tensors):
+        raise ValueError("its image tower isn't a ViT with a class token, but a ResNet or SigLIP's")
     if has_text_tower(tensors):
         raise ValueError("CLIP's text tower alone; give a file that has the image tower")
     known = "; ".join(layout.name for layout in layouts)
@@ -1159,7 +1173,10 @@ def to_timm(
         if name.startswith("../"):  # other heads, losses, metrics, another network
             others.append(key)
             continue
-        check_usable(key, value)
+        check_usable(key, name, value)
+        if not value.is_floating_point():  # a counter of steps
+            others.append(key)
+            continue
         value = value.float()
         if name.endswith(".attn.q.weight.T") and value.ndim == 3:
             kernel_heads.add(value.shape[1])
@@ -1173,18 +1190,21 @@ def to_timm(
     lora_note = merge_lora(found, Path(lora)) if lora else ""
     stack_qkv(found)
     if "cls_token" in found and "pos_embed" in found:
-        arrange_positions(found)
+        # timm's and Meta's ViTs without a position for the class token all have LayerScale.
+        may_lack = "timm" in layout.name and "blocks.0.ls1.gamma" in found
+        arrange_positions(found, may_lack or "Google" in layout.name)
     note = f"left out: {first_few(others)}" if others else ""
     return Translated(layout, found, names, ignored, kernel_heads, note, lora_note)
 
 
-def check_usable(key: str, value: Tensor) -> None:
-    """Raise a ValueError for a tensor that shows a network which this module doesn't support."""
+def check_usable(key: str, name: str, value: Tensor) -> None:
+    """Raise a ValueError for a tensor that shows a network which this module doesn't support. (A
+    head may have a batch norm, as in MAE's linear probes.)"""
     if "relative_position" in key:
         raise ValueError(f"{key}: a ViT with relative positions (BEiT) can't be used")
-    if key.endswith("num_batches_tracked"):
+    if key.endswith("num_batches_tracked") and not name.startswith("head."):
         raise ValueError(f"{key}: a ViT with batch norms (a hybrid) can't be used")
-    if not value.is_floating_point():
+    if value.ndim and not value.is_floating_point():
         raise ValueError(
             f"{key} holds {value.dtype}, not floating-point numbers; "
             "quantised weights can't be used"
@@ -1248,11 +1268,16 @@ def stack_qkv(found: dict[str, Tensor]) -> None:
             found[bias] = found[bias] * found.pop(mask)
 
 
-def arrange_positions(found: dict[str, Tensor]) -> None:
+def arrange_positions(found: dict[str, Tensor], may_lack: bool) -> None:
     """Bring the class token to [1, 1, D] and positions to [1, 1+g², D] (class token, patches).
 
     If the file has positions for registers, or for DeiT's distillation token, they are added to
     those tokens, which leaves the network's output unchanged.
+
+    Args:
+        may_lack: the class token may have no position (timm's `no_embed_class`, DeiT III,
+            big_vision). For other networks g² positions are those of a class token and a grid that
+            isn't square, such as 14 x 16.
     """
     D = found["cls_token"].shape[-1]
     found["cls_token"] = found["cls_token"].reshape(1, 1, D)
@@ -1262,7 +1287,7 @@ def arrange_positions(found: dict[str, Tensor]) -> None:
     # The number of rows before the g² patches: the first candidate that leaves a square number. (9
     # rows with 4 registers are 5 and a grid of 2, although 0 and a grid of 3 would fit too.)
     extra = None
-    for candidate in (1, 1 + registers, 0):
+    for candidate in (1, 1 + registers, *([0] if may_lack else [])):
         patches = rows - candidate
         if patches > 0 and math.isqrt(patches) ** 2 == patches:
             extra = candidate
@@ -1444,6 +1469,7 @@ def read_description(content: dict, width: int) -> dict:
     if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
         raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
     stated = {"heads": heads, "eps": tower.get("layer_norm_eps")}
+    stated["classifier_pool"] = content.get("global_pool")  # timm's
     if "hidden_act" in tower:
         stated["quick_gelu"] = tower["hidden_act"] == "quick_gelu"
     stated |= read_norm(content)
@@ -1458,20 +1484,25 @@ def image_tower(content: dict, width: int) -> dict:
     open_clip = content.get("model_cfg")
     if open_clip:
         vision = open_clip.get("vision_cfg") or {}
-        tower = {"hidden_size": vision.get("width")}
+        tower = {"hidden_size": vision.get("width"), "image_size": vision.get("image_size")}
         tower["hidden_act"] = "quick_gelu" if open_clip.get("quick_gelu") else "gelu"
+        tower["layer_norm_eps"] = (vision.get("norm_kwargs") or {}).get("eps")
+        tower["architecture"] = vision.get("timm_model_name")
         if "timm_model_name" not in vision:
             tower["num_attention_heads"] = width // vision.get("head_width", 64)
         return tower
     timm = content.get("model_args") or {}
+    pretrained = content.get("pretrained_cfg") or {}
     tower = {"hidden_size": timm.get("embed_dim"), "num_attention_heads": timm.get("num_heads")}
+    tower["image_size"] = timm.get("img_size") or list(pretrained.get("input_size", ()))[1:]
     # timm's names of CLIPs state the activation, but OpenAI's weights have the plain name too.
     architecture = str(content.get("architecture", ""))
-    tag = (content.get("pretrained_cfg") or {}).get("tag")
     if "_clip_quickgelu_" in architecture:
         tower["hidden_act"] = "quick_gelu"
-    elif "_clip_" in architecture and tag != "openai":
+    elif "_clip_" in architecture and pretrained.get("tag") != "openai":
         tower["hidden_act"] = "gelu"
+    if "act_layer" in timm:
+        tower["hidden_act"] = timm["act_layer"]
     return tower | content
 
 
@@ -1484,10 +1515,31 @@ def unsupported_statement(content: dict, width: int) -> str:
     base = tower.get("rope_theta", ROPE_BASE)
     if base != ROPE_BASE:
         return f"the base {base!r} of rotary positions, not {ROPE_BASE}"
+    size = tower.get("image_size")
+    if isinstance(size, list) and len(set(size)) > 1:
+        return f"images of {' x '.join(map(str, size))} pixels, which aren't square"
     # timm's vit_small_patch16_rope_ape_224 has the tensors of a DeiT III.
-    architecture = str(content.get("architecture", ""))
+    architecture = str(tower.get("architecture", ""))
     if "_rope_" in architecture:
         return f"the architecture {architecture}, whose rotary positions aren't DINOv3's"
+    if architecture.startswith("eva02_enormous"):
+        return f"the architecture {architecture}, whose norms follow attention and MLP"
+    pool = content.get("global_pool")
+    if pool in ("max", "avgmax"):
+        return f"the pooling {pool!r} of patches"
+    open_clip = (content.get("model_cfg") or {}).get("vision_cfg") or {}
+    return unsupported_option(open_clip, {"pool_type": "tok"})
+
+
+def unsupported_option(tower: dict, supported: dict) -> str:
+    """What open_clip's description states about a tower that vit.py doesn't support, or "".
+
+    Args:
+        supported: the values that are supported, which are the defaults, by option.
+    """
+    for name, value in ({"act_kwargs": {}} | supported).items():
+        if tower.get(name, value) not in (value, None):
+            return f"{name} {tower[name]!r}, not {value!r}"
     return ""
 
 
@@ -1498,9 +1550,6 @@ def read_norm(content: dict) -> dict:
     and divide by image_std; do_rescale and do_normalize can switch these steps off.
     """
     timm = content.get("pretrained_cfg") or content.get("preprocess_cfg") or {}  # or open_clip's
-    *_, height, side = timm.get("input_size") or (0, 0)
-    if height != side:
-        raise ValueError(f"it states images of {height} x {side} pixels, which aren't square")
     found = {"mean": timm.get("mean"), "std": timm.get("std")}
     for name in found:
         found[name] = content.get(f"image_{name}", found[name])
@@ -1525,14 +1574,14 @@ def read_norm(content: dict) -> dict:
 
 
 def choose_backbone(
-    name: str, path: Path, translated: Translated, meta: dict, given: dict
+    name: str, translated: Translated, meta: dict, statements: dict[str, dict]
 ) -> Backbone:
-    """The named backbone, else the one that the file describes, else a guess from its shapes. Files
-    beside the weights override only such a guess; the `given` settings override everything."""
-    statements = {}  # settings by their origin; later ones override earlier ones
-    if not name and "config" not in meta:
-        statements = read_statements(path, translated)
-    statements["given"] = given
+    """The named backbone, else the one that the file describes, else a guess from its shapes.
+
+    Args:
+        statements: settings by their origin, which override these; later ones override earlier
+            ones.
+    """
     known = {}
     source = {}
     for where, settings in statements.items():
@@ -1540,11 +1589,11 @@ def choose_backbone(
         source |= dict.fromkeys(settings, where)
     if name:
         backbone = BACKBONES[name]
-    elif "config" in meta:  # a file that train.py wrote for --method full or --scratch
-        stated = read_norm({"image_mean": meta["mean"], "image_std": meta["std"]})
-        license = str(meta.get("license", "not stated"))
-        norm = (stated["mean"], stated["std"])
-        backbone = Backbone("", Config(**meta["config"]), norm, license)
+    elif "config" in meta:  # a whole network that adaptertune.save wrote, as of --method full
+        backbone = Backbone("", Config(**meta["config"]), license=meta.get("license", "not stated"))
+        stated = read_norm({"image_mean": meta.get("mean"), "image_std": meta.get("std")})
+        known = stated | known
+        source = dict.fromkeys({"mean", "std"} - stated.keys(), "guessed") | source
     else:
         backbone = guess_backbone(translated, known.get("heads", 0))
     changes = {key: known[key] for key in ("heads", "quick_gelu", "eps") if key in known}
@@ -1614,7 +1663,8 @@ def load(
             (`read_beside`); the rest is guessed and listed by `Backbone.guessed`.
         image_size: pixels along a side, if not the backbone's own; positions are resized to it.
         head: keep the file's own classifier (or CLIP's projection) instead of giving features; a
-            classifier that reads anything other than these features is left out.
+            classifier that reads anything other than these features is left out. Of a distilled
+            DeiT, which gives the mean of two, it is the class token's.
         lora: a LoRA that peft made for this network, to be merged (see `merge_lora`).
         heads, quick_gelu, mean, std: override the name, the file and the files beside it; mean and
             std are for pixels from 0 to 1, one value per channel.
@@ -1635,13 +1685,21 @@ def load(
                 "train.py --eval or export.py, or start adapters from it by --init"
             )
         translated = to_timm(tensors, lora=lora)
-        backbone = choose_backbone(name, Path(path), translated, meta, given)
+        statements = {}
+        if not name and "config" not in meta:  # else one of these states everything
+            statements = read_statements(Path(path), translated)
+        backbone = choose_backbone(name, translated, meta, statements | {"given": given})
         backbone = replace(backbone.at(image_size), lora=translated.lora)
         config = backbone.config
         others = translated.kernel_heads - {config.heads}
         if others:
             raise ValueError(f"its kernels have {min(others)} heads, not {config.heads}")
         check_shape(translated.tensors, name)
+        if head and "head.weight" in translated.tensors and foreign_classifier(statements, config):
+            head = False
+            left_out = "left out: its classifier, which reads the mean of the normalised patches"
+            note = "; ".join(filter(None, (backbone.note, left_out)))
+            backbone = replace(backbone, note=note)
         found = take_tensors(translated.tensors, config, head)
         # Meta tensors need no memory or random numbers; one left unfilled can't be used by mistake.
         with torch.device("meta"):
@@ -1692,10 +1750,16 @@ def check_shape(found: dict[str, Tensor], name: str) -> None:
         raise ValueError(f"its shape is that of {', '.join(alike)}, not of {name}")
 
 
+def foreign_classifier(statements: dict[str, dict], config: Config) -> bool:
+    """Whether a file's classifier reads the mean of the patches after the norm, not ViT.features,
+    as that of timm's DINOv3 and as timm's config.json may state."""
+    pools = {settings.get("classifier_pool") for settings in statements.values()}
+    return config.rope or ("avg" in pools and config.pool == "token")
+
+
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:
-    """Adapt a translated state dict to a configuration. The classifier is kept only with `head`,
-    and never for DINOv3, whose classifier in timm reads the mean of the normalised patches."""
-    if not head or config.rope:
+    """Adapt a translated state dict to a configuration. The classifier is kept only with `head`."""
+    if not head:
         found = {key: value for key, value in found.items() if not key.startswith("head.")}
     if config.pool == "mean" and "norm.weight" not in found:  # timm calls it fc_norm here
         found = {key.replace("fc_norm.", "norm."): value for key, value in found.items()}
@@ -1724,14 +1788,20 @@ def load_text(
             f"{path} has no text tower of CLIP; give a file with both towers, "
             "or use --classifier prototypes"
         )
-    check_causal(Path(path))
+    check_text(Path(path))
     with naming(path):
         translated = to_timm(tensors, TEXT_LAYOUTS)
         found = translated.tensors
         config = infer_config(found, eps=translated.layout.eps, heads=heads)
         config = replace(config, quick_gelu=quick_gelu)
+        vocabulary = len(found["token_embed.weight"])
+        if vocabulary > CLIP_VOCABULARY:
+            raise ValueError(
+                f"a text tower with {vocabulary:,} tokens, more than CLIP's {CLIP_VOCABULARY:,}: "
+                "which of them ends a text isn't known; use --classifier prototypes"
+            )
         with torch.device("meta"):
-            model = TextTower(config, len(found["token_embed.weight"]), len(found["head.weight"]))
+            model = TextTower(config, vocabulary, len(found["head.weight"]))
         fill(model, found, translated.names)
         scale = None
         for key, value in tensors.items():
@@ -1740,18 +1810,19 @@ def load_text(
     return model, scale
 
 
-def check_causal(path: Path) -> None:
-    """Raise a ValueError if open_clip's description beside a text tower says that its tokens attend
-    to later ones too, as in MobileCLIP2; tensors don't show it."""
+def check_text(path: Path) -> None:
+    """Raise a ValueError if open_clip's description beside a text tower states what tensors don't
+    show and TextTower doesn't do, such as that tokens attend to later ones too (MobileCLIP2)."""
     file = path.with_name("open_clip_config.json")
     if not file.is_file():
         return
     with refusing(file, "correct it, or remove it from beside the weights"):
-        text_config = read_json(file)["model_cfg"]["text_cfg"]
-        every_token = text_config.get("no_causal_mask", False)
-    if every_token:
+        tower = read_json(file)["model_cfg"]["text_cfg"]
+        supported = {"no_causal_mask": False, "pool_type": "argmax", "norm_kwargs": {}}
+        unsupported = unsupported_option(tower, supported)
+    if unsupported:
         raise ValueError(
-            f"{file}, beside the weights, states a text tower without a causal mask: it can't be "
+            f"{file}, beside the weights, states a text tower of {unsupported}: it can't be "
             "used; use --classifier prototypes"
         )
 
@@ -1917,25 +1988,25 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
     merged = {}
     used = {}
     left_out = []
-    towers = set()
     with naming(path):
         changes = sort_lora(tensors)
-        for name, parts in changes.items():
+        places = {}  # our names, and prefixes
+        for name in changes:
             if re.search(r"(^|\.)(pooler\.|mask_token)", name):  # features don't depend on these
                 left_out.append(name)
-                continue
-            place, prefix = find_place(name, found)
+            else:
+                places[name] = find_place(name, found)
+        towers = {prefix for place, prefix in places.values() if not place.startswith("head.")}
+        check_tower(towers, changes, settings, clip="norm_pre.weight" in found)
+        for name, (place, _) in places.items():
             if place in merged:
                 raise ValueError(f"{name} is there twice")
-            if not place.startswith("head."):
-                towers.add(prefix)
-            elif not reads_features(name, found):
+            if place.startswith("head.") and not reads_features(name, found):
                 left_out.append(name)
                 continue
             alpha = alpha_of(name, settings)
-            merged[place] = merge_parts(found.get(place), parts, alpha, settings)
-            used[name] = parts
-        check_tower(towers, changes, settings, clip="norm_pre.weight" in found)
+            merged[place] = merge_parts(found.get(place), changes[name], alpha, settings)
+            used[name] = changes[name]
     found |= merged
     text = describe_lora(used, settings)
     return text + (f"; left out: {first_few(left_out)}" if left_out else "")

@@ -114,6 +114,18 @@ def test_merge_is_exact(tmp_path, changes):
         assert block.mlp.fc2.in_features == block.mlp.fc2.weight.shape[1] == 64 + 4
 
 
+def test_a_channel_that_layer_scale_removes(tmp_path):
+    """Where γ is 0, an adapter can't be divided by it: it isn't merged, and gives no NaN."""
+    path = write_tiny(tmp_path / "w.safetensors", seed=0, layer_scale=True)
+    model = randomise(adapted(path, reads="ln", act="mlp"))
+    with torch.no_grad():
+        model.blocks[0].ls2.gamma[3] = 0
+        before = model(IMAGES)
+        assert adaptertune.merge(model) == 1
+        assert torch.allclose(model(IMAGES), before, atol=1e-4)
+    assert model.blocks[0].adapter is not None
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"reads": "ln", "act": "relu"}, {"reads": "raw", "act": "gelu"}]
 )
@@ -532,7 +544,7 @@ def test_what_adapt_adds_follows_the_backbone(clip, tiny_weights, method):
 @pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_adapt_returns_the_settings_in_force(clip, tiny_weights, method):
     """adapt returns the method's defaults, updated by the given settings and by computed ones."""
-    expected = dict(adaptertune.METHODS[method])
+    expected = {"method": method} | adaptertune.METHODS[method]
     given = {}
     if method in adaptertune.ADAPTER_METHODS:
         given = {"rank": 4, "learn_scale": True}
@@ -608,6 +620,81 @@ def test_settings_that_can_not_be(tiny_weights, method, setting, value):
     adaptertune.adapt(model, "adaptertune", 7, scale=np.float64(0.5))  # a float
 
 
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [
+        ("adaptertune", {"rank": 0}),
+        ("adaptertune", {"act": "tanh"}),
+        ("adaptformer", {"placement": [7]}),
+        ("adaptformer", {"placement": [0.0]}),
+        ("adaptertune", {"placement": [True]}),
+        ("vpt", {"prompts": 0}),
+        ("clip-adapter", {}),
+    ],
+)
+def test_an_error_leaves_the_model_as_it_was(tiny_weights, method, wrong):
+    """A refused method takes no trained adapter or head away."""
+    model = randomise(adapted(tiny_weights))
+    before = model(IMAGES)
+    names = dict(model.named_parameters())
+    with pytest.raises(ValueError):
+        adaptertune.adapt(model, method, 7, **wrong)
+    assert torch.equal(model(IMAGES), before)
+    after = dict(model.named_parameters())
+    assert list(after) == list(names)
+    assert all(after[name] is names[name] for name in names)
+    assert all(block.adapter is not None for block in model.blocks)
+
+
+def test_a_whole_network_is_a_backbone(tmp_path):
+    """What `save` writes after --method full is read by vit.load with its own heads, pool and eps,
+    which tensors don't show."""
+    path = write_tiny(tmp_path / "w.safetensors", seed=0, pool="mean", heads=4, eps=1e-3)
+    model, _ = vit.load(path)
+    settings = adaptertune.adapt(model, "full", 5)
+    adaptertune.save(tmp_path / "full.safetensors", randomise(model), settings)
+    again, backbone = vit.load(tmp_path / "full.safetensors", head=True)
+    assert torch.equal(again(IMAGES), model(IMAGES))
+    assert list(backbone.guessed) == ["--mean", "--std"]  # these, nobody stated
+    settings |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    adaptertune.save(tmp_path / "full.safetensors", model, settings)
+    assert not vit.load(tmp_path / "full.safetensors")[1].guessed
+
+
+@pytest.mark.parametrize(("setting", "value"), [("pool", "mean"), ("eps", 0.1), ("heads", 4)])
+def test_adapters_of_another_configuration(tmp_path, setting, value):
+    """Adapters aren't loaded into the same tensors under another configuration."""
+    model = adapted(write_tiny(tmp_path / "w.safetensors", seed=0))
+    adaptertune.save(tmp_path / "a.safetensors", model)
+    other = adapted(write_tiny(tmp_path / "other.safetensors", seed=0, **{setting: value}))
+    with pytest.raises(ValueError, match=f"was trained with {setting} .*, not {value}"):
+        adaptertune.load(tmp_path / "a.safetensors", other)
+
+
+def test_the_same_backbone_in_half_precision(tiny_weights, tmp_path):
+    """A backbone that was converted has another fingerprint; the message says why."""
+    adaptertune.save(tmp_path / "a.safetensors", adapted(tiny_weights))
+    with pytest.raises(ValueError, match="not on this backbone in torch.float16"):
+        adaptertune.load(tmp_path / "a.safetensors", adapted(tiny_weights).half())
+
+
+def test_metadata_that_json_can_not_hold(tiny_weights, tmp_path):
+    """Values that aren't JSON's are refused as metadata."""
+    model = adapted(tiny_weights)
+    with pytest.raises(ValueError, match="metadata that JSON can't hold .*int64"):
+        adaptertune.save(tmp_path / "a.safetensors", model, {"seed": np.int64(3)})
+
+
+def test_an_activation_of_the_mlp_alone(tmp_path):
+    """QuickGELU is no choice of `adapt` but "mlp" is, so a file states that."""
+    path = write_tiny(tmp_path / "w.safetensors", seed=0, quick_gelu=True)
+    model = adapted(path, act="mlp")
+    adaptertune.save(tmp_path / "a.safetensors", model)
+    meta = adaptertune.load(tmp_path / "a.safetensors", model)
+    assert meta["act"] == "mlp"
+    adaptertune.load(tmp_path / "a.safetensors", adapted(path, act=meta["act"]))
+
+
 def test_only_a_vit_can_be_adapted(tiny_weights, tmp_path):
     """Only a bare vit.ViT is accepted. A wrapper renames parameters: its file couldn't be loaded,
     and its head would count as the backbone's. Blocks of other networks call no adapters."""
@@ -628,9 +715,13 @@ def test_only_a_vit_can_be_adapted(tiny_weights, tmp_path):
                 call(*arguments)
     other = nn.Module()
     other.blocks = nn.ModuleList([nn.Linear(D, D)])
-    for call, *arguments in ((adaptertune.add_adapters, 4), (adaptertune.adapt, "head", 7)):
+    calls = ((adaptertune.add_adapters, 4), (adaptertune.adapt, "head", 7), (adaptertune.merge,))
+    for call, *arguments in calls:
         with pytest.raises(ValueError, match=r"a Module can't be adapted, only a vit\.ViT"):
             call(other, *arguments)
+    text = vit.TextTower(model.config, vocabulary=9, embedding=4)
+    with pytest.raises(ValueError, match=r"a TextTower can't be adapted, only a vit\.ViT"):
+        adaptertune.adapt(text, "head", 7)
 
 
 def test_a_method_half_added(clip, tiny_weights, monkeypatch):
@@ -687,7 +778,7 @@ def test_save_without_meta(tiny_weights, tmp_path):
     meta = adaptertune.load(str(tmp_path / "a.safetensors"), again)
     known = {"version": 1, "fingerprint": adaptertune.fingerprint(model)}
     known |= {"reads": "block", "act": "gelu", "scale": 1.0}
-    assert meta == known | {"heads": 2, "mlp_act": "gelu"}
+    assert meta == known | {"heads": 2, "mlp_act": "gelu", "pool": "token", "eps": 1e-6}
     assert torch.equal(again(IMAGES), model(IMAGES))
 
     other = adapted(write_tiny(tmp_path / "other.safetensors", seed=1))
@@ -935,7 +1026,7 @@ def test_a_file_says_what_its_adapters_compute(tiny_weights, tmp_path):
     adaptertune.load(path, model)
 
     adaptertune.save(path, model, settings)
-    message = r"missing in the model; adapt the model first, with rank 4, placement \[0, 1\]$"
+    message = r"; adapt the model first, with method adaptertune, rank 4, placement \[0, 1\]$"
     with pytest.raises(ValueError, match=message):
         adaptertune.load(path, vit.load(tiny_weights)[0])
 

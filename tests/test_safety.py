@@ -424,7 +424,8 @@ def test_out_of_memory_is_one_line(run, tiny_weights, monkeypatch):
 
 def test_modules_without_end():
     """A TorchScript module that contains itself twice is read once."""
-    module = vit.ScriptModule(x=torch.zeros(1))
+    module = vit.ScriptModule()
+    module["x"] = torch.zeros(1)
     module["one"] = module
     module["two"] = module
     assert list(vit.script_tensors(module)) == ["x"]

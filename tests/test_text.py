@@ -260,15 +260,26 @@ def test_a_file_without_a_text_tower_is_refused(tiny_weights):
         vit.load_text(tiny_weights)
 
 
-def test_a_tower_without_a_causal_mask(published, tmp_path):
-    """A tower without a causal mask, as only open_clip's description tells, is refused."""
+def test_a_larger_vocabulary(published, tmp_path):
+    """A tower with more tokens than CLIP's is refused: its end mark needn't be the last of them."""
+    (key,) = [key for key in published if "token_embedding" in key]
+    published[key] = torch.zeros(49_409, published[key].shape[1])
+    save_file(published, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="49,409 tokens, more than CLIP's 49,408: which of them"):
+        vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+
+
+def test_towers_that_only_a_description_tells(published, tmp_path):
+    """A tower without a causal mask, for one, as only open_clip's description tells, is refused."""
     save_file(published, tmp_path / "w.safetensors")
     beside = tmp_path / "open_clip_config.json"
     beside.write_text(json.dumps({"model_cfg": {"text_cfg": {"heads": HEADS}}}))
     vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
-    beside.write_text(json.dumps({"model_cfg": {"text_cfg": {"no_causal_mask": True}}}))
-    with pytest.raises(ValueError, match="config.json, .* states a text tower without a causal"):
-        vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+    for stated in ({"no_causal_mask": True}, {"pool_type": "eos"}, {"norm_kwargs": {"eps": 1e-3}}):
+        beside.write_text(json.dumps({"model_cfg": {"text_cfg": stated}}))
+        (name,) = stated
+        with pytest.raises(ValueError, match=f"config.json, .* states a text tower of {name}"):
+            vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
     beside.write_text("[]")
     with pytest.raises(
         ValueError, match="open_clip_config.json can't be used .it is no dictionary"

@@ -4,6 +4,7 @@ Parity with other libraries is in test_parity.py.
 """
 
 import argparse
+import enum
 import json
 import pathlib
 import pickle
@@ -480,6 +481,77 @@ def test_safetensors_in_several_parts(tensors, tiny_weights, tmp_path):
     assert torch.equal(outputs(index, heads=2), outputs(tiny_weights))
 
 
+@pytest.mark.parametrize("layout", ["timm", "huggingface"])
+def test_a_grid_that_is_not_square(layout, tmp_path):
+    """A class token and a grid of 2 x 4 have as many positions as a grid of 3 x 3 without a class
+    token, as DeiT III has; only networks with LayerScale are taken for such."""
+    path = write_tiny(tmp_path / "w.safetensors", seed=0, layer_scale=True)
+    tensors = load_file(path)
+    tensors["pos_embed"] = torch.zeros(1, 1 + 2 * 4, 32)
+    save_file(tensors, path)
+    assert vit.load(path, heads=2)[0].config.grid == 3
+    plain = {key: value for key, value in tensors.items() if ".ls" not in key}
+    if layout == "huggingface":
+        transformers = pytest.importorskip("transformers")
+        shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+        config = transformers.ViTConfig(
+            image_size=(8, 16), patch_size=4, num_hidden_layers=1, **shape
+        )
+        plain = transformers.ViTModel(config).state_dict()
+    save_file(plain, path)
+    with pytest.raises(ValueError, match="9 positions, which is no square grid of patches and"):
+        vit.load(path, heads=2)
+
+
+def test_what_timms_classifier_reads(tensors, tmp_path):
+    """The classifier of timm's `global_pool` "avg" without fc_norm doesn't read ViT.features."""
+    path = tmp_path / "w.safetensors"
+    save_file(tensors | {"head.weight": torch.ones(5, 32), "head.bias": torch.ones(5)}, path)
+    beside = tmp_path / "config.json"
+    for pool, outputs in (("token", 5), ("avg", 32)):
+        beside.write_text(json.dumps({"architecture": "vit_tiny", "global_pool": pool}))
+        model, backbone = vit.load(path, heads=2, head=True)
+        assert model(IMAGES).shape[1] == outputs
+        assert ("left out: its classifier, which reads" in backbone.note) == (pool == "avg")
+    mean = load_file(write_tiny(tmp_path / "mean.safetensors", seed=0, pool="mean"))
+    mean = {re.sub("^norm", "fc_norm", key): value for key, value in mean.items()}
+    save_file(mean | {"head.weight": torch.ones(5, 32), "head.bias": torch.ones(5)}, path)
+    assert vit.load(path, heads=2, head=True)[0](IMAGES).shape[1] == 5
+
+
+def test_a_stated_eps_of_open_clip(tmp_path):
+    """open_clip's norm_kwargs state the eps of the image tower."""
+    path = save_bare(tmp_path / "w.safetensors", width=128, norm_pre=True)
+    vision = {"width": 128, "norm_kwargs": {"eps": 1e-3}}
+    beside = tmp_path / "open_clip_config.json"
+    beside.write_text(json.dumps({"model_cfg": {"vision_cfg": vision}}))
+    assert vit.load(path)[0].norm.eps == 1e-3
+
+
+def test_other_networks_in_the_file(tensors, tiny_weights, tmp_path):
+    """A conv1 beside the ViT (Depth Anything) doesn't make it an OpenAI CLIP, a head's batch norm
+    (MAE's linear probe) no hybrid, and a counter no quantised network."""
+    model, _ = vit.load(tiny_weights)
+    beside = {f"pretrained.{key}": value for key, value in tensors.items()}
+    beside["depth_head.scratch.refinenet1.resConfUnit1.conv1.weight"] = torch.zeros(4, 4, 3, 3)
+    probe = dict(tensors, step=torch.tensor(7))
+    probe["head.0.running_mean"] = torch.zeros(32)
+    probe["head.0.num_batches_tracked"] = torch.tensor(7)
+    probe["head.1.weight"] = torch.zeros(5, 32)
+    for content in (beside, probe):
+        torch.save(content, tmp_path / "w.pth")
+        loaded, _ = vit.load(tmp_path / "w.pth", heads=2)
+        assert torch.equal(loaded(IMAGES), model(IMAGES))
+
+
+def test_image_towers_that_are_no_vit(tmp_path):
+    """A CLIP with a ResNet, or SigLIP, isn't said to be a text tower alone."""
+    both = {"visual.conv1.weight": torch.zeros(4, 3, 3, 3), "visual.bn1.weight": torch.zeros(4)}
+    save_file(both | {"token_embedding.weight": torch.zeros(9, 4)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="its image tower isn't a ViT with a class token"):
+        vit.load(tmp_path / "w.safetensors")
+
+
 def test_norm_beside_fc_norm(tmp_path):
     """A file with two final norms is refused, since one of them would be lost."""
     path = write_tiny(tmp_path / "mean.safetensors", seed=0, pool="mean")
@@ -567,6 +639,24 @@ def test_descriptions_that_can_not_be(name, content, message, tmp_path):
         (
             {"architecture": "vit_small_patch16_rope_ape_224"},
             "the architecture vit_small_patch16_rope_ape_224, whose rotary positions aren't",
+        ),
+        (
+            {"architecture": "eva02_enormous_patch14_clip_224"},
+            "the architecture eva02_enormous_patch14_clip_224, whose norms follow attention",
+        ),
+        ({"image_size": [16, 32]}, "images of 16 x 32 pixels, which aren't square"),
+        (
+            {"vision_config": {"image_size": [16, 32], "num_attention_heads": 2}},
+            "images of 16 x 32",
+        ),
+        ({"model_cfg": {"vision_cfg": {"image_size": [16, 32]}}}, "images of 16 x 32 pixels"),
+        ({"model_args": {"img_size": [16, 32]}}, "images of 16 x 32 pixels"),
+        ({"model_args": {"act_layer": "relu"}}, "the activation 'relu'"),
+        ({"global_pool": "max"}, "the pooling 'max' of patches"),
+        ({"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, "pool_type 'avg', not 'tok'"),
+        (
+            {"model_cfg": {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}},
+            r"act_kwargs \{'approximate': 'tanh'\}, not \{\}",
         ),
     ],
 )
@@ -678,7 +768,9 @@ def test_kinds_of_files_that_are_not_read(tmp_path):
     (tmp_path / "graph.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
     (tmp_path / "keras.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     (tmp_path / "llama.gguf").write_bytes(b"GGUF\x03")
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
     kinds = {
+        "pytorch_model.bin.index.json": "the index of pickles in several parts",
         "array.npy": "a single array of numpy",
         "program.pt2": "a program of torch.export",
         "graph.onnx": "an ONNX graph",
@@ -688,6 +780,14 @@ def test_kinds_of_files_that_are_not_read(tmp_path):
     for name, kind in kinds.items():
         with pytest.raises(ValueError, match=f"{name} is {kind}.*; give a .safetensors or .pth"):
             vit.load(tmp_path / name)
+
+
+def test_names_that_only_begin_like_an_average(tensors, tmp_path):
+    """A "swag_model" isn't SWA's."""
+    other = {key: value + 1 for key, value in tensors.items()}
+    torch.save({"model": tensors, "swag_model": other}, tmp_path / "w.pth")
+    model, _ = vit.load(tmp_path / "w.pth", heads=2)
+    assert torch.equal(model.cls_token, tensors["cls_token"])
 
 
 @pytest.mark.parametrize("names", [("student", "teacher"), ("module.model", "module.swa_model")])
@@ -735,8 +835,43 @@ def test_stated_images_that_are_not_square(tiny_weights, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stated))
     tensors = load_file(tiny_weights)
     save_file(tensors, tmp_path / "w.safetensors")  # without its own configuration
-    with pytest.raises(ValueError, match="it states images of 32 x 8 pixels, which aren't square"):
+    with pytest.raises(ValueError, match="states images of 32 x 8 pixels, which aren't square: it"):
         vit.load(tmp_path / "w.safetensors", heads=2)
+
+
+class Kind(enum.Enum):
+    CHANNELS_FIRST = "NCHW"  # as in timm
+
+
+class Scripted(torch.nn.Module):
+    """Given tensors in nested modules, beside values of the kinds that torch.jit.script tags."""
+
+    kind: Kind
+    sizes: list[int]
+    scales: list[float]
+    flags: list[bool]
+    tensors: list[torch.Tensor]
+    numbers: dict[str, int]
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.kind = Kind.CHANNELS_FIRST
+        self.sizes = [1, 2]
+        self.scales = [0.5]
+        self.flags = [True]
+        self.tensors = [torch.zeros(1)]
+        self.numbers = {"a": 1}
+        for name, value in tensors.items():
+            *places, last = name.split(".")
+            module = self
+            for place in places:
+                if place not in dict(module.named_children()):
+                    module.add_module(place, torch.nn.Module())
+                module = getattr(module, place)
+            module.register_buffer(last, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.sizes[0] * self.scales[0] + len(self.tensors) + self.numbers["a"]
 
 
 def test_torchscript_archives(tiny_weights, tmp_path):
@@ -747,9 +882,11 @@ def test_torchscript_archives(tiny_weights, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(model, IMAGES).save(path)
-    loaded, _ = vit.load(path, heads=2)
-    for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
+        torch.jit.script(Scripted(model.state_dict())).save(tmp_path / "scripted.pt")
+    for file in (path, tmp_path / "scripted.pt"):
+        loaded, _ = vit.load(file, heads=2)
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
 
     evil = tmp_path / "evil.pt"
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(evil, "w") as copy:
