@@ -657,16 +657,16 @@ TEXT_IGNORED = (
 class Layout:
     """A family of published files. All patterns are regular expressions.
 
-    The part of a key before the match of `tell` is the prefix of the backbone's keys; it is
+    The part of a key before the match of `signature` is the prefix of the backbone's keys; it is
     stripped. A key without the prefix isn't the backbone's; it gets "../" in front, so that
-    patterns can tell the two apart. In Hugging Face's CLIP, `tell` matches
+    patterns can tell the two apart. In Hugging Face's CLIP, `signature` matches
     "vision_model.embeddings.class_embedding": the prefix is "vision_model.", and "text_model.x"
     becomes "../text_model.x"; unless `ignored` matches it, a note names it. If the prefix is empty,
     all keys count as the backbone's, and an unknown key is an error.
     """
 
     name: str  # shown to users
-    tell: str  # matches the end of a key that only this family has
+    signature: str  # matches the end of a key that only this family has
     eps: float = 1e-6  # of the LayerNorms, which tensors don't show; 1e-5 in CLIP and DINOv3
     norm: str = "ImageNet"  # the normalisation assumed if nothing states it; a key of NORMS
     ignored: tuple[str, ...] = IGNORED
@@ -1055,7 +1055,7 @@ def script_tensors(module: ScriptModule) -> dict[str, Tensor]:
 
 # Keys that identify a network; names of networks whose weights were averaged over training. (Of
 # MoCo's two encoders the base is the one that is used; it comes first.)
-NETWORK_KEY = re.compile("|".join(layout.tell for layout in LAYOUTS + TEXT_LAYOUTS))
+NETWORK_KEY = re.compile("|".join(layout.signature for layout in LAYOUTS + TEXT_LAYOUTS))
 AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)(?![a-z])")
 
 
@@ -1124,7 +1124,7 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
         raise ValueError(IS_LORA)
     for layout in layouts:
         for key in tensors:
-            match = re.search(layout.tell, key)
+            match = re.search(layout.signature, key)
             if match:
                 return layout, key[: match.start()]
     if any(re.search(r"visual|vision|image_encoder", key) for key in tensors):
@@ -1707,7 +1707,7 @@ def load(
             if "head.weight" in found:
                 classes = len(found["head.weight"])
                 model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
-        fill(model, found, translated.names)
+        load_strictly(model, found, translated.names)
     return model, backbone
 
 
@@ -1745,7 +1745,7 @@ def check_shape(found: dict[str, Tensor], name: str) -> None:
     try:
         alike = backbones_like(infer_config(found, eps=0, heads=1))
     except (ValueError, LookupError, ArithmeticError):
-        return  # `fill` says what is wrong
+        return  # `load_strictly` says what is wrong
     if alike and name not in alike:
         raise ValueError(f"its shape is that of {', '.join(alike)}, not of {name}")
 
@@ -1802,7 +1802,7 @@ def load_text(
             )
         with torch.device("meta"):
             model = TextTower(config, vocabulary, len(found["head.weight"]))
-        fill(model, found, translated.names)
+        load_strictly(model, found, translated.names)
         scale = None
         for key, value in tensors.items():
             if key.rpartition(".")[2] == "logit_scale":
@@ -1827,7 +1827,7 @@ def check_text(path: Path) -> None:
         )
 
 
-def fill(model: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> None:
+def load_strictly(model: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> None:
     """Load tensors into a network on the meta device, and put it in eval mode. Raise a ValueError
     that names tensors that are missing, left over, of another shape or not finite.
 
@@ -2078,7 +2078,7 @@ def merge_parts(
     (https://arxiv.org/abs/2402.09353, equation 5).
     """
     if parts.keys() == {"whole"}:
-        return parts["whole"]  # `fill` checks its shape with all others
+        return parts["whole"]  # `load_strictly` checks its shape with all others
     if weight is None:
         raise ValueError("it has factors for a classifier, which the weights lack")
     names = {"A", "B", "magnitude_vector"} if settings["use_dora"] else {"A", "B"}
