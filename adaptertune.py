@@ -60,6 +60,7 @@ they are saved too. Take `fingerprint(model)` before training, for `save`.
 import copy
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -283,8 +284,9 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         if isinstance(blocks, str | int):
             raise ValueError(f"placement {blocks!r}: give a list of blocks, such as [0, 1]")
         for block in blocks:
-            if type(block) is not int:
+            if isinstance(block, bool) or not hasattr(block, "__index__"):
                 raise ValueError(f"placement {list(blocks)}: give ints, not {block!r}")
+        blocks = list(map(operator.index, blocks))  # numpy's ints too
         outside = [block for block in blocks if not -depth <= block < depth]
         if outside or not blocks:
             which = f"block {outside[0]}" if outside else "no block"
@@ -574,7 +576,8 @@ def adapt(
         settings: the method's settings (METHODS); its defaults apply to omitted ones.
 
     Returns:
-        The method and its settings in effect, for the adapter file's metadata.
+        The method and its settings in effect, for the adapter file's metadata; with them, another
+        model is adapted the same way: adapt(model, classes=10, **settings).
 
     Raises:
         ValueError: an unknown method, or a setting that the method or the model doesn't support;
@@ -603,6 +606,7 @@ def adapt(
         elif method in ("head", "full"):
             add_head(model, classes)
         elif method == "scratch":
+            freeze(model, everything=True)  # refuses what it doesn't know before values are lost
             model.init_weights()
             add_head(model, classes)
         else:
@@ -615,16 +619,18 @@ def adapt(
 
 @contextmanager
 def unchanged_by_errors(model: nn.Module):
-    """Inside this context, an error puts back the modules and parameters that a model had."""
-    before = [(each, dict(each._modules), dict(each._parameters)) for each in model.modules()]
+    """Inside this context, an error puts back the modules, parameters and attributes that a model
+    had."""
+    before = []
+    for module in model.modules():
+        children = {"_modules": dict(module._modules), "_parameters": dict(module._parameters)}
+        before.append((module, vars(module) | children))
     try:
         yield
     except Exception:
-        for module, children, parameters in before:
-            module._modules.clear()
-            module._modules.update(children)
-            module._parameters.clear()
-            module._parameters.update(parameters)
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
         raise
 
 
@@ -649,12 +655,14 @@ def freeze(model: nn.Module, *, everything: bool = False) -> None:
     """
     with torch.device("meta"):  # a plain backbone that takes no memory
         own = dict(type(model)(model.config).named_parameters())
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name in parameters:
         if name not in own and not is_added(name):
             raise ValueError(
                 f"{name} is neither the backbone's nor an adapter's and would be frozen; "
                 "give its module the name 'adapter' (adaptertune.is_added)"
             )
+    for name, parameter in parameters.items():
         parameter.requires_grad_(everything or is_added(name))
 
 
@@ -764,8 +772,10 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
         tensors[name] = tensor.detach().cpu().contiguous()
     meta = {"version": VERSION, **(meta or {})}
     meta |= common_settings(model, meta)
+    is_whole = len(tensors) == len(model.state_dict())
+    if is_whole:  # with its shape, vit.load reads the file as a backbone
+        meta["config"] = asdict(model.config)
     if "fingerprint" not in meta:
-        is_whole = len(tensors) == len(model.state_dict())
         changed = [name for name in tensors if not is_added(name)]
         if changed and not is_whole:
             raise ValueError(
@@ -773,8 +783,6 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
                 "backbone had before"
             )
         meta["fingerprint"] = "" if is_whole else fingerprint(model)
-        if is_whole:  # with it, vit.load reads the file as a backbone
-            meta = {"config": asdict(model.config)} | meta
     try:
         header = json.dumps(meta)
     except TypeError as error:
@@ -828,9 +836,12 @@ def check_same(path: str | Path, saved: dict, present: dict) -> None:
     """
     for key, value in json.loads(json.dumps(present)).items():
         if key in saved and saved[key] != value:
+            advice = "leave out the option that changes it"
+            if key in ("pool", "eps"):  # of the backbone, for which there is no option
+                advice = "give the weights that it was trained on, and the files beside them"
             raise ValueError(
                 f"{path} was trained with {key.replace('_', ' ')} {saved[key]}, not {value}; "
-                "leave out the option that changes it"
+                f"{advice}"
             )
 
 

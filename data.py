@@ -221,7 +221,7 @@ def read(
         return read_folder(Path(name), square, least=1 if some else 2)
     dataset = DATASETS[name](name, Path(data_dir), offline, square)
     if squash and not dataset.squash:
-        raise ValueError(f"--squash is for photos; the images of {name} are squares")
+        raise ValueError(f"the images of {name} are squares already; --squash is for photos")
     return dataset
 
 

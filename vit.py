@@ -1056,7 +1056,7 @@ def script_tensors(module: ScriptModule) -> dict[str, Tensor]:
 # Keys that identify a network; names of networks whose weights were averaged over training. (Of
 # MoCo's two encoders the base is the one that is used; it comes first.)
 NETWORK_KEY = re.compile("|".join(layout.signature for layout in LAYOUTS + TEXT_LAYOUTS))
-AVERAGED = re.compile(r"(^|[._])(ema|swa|teacher)(?![a-z])")
+AVERAGED = re.compile(r"(^|[._])(ema|swa(?!g)|teacher)")
 
 
 def find_tensors(content: object) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -1127,8 +1127,8 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
             match = re.search(layout.signature, key)
             if match:
                 return layout, key[: match.start()]
-    if any(re.search(r"visual|vision|image_encoder", key) for key in tensors):
-        raise ValueError("its image tower isn't a ViT with a class token, but a ResNet or SigLIP's")
+    if any(re.search(r"(^|\.)(visual|vision_model|image_encoder)\.", key) for key in tensors):
+        raise ValueError("its image tower isn't a ViT with a class token (as a ResNet or SigLIP's)")
     if has_text_tower(tensors):
         raise ValueError("CLIP's text tower alone; give a file that has the image tower")
     known = "; ".join(layout.name for layout in layouts)
@@ -1189,10 +1189,6 @@ def to_timm(
         names[name] = key
     lora_note = merge_lora(found, Path(lora)) if lora else ""
     stack_qkv(found)
-    if "cls_token" in found and "pos_embed" in found:
-        # timm's and Meta's ViTs without a position for the class token all have LayerScale.
-        may_lack = "timm" in layout.name and "blocks.0.ls1.gamma" in found
-        arrange_positions(found, may_lack or "Google" in layout.name)
     note = f"left out: {first_few(others)}" if others else ""
     return Translated(layout, found, names, ignored, kernel_heads, note, lora_note)
 
@@ -1275,9 +1271,7 @@ def arrange_positions(found: dict[str, Tensor], may_lack: bool) -> None:
     those tokens, which leaves the network's output unchanged.
 
     Args:
-        may_lack: the class token may have no position (timm's `no_embed_class`, DeiT III,
-            big_vision). For other networks g² positions are those of a class token and a grid that
-            isn't square, such as 14 x 16.
+        may_lack: the class token may have no position (`may_lack_position`).
     """
     D = found["cls_token"].shape[-1]
     found["cls_token"] = found["cls_token"].reshape(1, 1, D)
@@ -1294,8 +1288,9 @@ def arrange_positions(found: dict[str, Tensor], may_lack: bool) -> None:
             break
     if extra is None:
         raise ValueError(
-            f"{rows} positions, which is no square grid of patches and a class token; "
-            "a ViT for images that aren't square can't be used"
+            f"{rows} positions, which is no square grid of patches and a class token; a ViT for "
+            "images that aren't square can't be used (if it is one whose class token has no "
+            "position, such as FlexiViT, put timm's config.json beside it)"
         )
     if extra == 0:  # timm's DINOv2 with registers: the class token includes its position already
         positions = torch.cat([torch.zeros(1, 1, D), positions], dim=1)
@@ -1303,6 +1298,24 @@ def arrange_positions(found: dict[str, Tensor], may_lack: bool) -> None:
         found["reg_token"] = found["reg_token"] + positions[:, 1:extra]
         positions = torch.cat([positions[:, :1], positions[:, extra:]], dim=1)
     found["pos_embed"] = positions
+
+
+def may_lack_position(translated: Translated, statements: dict[str, dict]) -> bool:
+    """Whether the class token may be without a position (timm's `no_embed_class`).
+
+    Otherwise g² positions are those of a class token and a grid that isn't square, such as 14 x 16.
+    Without a position it are big_vision's ViTs, most of timm's that have LayerScale (DeiT III,
+    DINOv2 with registers), and others for whose stated image size there are g² patches (FlexiViT).
+    """
+    found = translated.tensors
+    if "Google" in translated.layout.name:
+        return True
+    if "timm" in translated.layout.name and "blocks.0.ls1.gamma" in found:
+        return True
+    patch = found["patch_embed.proj.weight"].shape[-1]
+    rows = found["pos_embed"].numel() // found["cls_token"].numel()
+    sizes = [settings.get("stated_size") for settings in statements.values()]
+    return patch * math.isqrt(rows) in sizes
 
 
 # ----------------------------------------------------------------- the architecture, from shapes
@@ -1436,7 +1449,7 @@ BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 def read_beside(path: Path, width: int) -> dict[str, dict]:
     """The settings that files beside the weights state, by file: heads, eps, quick_gelu, mean, std,
-    or some of these.
+    classifier_pool (how timm's classifier pools), stated_size (of images), or some of these.
 
     The files are Hugging Face's config.json and preprocessor_config.json, timm's config.json and
     open_clip's open_clip_config.json. A file that states another width belongs to another network:
@@ -1469,7 +1482,9 @@ def read_description(content: dict, width: int) -> dict:
     if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
         raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
     stated = {"heads": heads, "eps": tower.get("layer_norm_eps")}
-    stated["classifier_pool"] = content.get("global_pool")  # timm's
+    stated["classifier_pool"] = content.get("global_pool")
+    size = tower.get("image_size")
+    stated["stated_size"] = size[0] if isinstance(size, list) else size
     if "hidden_act" in tower:
         stated["quick_gelu"] = tower["hidden_act"] == "quick_gelu"
     stated |= read_norm(content)
@@ -1494,15 +1509,16 @@ def image_tower(content: dict, width: int) -> dict:
     timm = content.get("model_args") or {}
     pretrained = content.get("pretrained_cfg") or {}
     tower = {"hidden_size": timm.get("embed_dim"), "num_attention_heads": timm.get("num_heads")}
-    tower["image_size"] = timm.get("img_size") or list(pretrained.get("input_size", ()))[1:]
+    shape = pretrained.get("input_size") or [3, None]  # [3, height, width]
+    tower["image_size"] = timm.get("img_size") or shape[1:]
     # timm's names of CLIPs state the activation, but OpenAI's weights have the plain name too.
     architecture = str(content.get("architecture", ""))
     if "_clip_quickgelu_" in architecture:
         tower["hidden_act"] = "quick_gelu"
     elif "_clip_" in architecture and pretrained.get("tag") != "openai":
         tower["hidden_act"] = "gelu"
-    if "act_layer" in timm:
-        tower["hidden_act"] = timm["act_layer"]
+    if timm.get("act_layer"):
+        tower["hidden_act"] = timm["act_layer"].lower()
     return tower | content
 
 
@@ -1516,7 +1532,7 @@ def unsupported_statement(content: dict, width: int) -> str:
     if base != ROPE_BASE:
         return f"the base {base!r} of rotary positions, not {ROPE_BASE}"
     size = tower.get("image_size")
-    if isinstance(size, list) and len(set(size)) > 1:
+    if isinstance(size, list) and size != size[:1] * len(size):
         return f"images of {' x '.join(map(str, size))} pixels, which aren't square"
     # timm's vit_small_patch16_rope_ape_224 has the tensors of a DeiT III.
     architecture = str(tower.get("architecture", ""))
@@ -1528,7 +1544,10 @@ def unsupported_statement(content: dict, width: int) -> str:
     if pool in ("max", "avgmax"):
         return f"the pooling {pool!r} of patches"
     open_clip = (content.get("model_cfg") or {}).get("vision_cfg") or {}
-    return unsupported_option(open_clip, {"pool_type": "tok"})
+    return unsupported_option(open_clip, {"pool_type": "tok", "act_kwargs": EXACT_GELU})
+
+
+EXACT_GELU = {"approximate": "none"}  # torch's default
 
 
 def unsupported_option(tower: dict, supported: dict) -> str:
@@ -1537,8 +1556,8 @@ def unsupported_option(tower: dict, supported: dict) -> str:
     Args:
         supported: the values that are supported, which are the defaults, by option.
     """
-    for name, value in ({"act_kwargs": {}} | supported).items():
-        if tower.get(name, value) not in (value, None):
+    for name, value in supported.items():
+        if tower.get(name, value) not in (value, None, {}):
             return f"{name} {tower[name]!r}, not {value!r}"
     return ""
 
@@ -1590,7 +1609,8 @@ def choose_backbone(
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a whole network that adaptertune.save wrote, as of --method full
-        backbone = Backbone("", Config(**meta["config"]), license=meta.get("license", "not stated"))
+        license = str(meta.get("license") or "not stated")
+        backbone = Backbone("", Config(**meta["config"]), license=license)
         stated = read_norm({"image_mean": meta.get("mean"), "image_std": meta.get("std")})
         known = stated | known
         source = dict.fromkeys({"mean", "std"} - stated.keys(), "guessed") | source
@@ -1688,6 +1708,9 @@ def load(
         statements = {}
         if not name and "config" not in meta:  # else one of these states everything
             statements = read_statements(Path(path), translated)
+        found = translated.tensors
+        if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= found.keys():
+            arrange_positions(found, may_lack_position(translated, statements))
         backbone = choose_backbone(name, translated, meta, statements | {"given": given})
         backbone = replace(backbone.at(image_size), lora=translated.lora)
         config = backbone.config
@@ -1753,7 +1776,7 @@ def check_shape(found: dict[str, Tensor], name: str) -> None:
 def foreign_classifier(statements: dict[str, dict], config: Config) -> bool:
     """Whether a file's classifier reads the mean of the patches after the norm, not ViT.features,
     as that of timm's DINOv3 and as timm's config.json may state."""
-    pools = {settings.get("classifier_pool") for settings in statements.values()}
+    pools = [settings.get("classifier_pool") for settings in statements.values()]
     return config.rope or ("avg" in pools and config.pool == "token")
 
 
@@ -1818,7 +1841,8 @@ def check_text(path: Path) -> None:
         return
     with refusing(file, "correct it, or remove it from beside the weights"):
         tower = read_json(file)["model_cfg"]["text_cfg"]
-        supported = {"no_causal_mask": False, "pool_type": "argmax", "norm_kwargs": {}}
+        supported = {"no_causal_mask": False, "pool_type": "argmax"}
+        supported |= {"norm_kwargs": {"eps": 1e-5}, "act_kwargs": EXACT_GELU}
         unsupported = unsupported_option(tower, supported)
     if unsupported:
         raise ValueError(

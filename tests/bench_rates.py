@@ -16,7 +16,7 @@ split off, so these were among them; pets had 5 and 4, at 224 and 112 px 5 and 5
 So pets148-clip112 has other images than the rows of pets-clip112.
 
 Each row of the .csv is one run; its recipe lists further options that aren't at their defaults.
-The defaults changed over time, so a row names the commit of the code, or, before 28 November 2026,
+The defaults changed over time, so a row names the commit of the code; each of the first 461 names
 the commit that added it. Runs that the .csv holds aren't repeated, so a stopped grid can be
 continued.
 """
@@ -149,6 +149,7 @@ def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> floa
     for row in run_tables.read_rows(options.out, COLUMNS):
         if run.items() <= row.items():  # the same run
             return float(row["val_accuracy"])
+    commit = run_tables.commit()
     try:
         result = train_once(run, options)
     except ValueError as error:
@@ -158,7 +159,7 @@ def measure(run: dict[str, str], options: argparse.Namespace, rate: str) -> floa
         result = {"val_accuracy": 0.0, "seconds": 0.0}
     accuracy = round(result["val_accuracy"], 2)
     row = run | {"val_accuracy": f"{accuracy:.2f}", "seconds": f"{result['seconds']:.1f}"}
-    run_tables.add_row(options.out, row | {"commit": run_tables.commit()})
+    run_tables.add_row(options.out, row | {"commit": commit})
     return accuracy
 
 

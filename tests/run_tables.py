@@ -5,6 +5,7 @@ is a run; a run that the table already holds isn't repeated.
 """
 
 import argparse
+import contextlib
 import csv
 import statistics
 import subprocess
@@ -79,10 +80,14 @@ def add_row(path: Path, row: dict) -> None:
 
 
 def commit() -> str:
-    """The repository's commit, shortened, with "+" if files were changed since; "" without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The repository's commit, shortened, with "+" if files beside results were changed since; ""
+    without git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    with contextlib.suppress(OSError):
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":!assets/results"])
+        return found.stdout.decode().strip() + ("+" if changed.returncode == 1 else "")
+    return ""
 
 
 def mean_and_spread(values: list[float]) -> str:

@@ -633,7 +633,13 @@ def test_settings_that_can_not_be(tiny_weights, method, setting, value):
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(tiny_weights, method, wrong):
-    """A refused method takes no trained adapter or head away."""
+    """A refused method takes no trained adapter or head away, and a fresh model stays usable."""
+    fresh, _ = vit.load(tiny_weights)
+    features = fresh(IMAGES)
+    with pytest.raises(ValueError):
+        adaptertune.adapt(fresh, method, 7, **wrong)
+    assert torch.equal(fresh(IMAGES), features)
+    assert not adaptertune.count(fresh)["frozen"]
     model = randomise(adapted(tiny_weights))
     before = model(IMAGES)
     names = dict(model.named_parameters())
@@ -644,6 +650,29 @@ def test_an_error_leaves_the_model_as_it_was(tiny_weights, method, wrong):
     assert list(after) == list(names)
     assert all(after[name] is names[name] for name in names)
     assert all(block.adapter is not None for block in model.blocks)
+
+
+@pytest.mark.parametrize("method", ["adaptertune", "vpt", "scratch"])
+def test_an_unknown_parameter_leaves_the_model_as_it_was(tiny_weights, method):
+    """`freeze` refuses a parameter that it doesn't know, which it finds after parts were added."""
+    model, _ = vit.load(tiny_weights)
+    before = model(IMAGES)
+    model.blocks[0].mlp.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="neither the backbone's nor an adapter's"):
+        adaptertune.adapt(model, method, 7)
+    assert torch.equal(model(IMAGES), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    del model.blocks[0].mlp.extra
+    adaptertune.adapt(model, method, 7)
+
+
+def test_adapt_by_what_adapt_returned(tiny_weights):
+    """adapt(model, classes=…, **settings) adapts another model the same way."""
+    first, _ = vit.load(tiny_weights)
+    second, _ = vit.load(tiny_weights)
+    settings = adaptertune.adapt(first, "adaptformer", 5, rank=3, placement=list(np.arange(1)))
+    assert adaptertune.adapt(second, classes=5, **settings) == settings
+    assert [*second.state_dict()] == [*first.state_dict()]
 
 
 def test_a_whole_network_is_a_backbone(tmp_path):
@@ -660,6 +689,13 @@ def test_a_whole_network_is_a_backbone(tmp_path):
     adaptertune.save(tmp_path / "full.safetensors", model, settings)
     assert not vit.load(tmp_path / "full.safetensors")[1].guessed
 
+    larger, _ = vit.load(tmp_path / "full.safetensors", image_size=32)  # twice as large
+    stale = adaptertune.read(tmp_path / "full.safetensors")[1] | {"fingerprint": "0" * 16}
+    adaptertune.adapt(larger, "full", 5)
+    adaptertune.save(tmp_path / "larger.safetensors", larger, stale)
+    again, _ = vit.load(tmp_path / "larger.safetensors", head=True)
+    assert torch.equal(again.pos_embed, larger.pos_embed)
+
 
 @pytest.mark.parametrize(("setting", "value"), [("pool", "mean"), ("eps", 0.1), ("heads", 4)])
 def test_adapters_of_another_configuration(tmp_path, setting, value):
@@ -667,8 +703,9 @@ def test_adapters_of_another_configuration(tmp_path, setting, value):
     model = adapted(write_tiny(tmp_path / "w.safetensors", seed=0))
     adaptertune.save(tmp_path / "a.safetensors", model)
     other = adapted(write_tiny(tmp_path / "other.safetensors", seed=0, **{setting: value}))
-    with pytest.raises(ValueError, match=f"was trained with {setting} .*, not {value}"):
+    with pytest.raises(ValueError, match=f"was trained with {setting} .*, not {value}") as error:
         adaptertune.load(tmp_path / "a.safetensors", other)
+    assert ("leave out the option" in str(error.value)) == (setting == "heads")
 
 
 def test_the_same_backbone_in_half_precision(tiny_weights, tmp_path):

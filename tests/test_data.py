@@ -281,7 +281,7 @@ def test_squash(tmp_path, capsys):
     photo = tmp_path / "wide/leaf/0.png"
     pixels = data.read_photo(photo, data.Square(28, squash=True))
     assert torch.equal(pixels, whole.train.pixels[4])
-    with pytest.raises(ValueError, match="--squash is for photos; the images of digits are sq"):
+    with pytest.raises(ValueError, match="of digits are squares already; --squash is for photos"):
         data.read("digits", squash=True)
 
 

@@ -372,7 +372,10 @@ def test_a_table_of_labels(run_export, python, tmp_path):
     assert Path(photos[0]).read_bytes() == content
     done = python(LABEL, tmp_path / "model.onnx", photos[1], "--csv", tmp_path / "nowhere/a.csv")
     assert done.returncode == 1
-    assert re.fullmatch("error: .*No such file or directory: .*a.csv'\n", done.stderr)
+    assert done.stderr.endswith("a.csv: give a file in a folder that exists\n")
+    content = table.read_text()
+    assert python(LABEL, tmp_path / "model.onnx", "nowhere", "--csv", table).returncode == 1
+    assert table.read_text() == content
 
 
 def test_a_table_of_many_classes(tmp_path):
@@ -380,10 +383,13 @@ def test_a_table_of_many_classes(tmp_path):
     module = runpy.run_path(str(LABEL))
     classes = [f"class {i}" for i in range(21)]
     probabilities = np.linspace(0, 0.1, 21)
-    table = module["begin_table"](tmp_path / "a.csv", classes)
-    table.writerow(module["as_row"]("a.jpg", probabilities, classes))
+    table = module["Table"](tmp_path / "a.csv", classes)
+    table.add("unread.jpg", None)
+    assert not (tmp_path / "a.csv").exists()  # an earlier table would still be there
+    table.add("a\udce9.jpg", probabilities)  # "é" in Latin-1
     lines = (tmp_path / "a.csv").read_text().splitlines()  # each row is there at once
-    assert lines == [train.LABELS_HEADER, "a.jpg,class 20,0.1000,class 19"]
+    found = "a\ufffd.jpg,class 20,0.1000,class 19"
+    assert lines == [train.LABELS_HEADER, "unread.jpg,,,", found]
 
 
 def test_turned_photos_are_seen_upright(run_export, label, tmp_path):

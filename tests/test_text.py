@@ -273,8 +273,9 @@ def test_towers_that_only_a_description_tells(published, tmp_path):
     """A tower without a causal mask, for one, as only open_clip's description tells, is refused."""
     save_file(published, tmp_path / "w.safetensors")
     beside = tmp_path / "open_clip_config.json"
-    beside.write_text(json.dumps({"model_cfg": {"text_cfg": {"heads": HEADS}}}))
-    vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
+    for supported in ({"heads": HEADS}, {"norm_kwargs": {"eps": 1e-5}}, {"pool_type": "argmax"}):
+        beside.write_text(json.dumps({"model_cfg": {"text_cfg": supported}}))
+        vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
     for stated in ({"no_causal_mask": True}, {"pool_type": "eos"}, {"norm_kwargs": {"eps": 1e-3}}):
         beside.write_text(json.dumps({"model_cfg": {"text_cfg": stated}}))
         (name,) = stated

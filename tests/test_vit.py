@@ -499,8 +499,30 @@ def test_a_grid_that_is_not_square(layout, tmp_path):
         )
         plain = transformers.ViTModel(config).state_dict()
     save_file(plain, path)
-    with pytest.raises(ValueError, match="9 positions, which is no square grid of patches and"):
-        vit.load(path, heads=2)
+    beside = tmp_path / "config.json"
+    for stated in (None, {"image_size": 16}, {"pretrained_cfg": {"input_size": None}}):
+        if stated:
+            beside.write_text(json.dumps(stated))
+        with pytest.raises(ValueError, match="9 positions, which is no square grid of patches"):
+            vit.load(path, heads=2)
+    for stated in ({"pretrained_cfg": {"input_size": [3, 12, 12]}}, {"image_size": 12}):
+        beside.write_text(json.dumps(stated))  # so the class token has no position (FlexiViT)
+        assert vit.load(path, heads=2)[0].config.grid == 3
+
+
+def test_flexivit(tmp_path):
+    """timm's FlexiViT has neither LayerScale nor a position for its class token."""
+    timm = pytest.importorskip("timm")
+    shape = {"embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "depth": 1, "num_classes": 0}
+    model = timm.create_model("flexivit_small", **shape, img_size=96).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="36 positions, .* FlexiViT, put timm's config.json"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+    stated = {"architecture": "flexivit_small", "pretrained_cfg": {"input_size": [3, 96, 96]}}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    images = torch.randn(2, 3, 96, 96)
+    loaded, _ = vit.load(tmp_path / "w.safetensors", heads=2)
+    assert torch.allclose(loaded(images), model(images), atol=1e-5)
 
 
 def test_what_timms_classifier_reads(tensors, tmp_path):
@@ -652,11 +674,15 @@ def test_descriptions_that_can_not_be(name, content, message, tmp_path):
         ({"model_cfg": {"vision_cfg": {"image_size": [16, 32]}}}, "images of 16 x 32 pixels"),
         ({"model_args": {"img_size": [16, 32]}}, "images of 16 x 32 pixels"),
         ({"model_args": {"act_layer": "relu"}}, "the activation 'relu'"),
+        (
+            {"model_cfg": {"vision_cfg": {"timm_model_name": "eva02_enormous_patch14_clip_224"}}},
+            "the architecture eva02_enormous_patch14_clip_224",
+        ),
         ({"global_pool": "max"}, "the pooling 'max' of patches"),
         ({"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, "pool_type 'avg', not 'tok'"),
         (
             {"model_cfg": {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}},
-            r"act_kwargs \{'approximate': 'tanh'\}, not \{\}",
+            r"act_kwargs \{'approximate': 'tanh'\}, not ",
         ),
     ],
 )
@@ -780,6 +806,26 @@ def test_kinds_of_files_that_are_not_read(tmp_path):
     for name, kind in kinds.items():
         with pytest.raises(ValueError, match=f"{name} is {kind}.*; give a .safetensors or .pth"):
             vit.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"architecture": "vit", "model_args": {"act_layer": None, "img_size": None}},
+        {"architecture": "vit", "model_args": {"act_layer": "GELU"}, "global_pool": None},
+        {"pretrained_cfg": {"input_size": None, "mean": None}},
+        {"model_cfg": {"vision_cfg": {"act_kwargs": {"approximate": "none"}, "pool_type": None}}},
+        {"model_cfg": {"vision_cfg": {"act_kwargs": {}, "norm_kwargs": None}}},
+        {"image_size": [16, 16], "hidden_act": "gelu"},
+    ],
+    ids=str,
+)
+def test_descriptions_that_state_defaults(content, tmp_path):
+    """Nulls and default values in a description are no reason to refuse a network."""
+    path = save_bare(tmp_path / "w.safetensors", width=128)
+    expected = vit.load(path)[1].config
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert vit.load(path)[1].config == expected
 
 
 def test_names_that_only_begin_like_an_average(tensors, tmp_path):

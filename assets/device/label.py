@@ -63,8 +63,7 @@ BEGINNINGS = re.compile(
 )
 HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 ADAPTER = re.compile(rb".{4}TORT", re.DOTALL)  # first bytes of an .onnx_adapter
-# First columns of the table of --csv, as of train.py's --predict. With at most EACH classes it also
-# has the probability of each.
+# Columns of the table of --csv. With at most EACH classes it also has the probability of each.
 COLUMNS = ["file", "prediction", "probability", "runner-up"]
 EACH = 20
 
@@ -89,13 +88,13 @@ def reason(error):
     return first
 
 
-def first_bytes(photo):
-    """The first 12 bytes of a path's file or of a binary file, which tell its format."""
+def first_bytes(photo, count=12):
+    """The first bytes of a path's file or of a binary file; 12 tell the format of a photo."""
     if hasattr(photo, "read"):
         photo.seek(0)
-        return photo.read(12)
+        return photo.read(count)
     with Path(photo).open("rb") as file:
-        return file.read(12)
+        return file.read(count)
 
 
 def upright_rgb(image):
@@ -405,25 +404,43 @@ def as_text(probabilities, classes):
     return "  ".join(f"{classes[i]} {100 * probabilities[i]:.1f} %" for i in best)
 
 
-def begin_table(path, classes):
-    """Begin a .csv file of labels; returns its writer. Each row is written at once, so that Ctrl-C
-    loses none.
+class Table:
+    """A .csv file of labels, with the columns of train.py's --predict.
+
+    It is begun with the first label, so that a mistyped folder replaces no earlier table. From then
+    on each row is written at once, so that Ctrl-C loses none.
 
     Raises:
-        UnusableError: the file exists and is no such table, but a photo or a graph.
-        OSError: it can't be written.
+        UnusableError: the path can't be that of a table, or is another file, such as a photo.
     """
-    known = ",".join(COLUMNS).encode()
-    if Path(path).is_file():
-        with Path(path).open("rb") as file:
-            if file.read(len(known)) not in (b"", known):
-                fail(f"--csv {path}: that file exists and is no table of labels; give another name")
-    lines = {"buffering": 1, "newline": "", "encoding": "utf-8", "errors": "replace"}
-    file = Path(path).open("w", **lines)  # noqa: SIM115 - kept open
-    table = csv.writer(file, lineterminator="\n")
-    each = [f"probability of {name}" for name in classes] if len(classes) <= EACH else []
-    table.writerow(COLUMNS + each)
-    return table
+
+    def __init__(self, path, classes):
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            fail(f"--csv {path}: give a file in a folder that exists")
+        beginning = ",".join(COLUMNS).encode()
+        if Path(path).is_file() and first_bytes(path, len(beginning)) not in (b"", beginning):
+            fail(f"--csv {path}: that file exists and is no table of labels; give another name")
+        self.path = Path(path)
+        self.classes = classes
+        self.waiting = []  # rows of photos that come before the first label
+        self.writer = None
+
+    def add(self, photo, probabilities):
+        """Add the row of a photo; `probabilities` is None if it couldn't be read."""
+        self.waiting.append(as_row(photo, probabilities, self.classes))
+        if self.writer is None and probabilities is not None:
+            self.begin()
+        if self.writer:
+            self.writer.writerows(self.waiting)
+            self.waiting.clear()
+
+    def begin(self):
+        """Open the file and write the names of its columns."""
+        lines = {"buffering": 1, "newline": "", "encoding": "utf-8", "errors": "replace"}
+        self.writer = csv.writer(self.path.open("w", **lines), lineterminator="\n")
+        many = len(self.classes) > EACH
+        each = [] if many else [f"probability of {name}" for name in self.classes]
+        self.writer.writerow(COLUMNS + each)
 
 
 def as_row(photo, probabilities, classes):
@@ -435,7 +452,8 @@ def as_row(photo, probabilities, classes):
         best, second = np.argsort(-probabilities)[:2]
         each = [f"{each:.4f}" for each in probabilities]
         label = [classes[best], each[best], classes[second]]
-    return [photo, *label, *(each if len(classes) <= EACH else [])]
+    name = str(photo).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return [name, *label, *(each if len(classes) <= EACH else [])]
 
 
 def main():
@@ -443,7 +461,8 @@ def main():
     parser.add_argument("model", help="model.onnx; with --adapter backbone.onnx")
     parser.add_argument("photos", nargs="+", metavar="photo", help="a photo, or a folder of photos")
     parser.add_argument("--adapter", metavar="FILE", help="the task's .onnx_adapter (--swappable)")
-    parser.add_argument("--csv", metavar="FILE", help="write the labels to this file, too")
+    table = "write the labels to this file, too; replaces an earlier table"
+    parser.add_argument("--csv", metavar="FILE", help=table)
     arguments = parser.parse_args()
     if "" in sys.argv:
         fail("an argument is empty; give it a value")
@@ -454,7 +473,7 @@ def main():
     warnings.simplefilter("ignore")  # Pillow's, about photos that it can still read
 
     session, task, options = open_graph(arguments.model, arguments.adapter)
-    table = begin_table(arguments.csv, task["classes"]) if arguments.csv else None
+    table = Table(arguments.csv, task["classes"]) if arguments.csv else None
     failed = False
     for photo in find_photos(arguments.photos):
         probabilities = None
@@ -469,7 +488,7 @@ def main():
             text = as_text(probabilities, task["classes"])
             print(plain(f"{photo}  {text}"), flush=True)
         if table:
-            table.writerow(as_row(photo, probabilities, task["classes"]))
+            table.add(photo, probabilities)
     if failed:
         sys.exit(1)
 
