@@ -212,7 +212,7 @@ def check_vit(model: nn.Module) -> None:
                 f"a {kind} gives the parameters other names; give the vit.ViT in it, .{inner}"
             )
     blocks = getattr(model, "blocks", ())
-    is_vit = hasattr(model, "config") and all(hasattr(block, "adapter") for block in blocks)
+    is_vit = hasattr(model, "cls_token") and all(hasattr(block, "adapter") for block in blocks)
     if not blocks or not is_vit:  # also of a text tower
         raise ValueError(
             f"a {kind} can't be adapted, only a vit.ViT; vit.load reads the file of a "
@@ -395,7 +395,8 @@ def add_prompts(model: nn.Module, *, prompts: int = 10, deep: bool = True) -> No
 
 
 class ClipHead(nn.Module):
-    """CLIP's classifier, with CLIP-Adapter's bottlenecks (https://arxiv.org/abs/2110.04544, 3.2):
+    """CLIP's classifier, with CLIP-Adapter's bottlenecks (https://arxiv.org/abs/2110.04544, 3.2).
+    Set `classes` to W, and `scale` to CLIP's, before use:
 
         f' = a · A(f) + (1 - a) · f        W' = b · A'(W) + (1 - b) · W
         logits = scale · norm(f') · norm(W')ᵀ        A(x) = ReLU(U · ReLU(V · x)), no biases
@@ -534,11 +535,14 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
     if isinstance(model.head, ClipHead):  # of an earlier `adapt`
         projection = model.head.projection
     elif isinstance(model.head, nn.Linear) and not isinstance(model.head, NewHead):
-        projection = model.head.weight  # timm's has a bias of zeros, too
+        bias = model.head.bias
+        if bias is None or not bias.any():  # timm's is of zeros; else it is a classifier
+            projection = model.head.weight
     if not model.config.norm_pre or projection is None:
         raise ValueError(
-            "clip-adapter and zero-shot need CLIP's image tower with its projection as head; "
-            "choose a clip_* --backbone, or in your own code vit.load(…, head=True)"
+            "clip-adapter and zero-shot need CLIP's image tower with its projection as head, which "
+            "these weights don't have; choose a clip_* --backbone, or in your own code "
+            "vit.load(…, head=True)"
         )
     rank = rank or len(projection) // 4
     head = ClipHead(projection, classes, rank=rank, **settings)
@@ -629,7 +633,6 @@ def unchanged_by_errors(model: nn.Module):
         yield
     except Exception:
         for module, attributes in before:
-            vars(module).clear()
             vars(module).update(attributes)
         raise
 
@@ -1059,6 +1062,7 @@ META = {
     "dataset": text,
     "classes": several(line, least=2),
     "classifier": text,
+    "template": text,
     "seed": whole(0),
     "limit": whole(0),
     "shots": whole(0),

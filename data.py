@@ -316,11 +316,12 @@ def split(
 
     if shots:
         train, rest = sample_shots(train, shots, f"shots/{seed}")
-        smallest = int(torch.bincount(train.labels, minlength=len(data.classes)).min())
-        if smallest < shots:
+        sizes = torch.bincount(train.labels, minlength=len(data.classes))
+        if sizes.min() < shots:
+            smallest = data.classes[sizes.argmin()]
             raise ValueError(
-                f"--shots {shots}: a class of {data.name} has fewer images to train on; "
-                "give a smaller number"
+                f"--shots {shots}: {smallest!r} of {data.name} has only {sizes.min()} images to "
+                "train on; give a smaller number"
             )
         candidates = rest if val is None else val
         val, _ = sample_shots(candidates, min(shots, 4), f"shots/{seed}")
@@ -1466,17 +1467,21 @@ TEMPLATES = {
 }
 
 
+def template_of(name: str) -> str:
+    """The published template of a data set, or a general one."""
+    return TEMPLATES.get(name.lower().rstrip("0123456789"), "a photo of a {}.")
+
+
 def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
     """A sentence for each class of a data set, for CLIP's text tower to read.
 
     Args:
-        template: a sentence with {} for the class's name; if empty, the data set's published one.
+        template: a sentence with {} for the class's name; if empty, `template_of` the data set.
 
     Raises:
         ValueError: the template has no {}.
     """
-    if not template:
-        template = TEMPLATES.get(name.lower().rstrip("0123456789"), "a photo of a {}.")
+    template = template or template_of(name)
     if "{}" not in template:
         raise ValueError(f"--template {template!r} has no {{}} where the class's name goes")
     return [template.replace("{}", each.replace("_", " ")) for each in classes]
@@ -2000,10 +2005,13 @@ def cache_folder() -> Path:
         ) from error
 
 
-def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
+def hub_file(repo: str, name: str, *, offline: bool = False, option: str = "--weights") -> Path:
     """A file of a Hugging Face repository, from the cache or the network.
 
     HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured; files are kept in `cache_folder()`.
+
+    Args:
+        option: of train.py, to give the file by; for the error message.
 
     Raises:
         ValueError: the file isn't cached and can't be fetched, or one of the variables is invalid.
@@ -2015,7 +2023,7 @@ def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
         given = "--offline" if offline else "HF_HUB_OFFLINE"
         raise ValueError(
             f"{path} is not there and {given} given; fetch it once without (train.py has "
-            "--download), or give --weights FILE"
+            f"--download), or give {option} FILE"
         )
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").strip().rstrip("/")
     token = os.environ.get("HF_TOKEN", "").strip()

@@ -1533,7 +1533,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     resized = "take pixels (uint8) of photos of any size; the graph resizes them as in evaluation"
     parser.switch("--resize", resized)
     outputs = ("logits", "probabilities", "embedding")
-    returned = "the graph's output; embedding: the head's input (logits)"
+    returned = "the graph's output; embedding: the head's input, of CLIP before its projection "
+    returned += "(logits)"
     parser.choice("--output", outputs, returned, "logits")
     precision = "precision of the weights; int8 is for CPUs (fp32)"
     parser.choice("--precision", ("fp32", "fp16", "int8"), precision, "fp32")

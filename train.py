@@ -499,9 +499,15 @@ def validate_zero_shot(run: Run) -> None:
     """Print the zero-shot validation accuracy (no bottlenecks), and add it to the metadata."""
     with run.model.head.zero_shot():
         val = predict(run, run.dataset.val, "zero-shot").accuracy
-    if not math.isnan(val):
-        run.meta["zero_shot_val_accuracy"] = val
-        print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
+    if math.isnan(val):
+        return
+    run.meta["zero_shot_val_accuracy"] = val
+    print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
+    chance = 100 / len(run.dataset.classes)
+    error = 100 * math.sqrt(chance / 100 * (1 - chance / 100) / len(run.dataset.val))
+    if run.options.classifier == "text" and val < chance + 2 * error:
+        text = f"that is hardly above chance, {chance:.2f} %: are both towers and the vocabulary "
+        print(f"warning  {text}of one CLIP, and are the classes' names plain English?")
 
 
 def fit(run: Run) -> None:
@@ -1034,6 +1040,9 @@ def load_both(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, data.
     downloaded if they aren't there."""
     data.check_name(options.dataset)  # before a backbone is downloaded
     model, backbone = load_backbone(options)
+    by_text = options.method in adaptertune.CLIP_METHODS and options.classifier == "text"
+    if by_text and model.config.norm_pre:  # else `adapt` says that it is no CLIP
+        find_text(options)  # before photos are decoded
     dataset = read_dataset(*images_of(options, backbone.config.image_size))
     return model, backbone, dataset
 
@@ -1140,13 +1149,26 @@ def cache_features(run: Run) -> data.Dataset:
     features = {}
     for group in (("train", "val"), ("test",)):
         parts = {part: getattr(run.dataset, part) for part in group}
+        if group[0] == "train" and not trains_on_images(run.options):
+            images = parts.pop("train")
+            features["train"] = data.Images(
+                torch.zeros(len(images), 0), images.labels, images.names
+            )
+        if not any(map(len, parts.values())):
+            features |= parts
+            continue
         rows = torch.cat([images.rows for images in parts.values()]).unique()
         everything = data.Images(run.dataset.train.table, torch.zeros(len(rows)), rows=rows)
-        found = find_features(run, everything, " and ".join(group))
+        found = find_features(run, everything, " and ".join(parts))
         for part, images in parts.items():
             places = torch.searchsorted(rows, images.rows)
             features[part] = data.Images(found, images.labels, images.names, places)
     return replace(run.dataset, **features)
+
+
+def trains_on_images(options: argparse.Namespace) -> bool:
+    """Whether training images have an effect; zero-shot CLIP by class names needs none."""
+    return options.method != "zero-shot" or options.classifier != "text"
 
 
 def find_features(run: Run, images: data.Images, what: str) -> Tensor:
@@ -1190,6 +1212,12 @@ def embed_class_names(run: Run) -> None:
     weights, vocab = find_text(options)
     tower, scale = vit.load_text(weights, quick_gelu=run.model.config.quick_gelu)
     tokenizer = vit.Tokenizer(vocab)
+    E = len(run.model.head.projection)
+    if tower.head.out_features != E:
+        raise ValueError(
+            f"{weights}: its text tower gives {tower.head.out_features} numbers, the image tower "
+            f"{E}: they aren't of one CLIP"
+        )
     if scale is None:
         scale = 100.0
         print(f"warning  scale 100, CLIP's highest: guessed, since {weights} states no logit_scale")
@@ -1198,10 +1226,32 @@ def embed_class_names(run: Run) -> None:
         raise ValueError(
             f"{vocab} has {tokenizer.size} ids, {weights} {vocabulary}; give its --vocab"
         )
-    sentences = data.sentences(run.dataset.name, run.dataset.classes, options.template)
-    ids = tokenizer(sentences, len(tower.pos_embed))
-    run.model.head.classes = tower(ids).to(run.device)
+    run.meta["template"] = options.template or data.template_of(run.dataset.name)
+    sentences = data.sentences(run.dataset.name, run.dataset.classes, run.meta["template"])
+    check_sentences(sentences, tokenizer, len(tower.pos_embed))
+    heads = tower.config.heads
+    guess = " (guessed)" if tower.heads_are_guessed else ""
+    print(f"text     {sentences[0]!r}, …; text tower of {counted(heads, 'head')}{guess}")
+    run.model.head.classes = tower(tokenizer(sentences, len(tower.pos_embed))).to(run.device)
     run.model.head.scale.fill_(scale)
+
+
+def check_sentences(sentences: list[str], tokenizer: vit.Tokenizer, length: int) -> None:
+    """Raise a ValueError for sentences that are too long for CLIP's text tower, or the same for two
+    classes, which it then can't tell apart."""
+    before: dict[tuple, str] = {}
+    for sentence in sentences:
+        ids = tuple(tokenizer.encode(sentence))
+        if len(ids) + 2 > length:  # with the marks of start and end
+            raise ValueError(
+                f"{sentence[:60]!r}… has {len(ids)} tokens, the text tower takes {length - 2}; "
+                "shorten --template or the class's name"
+            )
+        if ids in before:
+            raise ValueError(
+                f"{before[ids]!r} and {sentence!r} are the same for CLIP; rename one of the classes"
+            )
+        before[ids] = sentence
 
 
 VOCABULARIES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")  # of CLIP, in either form
@@ -1219,7 +1269,7 @@ def find_text(options: argparse.Namespace) -> tuple[Path, Path]:
         if weights.with_name(name).exists():
             return weights, weights.with_name(name)
     repo = repo or "openai/clip-vit-base-patch16"
-    return weights, data.hub_file(repo, "merges.txt", offline=options.offline)
+    return weights, data.hub_file(repo, "merges.txt", offline=options.offline, option="--vocab")
 
 
 @torch.no_grad()
@@ -3059,6 +3109,10 @@ def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -
     owners = dict.fromkeys(("every", "blocks"), adaptertune.PLACED_METHODS)
     owners |= dict.fromkeys(CLIP_OPTIONS, adaptertune.CLIP_METHODS)
     owners["cached"] = ("head", *adaptertune.CLIP_METHODS)
+    if options.classifier == "prototypes":
+        for name in ("template", "text_weights", "vocab"):
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')} is for --classifier text")
     for method, settings in adaptertune.METHODS.items():
         for name in settings:
             owners[name] = (*owners.get(name, ()), method)
@@ -3117,7 +3171,8 @@ def add_training_options(parser: Parser) -> None:
     epochs = "passes over the images (10, up to 30 for fewer than 1,500 images; --cached 100); 0 "
     epochs += "evaluates the LoRA of --init-lora as it is, best with --method head"
     add("--epochs", "N", integer(0), epochs, None)
-    cached = "for --method head: train on features computed once, without augmentation"
+    cached = "for --method head: train on features computed once, without augmentation, as "
+    cached += "clip-adapter and zero-shot always do"
     parser.switch("--cached", cached)
     add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
     rate = "peak learning rate (by method and rank; for full by features and width, at most "
@@ -3404,7 +3459,7 @@ def print_heading(options: argparse.Namespace, done: int, total: int, times: lis
     """Print the line above one of several runs: which it is, and the time left for all of them,
     estimated from `times`, the seconds that earlier runs took."""
     text = options.label or options.method
-    if options.lr:
+    if options.lr and options.method != "zero-shot":
         text += f", learning rate {options.lr:g}"
     text += f", seed {options.seed}"
     if times:
@@ -3422,8 +3477,6 @@ def fetch_for(grid: list[argparse.Namespace]) -> None:
             continue
         done.add(needs)
         _, backbone, dataset = load_both(options)
-        if text:
-            find_text(options)
         size = backbone.config.image_size
         print(f"ready    {backbone_name(options)} and {dataset.name} at {size} px; give --offline")
 

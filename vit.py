@@ -393,8 +393,11 @@ class TextTower(nn.Module):
     vocabulary; `load_text` refuses a larger one.
     """
 
+    heads_are_guessed = False  # by `load_text`
+
     def __init__(self, config: Config, vocabulary: int, embedding: int):
         super().__init__()
+        self.config = config
         self.token_embed = nn.Embedding(vocabulary, config.width)
         self.pos_embed = nn.Parameter(torch.zeros(config.grid, config.width))
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
@@ -460,6 +463,10 @@ class Tokenizer:
                 merged = len(ids)
                 self.merges[ids[left], ids[right]] = merged
                 ids[left + right] = merged
+            if any(
+                "\u0120" in line for line in lines
+            ):  # a space, which no word of CLIP begins with
+                raise ValueError("GPT-2's vocabulary")
         except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
             raise ValueError(
                 f"{path} is missing, damaged or not a CLIP vocabulary; give the published "
@@ -1331,9 +1338,12 @@ def usual_heads(width: int, text: bool) -> int:
     if width in HEADS and not text:
         return HEADS[width]
     if width % 64:
+        advice = "give the number of heads by --heads"
+        if text:
+            advice = "put the config.json that states the number of its heads beside the weights"
         raise ValueError(
-            f"width {width} is no multiple of the usual head width 64; "
-            "give the number of heads by --heads"
+            f"{'text tower of ' if text else ''}width {width}, no multiple of the usual head width "
+            f"64; {advice}"
         )
     return width // 64
 
@@ -1794,12 +1804,14 @@ def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[s
 
 
 def load_text(
-    path: str | Path, *, heads: int = 0, quick_gelu: bool = True
+    path: str | Path, *, heads: int = 0, quick_gelu: bool | None = None
 ) -> tuple[TextTower, float | None]:
     """CLIP's text tower, in eval mode, and exp(logit_scale), or None if the file doesn't state it.
 
     Args:
-        quick_gelu: OpenAI's activation; tensors don't show it, but both towers have it or neither.
+        heads, quick_gelu: what tensors don't show. If left out, they are read from config.json or
+            open_clip_config.json beside the file; else the usual number of heads for that width
+            and OpenAI's QuickGELU are assumed. (In a CLIP, both towers have QuickGELU or neither.)
 
     Raises:
         ValueError: an unreadable file or one without a text tower; missing, left-over or misshapen
@@ -1811,12 +1823,16 @@ def load_text(
             f"{path} has no text tower of CLIP; give a file with both towers, "
             "or use --classifier prototypes"
         )
-    check_text(Path(path))
     with naming(path):
         translated = to_timm(tensors, TEXT_LAYOUTS)
         found = translated.tensors
-        config = infer_config(found, eps=translated.layout.eps, heads=heads)
-        config = replace(config, quick_gelu=quick_gelu)
+        stated = {}
+        if "pos_embed" in found:  # else infer_config says what is missing
+            stated = read_text_beside(Path(path), found["pos_embed"].shape[-1])
+        config = infer_config(found, eps=1e-5, heads=heads or stated.get("heads", 0))
+        if quick_gelu is None:
+            quick_gelu = stated.get("quick_gelu", True)
+        config = replace(config, quick_gelu=quick_gelu, eps=stated.get("eps", config.eps))
         vocabulary = len(found["token_embed.weight"])
         if vocabulary > CLIP_VOCABULARY:
             raise ValueError(
@@ -1825,6 +1841,7 @@ def load_text(
             )
         with torch.device("meta"):
             model = TextTower(config, vocabulary, len(found["head.weight"]))
+        model.heads_are_guessed = not heads and "heads" not in stated
         load_strictly(model, found, translated.names)
         scale = None
         for key, value in tensors.items():
@@ -1833,22 +1850,54 @@ def load_text(
     return model, scale
 
 
-def check_text(path: Path) -> None:
-    """Raise a ValueError if open_clip's description beside a text tower states what tensors don't
-    show and TextTower doesn't do, such as that tokens attend to later ones too (MobileCLIP2)."""
-    file = path.with_name("open_clip_config.json")
-    if not file.is_file():
-        return
-    with refusing(file, "correct it, or remove it from beside the weights"):
-        tower = read_json(file)["model_cfg"]["text_cfg"]
-        supported = {"no_causal_mask": False, "pool_type": "argmax"}
-        supported |= {"norm_kwargs": {"eps": 1e-5}, "act_kwargs": EXACT_GELU}
-        unsupported = unsupported_option(tower, supported)
-    if unsupported:
-        raise ValueError(
-            f"{file}, beside the weights, states a text tower of {unsupported}: it can't be "
-            "used; use --classifier prototypes"
-        )
+def read_text_beside(path: Path, width: int) -> dict:
+    """The settings of a text tower that files beside its weights state: heads, eps, quick_gelu, or
+    some of these. A file that states another width is left out.
+
+    Raises:
+        ValueError: a file states what tensors don't show and TextTower doesn't do, such as that
+            tokens attend to later ones too (MobileCLIP2).
+    """
+    stated = {}
+    for name in ("config.json", "open_clip_config.json"):
+        file = path.with_name(name)
+        if not file.is_file():
+            continue
+        with refusing(file, "correct it, or remove it from beside the weights"):
+            tower = text_tower(read_json(file))
+            if tower.get("hidden_size") not in (None, width):
+                continue
+            supported = {"no_causal_mask": False, "pool_type": "argmax", "act_kwargs": EXACT_GELU}
+            unsupported = unsupported_option(tower, supported)
+            act = tower.get("hidden_act", "gelu")
+            if act not in ("gelu", "quick_gelu"):
+                unsupported = f"the activation {act!r}"
+            found = {"heads": tower.get("num_attention_heads"), "eps": tower.get("layer_norm_eps")}
+            if "hidden_act" in tower:
+                found["quick_gelu"] = act == "quick_gelu"
+            stated |= {key: value for key, value in found.items() if value is not None}
+        if unsupported:
+            raise ValueError(
+                f"{file}, beside the weights, states a text tower of {unsupported}: it can't be "
+                "used; use --classifier prototypes"
+            )
+    return stated
+
+
+def text_tower(content: dict) -> dict:
+    """What a description states about the text tower, named as in transformers' config.json."""
+    if "text_config" in content:  # which leaves out default values
+        defaults = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+        return defaults | content["text_config"]
+    open_clip = content.get("model_cfg")
+    if not open_clip:
+        return {}
+    tower = dict(open_clip.get("text_cfg") or {})
+    tower["hidden_size"] = tower.get("width")
+    tower["num_attention_heads"] = tower.get("heads")
+    tower["layer_norm_eps"] = (tower.get("norm_kwargs") or {}).get("eps")
+    tower["hidden_act"] = "quick_gelu" if open_clip.get("quick_gelu") else "gelu"
+    return tower
 
 
 def load_strictly(model: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> None:

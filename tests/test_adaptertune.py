@@ -511,7 +511,7 @@ def test_adapt_keeps_clips_projection(clip):
         assert torch.equal(model.head.projection, projection)
     adaptertune.adapt(model, "head", 7)
     for method in adaptertune.CLIP_METHODS:
-        with pytest.raises(ValueError, match=r"with its projection as head; .* vit.load"):
+        with pytest.raises(ValueError, match=r"with its projection as head, .* vit.load"):
             adaptertune.adapt(model, method, 7)
 
 
@@ -672,6 +672,7 @@ def test_adapt_by_what_adapt_returned(tiny_weights):
     second, _ = vit.load(tiny_weights)
     settings = adaptertune.adapt(first, "adaptformer", 5, rank=3, placement=list(np.arange(1)))
     assert adaptertune.adapt(second, classes=5, **settings) == settings
+    assert json.dumps(settings["placement"]) == "[0]"  # an int, whatever was given
     assert [*second.state_dict()] == [*first.state_dict()]
 
 

@@ -189,7 +189,7 @@ def test_shots_are_drawn_by_class_and_seed():
 
     more = split_digits(shots=9)
     assert torch.bincount(more.val.labels).tolist() == [4] * 10
-    with pytest.raises(ValueError, match="--shots 500: a class of digits has fewer images"):
+    with pytest.raises(ValueError, match="--shots 500: '8' of digits has only 139 images"):
         split_digits(shots=500)
 
 

@@ -222,6 +222,11 @@ def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch
     expected = train.predict(again, again.dataset.val, "val").accuracy
     stated = re.findall(r"^zeroshot (.*)$", out, re.M)
     assert stated == [f"{expected:.2f} %   (val, by text alone, before training)"] * 2
+    # These towers are random.
+    assert out.count("warning  that is hardly above chance, 10.00 %: are both towers and the") == 2
+    text = "'a photo of the number: \"0\".', …; text tower of 1 head (guessed)"
+    assert out.count(f"text     {text}\n") == 2
+    assert read_result(zero_shot)["template"] == 'a photo of the number: "{}".'
     for folder in (zero_shot, adapter):
         assert read_result(folder)["zero_shot_val_accuracy"] == expected
     assert read_result(zero_shot)["val_accuracy"] == expected
@@ -270,6 +275,60 @@ def test_another_vocabulary_is_refused(run, clip, tmp_path):
     common = ["--weights", clip, "--method", "zero-shot"]
     error = run(*common, "--vocab", tmp_path / "merges.txt", status=1)
     assert re.search(r"merges.txt has 515 ids, .*clip.safetensors 522; give its --vocab", error)
+
+
+def test_gpt2s_vocabulary_is_refused(run, clip, tmp_path):
+    """GPT-2's merges.txt has as many merges, but marks the beginnings of words, not their ends."""
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n\u0120 t\nh e\n")
+    common = ["--weights", clip, "--method", "zero-shot", "--vocab", tmp_path / "merges.txt"]
+    assert "merges.txt is missing, damaged or not a CLIP voc" in run(*common, status=1)
+
+
+def test_text_towers_of_another_clip(run, clip, tmp_path):
+    """A text tower whose embeddings have another width is refused before images are looked at."""
+    (tmp_path / "image").mkdir()
+    image_tower = write_tiny_clip(tmp_path / "image", text=False, embed=16)
+    common = ["--weights", image_tower, "--text-weights", clip, "--method", "zero-shot"]
+    error = run(*common, status=1)
+    assert "its text tower gives 24 numbers, the image tower 16: they aren't of one CLIP" in error
+
+
+def test_a_classifier_is_no_projection(tmp_path):
+    """A CLIP fine-tuned to classes (timm's …_ft_in1k) has a classifier with biases as its head."""
+    model, _ = vit.load(write_tiny_clip(tmp_path), head=True)
+    model.head.bias = nn.Parameter(torch.ones(len(model.head.weight)))
+    with pytest.raises(ValueError, match="its projection as head, which these weights don't have"):
+        adaptertune.adapt(model, "zero-shot", 5)
+    model.head.bias = nn.Parameter(torch.zeros(len(model.head.weight)))  # as timm's projection
+    adaptertune.adapt(model, "zero-shot", 5)
+
+
+def test_sentences_that_can_not_be(run, clip, tmp_path):
+    """Sentences that CLIP can't tell apart or would cut are refused, and so are text options where
+    no text is used."""
+    common = ["--weights", clip, "--method", "zero-shot"]
+    error = run(*common, "--template", f"{'9 ' * 80}{{}}", status=1)
+    assert re.search(r"… has \d+ tokens, the text tower takes 75; shorten --template", error)
+    tokenizer = vit.Tokenizer(clip.with_name("merges.txt"))
+    with pytest.raises(ValueError, match="'a  B' and 'A b' are the same for CLIP; rename one"):
+        train.check_sentences(["c", "a  B", "A b"], tokenizer, 77)
+    for option in ("--template", "--text-weights", "--vocab"):
+        error = run(*common, "--classifier", "prototypes", option, "x{}", status=2)
+        assert f"{option} is for --classifier text" in error
+
+
+def test_zero_shot_needs_no_training_images(run, clip, monkeypatch):
+    """Features of training images aren't computed for zero-shot CLIP by class names."""
+    computed = []
+    compute = train.compute_features
+
+    def record(run, images, what):
+        computed.append((what, len(images)))
+        return compute(run, images, what)
+
+    monkeypatch.setattr(train, "compute_features", record)
+    run("--weights", clip, "--method", "zero-shot")
+    assert computed == [("val", 144), ("test", 359)]
 
 
 def test_template(run, clip, tmp_path):

@@ -143,6 +143,42 @@ def test_tower(build, tmp_path):
             assert scale == pytest.approx(logit_scale.exp().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+@torch.no_grad()
+def test_what_stands_beside_a_text_tower(library, tmp_path):
+    """Heads, activation and eps of a text tower are read from the description beside it, unless
+    they are given."""
+    if library == "transformers":
+        transformers = pytest.importorskip("transformers")
+        text = HUGGING_FACE_TEXT | {"num_attention_heads": 4, "eos_token_id": 2}
+        text |= {"hidden_act": "gelu", "layer_norm_eps": 1e-2}
+        config = transformers.CLIPConfig(
+            vision_config=HUGGING_FACE_VISION, text_config=text, projection_dim=EMBED
+        )
+        model = randomise(transformers.CLIPModel(config)).eval()
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+        ids = random_ids()
+        expected = model.text_projection(model.text_model(input_ids=ids).pooler_output)
+    else:
+        model, reference, _ = open_clip_laion()
+        stated = {"width": WIDTH, "heads": HEADS, "norm_kwargs": {}}
+        beside = {"model_cfg": {"quick_gelu": False, "text_cfg": stated}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(beside))
+        ids = random_ids()
+        expected = reference(ids)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    tower, _ = vit.load_text(tmp_path / "w.safetensors")
+    assert (tower(ids) - expected).abs().max() < 1e-5
+    assert not tower.heads_are_guessed
+    other, _ = vit.load_text(tmp_path / "w.safetensors", heads=1)
+    assert (other(ids) - expected).abs().max() > 1e-3
+    for file in tmp_path.glob("*.json"):  # of another network
+        file.write_text(file.read_text().replace(f": {WIDTH}", f": {2 * WIDTH}"))
+    with pytest.raises(ValueError, match="text tower of width 32, no multiple"):
+        vit.load_text(tmp_path / "w.safetensors")
+
+
 # Our names, and OpenAI's names for the same tensors.
 RENAMES = {
     "token_embed.": "token_embedding.",
@@ -276,7 +312,7 @@ def test_towers_that_only_a_description_tells(published, tmp_path):
     for supported in ({"heads": HEADS}, {"norm_kwargs": {"eps": 1e-5}}, {"pool_type": "argmax"}):
         beside.write_text(json.dumps({"model_cfg": {"text_cfg": supported}}))
         vit.load_text(tmp_path / "w.safetensors", heads=HEADS)
-    for stated in ({"no_causal_mask": True}, {"pool_type": "eos"}, {"norm_kwargs": {"eps": 1e-3}}):
+    for stated in ({"no_causal_mask": True}, {"pool_type": "eos"}):
         beside.write_text(json.dumps({"model_cfg": {"text_cfg": stated}}))
         (name,) = stated
         with pytest.raises(ValueError, match=f"config.json, .* states a text tower of {name}"):
@@ -291,7 +327,9 @@ def test_towers_that_only_a_description_tells(published, tmp_path):
 def test_heads_that_cant_be_guessed(published, tmp_path):
     """A width that isn't a multiple of 64 is refused unless the number of heads is given."""
     save_file(published, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="width 32 is no multiple.*--heads"):
+    with pytest.raises(
+        ValueError, match="text tower of width 32, no multiple .* put the config.json"
+    ):
         vit.load_text(tmp_path / "w.safetensors")
 
 

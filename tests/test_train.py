@@ -2195,7 +2195,7 @@ REFUSED = [
     (["--blocks", "first99"], "an adapter in block 2: choose from 0 to 1, or -1 to -2"),
     (["--blocks=-3"], "an adapter in block -3: choose from 0 to 1, or -1 to -2"),
     (["--blocks", "2"], "an adapter in block 2: choose from 0 to 1, or -1 to -2"),
-    (["--shots", "500"], "--shots 500: a class of digits has fewer images to train on"),
+    (["--shots", "500"], "--shots 500: '8' of digits has only 139 images to train on"),
     (["--image-size", "18"], "image size 18 is not a multiple of the patch size 4"),
     (["--device", "cuda:99"], "device 'cuda:99' can't be used here"),
     (["--weights", "none.pth"], "no weights at none.pth"),
