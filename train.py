@@ -578,6 +578,9 @@ def finish(run: Run) -> dict:
         "seconds": run.state.train_time,
         "memory": peak_memory(run.device),
     }
+    factors = learnt_factors(run.model)
+    if factors:
+        result["learnt"] = factors  # "scale", "ratio" and "text_ratio" are where they began
     if not run.batches.rank:
         write_records(run)
         with data.replacing(run.folder / "adapters.safetensors") as file:
@@ -589,6 +592,15 @@ def finish(run: Run) -> dict:
         (run.folder / "state.pt").unlink(missing_ok=True)  # last: until then --resume finishes
     wait_for_all()
     return result
+
+
+def learnt_factors(model: vit.ViT) -> dict[str, list[float]]:
+    """The learnt scales of adapters, or ratios of a ClipHead: {"scale": [1.1, 0.9]}."""
+    factors: dict[str, list[float]] = {}
+    for name, parameter in adaptertune.trained(model).items():
+        if parameter.ndim == 0:
+            factors.setdefault(name.rpartition(".")[2], []).append(parameter.item())
+    return factors
 
 
 def train_run(options: argparse.Namespace) -> dict:
@@ -2408,6 +2420,10 @@ def conclude(run: Run) -> None:
         cost += f", peak {memory:.1f} GiB"
     print()
     report_test(run, how)
+    for name, values in learnt_factors(run.model).items():
+        lowest, highest = min(values), max(values)
+        text = f"{lowest:.3f}" if len(values) == 1 else f"{lowest:.3f} to {highest:.3f}"
+        print(f"learnt   {name.replace('_', ' ')} {text}")
     if state.first_epoch > 1 and state.chosen_epoch < state.first_epoch:
         print(f"note     no added epoch is as good on val; epoch {state.chosen_epoch} is kept")
     print(f"cost     {cost}")

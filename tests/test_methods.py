@@ -215,6 +215,14 @@ def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch
     assert "20 of 1,438 train / 20 val / 359 test" in out
     assert re.search(r"^test .*\(nothing to choose\)$", out, re.M)
 
+    # What the ratios became is reported.
+    learnt = read_result(tmp_path / "runs/c-clip-adapter")["learnt"]
+    assert list(learnt) == ["image_ratio", "text_ratio"]
+    for name, (ratio,) in learnt.items():
+        assert f"learnt   {name.replace('_', ' ')} {ratio:.3f}\n" in out
+    assert learnt["image_ratio"] != [pytest.approx(0.2, abs=1e-9)]
+    assert "learnt" not in read_result(tmp_path / "runs/c-zero-shot")
+
     # Zero-shot is measured on the validation images.
     adapter = tmp_path / "runs/c-clip-adapter"
     zero_shot = tmp_path / "runs/c-zero-shot"
