@@ -1342,8 +1342,8 @@ def usual_heads(width: int, text: bool) -> int:
         if text:
             advice = "put the config.json that states the number of its heads beside the weights"
         raise ValueError(
-            f"{'text tower of ' if text else ''}width {width}, no multiple of the usual head width "
-            f"64; {advice}"
+            f"{'its text tower: ' if text else ''}width {width} is no multiple of the usual head "
+            f"width 64; {advice}"
         )
     return width // 64
 

@@ -175,7 +175,7 @@ def test_what_stands_beside_a_text_tower(library, tmp_path):
     assert (other(ids) - expected).abs().max() > 1e-3
     for file in tmp_path.glob("*.json"):  # of another network
         file.write_text(file.read_text().replace(f": {WIDTH}", f": {2 * WIDTH}"))
-    with pytest.raises(ValueError, match="text tower of width 32, no multiple"):
+    with pytest.raises(ValueError, match="text tower: width 32 is no multiple"):
         vit.load_text(tmp_path / "w.safetensors")
 
 
@@ -328,7 +328,7 @@ def test_heads_that_cant_be_guessed(published, tmp_path):
     """A width that isn't a multiple of 64 is refused unless the number of heads is given."""
     save_file(published, tmp_path / "w.safetensors")
     with pytest.raises(
-        ValueError, match="text tower of width 32, no multiple .* put the config.json"
+        ValueError, match="text tower: width 32 is no multiple .* put the config.json"
     ):
         vit.load_text(tmp_path / "w.safetensors")
 
