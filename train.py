@@ -1166,9 +1166,6 @@ def cache_features(run: Run) -> data.Dataset:
             features["train"] = data.Images(
                 torch.zeros(len(images), 0), images.labels, images.names
             )
-        if not any(map(len, parts.values())):
-            features |= parts
-            continue
         rows = torch.cat([images.rows for images in parts.values()]).unique()
         everything = data.Images(run.dataset.train.table, torch.zeros(len(rows)), rows=rows)
         found = find_features(run, everything, " and ".join(parts))

@@ -463,9 +463,8 @@ class Tokenizer:
                 merged = len(ids)
                 self.merges[ids[left], ids[right]] = merged
                 ids[left + right] = merged
-            if any(
-                "\u0120" in line for line in lines
-            ):  # a space, which no word of CLIP begins with
+            # A space, with which words of GPT-2's vocabulary begin.
+            if any("\u0120" in line for line in lines):
                 raise ValueError("GPT-2's vocabulary")
         except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
             raise ValueError(

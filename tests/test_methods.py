@@ -3,6 +3,7 @@
 Few shots, cached features, comparisons, pictures, loading a run, how often the test set is read.
 """
 
+import contextlib
 import copy
 import csv
 import io
@@ -14,6 +15,7 @@ import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,6 +236,7 @@ def test_clip_on_the_command_line(run, clip, clip_options, tmp_path, monkeypatch
     assert out.count("warning  that is hardly above chance, 10.00 %: are both towers and the") == 2
     text = "'a photo of the number: \"0\".', …; text tower of 1 head (guessed)"
     assert out.count(f"text     {text}\n") == 2
+    assert "run      1 of 2: zero-shot, seed 0\n" in out  # trains nothing, so at no rate
     assert read_result(zero_shot)["template"] == 'a photo of the number: "{}".'
     for folder in (zero_shot, adapter):
         assert read_result(folder)["zero_shot_val_accuracy"] == expected
@@ -318,11 +321,37 @@ def test_sentences_that_can_not_be(run, clip, tmp_path):
     error = run(*common, "--template", f"{'9 ' * 80}{{}}", status=1)
     assert re.search(r"… has \d+ tokens, the text tower takes 75; shorten --template", error)
     tokenizer = vit.Tokenizer(clip.with_name("merges.txt"))
+    train.check_sentences(["9" * 75], tokenizer, 77)
+    with pytest.raises(ValueError, match="has 76 tokens, the text tower takes 75; shorten"):
+        train.check_sentences(["9" * 76], tokenizer, 77)
     with pytest.raises(ValueError, match="'a  B' and 'A b' are the same for CLIP; rename one"):
         train.check_sentences(["c", "a  B", "A b"], tokenizer, 77)
     for option in ("--template", "--text-weights", "--vocab"):
         error = run(*common, "--classifier", "prototypes", option, "x{}", status=2)
         assert f"{option} is for --classifier text" in error
+
+
+def test_a_missing_vocabulary(run, clip, tmp_path, monkeypatch):
+    """Before images are read, the error names --vocab, not --weights."""
+    weights = shutil.copy(clip, tmp_path / "alone.safetensors")
+    monkeypatch.setattr(train, "read_dataset", None)
+    error = run("--weights", weights, "--method", "zero-shot", "--offline", status=1)
+    assert re.search("merges.txt is not there and --offline given; .*, or give --vocab FILE", error)
+
+
+@pytest.mark.parametrize(("accuracy", "warns"), [(15.0, True), (35.0, False)])
+def test_zero_shot_near_chance(accuracy, warns, monkeypatch, capsys):
+    """Text towers of another CLIP, or other vocabularies, give accuracies near chance."""
+    found = SimpleNamespace(accuracy=accuracy)
+    monkeypatch.setattr(train, "predict", lambda *arguments: found)
+    run = SimpleNamespace(
+        model=SimpleNamespace(head=SimpleNamespace(zero_shot=contextlib.nullcontext)),
+        dataset=SimpleNamespace(val=range(40), classes=range(10)),
+        options=SimpleNamespace(classifier="text"),
+        meta={},
+    )
+    train.validate_zero_shot(run)
+    assert ("hardly above chance, 10.00 %" in capsys.readouterr().out) == warns
 
 
 def test_zero_shot_needs_no_training_images(run, clip, monkeypatch):

@@ -161,7 +161,11 @@ def test_what_stands_beside_a_text_tower(library, tmp_path):
         expected = model.text_projection(model.text_model(input_ids=ids).pooler_output)
     else:
         model, reference, _ = open_clip_laion()
-        stated = {"width": WIDTH, "heads": HEADS, "norm_kwargs": {}}
+        for block in (*model.transformer.resblocks, model):
+            for norm in ("ln_1", "ln_2", "ln_final"):
+                if hasattr(block, norm):
+                    getattr(block, norm).eps = 1e-2
+        stated = {"width": WIDTH, "heads": HEADS, "norm_kwargs": {"eps": 1e-2}}
         beside = {"model_cfg": {"quick_gelu": False, "text_cfg": stated}}
         (tmp_path / "open_clip_config.json").write_text(json.dumps(beside))
         ids = random_ids()
@@ -173,6 +177,17 @@ def test_what_stands_beside_a_text_tower(library, tmp_path):
     assert not tower.heads_are_guessed
     other, _ = vit.load_text(tmp_path / "w.safetensors", heads=1)
     assert (other(ids) - expected).abs().max() > 1e-3
+    if library == "transformers":  # which leaves out default values, and has other activations
+        beside = tmp_path / "config.json"
+        beside.write_text(json.dumps({"text_config": {"hidden_size": WIDTH}}))
+        config = vit.load_text(tmp_path / "w.safetensors")[0].config
+        assert (config.heads, config.quick_gelu, config.eps) == (8, True, 1e-5)
+        beside.write_text(json.dumps({"text_config": {"hidden_size": WIDTH, "hidden_act": "relu"}}))
+        with pytest.raises(
+            ValueError, match="config.json, .* a text tower of the activation 'relu'"
+        ):
+            vit.load_text(tmp_path / "w.safetensors")
+        beside.write_text(json.dumps({"text_config": {"hidden_size": WIDTH}}))
     for file in tmp_path.glob("*.json"):  # of another network
         file.write_text(file.read_text().replace(f": {WIDTH}", f": {2 * WIDTH}"))
     with pytest.raises(ValueError, match="text tower: width 32 is no multiple"):
