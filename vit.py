@@ -1134,7 +1134,9 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
             if match:
                 return layout, key[: match.start()]
     if any(re.search(r"(^|\.)(visual|vision_model|image_encoder)\.", key) for key in tensors):
-        raise ValueError("its image tower isn't a ViT with a class token (as a ResNet or SigLIP's)")
+        raise ValueError(
+            "its image tower is no ViT with a class token, but perhaps a ResNet or SigLIP's"
+        )
     if has_text_tower(tensors):
         raise ValueError("CLIP's text tower alone; give a file that has the image tower")
     known = "; ".join(layout.name for layout in layouts)
@@ -1309,9 +1311,9 @@ def arrange_positions(found: dict[str, Tensor], may_lack: bool) -> None:
 def may_lack_position(translated: Translated, statements: dict[str, dict]) -> bool:
     """Whether the class token may be without a position (timm's `no_embed_class`).
 
-    Otherwise g² positions are those of a class token and a grid that isn't square, such as 14 x 16.
-    Without a position it are big_vision's ViTs, most of timm's that have LayerScale (DeiT III,
-    DINOv2 with registers), and others for whose stated image size there are g² patches (FlexiViT).
+    So it may be in big_vision's ViTs, in those of timm that have LayerScale (DeiT III, DINOv2 with
+    registers), and where the stated image size has g² patches (FlexiViT). In all others g²
+    positions are those of a class token and of a grid that isn't square, such as 14 x 16.
     """
     found = translated.tensors
     if "Google" in translated.layout.name:
