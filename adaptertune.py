@@ -281,12 +281,9 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         ValueError: an index out of range, or no block selected.
     """
     if blocks is not None:
-        if isinstance(blocks, str | int):
+        if isinstance(blocks, str) or not hasattr(blocks, "__iter__"):
             raise ValueError(f"placement {blocks!r}: give a list of blocks, such as [0, 1]")
-        for block in blocks:
-            if isinstance(block, bool) or not hasattr(block, "__index__"):
-                raise ValueError(f"placement {list(blocks)}: give ints, not {block!r}")
-        blocks = list(map(operator.index, blocks))  # numpy's ints too
+        blocks = [index_of(block) for block in blocks]
         outside = [block for block in blocks if not -depth <= block < depth]
         if outside or not blocks:
             which = f"block {outside[0]}" if outside else "no block"
@@ -297,6 +294,16 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
     if not 1 <= every <= depth:
         raise ValueError(f"an adapter in every {every} blocks: choose from 1 to {depth}")
     return list(range(0, depth, every))
+
+
+def index_of(block: object) -> int:
+    """An int, or one of numpy's. ValueError for other types."""
+    try:
+        if not isinstance(block, bool):
+            return operator.index(block)
+    except TypeError:
+        pass
+    raise ValueError(f"placement: give a list of ints, not {block!r}")
 
 
 def add_adapters(
@@ -776,7 +783,8 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     meta = {"version": VERSION, **(meta or {})}
     meta |= common_settings(model, meta)
     is_whole = len(tensors) == len(model.state_dict())
-    if is_whole:  # with its shape, vit.load reads the file as a backbone
+    parts = [name for name in tensors if is_added(name) and not name.startswith("head.")]
+    if is_whole and not parts:  # with its shape, vit.load reads the file as a backbone
         meta["config"] = asdict(model.config)
     if "fingerprint" not in meta:
         changed = [name for name in tensors if not is_added(name)]

@@ -505,7 +505,8 @@ def validate_zero_shot(run: Run) -> None:
     print(f"zeroshot {val:.2f} %   (val, by {run.options.classifier} alone, before training)")
     chance = 100 / len(run.dataset.classes)
     error = 100 * math.sqrt(chance / 100 * (1 - chance / 100) / len(run.dataset.val))
-    if run.options.classifier == "text" and val < chance + 2 * error:
+    near = val < min(chance + 2 * error, (chance + 100) / 2)
+    if run.options.classifier == "text" and near:
         text = f"that is hardly above chance, {chance:.2f} %: are both towers and the vocabulary "
         print(f"warning  {text}of one CLIP, and are the classes' names plain English?")
 
@@ -1156,7 +1157,8 @@ def cache_features(run: Run) -> data.Dataset:
     """The data set with the features [n, D] that the head reads in place of images.
 
     Training and validation images share a table of features, whichever part an image is in. So runs
-    with other seeds, which draw other parts of the same images, find them on the disk.
+    with other seeds, which draw other parts of the same images, find them on the disk. (Zero-shot
+    by class names computes those of its validation images alone.)
     """
     features = {}
     for group in (("train", "val"), ("test",)):
@@ -1239,7 +1241,8 @@ def embed_class_names(run: Run) -> None:
     sentences = data.sentences(run.dataset.name, run.dataset.classes, run.meta["template"])
     check_sentences(sentences, tokenizer, len(tower.pos_embed))
     heads = tower.config.heads
-    guess = " (guessed)" if tower.heads_are_guessed else ""
+    named = options.backbone and not options.text_weights
+    guess = " (guessed)" if tower.heads_are_guessed and not named else ""
     print(f"text     {sentences[0]!r}, …; text tower of {counted(heads, 'head')}{guess}")
     run.model.head.classes = tower(tokenizer(sentences, len(tower.pos_embed))).to(run.device)
     run.model.head.scale.fill_(scale)
@@ -3122,10 +3125,6 @@ def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -
     owners = dict.fromkeys(("every", "blocks"), adaptertune.PLACED_METHODS)
     owners |= dict.fromkeys(CLIP_OPTIONS, adaptertune.CLIP_METHODS)
     owners["cached"] = ("head", *adaptertune.CLIP_METHODS)
-    if options.classifier == "prototypes":
-        for name in ("template", "text_weights", "vocab"):
-            if getattr(options, name):
-                parser.error(f"--{name.replace('_', '-')} is for --classifier text")
     for method, settings in adaptertune.METHODS.items():
         for name in settings:
             owners[name] = (*owners.get(name, ()), method)
@@ -3134,6 +3133,10 @@ def check_used(options: argparse.Namespace, methods: set[str], parser: Parser) -
         if methods.isdisjoint(having) and getattr(options, action.dest) != action.default:
             flag = action.option_strings[0]
             parser.error(f"{flag} is for {', '.join(having)}, not {', '.join(sorted(methods))}")
+    if options.classifier == "prototypes":
+        for name in ("template", "text_weights", "vocab"):
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')} is for --classifier text")
 
 
 def add_options(parser: Parser) -> None:

@@ -1489,22 +1489,35 @@ def read_description(content: dict, width: int) -> dict:
         raise ValueError(f"it states the width {other!r}")
     if other not in (None, width):
         return {"note": f"the description beside it is of width {other}, and was left out"}
-    heads = tower.get("num_attention_heads")
-    if heads is not None and (type(heads) is not int or heads < 1 or width % heads):
-        raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
-    stated = {"heads": heads, "eps": tower.get("layer_norm_eps")}
+    stated = read_shape(tower, width)
     stated["classifier_pool"] = content.get("global_pool")
     size = tower.get("image_size")
-    stated["stated_size"] = size[0] if isinstance(size, list) else size
-    if "hidden_act" in tower:
-        stated["quick_gelu"] = tower["hidden_act"] == "quick_gelu"
+    stated["stated_size"] = size[0] if isinstance(size, list) and size else size
     stated |= read_norm(content)
     return {key: value for key, value in stated.items() if value is not None}
 
 
+def read_shape(tower: dict, width: int) -> dict:
+    """The heads, eps and quick_gelu that a description states about a tower, or some of these."""
+    stated = {}
+    heads = tower.get("num_attention_heads")
+    if heads is not None:
+        if type(heads) is not int or heads < 1 or width % heads:
+            raise ValueError(f"it states {heads!r} attention heads, for the width {width}")
+        stated["heads"] = heads
+    eps = tower.get("layer_norm_eps")
+    if eps is not None:
+        if type(eps) not in (int, float) or not 0 <= eps < 1:
+            raise ValueError(f"its eps {eps!r} of the LayerNorms is not valid")
+        stated["eps"] = eps
+    if tower.get("hidden_act"):
+        stated["quick_gelu"] = tower["hidden_act"] == "quick_gelu"
+    return stated
+
+
 def image_tower(content: dict, width: int) -> dict:
     """What a description states about the image tower, named as in transformers' config.json."""
-    if "vision_config" in content:  # transformers' CLIP, which leaves out default values
+    if content.get("vision_config"):  # transformers' CLIP, which leaves out default values
         defaults = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
         return defaults | content["vision_config"]
     open_clip = content.get("model_cfg")
@@ -1515,7 +1528,8 @@ def image_tower(content: dict, width: int) -> dict:
         tower["layer_norm_eps"] = (vision.get("norm_kwargs") or {}).get("eps")
         tower["architecture"] = vision.get("timm_model_name")
         if "timm_model_name" not in vision:
-            tower["num_attention_heads"] = width // vision.get("head_width", 64)
+            head_width = vision.get("head_width")
+            tower["num_attention_heads"] = width // (64 if head_width is None else head_width)
         return tower
     timm = content.get("model_args") or {}
     pretrained = content.get("pretrained_cfg") or {}
@@ -1536,7 +1550,7 @@ def image_tower(content: dict, width: int) -> dict:
 def unsupported_statement(content: dict, width: int) -> str:
     """What a description states that vit.py doesn't support and tensors don't show, or ""."""
     tower = image_tower(content, width)
-    act = tower.get("hidden_act", "gelu")
+    act = tower.get("hidden_act") or "gelu"
     if act not in ("gelu", "quick_gelu"):
         return f"the activation {act!r}, not gelu or quick_gelu"
     base = tower.get("rope_theta", ROPE_BASE)
@@ -1870,13 +1884,9 @@ def read_text_beside(path: Path, width: int) -> dict:
                 continue
             supported = {"no_causal_mask": False, "pool_type": "argmax", "act_kwargs": EXACT_GELU}
             unsupported = unsupported_option(tower, supported)
-            act = tower.get("hidden_act", "gelu")
-            if act not in ("gelu", "quick_gelu"):
-                unsupported = f"the activation {act!r}"
-            found = {"heads": tower.get("num_attention_heads"), "eps": tower.get("layer_norm_eps")}
-            if "hidden_act" in tower:
-                found["quick_gelu"] = act == "quick_gelu"
-            stated |= {key: value for key, value in found.items() if value is not None}
+            if tower.get("hidden_act") not in ("gelu", "quick_gelu", None):
+                unsupported = f"the activation {tower['hidden_act']!r}"
+            stated |= read_shape(tower, width)
         if unsupported:
             raise ValueError(
                 f"{file}, beside the weights, states a text tower of {unsupported}: it can't be "
@@ -1887,9 +1897,12 @@ def read_text_beside(path: Path, width: int) -> dict:
 
 def text_tower(content: dict) -> dict:
     """What a description states about the text tower, named as in transformers' config.json."""
-    if "text_config" in content:  # which leaves out default values
+    text = content.get("text_config")
+    if content.get("model_type") == "clip_text_model":  # saved without the image tower
+        text = content
+    if text:  # transformers leaves out default values
         defaults = {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-        return defaults | content["text_config"]
+        return defaults | {"hidden_size": 512} | text
     open_clip = content.get("model_cfg")
     if not open_clip:
         return {}

@@ -80,13 +80,15 @@ def add_row(path: Path, row: dict) -> None:
 
 
 def commit() -> str:
-    """The repository's commit, shortened, with "+" if files beside results were changed since; ""
-    without git."""
+    """The repository's commit, shortened, with "+" if files other than those of assets/results were
+    changed since; "" without git."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
-    with contextlib.suppress(OSError):
-        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":!assets/results"])
-        return found.stdout.decode().strip() + ("+" if changed.returncode == 1 else "")
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = [*git, "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, capture_output=True, check=True).stdout.decode().strip()
+        command = [*git, "diff", "--quiet", "HEAD", "--", ":!assets/results"]
+        changed = subprocess.run(command, capture_output=True, check=False).returncode
+        return f"{found}+" if changed else found
     return ""
 
 

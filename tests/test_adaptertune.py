@@ -627,6 +627,8 @@ def test_settings_that_can_not_be(tiny_weights, method, setting, value):
         ("adaptertune", {"act": "tanh"}),
         ("adaptformer", {"placement": [7]}),
         ("adaptformer", {"placement": [0.0]}),
+        ("adaptformer", {"placement": [torch.tensor(1.5)]}),
+        ("adaptformer", {"placement": np.int64(1)}),
         ("adaptertune", {"placement": [True]}),
         ("vpt", {"prompts": 0}),
         ("clip-adapter", {}),
@@ -696,6 +698,15 @@ def test_a_whole_network_is_a_backbone(tmp_path):
     adaptertune.save(tmp_path / "larger.safetensors", larger, stale)
     again, _ = vit.load(tmp_path / "larger.safetensors", head=True)
     assert torch.equal(again.pos_embed, larger.pos_embed)
+
+
+def test_adapters_and_a_trained_backbone(tiny_weights, tmp_path):
+    """A file with adapters isn't said to be a backbone, even if it holds all tensors."""
+    model = adapted(tiny_weights)
+    fingerprint = adaptertune.fingerprint(model)
+    model.requires_grad_(True)
+    adaptertune.save(tmp_path / "a.safetensors", model, {"fingerprint": fingerprint})
+    assert "config" not in adaptertune.read(tmp_path / "a.safetensors")[1]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("pool", "mean"), ("eps", 0.1), ("heads", 4)])

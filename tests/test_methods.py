@@ -296,7 +296,7 @@ def test_gpt2s_vocabulary_is_refused(run, clip, tmp_path):
 
 
 def test_text_towers_of_another_clip(run, clip, tmp_path):
-    """A text tower whose embeddings have another width is refused before images are looked at."""
+    """A text tower whose embeddings have another width is refused before features are computed."""
     (tmp_path / "image").mkdir()
     image_tower = write_tiny_clip(tmp_path / "image", text=False, embed=16)
     common = ["--weights", image_tower, "--text-weights", clip, "--method", "zero-shot"]
@@ -339,14 +339,17 @@ def test_a_missing_vocabulary(run, clip, tmp_path, monkeypatch):
     assert re.search("merges.txt is not there and --offline given; .*, or give --vocab FILE", error)
 
 
-@pytest.mark.parametrize(("accuracy", "warns"), [(15.0, True), (35.0, False)])
-def test_zero_shot_near_chance(accuracy, warns, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("accuracy", "images", "warns"),
+    [(15.0, 40, True), (35.0, 40, False), (50.0, 2, True), (100.0, 2, False)],
+)
+def test_zero_shot_near_chance(accuracy, images, warns, monkeypatch, capsys):
     """Text towers of another CLIP, or other vocabularies, give accuracies near chance."""
     found = SimpleNamespace(accuracy=accuracy)
     monkeypatch.setattr(train, "predict", lambda *arguments: found)
     run = SimpleNamespace(
         model=SimpleNamespace(head=SimpleNamespace(zero_shot=contextlib.nullcontext)),
-        dataset=SimpleNamespace(val=range(40), classes=range(10)),
+        dataset=SimpleNamespace(val=range(images), classes=range(10)),
         options=SimpleNamespace(classifier="text"),
         meta={},
     )

@@ -143,12 +143,22 @@ def test_tower(build, tmp_path):
             assert scale == pytest.approx(logit_scale.exp().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+@pytest.mark.parametrize("library", ["transformers", "transformers alone", "open_clip"])
 @torch.no_grad()
 def test_what_stands_beside_a_text_tower(library, tmp_path):
     """Heads, activation and eps of a text tower are read from the description beside it, unless
     they are given."""
-    if library == "transformers":
+    if library == "transformers alone":  # as save_pretrained writes it
+        transformers = pytest.importorskip("transformers")
+        text = HUGGING_FACE_TEXT | {"num_attention_heads": 4, "eos_token_id": END}
+        config = transformers.CLIPTextConfig(
+            **text, hidden_act="gelu", layer_norm_eps=1e-2, projection_dim=EMBED
+        )
+        model = randomise(transformers.CLIPTextModelWithProjection(config)).eval()
+        config.save_pretrained(tmp_path)
+        ids = random_ids()
+        expected = model(input_ids=ids).text_embeds
+    elif library == "transformers":
         transformers = pytest.importorskip("transformers")
         text = HUGGING_FACE_TEXT | {"num_attention_heads": 4, "eos_token_id": 2}
         text |= {"hidden_act": "gelu", "layer_norm_eps": 1e-2}
@@ -187,6 +197,12 @@ def test_what_stands_beside_a_text_tower(library, tmp_path):
             ValueError, match="config.json, .* a text tower of the activation 'relu'"
         ):
             vit.load_text(tmp_path / "w.safetensors")
+        for stated in ({"num_attention_heads": 5}, {"layer_norm_eps": "1e-5"}):
+            beside.write_text(json.dumps({"text_config": {"hidden_size": WIDTH} | stated}))
+            with pytest.raises(ValueError, match=r"config.json can't be used \(its? "):
+                vit.load_text(tmp_path / "w.safetensors", heads=1)
+        beside.write_text(json.dumps({"text_config": None}))
+        vit.load_text(tmp_path / "w.safetensors", heads=1)
         beside.write_text(json.dumps({"text_config": {"hidden_size": WIDTH}}))
     for file in tmp_path.glob("*.json"):  # of another network
         file.write_text(file.read_text().replace(f": {WIDTH}", f": {2 * WIDTH}"))

@@ -817,6 +817,9 @@ def test_kinds_of_files_that_are_not_read(tmp_path):
         {"model_cfg": {"vision_cfg": {"act_kwargs": {"approximate": "none"}, "pool_type": None}}},
         {"model_cfg": {"vision_cfg": {"act_kwargs": {}, "norm_kwargs": None}}},
         {"image_size": [16, 16], "hidden_act": "gelu"},
+        {"vision_config": None, "hidden_act": None, "image_size": []},
+        {"model_cfg": {"vision_cfg": {"head_width": None}}},
+        {"pretrained_cfg": {"input_size": [3]}},
     ],
     ids=str,
 )

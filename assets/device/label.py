@@ -452,7 +452,8 @@ def as_row(photo, probabilities, classes):
         best, second = np.argsort(-probabilities)[:2]
         each = [f"{each:.4f}" for each in probabilities]
         label = [classes[best], each[best], classes[second]]
-    name = str(photo).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    name = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", str(photo))  # as data.as_utf8
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return [name, *label, *(each if len(classes) <= EACH else [])]
 
 
