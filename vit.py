@@ -1748,15 +1748,21 @@ def load(
             left_out = "left out: its classifier, which reads the mean of the normalised patches"
             note = "; ".join(filter(None, (backbone.note, left_out)))
             backbone = replace(backbone, note=note)
-        found = take_tensors(translated.tensors, config, head)
-        # Meta tensors need no memory or random numbers; one left unfilled can't be used by mistake.
-        with torch.device("meta"):
-            model = ViT(config)
-            if "head.weight" in found:
-                classes = len(found["head.weight"])
-                model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
-        load_strictly(model, found, translated.names)
+        model = build(translated, config, head)
     return model, backbone
+
+
+def build(translated: Translated, config: Config, head: bool) -> ViT:
+    """The network of a translated state dict; with `head` it has the file's classifier."""
+    found = take_tensors(translated.tensors, config, head)
+    # Meta tensors need no memory or random numbers; one left unfilled can't be used by mistake.
+    with torch.device("meta"):
+        model = ViT(config)
+        if "head.weight" in found:
+            classes = len(found["head.weight"])
+            model.head = nn.Linear(config.width, classes, bias="head.bias" in found)
+    load_strictly(model, found, translated.names)
+    return model
 
 
 def check_given(
