@@ -31,30 +31,42 @@ How to add a method, once you have read this file, with LoRA on qkv as the examp
    module of two nn.Linear without biases, down [r, D] and up [3D, r], with up initialised to zero;
    `check_rank` refuses a rank that is no rank. Write a function `add_lora` that puts one into each
    `block.attn.adapter`, with `.to(model.cls_token).train(model.training)` as in `add_adapters`, and
-   a branch in `adapt` that calls it and `add_head`. A parameter with ".adapter." in its name is
-   trained, counted and saved (`is_added`). Add settings that tensors don't show, here the scale, to
-   `unseen_settings`. LoRA is linear, so a function that `merge` calls can add s·up·down to
-   qkv.weight and set `attn.adapter` to None.
+   a branch in `add_parts` that calls it and `add_head`. A parameter with ".adapter." in its name is
+   trained, counted and saved (`is_added`); a buffer is saved. Add settings that tensors don't show,
+   here the scale, to `unseen_settings`. LoRA is linear, so a function that `merge` calls can add
+   s·up·down to qkv.weight and set `attn.adapter` to None.
 2. vit.py, Attention: set `self.adapter = None`. In forward, unless it is None, add
    `self.adapter(x)` to qkv before qkv is split into heads.
 3. train.py: add the method's learning rate to RATES (begin with 5e-3), which makes it a choice of
-   --method. --rank and --scale exist; any other setting needs an option in `add_method_options`. To
-   support --every and --blocks, add the method to PLACED_METHODS (below) and let `adapt` pass
-   `placement` to `add_lora`, which calls `choose_blocks`. If its start isn't the backbone's
-   function, add it to `check_no_epochs`.
+   --method. --rank and --scale exist; any other setting needs an option of its name in
+   `add_method_options`, whose default is None. To support --every and --blocks, add the method to
+   PLACED_METHODS (below) and let `add_parts` pass `placement` to `add_lora`, which calls
+   `choose_blocks`. If its start isn't the backbone's function, add it to `check_no_epochs`.
 4. export.py: nothing for a method that `merge` removes. Any other needs a branch in `write_block`,
    `write_attention` or `write_head`. An incomplete graph fails the check against PyTorch.
 5. tests: in test_adaptertune.py add a row to TRAINED with the names of the trained parameters, in
-   test_methods.py and test_export.py the method to the lists of `test_load_run` and
-   `test_every_method_exports`. Some tests of help and errors list all methods.
+   test_methods.py the method to the lists of `test_load_run` and `test_every_method_exports`.
+6. If a line that begins with "error:" doesn't say where it comes from, run
+   `python -X dev train.py …`, which prints the traceback.
 
 Other kinds of methods need no change to vit.py. A module of your own in `block.adapter` needs an
-attribute `reads` (READS) and a branch in export.py's `write_block`. A module that changes a layer's
-output (SSF) becomes a child of that layer named `adapter`. A forward hook calls it unless it is
-None; register one only if the layer has none yet, and let it take the layer from its first
-argument, since export copies the model. `merge` must fold it into the layer's weight and bias.
-A method that trains backbone weights (BitFit) enables their gradients in `adapt`, after `freeze`;
-they are saved too. Take `fingerprint(model)` before training, for `save`.
+attribute `reads` (READS) and a branch in export.py's `write_block`. BatchNorm in it sees a batch in
+parts (train.py's `count_parts`), with torchrun those of its own process.
+
+A module that changes a layer's output (SSF, https://arxiv.org/abs/2210.08823) becomes a child of
+that layer named `adapter`, which a forward hook calls. The hook takes the layer from its argument,
+since export copies the model; an `adapt` to another method sets `layer.adapter` to None.
+
+    def call_adapter(layer, inputs, y):  # y [B, N, D]; of patch_embed.proj [B, D, g, g]
+        return y if layer.adapter is None else layer.adapter(y).to(y.dtype)  # bf16 under autocast
+
+    layer.adapter = ScaleAndShift(D)
+    if call_adapter not in layer._forward_hooks.values():
+        layer.register_forward_hook(call_adapter)
+
+`merge` must fold it into the layer's weight and bias, of which it may have none. A method that
+trains backbone weights (BitFit) enables their gradients in `adapt`, after `freeze`; they are saved
+too. Take `fingerprint(model)` before training, for `save`.
 """
 
 import copy
@@ -234,7 +246,7 @@ def merge_into_mlp(block: nn.Module) -> bool:
         True if the adapter was merged.
     """
     adapter = block.adapter
-    if not isinstance(adapter, Adapter) or adapter.reads != "ln":
+    if type(adapter) is not Adapter or adapter.reads != "ln":  # a subclass may compute otherwise
         return False
     if repr(adapter.act) != repr(block.mlp.act):
         return False
@@ -366,9 +378,10 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     wanted = {name: each for name, each in model.named_parameters() if ".adapter." in name}
     wrong = differences(found, wanted)
     if wrong:
+        cause = "--rank, --blocks or --learn-scale" if found.keys() & wanted.keys() else "--method"
         raise ValueError(
             f"the model's adapters differ from the file's: {'; '.join(wrong[:3])}; "
-            "was it made with another --rank, --blocks or --learn-scale?"
+            f"was it made with another {cause}?"
         )
     check_values(found, wanted)
     model.load_state_dict(found, strict=False)
@@ -604,43 +617,72 @@ def adapt(
     settings = METHODS[method] | settings
     with unchanged_by_errors(model):
         remove_added(model)
-        if method in ADAPTER_METHODS:
-            add_adapters(model, method=method, placement=placement, **settings)
-            add_head(model, classes)
-        elif method == "vpt":
-            add_prompts(model, **settings)
-            add_head(model, classes)
-        elif method == "clip-adapter":
-            settings["rank"] = add_clip_head(model, classes, **settings)
-        elif method == "zero-shot":
-            add_clip_head(model, classes)
-        elif method in ("head", "full"):
-            add_head(model, classes)
-        elif method == "scratch":
-            freeze(model, everything=True)  # refuses what it doesn't know before values are lost
-            model.init_weights()
-            add_head(model, classes)
-        else:
-            raise ValueError(f"METHODS has a row for {method}, but adapt has no branch for it")
-        if method in PLACED_METHODS:
-            settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
+        settings |= add_parts(model, method, classes, placement, settings)
         freeze(model, everything=method in WHOLE_METHODS)
     return {"method": method} | settings
 
 
+def add_parts(
+    model: nn.Module,
+    method: str,
+    classes: int,
+    placement: Sequence[int] | None,
+    settings: dict,
+) -> dict:
+    """Put a method's parts and its head into a plain model; return the settings that depend on the
+    model."""
+    if method in ADAPTER_METHODS:
+        add_adapters(model, method=method, placement=placement, **settings)
+        add_head(model, classes)
+    elif method == "vpt":
+        add_prompts(model, **settings)
+        add_head(model, classes)
+    elif method == "clip-adapter":
+        return {"rank": add_clip_head(model, classes, **settings)}
+    elif method == "zero-shot":
+        add_clip_head(model, classes)
+    elif method in ("head", "full"):
+        add_head(model, classes)
+    elif method == "scratch":
+        freeze(model, everything=True)  # refuses what it doesn't know before values are lost
+        model.init_weights()
+        add_head(model, classes)
+    else:
+        raise ValueError(f"METHODS has a row for {method}, but add_parts has no branch for it")
+    if method in PLACED_METHODS:
+        return {"placement": check_placement(model, placement)}
+    return {}
+
+
+def check_placement(model: nn.Module, placement: Sequence[int] | None) -> list[int]:
+    """The adapted blocks. Raises a ValueError if they aren't those that `placement` names."""
+    wanted = choose_blocks(len(model.blocks), blocks=placement)
+    found = set()
+    for name in model.state_dict():
+        if name.startswith("blocks.") and ".adapter." in name:
+            found.add(int(name.split(".")[1]))
+    if sorted(found) != wanted:
+        raise ValueError(f"placement {wanted}, but blocks {sorted(found)} have adapters")
+    return wanted
+
+
 @contextmanager
 def unchanged_by_errors(model: nn.Module):
-    """Inside this context, an error puts back the modules, parameters and attributes that a model
-    had."""
+    """Inside this context, an error puts back the modules, parameters, hooks and attributes that a
+    model had."""
     before = []
     for module in model.modules():
-        children = {"_modules": dict(module._modules), "_parameters": dict(module._parameters)}
-        before.append((module, vars(module) | children))
+        attributes = dict(vars(module))
+        tables = [each for each in attributes.values() if isinstance(each, dict)]
+        before.append((module, attributes, [(table, dict(table)) for table in tables]))
     try:
         yield
     except Exception:
-        for module, attributes in before:
+        for module, attributes, tables in before:
             vars(module).update(attributes)
+            for table, content in tables:  # restored in place, since handles of hooks refer to them
+                table.clear()
+                table.update(content)
         raise
 
 
@@ -657,7 +699,8 @@ def is_added(name: str) -> bool:
 
 
 def freeze(model: nn.Module, *, everything: bool = False) -> None:
-    """Enable gradients only for added parameters (adapters, prompts, head), or for `everything`.
+    """Enable gradients only for added parameters (adapters, prompts, head), or for `everything`. An
+    added tensor that stays as it is must be a buffer.
 
     Raises:
         ValueError: a parameter is neither the backbone's nor, by its name, an added one: it would
@@ -686,8 +729,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Parameter groups for an optimiser: trained matrices with `weight_decay`, the rest without.
 
-    Biases, norms, scales, tokens and prompts aren't decayed, as is usual for ViTs; the paper's code
-    decays them too (src/train/optim.py).
+    Matrices are named "weight", or are in an adapter. Biases, norms, scales, tokens and prompts
+    aren't decayed, as is usual for ViTs; the paper's code decays them too (src/train/optim.py).
 
     Args:
         lr: the learning rate; each group also has it as "initial_lr", for a schedule to multiply.
@@ -705,7 +748,7 @@ def parameter_groups(
                 f"{name} is float16, which can't be trained; adapt the model in float32 and train "
                 "it under torch.autocast"
             )
-        is_matrix = name.endswith("weight") and parameter.ndim > 1
+        is_matrix = parameter.ndim > 1 and (name.endswith("weight") or ".adapter." in name)
         decay = weight_decay if is_matrix else 0.0
         in_head = name.startswith("head.")
         rate = head_lr if in_head and head_lr else lr
@@ -778,8 +821,8 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     """
     check_vit(model)
     tensors = {}
-    for name, tensor in saved_tensors(model).items():
-        tensors[name] = tensor.detach().cpu().contiguous()
+    for name, tensor in saved_tensors(model).items():  # of a module that blocks share, copies
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     meta = {"version": VERSION, **(meta or {})}
     meta |= common_settings(model, meta)
     is_whole = len(tensors) == len(model.state_dict())
@@ -940,11 +983,23 @@ def check_fingerprint(meta: dict, present: str, name: str) -> None:
         )
 
 
+def settings_of(meta: dict) -> dict:
+    """The method and its settings in a file's metadata, as arguments of `adapt`; without `init`,
+    since loading sets the values."""
+    check_choice("method", meta.get("method"), METHODS)
+    settings = {"method": meta["method"]}
+    for name in ("placement", *METHODS[meta["method"]]):
+        if name in meta and name != "init":
+            settings[name] = meta[name]
+    return settings
+
+
 def load(path: str | Path, model: nn.Module, *, name: str = "this backbone") -> dict:
     """Copy a file's tensors into a model that has the same adapters and head; return its metadata.
 
-    Names and shapes of tensors are compared. So are the settings that tensors don't show, but only
-    if the metadata have them: pass what `adapt` returned to `save`.
+    Adapt a plain backbone first: adapt(model, classes=10, **settings_of(meta)), with `meta` of
+    `read(path)`. Names and shapes of tensors are compared. So are the settings that tensors don't
+    show, but only if the metadata have them: pass what `adapt` returned to `save`.
 
     Args:
         name: the name of the model's backbone in error messages.

@@ -105,7 +105,7 @@ class Images:
     def __post_init__(self):
         self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
         shape = tuple(self.table.shape)
-        is_pixels = len(shape) == 4 and shape[1] in (1, 3) and self.table.dtype is torch.uint8
+        is_pixels = len(shape) == 4 and shape[1] == 3 and self.table.dtype is torch.uint8
         if len(shape) != 2 and not is_pixels:
             raise ValueError(
                 f"pixels {list(shape)} of {self.table.dtype}: give torch.uint8 [N, 3, H, W], "
@@ -117,6 +117,8 @@ class Images:
                     f"labels {list(self.labels.shape)} of {shape[0]} images: give one each"
                 )
             self.rows = torch.arange(len(self.labels), device=self.labels.device)
+        if self.names and len(self.names) != len(self.labels):
+            raise ValueError(f"{len(self.names)} names of {len(self.labels)} images: give one each")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -222,7 +224,19 @@ def read(
     dataset = DATASETS[name](name, Path(data_dir), offline, square)
     if squash and not dataset.squash:
         raise ValueError(f"the images of {name} are squares already; --squash is for photos")
+    check_names(dataset)
     return dataset
+
+
+def check_names(data: Dataset) -> None:
+    """Raise a ValueError unless every image has a name of its own, by which a run's split.json
+    finds it again."""
+    images = data.everything
+    if not images.names:
+        raise ValueError(f"the images of {data.name} have no names; give each one, such as train/0")
+    name, times = Counter(images.names).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{times} images of {data.name} have the name {name}; give each its own")
 
 
 @dataclass(frozen=True)
@@ -300,8 +314,10 @@ def split(
         test_share: the share of a missing test set, which is then drawn by `seed`.
 
     Raises:
-        ValueError: a class has fewer images than `shots`; `test_share` where there is a test set.
+        ValueError: a label that no class has; a class has fewer images than `shots`; `test_share`
+            where there is a test set.
     """
+    check_labels(data)
     train = data.train
     val = data.val
     test = data.test
@@ -330,6 +346,17 @@ def split(
         few = max(1, limit // 4)
         val = val[stratified_order(val.labels, f"limit/{seed}")[:few]]
     return replace(data, train=train, val=val, test=test, whole=whole)
+
+
+def check_labels(data: Dataset) -> None:
+    """Raise a ValueError for a label that is no index of a class."""
+    labels = data.everything.labels
+    wrong = labels[(labels < 0) | (labels >= len(data.classes))]
+    if len(wrong):
+        raise ValueError(
+            f"{data.name} has label {wrong[0]}; labels of its {len(data.classes)} classes are "
+            f"0 to {len(data.classes) - 1}"
+        )
 
 
 @dataclass
@@ -1487,7 +1514,10 @@ def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
     return [template.replace("{}", each.replace("_", " ")) for each in classes]
 
 
-# Readers by name. `place` is a folder or a file that is in data_dir if the set is there.
+# Readers by name, called with the name, the folder for published sets, whether downloads are
+# forbidden, and the Square that photos are decoded to. To add a set of your own, write a function
+# like `read_digits`, or for lists of photos one that calls `from_photos`. Each image needs a name
+# of its own. For `partial`s, `place` is a file or folder of data_dir if the set is there.
 DATASETS = {
     "digits": read_digits,
     "cifar10": partial(

@@ -366,6 +366,8 @@ def write_block(
     su = 0.0
     if isinstance(adapter, adaptertune.Adapter):
         su = adapter.scale * adapter.up.bias
+    elif adapter is not None:
+        raise ValueError(f"write_block in export.py has no branch for {type(adapter).__name__}")
     gamma = layer_scale(block.ls2, fc2.out_features)
     y = g.linear(f"{name}.mlp.fc1", z, fc1.weight, fc1.bias)
     y = g.activation(f"{name}.mlp.act", y, block.mlp.act)
@@ -410,8 +412,10 @@ def write_pooling(g: Graph, model: vit.ViT, x: str, prompts: int) -> str:
 def write_head(g: Graph, head: nn.Module, x: str) -> str:
     """Features [B, D] to logits [B, K]. CLIP's are scaled cosines with the class embeddings, to
     which a text adapter is applied at export time."""
-    if not isinstance(head, adaptertune.ClipHead):
+    if isinstance(head, nn.Linear):
         return g.linear("head", x, head.weight, head.bias)
+    if not isinstance(head, adaptertune.ClipHead):
+        raise ValueError(f"write_head in export.py has no branch for {type(head).__name__}")
     f = g.linear("head.projection", x, head.projection)
     if head.image is not None:
         down, _, up, _ = head.image

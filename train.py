@@ -279,13 +279,17 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
         # Choose the last epoch that can't be told from the best: it has seen the most images.
         margin = standard_error(state.best_val, len(run.dataset.val))
         if math.isnan(val) or val >= max(state.best_val - margin, least):
-            weights = adaptertune.trained(run.model)
             state.chosen_epoch = state.epoch
             state.chosen_val = val
-            state.chosen = {name: each.detach().clone() for name, each in weights.items()}
+            state.chosen = copy_of(adaptertune.saved_tensors(run.model))
         rate = optimizer.param_groups[0]["lr"]
         end_epoch(state, predictions, rate, run.options.epochs)
         save_state(run, optimizer)
+
+
+def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, which training doesn't change."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def least_accuracy(run: Run) -> float:
@@ -832,6 +836,8 @@ def load_backbone(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone]:
             raise ValueError(f"--weights takes a file; {path} is the name of a --backbone")
     elif name == "vit_micro":
         path = data.ASSETS / "vit_micro.safetensors"
+    elif not vit.BACKBONES[name].repo:
+        raise ValueError(f"--backbone {name} isn't published on the hub; give its --weights FILE")
     else:
         path = data.hub_file(vit.BACKBONES[name].repo, "model.safetensors", offline=options.offline)
     return vit.load(
@@ -1707,7 +1713,7 @@ def write_records(run: Run) -> None:
 def save_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Write state.pt in the first process: weights, optimiser and State are the same in all."""
     if not run.batches.rank:
-        weights = {name: each.detach() for name, each in adaptertune.trained(run.model).items()}
+        weights = adaptertune.saved_tensors(run.model)
         state = vars(run.state) | {"weights": weights, "optimizer": optimizer.state_dict()}
         state["fingerprint"] = run.meta["fingerprint"]
         state["environment"] = environment(run)
@@ -1789,7 +1795,7 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
     ):
         raise ValueError("impossible epochs, steps, times or accuracies")
     check_rows(state.rows, state.epoch - 1)
-    shapes = {name: each.shape for name, each in adaptertune.trained(run.model).items()}
+    shapes = {name: each.shape for name, each in adaptertune.saved_tensors(run.model).items()}
     for tensors in (weights, state.chosen):
         found = {name: each.shape for name, each in tensors.items()}
         if found != shapes and not (tensors is state.chosen and not tensors):
@@ -1815,8 +1821,7 @@ def add_epochs(run: Run) -> None:
         state.eval_time = max(0.0, elapsed - state.train_time)
     vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
     state.best_val = max(vals, default=state.chosen_val)  # after 0 epochs: the initial accuracy
-    trained = adaptertune.trained(run.model)
-    state.chosen = {name: each.detach().clone() for name, each in trained.items()}
+    state.chosen = copy_of(adaptertune.saved_tensors(run.model))
     added = run.options.epochs - epochs
     print(
         f"more     {counted(added, 'epoch')} from the weights of epoch {state.chosen_epoch}; "
@@ -3640,7 +3645,10 @@ def run_command(grid: list[argparse.Namespace]) -> int:
 
 
 def print_error(error: Exception) -> None:
-    """Print one line for an error that the user can do something about; raise any other again."""
+    """Print one line for an error that the user can do something about; raise any other again, and
+    in Python's development mode all."""
+    if sys.flags.dev_mode:
+        raise error
     text = str(error)
     no_memory = "DefaultCPUAllocator" in text or "could not create a primitive" in text
     if isinstance(error, MemoryError) or no_memory:

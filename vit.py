@@ -536,7 +536,7 @@ class Backbone:
     ViTs were trained on images resized bilinearly.)
     """
 
-    repo: str  # on the Hugging Face hub; empty for a local file
+    repo: str  # on the Hugging Face hub, with a model.safetensors; empty: load gets another file
     config: Config
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
@@ -592,6 +592,10 @@ _LAION = {"norm_pre": True, "patch_bias": False, "eps": 1e-5}
 _CLIP = _LAION | {"quick_gelu": True}
 _MICRO = {"depth": 6, "heads": 4, "hidden": 256, "pool": "mean"}
 
+# A row of your own needs no other change: `python train.py --backbone NAME`, or, if its repo is
+# empty, with `--weights FILE`. Tensors that don't fit it are errors, but they don't show heads,
+# quick_gelu, eps and the normalisation, so compare logits with the original network's.
+#
 # Repository, normalisation and licence as in timm's registry (default_cfgs, timm 1.0); CLIP's as in
 # OpenAI's clip.py and, for LAION's, open_clip's registry. DINOv2 was published for 518 px; most use
 # it at 224 (--image-size 518 for the original). DINOv3: 224 px in transformers, 256 in timm.
@@ -1725,9 +1729,10 @@ def load(
     tensors, meta = read_tensors(path)
     with naming(path):
         if "method" in meta and "config" not in meta:
+            start = ", or start adapters from it by --init" if "reads" in meta else ""
             raise ValueError(
                 f"what --method {meta['method']} trained, not a backbone; give its folder to "
-                "train.py --eval or export.py, or start adapters from it by --init"
+                f"train.py --eval or export.py{start}"
             )
         translated = to_timm(tensors, lora=lora)
         statements = {}
@@ -1772,8 +1777,10 @@ def check_given(
     if name and name not in BACKBONES:
         raise ValueError(f"no backbone {name!r}: choose {', '.join(BACKBONES)}")
     if str(path) in BACKBONES and not Path(path).exists():
-        file = 'data.ASSETS / "vit_micro.safetensors"'
-        if BACKBONES[str(path)].repo:
+        file = "FILE"
+        if str(path) == "vit_micro":
+            file = 'data.ASSETS / "vit_micro.safetensors"'
+        elif BACKBONES[str(path)].repo:
             file = f'data.hub_file(vit.BACKBONES["{path}"].repo, "model.safetensors")'
         raise ValueError(
             f'{path} is the name of a backbone; give its file too: vit.load({file}, name="{path}")'
@@ -2248,7 +2255,9 @@ def list_backbones() -> list[str]:
             parameters = count_parameters(ViT(config))
         shape = (config.depth, config.width, config.heads, config.patch, config.image_size)
         norm = whose_norm(backbone.norm[0])
-        repo = backbone.repo or "assets/vit_micro.safetensors"
+        repo = backbone.repo or "-"
+        if name == "vit_micro":
+            repo = "assets/vit_micro.safetensors"
         lines.append(ROW.format(name, f"{parameters:,}", *shape, norm, backbone.license, repo))
     return lines
 

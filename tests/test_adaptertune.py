@@ -774,13 +774,141 @@ def test_only_a_vit_can_be_adapted(tiny_weights, tmp_path):
 
 
 def test_a_method_half_added(clip, tiny_weights, monkeypatch):
-    """A method with a row in METHODS but no branch in adapt is refused: it would train nothing."""
+    """A method with a row in METHODS but no branch is refused: it would train nothing."""
     monkeypatch.setitem(adaptertune.METHODS, "ours", {})
-    with pytest.raises(ValueError, match="row for ours, but adapt has no branch"):
+    with pytest.raises(ValueError, match="row for ours, but add_parts has no branch"):
         adapt(clip, tiny_weights, "ours")
 
 
+def test_a_placement_that_is_forgotten(clip, tiny_weights, monkeypatch):
+    """A method whose adapters aren't where its placement says is refused."""
+    plain = adaptertune.add_adapters
+
+    def misplaced(model, placement, **settings):
+        plain(model, placement=[0], **settings)
+
+    monkeypatch.setattr(adaptertune, "add_adapters", misplaced)
+    with pytest.raises(ValueError, match=r"placement \[1\], but blocks \[0\] have adapters"):
+        adapt(clip, tiny_weights, "adaptertune", placement=[1])
+    adapt(clip, tiny_weights, "adaptertune", placement=[0])
+
+
+# ------------------------------------------------------------------- methods of one's own
+
+
+class Doubled(nn.Module):
+    """Twice a layer's output, by a factor that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = nn.Parameter(torch.full((2, 1), 1.0))
+
+    def forward(self, y):
+        return y * self.factors.sum()
+
+
+def call_adapter(layer, inputs, y):
+    """The hook of the module docstring of adaptertune.py."""
+    return y if layer.adapter is None else layer.adapter(y).to(y.dtype)
+
+
+def double(model, method, classes, placement, settings):
+    """Stands for `add_parts` with a method that changes a layer's output by a hook."""
+    layer = model.blocks[0].mlp.fc1
+    layer.adapter = Doubled()
+    if call_adapter not in layer._forward_hooks.values():
+        layer.register_forward_hook(call_adapter)
+    adaptertune.add_head(model, classes)
+    return {}
+
+
+def test_a_method_by_hooks(tiny_weights, monkeypatch):
+    """A method that hooks into layers is trained, decayed as a matrix, and taken out by another
+    method. An error of `adapt` takes its hooks out and leaves earlier ones in."""
+    model, _ = vit.load(tiny_weights)
+    calls = []
+    layer = model.blocks[0].mlp.fc1
+    earlier = layer.register_forward_hook(lambda *_: calls.append(1))
+    before = model(IMAGES)
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptertune, "add_parts", double)
+        model.blocks[0].extra = nn.Linear(2, 2)
+        with pytest.raises(ValueError, match="neither the backbone's"):
+            adaptertune.adapt(model, "head", 7)
+        assert torch.equal(model(IMAGES), before)
+        assert len(calls) == 2
+        del model.blocks[0].extra
+        adaptertune.adapt(model, "head", 7)
+        doubled = model(IMAGES)
+    decayed, rest = adaptertune.parameter_groups(model, 0.05, 1e-3)
+    sizes = {each.shape for each in decayed["params"]}
+    assert sizes == {(2, 1), (7, model.config.width)}
+    assert [each.shape for each in rest["params"]] == [(7,)]
+    assert torch.equal(copy.deepcopy(model)(IMAGES), doubled)  # a copy calls its own adapter
+    calls.clear()
+    adaptertune.adapt(model, "head", 7)
+    plain, _ = vit.load(tiny_weights)
+    assert torch.equal(model.features(IMAGES), plain.features(IMAGES))
+    assert len(calls) == 1
+    earlier.remove()
+    model(IMAGES)
+    assert len(calls) == 1
+
+
+class Gated(adaptertune.Adapter):
+    """An adapter with another function."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+def test_a_class_of_ones_own_is_not_merged(tiny_weights, monkeypatch):
+    """`merge` leaves a subclass of Adapter alone, since it doesn't know what that computes."""
+    monkeypatch.setattr(adaptertune, "Adapter", Gated)
+    model, _ = vit.load(tiny_weights)
+    adaptertune.adapt(model, "adaptformer", 7, rank=4, reads="ln", act="mlp")
+    monkeypatch.undo()
+    before = randomise(model)(IMAGES)
+    assert adaptertune.merge(model) == 0
+    assert torch.equal(model(IMAGES), before)
+
+
+def test_blocks_that_share_an_adapter(tiny_weights, tmp_path):
+    """An adapter that all blocks share is counted once, saved, and loaded into all."""
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = adapted(tiny_weights)
+        for block in model.blocks:
+            block.adapter = model.blocks[0].adapter
+        models.append(model)
+    first, second = models
+    randomise(first)
+    one = sum(each.numel() for each in first.blocks[0].adapter.parameters())
+    assert adaptertune.count(first)["adapters"] == one
+    adaptertune.save(tmp_path / "a.safetensors", first)
+    adaptertune.load(tmp_path / "a.safetensors", second)
+    assert torch.equal(second(IMAGES), first(IMAGES))
+
+
 # ------------------------------------------------------------------------------------- the file
+
+
+@pytest.mark.parametrize("method", adaptertune.METHODS)
+def test_adapt_by_a_file(clip, tiny_weights, tmp_path, method):
+    """`settings_of` a file's metadata adapt a new model like the one that was saved."""
+    given = {"rank": 4} if method == "adaptformer" else {}
+    model, settings = adapt(clip, tiny_weights, method, **given)
+    path = tmp_path / "a.safetensors"
+    adaptertune.save(path, randomise(model), settings | {"init": "adapters.pt", "note": 1})
+    _, meta = adaptertune.read(path)
+    weights, head = (clip, True) if method in adaptertune.CLIP_METHODS else (tiny_weights, False)
+    again, _ = vit.load(weights, head=head)
+    adaptertune.adapt(again, classes=7, **adaptertune.settings_of(meta))
+    adaptertune.load(path, again)
+    assert torch.equal(again(IMAGES), model(IMAGES))
+    with pytest.raises(ValueError, match="method"):
+        adaptertune.settings_of({"rank": 4})
 
 
 def test_file_holds_adapters_and_head_alone(tiny_weights, tmp_path):

@@ -704,6 +704,36 @@ def test_images_of_ones_own():
     for labels in ([2, 1], torch.eye(3)):
         with pytest.raises(ValueError, match=r"labels \[.*\] of 3 images: give one each"):
             data.Images(pixels, labels)
+    with pytest.raises(ValueError, match="2 names of 3 images: give one each"):
+        data.Images(pixels, [0, 0, 0], ["a", "b"])
+    for wrong in (-1, 2):
+        images = data.Images(pixels, [0, 1, wrong])
+        with pytest.raises(ValueError, match=f"mine has label {wrong}; labels of its 2 classes"):
+            data.split(data.Dataset("mine", ["a", "b"], images, None, None))
+
+
+def test_a_reader_of_ones_own(monkeypatch):
+    """A set of one's own is read by a row in DATASETS. Without a name for each image it is refused:
+    a run's split.json couldn't tell them apart."""
+    pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+
+    def read_with(names, test=None):
+        def read_mine(name, data_dir, offline, square):
+            return data.Dataset(
+                name, ["a", "b"], data.Images(pixels, [0, 1] * 2, names), None, test
+            )
+
+        monkeypatch.setitem(data.DATASETS, "mine", read_mine)
+        return data.read("mine")
+
+    names = ["0", "1", "2", "3"]
+    assert read_with(names).train.names == names
+    with pytest.raises(ValueError, match="the images of mine have no names; give each one"):
+        read_with([])
+    with pytest.raises(ValueError, match="3 images of mine have the name 1; give each its own"):
+        read_with(["1", "0", "1", "1"])
+    with pytest.raises(ValueError, match="2 images of mine have the name 2"):
+        read_with(names, test=data.Images(pixels[:1], [0], ["2"]))
 
 
 def test_a_class_without_training_images_is_named():

@@ -87,6 +87,18 @@ def to_session(model, opset=17, **meta):
     return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]), proto
 
 
+def test_what_has_no_branch_is_refused():
+    """A module of one's own that the graph's writers don't know is named."""
+    model = network()
+    model.blocks[1].adapter = torch.nn.Identity()
+    with pytest.raises(ValueError, match="write_block in export.py has no branch for Identity"):
+        to_session(model)
+    model.blocks[1].adapter = None
+    model.head = torch.nn.Sequential(model.head)
+    with pytest.raises(ValueError, match="write_head in export.py has no branch for Sequential"):
+        to_session(model)
+
+
 def random_pixels(batch, height=16, width=16):
     """Pixels uint8 [B, 3, H, W]."""
     generator = torch.Generator().manual_seed(batch)

@@ -1549,6 +1549,38 @@ def test_resuming_gives_bit_identical_adapters(
     assert not (folder / "state.pt").exists()
 
 
+class Counting(adaptertune.Adapter):
+    """An adapter with a buffer: the number of its calls in training."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        self.calls += self.training
+        return super().forward(x)
+
+
+def test_buffers_of_a_method_of_ones_own(run, tiny_weights, tmp_path, monkeypatch, capsys):
+    """A buffer in an adapter is kept like a weight: it goes on where a stopped run was, and is that
+    of the chosen epoch, as BatchNorm's statistics have to be."""
+    monkeypatch.setattr(adaptertune, "Adapter", Counting)
+    margins = iter([0, 0, -200])  # the second epoch is chosen at the latest
+    monkeypatch.setattr(train, "standard_error", lambda *_: next(margins))
+    command = quick(tiny_weights, "--name", "a", "--batch", 16)
+    with monkeypatch.context() as patch:
+        stop_at(patch, EPOCH + 2, signal.SIGTERM)
+        assert train.main([str(each) for each in command]) == 143
+    train.stop_asked.clear()
+    capsys.readouterr()
+    run(*command, "--resume")
+    result = json.loads((tmp_path / "runs/a/result.json").read_text())
+    assert result["epoch"] < 3
+    steps = math.ceil(200 / 16)
+    tensors = load_file(tmp_path / "runs/a/adapters.safetensors")
+    assert tensors["blocks.1.adapter.calls"] == result["epoch"] * steps
+
+
 def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, capsys):
     """A state with a flipped bit in its weights, without a part, or cut short is refused."""
     command = quick(tiny_weights, "--name", "a")
@@ -1928,6 +1960,32 @@ def test_settings_of_matplotlib(run, tiny_weights, monkeypatch):
     )
     assert "pictures a.svg left out; matplotlib can't be used (" in done.stdout, done.stderr
     assert done.stdout.endswith("\nFalse\n")
+
+
+def test_development_mode_shows_where_an_error_is(tmp_path):
+    """An error is one line, in Python's development mode a traceback."""
+    arguments = [str(ROOT / "train.py"), "--dataset", "nowhere"]
+    for options, traceback in ([], False), (["-X", "dev"], True):
+        command = [sys.executable, *options, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert ("in check_name" in done.stderr) == traceback, done.stderr
+        assert "no data set or folder 'nowhere'" in done.stderr
+
+
+def test_a_backbone_of_ones_own(run, tiny_weights, monkeypatch):
+    """A row in BACKBONES without a repository takes its file from --weights, and says so."""
+    _, backbone = vit.load(tiny_weights)
+    own = vit.Backbone("", backbone.config, license="MIT")
+    monkeypatch.setitem(vit.BACKBONES, "own", own)
+    command = ["--backbone", "own", "--epochs", 1, "--limit", 50]
+    error = run(*command, status=1)
+    assert error == "error: --backbone own isn't published on the hub; give its --weights FILE\n"
+    assert "backbone own 16px" in run(*command, "--weights", tiny_weights)
+    (line,) = [line for line in vit.list_backbones() if line.startswith("own ")]
+    assert line.split()[-2:] == ["MIT", "-"]
+    with pytest.raises(ValueError, match=r'give its file too: vit.load\(FILE, name="own"\)'):
+        vit.load("own")
 
 
 def test_ctrl_c_stops_a_process(run, tiny_weights, tmp_path):
@@ -2414,6 +2472,16 @@ def help_of_options(text):
         option = re.search(r"--[\w-]+", part)[0]
         paragraphs[option] = " ".join(part.split())
     return paragraphs
+
+
+def test_every_method_has_a_rate_and_options():
+    """Each method has a learning rate, and each of its settings an option, which is None unless it
+    is given: of another option with this name the method would get that one's default."""
+    assert set(train.RATES) == set(adaptertune.METHODS)
+    defaults = vars(train.make_parser().parse_args([]))
+    for method, settings in adaptertune.METHODS.items():
+        for setting in settings:
+            assert defaults[setting] in (None, [None]), (method, setting)
 
 
 def test_help_names_every_option_and_its_default(run, monkeypatch):

@@ -1559,7 +1559,10 @@ def write_refused(folder, tensors, clip):
     model = vit.ViT(vit.Config(**TINY))
     adaptertune.add_adapters(model, rank=2)
     adaptertune.freeze(model)
-    adaptertune.save(folder / "adapters.safetensors", model, {"method": "adaptertune"})
+    made = {"method": "adaptertune", "reads": "block"}
+    adaptertune.save(folder / "adapters.safetensors", model, made)
+    plain = vit.ViT(vit.Config(**TINY))
+    adaptertune.save(folder / "head.safetensors", plain, adaptertune.adapt(plain, "head", 7))
     both = load_file(clip)
     text = {name: value for name, value in both.items() if not name.startswith("visual.")}
     save_file(text, folder / "text.safetensors")
@@ -1579,7 +1582,8 @@ def write_refused(folder, tensors, clip):
     del narrow["norm.weight"]
     save_file(narrow, folder / "named" / "odd.safetensors")
     return {
-        "adapters.safetensors": "what --method adaptertune trained, not a backbone; give its",
+        "adapters.safetensors": "what --method adaptertune trained, not a backbone.* by --init\n",
+        "head.safetensors": r"give its folder to train.py --eval or export.py\n",
         "text.safetensors": "CLIP's text tower alone; give a file that has the image tower",
         "lora.safetensors": "LoRA adapters.*merge",
         "graph.onnx": "is an ONNX graph; give a .safetensors",
