@@ -579,17 +579,12 @@ def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
     archive = root.with_name(url.rpartition("/")[2])
     if root.is_dir():
         return
-    if not archive.exists():
-        if offline:
-            raise ValueError(
-                f"no {root} and --offline given; put the published archive {archive.name} "
-                f"into {archive.parent}"
-            )
-        download(url, archive, checksum=("md5", md5))
-    elif file_hash(archive, "md5") != md5:
+    if offline and not archive.exists():
         raise ValueError(
-            f"{archive} is not the published archive (md5 differs); delete it to fetch it again"
+            f"no {root} and --offline given; put the published archive {archive.name} "
+            f"into {archive.parent}"
         )
+    fetch_file(archive, url, md5, offline)
     with empty_folder(root.with_name(f"{root.name}.part")) as part:
         if root.is_dir():  # another process has done it meanwhile
             return
@@ -598,6 +593,23 @@ def fetch_archive(root: Path, url: str, md5: str, offline: bool) -> None:
             move(part / root.name, root)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, FileNotFoundError) as e:
             raise ValueError(f"{archive} is damaged ({e}); delete it to fetch it again") from e
+
+
+def fetch_file(path: Path, url: str, md5: str, offline: bool) -> None:
+    """Download a published file, unless it is there.
+
+    Raises:
+        ValueError: another file is there, or it can't be fetched.
+    """
+    if path.exists():
+        if file_hash(path, "md5") != md5:
+            raise ValueError(
+                f"{path} is not the published file (md5 differs); delete it to fetch it again"
+            )
+    elif offline:
+        raise ValueError(f"no {path} and --offline given; put the published file there")
+    else:
+        download(url, path, checksum=("md5", md5))
 
 
 def extract(archive: Path, folder: Path) -> None:
@@ -692,24 +704,26 @@ def read_torchvision(
     place: str,
     train: tuple[str, ...] = ("train",),
 ) -> Dataset:
-    """A data set as torchvision reads and downloads it.
+    """A data set that a class of torchvision reads, once its files are there (`fetch_for`).
 
     Args:
         kind: the class in torchvision.datasets.
         place: its folder, or one of its files, in data_dir.
         train: the splits to train on; validation is split off from them too.
     """
-    datasets = import_torchvision(name)
+    reader = getattr(import_torchvision(name), kind)
+    fetch_for(name, reader, data_dir, offline)
     try:
-        sources = []
-        for part in (*train, "test"):
-            sources.append(getattr(datasets, kind)(data_dir, split=part, download=not offline))
+        sources = [reader(data_dir, split=part) for part in (*train, "test")]
     except ImportError as error:
         raise ValueError(
             f"{name} needs more packages ({error}): pip install torchvision scipy"
         ) from error
-    except Exception as error:  # files may hold anything, and the network may fail
-        raise ValueError(explain_torchvision(error, name, data_dir / place, offline)) from error
+    except Exception as error:  # files may hold anything
+        raise ValueError(
+            f"torchvision can't read {name} ({error}); delete {data_dir / place}, and an archive "
+            "beside it, to fetch it again"
+        ) from error
 
     trained = sum(len(source) for source in sources[:-1])
     if name == "svhn":
@@ -733,15 +747,34 @@ def import_torchvision(name: str) -> ModuleType:
     return datasets
 
 
-def explain_torchvision(error: Exception, name: str, place: Path, offline: bool) -> str:
-    """Why torchvision can't read or fetch a data set, and what to do about it."""
-    by_hand = f"put it there as torchvision unpacks it ({place}), or say where it is by --data-dir"
-    if offline:
-        return f"no {name} in {place.parent}, or not all of it, and --offline given; {by_hand}"
-    if isinstance(error, urllib.error.URLError):
-        return f"could not fetch {name} ({error.reason}); {by_hand}"
-    again = f"delete {place}, and an archive beside it, to fetch it again"
-    return f"torchvision can't read {name} ({error}); {again}"
+# torchvision states no checksum of Aircraft's archive.
+AIRCRAFT_MD5 = "d4acdd33327262359767eeaa97a4f732"
+
+
+def fetch_for(name: str, reader: type, data_dir: Path, offline: bool) -> None:
+    """Put a data set's files where a class of torchvision reads them, from the addresses that it
+    has. (Its own downloads aren't resumed, a cut one stays in its place, and Aircraft's archive
+    could write files anywhere.)"""
+    if name == "svhn":
+        for part in ("train", "test"):
+            url, file, md5 = reader.split_list[part]
+            fetch_file(data_dir / file, url, md5, offline)
+    elif name == "pets":
+        for url, md5 in reader._RESOURCES:  # images.tar.gz, annotations.tar.gz
+            folder = url.rpartition("/")[2].removesuffix(".tar.gz")
+            fetch_archive(data_dir / "oxford-iiit-pet" / folder, url, md5, offline)
+    elif name == "food101":
+        fetch_archive(data_dir / "food-101", reader._URL, reader._MD5, offline)
+    elif name == "flowers102":
+        folder = data_dir / "flowers-102"
+        for file, md5 in reader._file_dict.values():  # 102flowers.tgz, imagelabels.mat, setid.mat
+            url = reader._download_url_prefix + file
+            if file.endswith(".tgz"):
+                fetch_archive(folder / "jpg", url, md5, offline)
+            else:
+                fetch_file(folder / file, url, md5, offline)
+    elif name == "aircraft":
+        fetch_archive(data_dir / "fgvc-aircraft-2013b", reader._URL, AIRCRAFT_MD5, offline)
 
 
 def from_lists(name: str, sources: list, trained: int, square: Square, root: Path) -> Dataset:

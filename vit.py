@@ -645,6 +645,7 @@ BACKBONES = {
 # Keys known not to belong to the backbone, which are left out; "../" is explained at `Layout`.
 IGNORED = (
     r"(embeddings\.)?mask_token$",  # DINOv2, BEiT; HF embeddings.mask_token
+    r"masked_embed$",  # iBOT
     r"embeddings\.position_ids$",  # HF CLIP
     r"rope_embed\.periods$",  # DINOv3's, which Rotary computes
     r"pooler\.dense\.",  # HF ViT
@@ -681,6 +682,10 @@ class Layout:
     norm: str = "ImageNet"  # the normalisation assumed if nothing states it; a key of NORMS
     ignored: tuple[str, ...] = IGNORED
 
+
+# Keys of an optimiser's state in JAX's checkpoints, which repeat the network's names, such as
+# opt/0/mu/embedding/kernel. (The network itself is in params/, or in opt/target/.)
+OPTIMISER = re.compile(r"opt\w*/(?!target/)")
 
 LAYOUTS = (  # the first one that matches is taken
     Layout(
@@ -730,7 +735,10 @@ RENAMES = (
     (r"\.MultiHeadDotProductAttention_[01]/([qkv])(uery|ey|alue)/", r".attn.\1."),
     (r"\.MlpBlock_[03]/Dense_0/", ".mlp.fc1."),  # 3; 0 in big_vision
     (r"\.MlpBlock_[03]/Dense_1/", ".mlp.fc2."),
-    (r"^pre_logits/", "head.pre_logits."),  # a layer of the head
+    (
+        r"^pre_logits[/.]",
+        "head.pre_logits.",
+    ),  # a layer of the head; timm until 2022 pre_logits.fc.…
     (r"^head/", "head."),
     # tokens and positions
     (r"^embeddings\.", ""),  # HF embeddings.cls_token
@@ -757,6 +765,7 @@ RENAMES = (
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks: blocks.CHUNK.BLOCK.…
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # HF Dinov2 ….layer_scale1.lambda1
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III ….gamma_1
+    (r"\.ls_([12])\.gamma$", r".ls\1.gamma"),  # open_clip ….ls_1.gamma
     (r"\.(ln_|layer_norm)([12])\.", r".norm\2."),  # OpenAI ….ln_1.weight, HF CLIP
     (r"\.layernorm_before\.", ".norm1."),  # HF ViT
     (r"\.layernorm_after\.", ".norm2."),  # HF ViT
@@ -813,8 +822,12 @@ class Placeholder:
 HARMLESS = [
     "argparse.Namespace",
     "collections.defaultdict",
+    "datetime.datetime",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
     "numpy.dtype",
     "numpy.dtypes.Float32DType",
     "numpy.dtypes.Float64DType",
@@ -827,6 +840,8 @@ HARMLESS = [
     "pathlib._local.WindowsPath",
     "pathlib._local.PurePosixPath",
     "pathlib._local.PureWindowsPath",
+    "torch.torch_version.TorchVersion",
+    "torchvision.transforms.functional.InterpolationMode",
     # Type tags of values in TorchScript archives of torch.jit.script.
     "torch.jit._pickle.build_boollist",
     "torch.jit._pickle.build_doublelist",
@@ -1132,8 +1147,9 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
         )
     if any("lora_" in key for key in tensors):
         raise ValueError(IS_LORA)
+    keys = [key for key in tensors if not OPTIMISER.match(key)]
     for layout in layouts:
-        for key in tensors:
+        for key in keys:
             match = re.search(layout.signature, key)
             if match:
                 return layout, key[: match.start()]
@@ -1144,7 +1160,7 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
     if has_text_tower(tensors):
         raise ValueError("CLIP's text tower alone; give a file that has the image tower")
     known = "; ".join(layout.name for layout in layouts)
-    beginning = ", ".join(list(tensors)[:3]) or "nothing"
+    beginning = ", ".join(list(tensors)[:3]) or "nothing (numpy's arrays don't count)"
     raise ValueError(f"not a ViT in a known layout ({known}): its tensors begin with {beginning}")
 
 
@@ -1672,6 +1688,8 @@ def guess_backbone(translated: Translated, heads: int) -> Backbone:
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
     if "open_clip" in translated.layout.name and not config.norm_pre:
         raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
+    if not config.norm_pre and not config.patch_bias:  # of its family only CLIPs lack it
+        raise ValueError("not a whole ViT: missing patch_embed.proj.bias")
     whose = "CLIP" if config.norm_pre else translated.layout.norm
     source = dict.fromkeys(("heads", "mean", "std"), "guessed")
     if config.norm_pre:
@@ -1711,9 +1729,9 @@ def load(
             read from the file's shapes, and what these don't show from the files beside it
             (`read_beside`); the rest is guessed and listed by `Backbone.guessed`.
         image_size: pixels along a side, if not the backbone's own; positions are resized to it.
-        head: keep the file's own classifier (or CLIP's projection) instead of giving features; a
-            classifier that reads anything other than these features is left out. Of a distilled
-            DeiT, which gives the mean of two, it is the class token's.
+        head: keep the file's own classifier (or CLIP's projection) instead of giving features; one
+            that reads anything other than these features, or has several layers, is left out. Of a
+            distilled DeiT, which gives the mean of two, it is the class token's.
         lora: a LoRA that peft made for this network, to be merged (see `merge_lora`).
         heads, quick_gelu, mean, std: override the name, the file and the files beside it; mean and
             std are for pixels from 0 to 1, one value per channel.
@@ -1748,12 +1766,11 @@ def load(
         if others:
             raise ValueError(f"its kernels have {min(others)} heads, not {config.heads}")
         check_shape(translated.tensors, name)
-        if head and "head.weight" in translated.tensors and foreign_classifier(statements, config):
-            head = False
-            left_out = "left out: its classifier, which reads the mean of the normalised patches"
-            note = "; ".join(filter(None, (backbone.note, left_out)))
-            backbone = replace(backbone, note=note)
-        model = build(translated, config, head)
+        unfit = unfit_classifier(translated, statements, config) if head else ""
+        if unfit:
+            note = f"left out: its classifier, which {unfit}"
+            backbone = replace(backbone, note="; ".join(filter(None, (backbone.note, note))))
+        model = build(translated, config, head and not unfit)
     return model, backbone
 
 
@@ -1811,11 +1828,17 @@ def check_shape(found: dict[str, Tensor], name: str) -> None:
         raise ValueError(f"its shape is that of {', '.join(alike)}, not of {name}")
 
 
-def foreign_classifier(statements: dict[str, dict], config: Config) -> bool:
-    """Whether a file's classifier reads the mean of the patches after the norm, not ViT.features,
-    as that of timm's DINOv3 and as timm's config.json may state."""
+def unfit_classifier(translated: Translated, statements: dict[str, dict], config: Config) -> str:
+    """Why a file's classifier can't be the head, or "": it has several layers, as MoCo's, or reads
+    the mean of the patches after the norm, not ViT.features, as that of timm's DINOv3 and as timm's
+    config.json may state."""
+    layers = {name for name in translated.names if name.startswith("head.")}  # not a LoRA's
+    if layers - {"head.weight", "head.bias"}:
+        return "is more than a linear layer"
     pools = [settings.get("classifier_pool") for settings in statements.values()]
-    return config.rope or ("avg" in pools and config.pool == "token")
+    if layers and (config.rope or ("avg" in pools and config.pool == "token")):
+        return "reads the mean of the normalised patches"
+    return ""
 
 
 def take_tensors(found: dict[str, Tensor], config: Config, head: bool) -> dict[str, Tensor]:

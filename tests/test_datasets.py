@@ -1,7 +1,7 @@
 """The published data sets that aren't embedded, read from small archives in exactly their layout.
 
-torchvision itself downloads the sets that it reads, from a server on loopback; the checksums are
-set to those of the small files, and torchvision is otherwise unchanged.
+Archives come from a server on loopback. The addresses and checksums, of torchvision's classes too,
+are set to those of the small files; torchvision is otherwise unchanged.
 """
 
 import gc
@@ -230,9 +230,11 @@ def aircraft(server, torchvision, monkeypatch):
         listed["trainval" if i < 18 else "test"].append(f"{name} {AIRCRAFT[i % 3]}")
     for part, texts in listed.items():
         files[f"{inside}/images_variant_{part}.txt"] = lines(*texts)
-    server.files["/fgvc-aircraft-2013b.tar.gz"] = tar(files, "w:gz")
+    body = tar(files, "w:gz")
+    server.files["/fgvc-aircraft-2013b.tar.gz"] = body
     url = f"{server.url}/fgvc-aircraft-2013b.tar.gz"
     monkeypatch.setattr(torchvision.FGVCAircraft, "_URL", url)
+    monkeypatch.setattr(data, "AIRCRAFT_MD5", md5(body))
 
 
 def test_aircraft(aircraft, tmp_path):
@@ -304,15 +306,56 @@ def test_sums_of_cifars_files(torchvision):
     assert published == data.CIFAR_FILES
 
 
-def test_offline_without_the_files(torchvision, tmp_path):
-    """With --offline nothing is downloaded; the error says where to put the data set."""
+def test_offline_without_the_files(torchvision, monkeypatch, tmp_path):
+    """With --offline nothing is downloaded; the error says what to put where."""
     with pytest.raises(
-        ValueError, match="no food101 in .* and --offline given; put it there as torchvision"
+        ValueError, match="no .*food-101 and --offline given; put the published archive food-101.ta"
     ):
         data.read("food101", str(tmp_path), offline=True)
-    (tmp_path / "train_32x32.mat").touch()  # without the other file
-    with pytest.raises(ValueError, match="no svhn in .*, or not all of it, and --offline given"):
+    with pytest.raises(ValueError, match="no .*train_32x32.mat and --offline given; put the publi"):
         data.read("svhn", str(tmp_path), offline=True)
+    first = ("http://x/train_32x32.mat", "train_32x32.mat", md5(b""))
+    monkeypatch.setitem(torchvision.SVHN.split_list, "train", list(first))
+    (tmp_path / "train_32x32.mat").touch()  # without the other file
+    with pytest.raises(ValueError, match="no .*test_32x32.mat and --offline given"):
+        data.read("svhn", str(tmp_path), offline=True)
+
+
+def test_a_cut_download_of_torchvisions_sets(aircraft, server, tmp_path):
+    """A cut download goes on where it was, in this call or a later one, and no part of an archive
+    has its name."""
+    whole = len(server.files["/fgvc-aircraft-2013b.tar.gz"])
+    server.cut += [whole // 2]
+    assert len(data.read("aircraft", str(tmp_path), image_size=16).train) == 18
+    assert [seen.get("Range") for _, seen in server.seen] == [None, f"bytes={whole // 2}-"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fgvc-aircraft-2013b",
+        "fgvc-aircraft-2013b.tar.gz",
+    ]
+    del server.seen[:]
+    other = tmp_path / "other"
+    server.cut += [whole // 2]
+    server.errors += [404]
+    with pytest.raises(ValueError, match="404"):
+        data.read("aircraft", str(other), image_size=16)
+    server.errors.clear()
+    assert not (other / "fgvc-aircraft-2013b.tar.gz").exists()
+    data.read("aircraft", str(other), image_size=16)
+
+
+def test_a_foreign_archive_of_torchvisions_sets(aircraft, server, monkeypatch, tmp_path):
+    """Aircraft's archive, for which torchvision has no checksum, is refused if it is another one;
+    whatever it is, it writes nothing outside of its folder."""
+    folder = tmp_path / "inside"
+    evil = tar({"../outside.txt": b"x", "fgvc-aircraft-2013b/data/variants.txt": b""}, "w:gz")
+    server.files["/fgvc-aircraft-2013b.tar.gz"] = evil
+    with pytest.raises(ValueError, match="MD5|md5"):
+        data.read("aircraft", str(folder), image_size=16)
+    assert not list(folder.iterdir())
+    monkeypatch.setattr(data, "AIRCRAFT_MD5", md5(evil))
+    with pytest.raises(ValueError, match="holds '../outside.txt', outside of its folder"):
+        data.read("aircraft", str(folder), image_size=16)
+    assert [path.name for path in tmp_path.rglob("*.txt")] == []
 
 
 @pytest.mark.parametrize(
@@ -338,13 +381,23 @@ def test_a_damaged_list(pets, tmp_path, damage, message):
 def test_without_a_network(torchvision, monkeypatch, tmp_path):
     """A failed download is reported as such, not as an unreadable data set."""
     monkeypatch.setattr(torchvision.Food101, "_URL", "http://127.0.0.1:9/food-101.tar.gz")
-    with pytest.raises(ValueError, match="could not fetch food101 .*; put it there as torchvision"):
+    with pytest.raises(
+        ValueError, match="food-101.tar.gz .*by other means and put it at .*food-10"
+    ):
         data.read("food101", str(tmp_path))
 
 
 def test_a_wrong_archive_of_torchvision(pets, server, tmp_path):
-    """torchvision refuses an archive with another checksum; our error says what to do."""
+    """An archive with another checksum than torchvision's is refused; the error says what to do."""
     server.files["/images.tar.gz"] = tar({"images/a.jpg": photo()}, "w:gz")
+    with pytest.raises(ValueError, match="arrived with a wrong md5 and was removed; try again"):
+        data.read("pets", str(tmp_path))
+
+
+def test_a_list_that_torchvision_cannot_read(pets, tmp_path):
+    """An error of torchvision says what to delete."""
+    data.read("pets", str(tmp_path), image_size=16)
+    (tmp_path / "oxford-iiit-pet/annotations/test.txt").write_text("no list")
     with pytest.raises(
         ValueError, match="torchvision can't read pets .*; delete .*oxford-iiit-pet"
     ):
@@ -518,7 +571,7 @@ def test_an_archive_that_was_put_there(monkeypatch, server, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "imagenet-r.tar").write_bytes(body[:-512])
-    with pytest.raises(ValueError, match="is not the published archive"):
+    with pytest.raises(ValueError, match="is not the published file"):
         data.read("imagenet_r", str(other))
 
 

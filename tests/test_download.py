@@ -689,5 +689,5 @@ def test_cifar_with_a_wrong_md5(server, cifar_archive, tmp_path, monkeypatch):
         data.read("cifar100", str(folder))
     assert list(folder.iterdir()) == []
     (folder / cifar_archive.name).write_bytes(cifar_archive.read_bytes())
-    with pytest.raises(ValueError, match="is not the published archive"):
+    with pytest.raises(ValueError, match="is not the published file"):
         data.read("cifar100", str(folder))

@@ -528,6 +528,10 @@ def test_another_backbone_is_refused_by_name(run, tiny_weights, tmp_path):
     error = run("--eval", "runs/a", "--weights", other, status=1)
     message = r"trained on tiny \([0-9a-f]{16}\), not on other \([0-9a-f]{16}\)"
     assert re.search(message, error)
+    (tmp_path / "new").mkdir()
+    shutil.copy(other, tmp_path / "new/tiny.safetensors")  # of the same name
+    error = run("--eval", "runs/a", "--weights", "new/tiny.safetensors", status=1)
+    assert re.search(r"trained on tiny \(\w+\), not on new/tiny.safetensors \(\w+\)", error)
 
 
 def test_photos(run, photos, tiny_weights, tmp_path):

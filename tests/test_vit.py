@@ -4,6 +4,7 @@ Parity with other libraries is in test_parity.py.
 """
 
 import argparse
+import datetime
 import enum
 import json
 import pathlib
@@ -371,11 +372,13 @@ def in_chunks(tensors):
 def with_arguments(tensors):
     """Training arguments, numpy numbers and paths beside the tensors, as in DeiT, MAE and DINO."""
     arguments = argparse.Namespace(lr=1e-3, out=pathlib.PurePosixPath("x").name)
+    arguments.made = [torch.__version__, datetime.datetime(2024, 1, 1)]
     return {
         "model_state_dict": tensors,
         "args": arguments,
         "path": [pathlib.Path("runs"), pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("b")],
         "best": np.float64(0.5),
+        "random": np.random.get_state(),
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
     }
 
@@ -389,6 +392,36 @@ def test_wrappers(tensors, tiny_weights, tmp_path, wrap):
     """The network is found inside the wrappers of published files."""
     torch.save(wrap(tensors), tmp_path / "w.pth")
     assert torch.equal(outputs(tmp_path / "w.pth", heads=2), outputs(tiny_weights))
+
+
+def test_arrays_of_numpy_alone(tensors, tmp_path):
+    """A state dict of numpy's arrays, which are skipped, is refused with advice."""
+    arrays = {key: value.numpy() for key, value in tensors.items()}
+    torch.save({"model": arrays}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="its tensors begin with nothing .numpy's arrays don't"):
+        vit.load(tmp_path / "w.pth")
+    arrays["blocks.0.norm1.bias"] = np.array([object()])
+    torch.save({"model": arrays}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="more than tensors .*: refused, since a pickle can run"):
+        vit.load(tmp_path / "w.pth")
+
+
+def test_keys_that_do_not_count(tensors, tiny_weights, tmp_path):
+    """iBOT's token for masked patches and the layer before timm's older heads are left out."""
+    tensors["masked_embed"] = torch.zeros(1, 32)
+    tensors["pre_logits.fc.weight"] = torch.zeros(32, 32)
+    tensors["pre_logits.fc.bias"] = torch.zeros(32)
+    save_file(tensors, tmp_path / "w.safetensors")
+    assert torch.equal(outputs(tmp_path / "w.safetensors", heads=2), outputs(tiny_weights))
+
+
+def test_without_the_bias_of_patches(tensors, clip, tmp_path):
+    """Of all families only CLIP's has no bias in its patch embedding; in others it is missing."""
+    del tensors["patch_embed.proj.bias"]
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="not a whole ViT: missing patch_embed.proj.bias"):
+        vit.load(tmp_path / "w.safetensors", heads=2)
+    assert not vit.load(clip)[0].config.patch_bias
 
 
 def test_what_is_left_out_is_named(tensors, tmp_path):
@@ -413,8 +446,9 @@ def test_biases_and_scales_of_other_names(tensors, tmp_path):
         del tensors[f"blocks.{i}.attn.qkv.bias"]
         tensors[f"blocks.{i}.attn.q_bias"] = q.clone()
         tensors[f"blocks.{i}.attn.v_bias"] = v.clone()
-        for j in (1, 2):
-            tensors[f"blocks.{i}.gamma_{j}"] = j * gamma
+        for j in (1, 2):  # the second block's as in open_clip
+            name = f"blocks.1.ls_{j}.gamma" if i else f"blocks.0.gamma_{j}"
+            tensors[name] = j * gamma
     save_file(tensors, tmp_path / "w.safetensors")
     model, _ = vit.load(tmp_path / "w.safetensors", heads=2)
     assert torch.equal(model.blocks[1].attn.qkv.bias, torch.cat([q, torch.zeros(32), v]))
@@ -1014,6 +1048,18 @@ def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
     assert vit.load(tmp_path / "w.npz")[1].note == "left out: step"
 
 
+@pytest.mark.parametrize("state", ["opt/0/mu/", "opt_state/1/0/nu/params/", "opt/state/ema/"])
+def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
+    """Moments, which have the network's names and come before it, aren't taken for the network."""
+    moments = {f"{state}{name}": np.full_like(value, 7) for name, value in arrays.items()}
+    network = {f"params/{name}": value for name, value in arrays.items()}
+    np.savez(tmp_path / "w.npz", **moments, **network)
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    np.savez(tmp_path / "w.npz", **moments)
+    with pytest.raises(ValueError, match=f"not a ViT in a known layout .* begin with {state}"):
+        vit.load(tmp_path / "w.npz")
+
+
 def test_bfloat16_in_an_npz(arrays, tmp_path):
     """bfloat16 arrays are read, though numpy has no bfloat16 and reads voids of two bytes."""
     kept = {}
@@ -1050,9 +1096,10 @@ def test_layers_of_an_npz_that_vit_has_not(arrays, tmp_path):
     """A pre-logits layer is part of the head; a repeated norm and a MAP head are refused."""
     layer = {"pre_logits/kernel": np.zeros((32, 32), "f4"), "pre_logits/bias": np.zeros(32, "f4")}
     np.savez(tmp_path / "w.npz", **arrays, **layer)
-    vit.load(tmp_path / "w.npz")
-    with pytest.raises(ValueError, match="2 left over: pre_logits/kernel, pre_logits/bias"):
-        vit.load(tmp_path / "w.npz", head=True)
+    for head in (False, True):
+        model, backbone = vit.load(tmp_path / "w.npz", head=head)
+        assert isinstance(model.head, torch.nn.Identity)
+        assert ("classifier, which is more than a linear layer" in backbone.note) == head
 
     both = {"Transformer/encoderblock_0/LayerNorm_1/scale": np.ones(32, "f4")}
     np.savez(tmp_path / "w.npz", **arrays, **both)
