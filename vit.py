@@ -735,10 +735,7 @@ RENAMES = (
     (r"\.MultiHeadDotProductAttention_[01]/([qkv])(uery|ey|alue)/", r".attn.\1."),
     (r"\.MlpBlock_[03]/Dense_0/", ".mlp.fc1."),  # 3; 0 in big_vision
     (r"\.MlpBlock_[03]/Dense_1/", ".mlp.fc2."),
-    (
-        r"^pre_logits[/.]",
-        "head.pre_logits.",
-    ),  # a layer of the head; timm until 2022 pre_logits.fc.…
+    (r"^pre_logits[/.]", "head.pre_logits."),  # a layer of the head; in timm's older files too
     (r"^head/", "head."),
     # tokens and positions
     (r"^embeddings\.", ""),  # HF embeddings.cls_token

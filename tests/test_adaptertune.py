@@ -897,7 +897,7 @@ def test_blocks_that_share_an_adapter(tiny_weights, tmp_path):
 @pytest.mark.parametrize("method", adaptertune.METHODS)
 def test_adapt_by_a_file(clip, tiny_weights, tmp_path, method):
     """`settings_of` a file's metadata adapt a new model like the one that was saved."""
-    given = {"rank": 4} if method == "adaptformer" else {}
+    given = {"rank": 4, "placement": [1]} if method == "adaptformer" else {}
     model, settings = adapt(clip, tiny_weights, method, **given)
     path = tmp_path / "a.safetensors"
     adaptertune.save(path, randomise(model), settings | {"init": "adapters.pt", "note": 1})
@@ -1152,8 +1152,11 @@ def test_a_missing_or_damaged_file_is_refused(tiny_weights, tmp_path):
 
 def test_start_from_names_what_is_missing(tiny_weights):
     """start_from names the first tensor that the file lacks."""
-    with pytest.raises(ValueError, match="blocks.0.adapter.down.bias is missing in the file, "):
+    missing = "blocks.0.adapter.down.bias is missing in the file, .* another --rank, --blocks"
+    with pytest.raises(ValueError, match=missing):
         adaptertune.start_from(adapted(tiny_weights), {"blocks.0.adapter.up.bias": torch.zeros(D)})
+    with pytest.raises(ValueError, match="was it made with another --method"):
+        adaptertune.start_from(adapted(tiny_weights), {"norm.adapter.shift": torch.zeros(D)})
 
 
 @pytest.mark.parametrize(

@@ -698,7 +698,8 @@ def test_images_of_ones_own():
         some = images[index]
         assert (some.names, some.labels.tolist()) == (["a", "c"], [2, 0])
         assert some.pixels[:, 0, 0, 0].tolist() == [0, 2]
-    for wrong in (pixels / 255, pixels.permute(0, 2, 3, 1), pixels[0], pixels.numpy()):
+    wrongs = (pixels / 255, pixels.permute(0, 2, 3, 1), pixels[0], pixels[:, :1], pixels.numpy())
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=r"pixels .*: give torch.uint8 \[N, 3, H, W\]"):
             data.Images(wrong, [2, 1, 0])
     for labels in ([2, 1], torch.eye(3)):

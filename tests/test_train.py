@@ -1569,7 +1569,7 @@ def test_buffers_of_a_method_of_ones_own(run, tiny_weights, tmp_path, monkeypatc
     """A buffer in an adapter is kept like a weight: it goes on where a stopped run was, and is that
     of the chosen epoch, as BatchNorm's statistics have to be."""
     monkeypatch.setattr(adaptertune, "Adapter", Counting)
-    margins = iter([0, 0, -200])  # the second epoch is chosen at the latest
+    margins = iter([0, 0, -200, -200])  # the second epoch is chosen at the latest
     monkeypatch.setattr(train, "standard_error", lambda *_: next(margins))
     command = quick(tiny_weights, "--name", "a", "--batch", 16)
     with monkeypatch.context() as patch:
@@ -1581,6 +1581,9 @@ def test_buffers_of_a_method_of_ones_own(run, tiny_weights, tmp_path, monkeypatc
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
     assert result["epoch"] < 3
     steps = math.ceil(200 / 16)
+    tensors = load_file(tmp_path / "runs/a/adapters.safetensors")
+    assert tensors["blocks.1.adapter.calls"] == result["epoch"] * steps
+    assert "no added epoch is as good" in run(*command, "--epochs", 4, "--resume")
     tensors = load_file(tmp_path / "runs/a/adapters.safetensors")
     assert tensors["blocks.1.adapter.calls"] == result["epoch"] * steps
 

@@ -562,8 +562,11 @@ def test_flexivit(tmp_path):
 def test_what_timms_classifier_reads(tensors, tmp_path):
     """The classifier of timm's `global_pool` "avg" without fc_norm doesn't read ViT.features."""
     path = tmp_path / "w.safetensors"
-    save_file(tensors | {"head.weight": torch.ones(5, 32), "head.bias": torch.ones(5)}, path)
     beside = tmp_path / "config.json"
+    beside.write_text(json.dumps({"architecture": "vit_tiny", "global_pool": "avg"}))
+    save_file(tensors, path)
+    assert not vit.load(path, heads=2, head=True)[1].note  # it has no classifier
+    save_file(tensors | {"head.weight": torch.ones(5, 32), "head.bias": torch.ones(5)}, path)
     for pool, outputs in (("token", 5), ("avg", 32)):
         beside.write_text(json.dumps({"architecture": "vit_tiny", "global_pool": pool}))
         model, backbone = vit.load(path, heads=2, head=True)
