@@ -966,19 +966,21 @@ def name_of_act(act: nn.Module) -> str:
     return names.get(type(act), type(act).__name__)
 
 
-def check_fingerprint(meta: dict, present: str, name: str) -> None:
+def check_fingerprint(meta: dict, present: str, name: str, file: str = "") -> None:
     """Raise a ValueError if a file was trained on another backbone than the present one.
 
     Args:
         meta: the file's metadata; the fingerprint is empty if the file has the whole backbone.
         present: the fingerprint of the present backbone.
         name: its name in the error message.
+        file: its file, which tells it from another one of this name.
     """
     trained_on = meta["fingerprint"]
     if trained_on and trained_on != present:
+        origin = f" of {file}" if file else ""
         raise ValueError(
             f"the adapters were trained on {meta.get('backbone', 'another backbone')} "
-            f"({trained_on}), not on {name} ({present}); "
+            f"({trained_on}), not on {name} ({present}){origin}; "
             "give that backbone with --backbone or --weights"
         )
 

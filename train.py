@@ -1457,14 +1457,14 @@ def check_backbone(path: Path, trained_on: str, present: str, options: argparse.
     if present != trained_on:
         raise ValueError(
             f"{path} was trained on another backbone ({trained_on}) than "
-            f"{given_weights(options)} is ({present}); give that one, or another --name"
+            f"{given_weights(options) or options.backbone} is ({present}); give that one, or "
+            "another --name"
         )
 
 
 def given_weights(options: argparse.Namespace) -> str:
-    """Where the backbone's weights come from, for an error."""
-    given = " with ".join(filter(None, (options.weights, options.init_lora)))
-    return given or options.backbone
+    """The files that the backbone's weights come from; "" if they are its own."""
+    return " with ".join(filter(None, (options.weights, options.init_lora)))
 
 
 def describe_folder(options: argparse.Namespace, folder: Path) -> None:
@@ -1859,10 +1859,8 @@ def open_network(options: argparse.Namespace) -> tuple[vit.ViT, vit.Backbone, di
         raise ValueError(f"{path} is damaged: its metadata lack center")
     model, backbone = load_backbone(options)
     present = describe_network(options, model, backbone)
-    name = present["backbone"]
-    if name == meta["backbone"]:  # so was the run's
-        name = given_weights(options)
-    adaptertune.check_fingerprint(meta, present["fingerprint"], name)
+    file = given_weights(options)
+    adaptertune.check_fingerprint(meta, present["fingerprint"], present["backbone"], file)
     present |= adapt_backbone(model, options, len(meta["classes"]))
     compared = {name: value for name, value in present.items() if name not in EVAL_MAY_CHANGE}
     adaptertune.check_same(path, meta, compared)  # before tensors, for an error that names settings

@@ -531,7 +531,8 @@ def test_another_backbone_is_refused_by_name(run, tiny_weights, tmp_path):
     (tmp_path / "new").mkdir()
     shutil.copy(other, tmp_path / "new/tiny.safetensors")  # of the same name
     error = run("--eval", "runs/a", "--weights", "new/tiny.safetensors", status=1)
-    assert re.search(r"trained on tiny \(\w+\), not on new/tiny.safetensors \(\w+\)", error)
+    named = r"trained on tiny \(\w+\), not on tiny \(\w+\) of \S*new/tiny.safetensors; give that"
+    assert re.search(named, error)
 
 
 def test_photos(run, photos, tiny_weights, tmp_path):
