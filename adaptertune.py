@@ -60,7 +60,7 @@ since export copies the model; an `adapt` to another method sets `layer.adapter`
     def call_adapter(layer, inputs, y):  # y [B, N, D]; of patch_embed.proj [B, D, g, g]
         return y if layer.adapter is None else layer.adapter(y).to(y.dtype)  # bf16 under autocast
 
-    layer.adapter = ScaleAndShift(D)
+    layer.adapter = ScaleAndShift(D).to(model.cls_token).train(model.training)
     if call_adapter not in layer._forward_hooks.values():
         layer.register_forward_hook(call_adapter)
 
@@ -378,7 +378,8 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     wanted = {name: each for name, each in model.named_parameters() if ".adapter." in name}
     wrong = differences(found, wanted)
     if wrong:
-        cause = "--rank, --blocks or --learn-scale" if found.keys() & wanted.keys() else "--method"
+        kinds = [{re.sub(r"\d+", "", name) for name in names} for names in (found, wanted)]
+        cause = "--method" if kinds[0].isdisjoint(kinds[1]) else "--rank, --blocks or --learn-scale"
         raise ValueError(
             f"the model's adapters differ from the file's: {'; '.join(wrong[:3])}; "
             f"was it made with another {cause}?"
@@ -658,8 +659,8 @@ def check_placement(model: nn.Module, placement: Sequence[int] | None) -> list[i
     """The adapted blocks. Raises a ValueError if they aren't those that `placement` names."""
     wanted = choose_blocks(len(model.blocks), blocks=placement)
     found = set()
-    for name in model.state_dict():
-        if name.startswith("blocks.") and ".adapter." in name:
+    for name, _ in model.named_modules(remove_duplicate=False):
+        if name.startswith("blocks.") and name.endswith(".adapter"):
             found.add(int(name.split(".")[1]))
     if sorted(found) != wanted:
         raise ValueError(f"placement {wanted}, but blocks {sorted(found)} have adapters")
@@ -821,8 +822,13 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
     """
     check_vit(model)
     tensors = {}
-    for name, tensor in saved_tensors(model).items():  # of a module that blocks share, copies
-        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    stored = set()
+    for name, tensor in saved_tensors(model).items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in stored:  # of a module that blocks share
+            tensor = tensor.clone()
+        stored.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
     meta = {"version": VERSION, **(meta or {})}
     meta |= common_settings(model, meta)
     is_whole = len(tensors) == len(model.state_dict())

@@ -97,7 +97,7 @@ class Images:
         ValueError: pixels or labels of the wrong type or shape.
     """
 
-    table: "Tensor | Photos"  # uint8 [N, 3, H, W], RGB; or features [N, D] instead
+    table: "Tensor | Photos"  # uint8 [N, 3, H, W], RGB or [N, 1, H, W], grey; or features [N, D]
     labels: Tensor  # int64 [n], indices into Dataset.classes
     names: list[str] = field(default_factory=list)  # files in Dataset.folder, or numbers
     rows: Tensor | None = None  # int64 [n], each image's row in the table; in order if left out
@@ -105,18 +105,21 @@ class Images:
     def __post_init__(self):
         self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
         shape = tuple(self.table.shape)
-        is_pixels = len(shape) == 4 and shape[1] == 3 and self.table.dtype is torch.uint8
+        is_pixels = len(shape) == 4 and shape[1] in (1, 3) and self.table.dtype is torch.uint8
         if len(shape) != 2 and not is_pixels:
             raise ValueError(
                 f"pixels {list(shape)} of {self.table.dtype}: give torch.uint8 [N, 3, H, W], "
                 "from 0 to 255"
             )
+        if is_pixels and shape[1] == 1:
+            self.table = self.table.expand(-1, 3, -1, -1)  # takes no memory
         if self.rows is None:
             if self.labels.shape != shape[:1]:
                 raise ValueError(
                     f"labels {list(self.labels.shape)} of {shape[0]} images: give one each"
                 )
             self.rows = torch.arange(len(self.labels), device=self.labels.device)
+        self.names = list(self.names)
         if self.names and len(self.names) != len(self.labels):
             raise ValueError(f"{len(self.names)} names of {len(self.labels)} images: give one each")
 
@@ -350,7 +353,8 @@ def split(
 
 def check_labels(data: Dataset) -> None:
     """Raise a ValueError for a label that is no index of a class."""
-    labels = data.everything.labels
+    parts = [images for images in (data.train, data.val, data.test) if images is not None]
+    labels = torch.cat([images.labels for images in parts])
     wrong = labels[(labels < 0) | (labels >= len(data.classes))]
     if len(wrong):
         raise ValueError(
@@ -704,7 +708,7 @@ def read_torchvision(
     place: str,
     train: tuple[str, ...] = ("train",),
 ) -> Dataset:
-    """A data set that a class of torchvision reads, once its files are there (`fetch_for`).
+    """A data set that a class of torchvision reads, once its files are there (`fetch_files`).
 
     Args:
         kind: the class in torchvision.datasets.
@@ -712,7 +716,10 @@ def read_torchvision(
         train: the splits to train on; validation is split off from them too.
     """
     reader = getattr(import_torchvision(name), kind)
-    fetch_for(name, reader, data_dir, offline)
+    try:
+        fetch_files(name, reader, data_dir, offline)
+    except AttributeError as error:
+        raise ValueError(f"torchvision has changed ({error}); install 0.29.1") from error
     try:
         sources = [reader(data_dir, split=part) for part in (*train, "test")]
     except ImportError as error:
@@ -720,9 +727,10 @@ def read_torchvision(
             f"{name} needs more packages ({error}): pip install torchvision scipy"
         ) from error
     except Exception as error:  # files may hold anything
+        reason = str(error).partition(". ")[0]  # then it advises download=True
         raise ValueError(
-            f"torchvision can't read {name} ({error}); delete {data_dir / place}, and an archive "
-            "beside it, to fetch it again"
+            f"torchvision can't read {name} ({reason}); delete what is extracted at "
+            f"{data_dir / place} to extract it again"
         ) from error
 
     trained = sum(len(source) for source in sources[:-1])
@@ -751,7 +759,7 @@ def import_torchvision(name: str) -> ModuleType:
 AIRCRAFT_MD5 = "d4acdd33327262359767eeaa97a4f732"
 
 
-def fetch_for(name: str, reader: type, data_dir: Path, offline: bool) -> None:
+def fetch_files(name: str, reader: type, data_dir: Path, offline: bool) -> None:
     """Put a data set's files where a class of torchvision reads them, from the addresses that it
     has. (Its own downloads aren't resumed, a cut one stays in its place, and Aircraft's archive
     could write files anywhere.)"""
@@ -799,8 +807,7 @@ def from_lists(name: str, sources: list, trained: int, square: Square, root: Pat
     if lost or not known:
         fault = f"{lost[0]} is missing" if lost else "its lists don't have the same classes"
         raise ValueError(
-            f"{name} isn't whole: {fault}; delete {root}, and an archive beside it, to fetch it "
-            "again"
+            f"{name} isn't whole: {fault}; delete what is extracted at {root} to extract it again"
         )
     parts = {"train": photos[:trained], "test": photos[trained:]}
     return from_photos(name, classes, parts, square, root)

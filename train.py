@@ -1801,9 +1801,12 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
         raise ValueError("impossible epochs, steps, times or accuracies")
     check_rows(state.rows, state.epoch - 1)
     shapes = {name: each.shape for name, each in adaptertune.saved_tensors(run.model).items()}
+    needed = adaptertune.trained(run.model).keys()  # all that older states have
     for tensors in (weights, state.chosen):
         found = {name: each.shape for name, each in tensors.items()}
-        if found != shapes and not (tensors is state.chosen and not tensors):
+        if tensors is state.chosen and not tensors:
+            continue
+        if not (needed <= found.keys() and found.items() <= shapes.items()):
             raise ValueError("weights are missing, or of another shape")
 
 

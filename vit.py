@@ -683,9 +683,9 @@ class Layout:
     ignored: tuple[str, ...] = IGNORED
 
 
-# Keys of an optimiser's state in JAX's checkpoints, which repeat the network's names, such as
+# Prefixes of an optimiser's state in JAX's checkpoints, which repeats the network's names, such as
 # opt/0/mu/embedding/kernel. (The network itself is in params/, or in opt/target/.)
-OPTIMISER = re.compile(r"opt\w*/(?!target/)")
+MOMENTS = re.compile(r"(^|[/.])(opt\w*[/.](?!target\b)|(mu|nu|momentum|grad\w*|adam\w*)[/.])")
 
 LAYOUTS = (  # the first one that matches is taken
     Layout(
@@ -1120,12 +1120,11 @@ def is_network(keys: Iterable[str]) -> bool:
 
 def by_network(where: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The dictionary as it is, or, if it holds an averaged network and others under different
-    prefixes ("teacher.", "student."; "module.teacher.", …), one for each of them."""
-    shared = os.path.commonprefix(list(tensors))
-    shared = shared[: shared.rfind(".") + 1]
+    prefixes ("teacher.", "student."; "module.teacher.", "ema/", …), one for each of them."""
+    shared = re.sub(r"[^./]*$", "", os.path.commonprefix(list(tensors)))
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        begin, _, _ = key.removeprefix(shared).partition(".")
+        begin = re.split(r"[./]", key.removeprefix(shared), maxsplit=1)[0]
         parts.setdefault(begin, {})[key] = value
     networks = [begin for begin, inside in parts.items() if is_network(inside)]
     if len(networks) < 2 or not any(map(AVERAGED.search, networks)):
@@ -1144,12 +1143,13 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
         )
     if any("lora_" in key for key in tensors):
         raise ValueError(IS_LORA)
-    keys = [key for key in tensors if not OPTIMISER.match(key)]
     for layout in layouts:
-        for key in keys:
-            match = re.search(layout.signature, key)
-            if match:
-                return layout, key[: match.start()]
+        found = [(key, re.search(layout.signature, key)) for key in tensors]
+        prefixes = [key[: match.start()] for key, match in found if match]
+        if prefixes and "Google" in layout.name:
+            return layout, network_prefix(prefixes)
+        if prefixes:
+            return layout, prefixes[0]
     if any(re.search(r"(^|\.)(visual|vision_model|image_encoder)\.", key) for key in tensors):
         raise ValueError(
             "its image tower is no ViT with a class token, but perhaps a ResNet or SigLIP's"
@@ -1159,6 +1159,17 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
     known = "; ".join(layout.name for layout in layouts)
     beginning = ", ".join(list(tensors)[:3]) or "nothing (numpy's arrays don't count)"
     raise ValueError(f"not a ViT in a known layout ({known}): its tensors begin with {beginning}")
+
+
+def network_prefix(prefixes: list[str]) -> str:
+    """Which of several prefixes in a JAX checkpoint is the network's."""
+    networks = [prefix for prefix in prefixes if not MOMENTS.search(prefix)]
+    if len(prefixes) > 1 and len(networks) != 1:
+        raise ValueError(
+            f"it holds several networks, or none beside an optimiser's state "
+            f"({', '.join(prefixes)}); save one alone"
+        )
+    return networks[0] if networks else prefixes[0]
 
 
 def has_text_tower(keys: Iterable[str]) -> bool:

@@ -1,8 +1,8 @@
 """Methods side by side, other options at their defaults: the tables of assets/results.
 
-    python tests/bench_pairs.py --real DIR --restored DIR --out pairs.csv [--work DIR]
+    python tests/bench_pairs.py --real DIR --restored DIR --out FILE.csv [--work DIR]
                                 [--pairs flowers12-deit] [--methods full] [--seeds 0,1] [--jobs 2]
-    python tests/bench_pairs.py --table --out pairs.csv
+    python tests/bench_pairs.py --table --out assets/results/pairs.csv
 
 Each run is a train.py command in the work folder, which also gets its log. Runs that the .csv holds
 aren't repeated, and an interrupted run is resumed, so the same command continues an interrupted

@@ -1155,6 +1155,10 @@ def test_start_from_names_what_is_missing(tiny_weights):
     missing = "blocks.0.adapter.down.bias is missing in the file, .* another --rank, --blocks"
     with pytest.raises(ValueError, match=missing):
         adaptertune.start_from(adapted(tiny_weights), {"blocks.0.adapter.up.bias": torch.zeros(D)})
+    model = adapted(tiny_weights)
+    elsewhere = {"blocks.9.adapter.up.bias": torch.zeros(D)}
+    with pytest.raises(ValueError, match="was it made with another --rank, --blocks"):
+        adaptertune.start_from(model, elsewhere)
     with pytest.raises(ValueError, match="was it made with another --method"):
         adaptertune.start_from(adapted(tiny_weights), {"norm.adapter.shift": torch.zeros(D)})
 

@@ -698,8 +698,9 @@ def test_images_of_ones_own():
         some = images[index]
         assert (some.names, some.labels.tolist()) == (["a", "c"], [2, 0])
         assert some.pixels[:, 0, 0, 0].tolist() == [0, 2]
-    wrongs = (pixels / 255, pixels.permute(0, 2, 3, 1), pixels[0], pixels[:, :1], pixels.numpy())
-    for wrong in wrongs:
+    grey = data.Images(pixels[:, :1], [2, 1, 0])
+    assert torch.equal(grey.pixels, pixels)
+    for wrong in (pixels / 255, pixels.permute(0, 2, 3, 1), pixels[0], pixels.numpy()):
         with pytest.raises(ValueError, match=r"pixels .*: give torch.uint8 \[N, 3, H, W\]"):
             data.Images(wrong, [2, 1, 0])
     for labels in ([2, 1], torch.eye(3)):
@@ -707,6 +708,9 @@ def test_images_of_ones_own():
             data.Images(pixels, labels)
     with pytest.raises(ValueError, match="2 names of 3 images: give one each"):
         data.Images(pixels, [0, 0, 0], ["a", "b"])
+    named = data.Images(pixels, [0, 1, 1], np.array(["a", "b", "c"]))
+    plain = data.Images(pixels[:1], [0])
+    data.split(data.Dataset("mine", ["a", "b"], named, None, plain))  # test has no names
     for wrong in (-1, 2):
         images = data.Images(pixels, [0, 1, wrong])
         with pytest.raises(ValueError, match=f"mine has label {wrong}; labels of its 2 classes"):

@@ -1589,6 +1589,30 @@ def test_buffers_of_a_method_of_ones_own(run, tiny_weights, tmp_path, monkeypatc
     assert tensors["blocks.1.adapter.calls"] == result["epoch"] * steps
 
 
+def test_a_state_of_an_earlier_version(run, clip, tmp_path, monkeypatch, capsys):
+    """A state without buffers, which earlier versions left out, is resumed like one with them."""
+    command = ["--weights", clip, "--method", "clip-adapter", "--classifier", "prototypes"]
+    command += ["--epochs", "3", "--limit", "200", "--batch", "32", "--image-size", "16"]
+    results = []
+    for name in ("whole", "cut"):
+        with monkeypatch.context() as patch:
+            stop_at(patch, EPOCH + 2, signal.SIGTERM)
+            assert train.main([str(each) for each in (*command, "--name", name)]) == 143
+        train.stop_asked.clear()
+        capsys.readouterr()
+        folder = tmp_path / "runs" / name
+        saved = torch.load(folder / "state.pt", weights_only=True)
+        assert {"head.classes", "head.image.0.weight"} <= saved["weights"].keys()
+        if name == "cut":
+            for part in ("weights", "chosen"):
+                kept = {key: each for key, each in saved[part].items() if ".image." in key}
+                saved[part] = kept
+            torch.save(saved, folder / "state.pt")
+        run(*command, "--name", name, "--resume")
+        results.append((folder / "adapters.safetensors").read_bytes())
+    assert results[0] == results[1]
+
+
 def test_a_damaged_state_is_refused(run, tiny_weights, tmp_path, monkeypatch, capsys):
     """A state with a flipped bit in its weights, without a part, or cut short is refused."""
     command = quick(tiny_weights, "--name", "a")

@@ -1051,16 +1051,29 @@ def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
     assert vit.load(tmp_path / "w.npz")[1].note == "left out: step"
 
 
-@pytest.mark.parametrize("state", ["opt/0/mu/", "opt_state/1/0/nu/params/", "opt/state/ema/"])
+@pytest.mark.parametrize(
+    "state", ["opt/0/mu/", "opt_state/1/0/nu/params/", "train/opt.0.mu.", "adam/mu/", "momentum/"]
+)
 def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     """Moments, which have the network's names and come before it, aren't taken for the network."""
     moments = {f"{state}{name}": np.full_like(value, 7) for name, value in arrays.items()}
     network = {f"params/{name}": value for name, value in arrays.items()}
     np.savez(tmp_path / "w.npz", **moments, **network)
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
-    np.savez(tmp_path / "w.npz", **moments)
-    with pytest.raises(ValueError, match=f"not a ViT in a known layout .* begin with {state}"):
+    others = {f"params/b/{name}": value for name, value in arrays.items()}
+    np.savez(tmp_path / "w.npz", **moments, **network, **others)
+    message = rf"several networks.* \({state}, params/, params/b/\); save one alone"
+    with pytest.raises(ValueError, match=message):
         vit.load(tmp_path / "w.npz")
+    averaged = {f"ema/{name}": value for name, value in arrays.items()}
+    np.savez(
+        tmp_path / "w.npz", **{f"params/{name}": 2 * arrays[name] for name in arrays}, **averaged
+    )
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    assert vit.load(tmp_path / "w.npz")[1].note == "ema of w.npz; it also holds params"
+    alone = {f"optimized/{name}": value for name, value in arrays.items()}
+    np.savez(tmp_path / "w.npz", **alone)
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
 
 
 def test_bfloat16_in_an_npz(arrays, tmp_path):
