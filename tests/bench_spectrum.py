@@ -45,9 +45,10 @@ but from all training images, with each half in both roles, and without the temp
     uneven   zero, but each rank goes to the block where it is worth most: at least 1 per block, the
              same sum of ranks
 
-Results relative to zero, in points of test accuracy (mean of five seeds ± standard error): white
-+0.61 ± 0.19 on digits, +1.33 ± 0.77 on flowers12 and -0.14 ± 0.44 on CIFAR-100; plain -0.06, +0.25
-and +0.03; uneven -0.34, +0.42 and -0.14. None was kept. Log: assets/results/spectrum-start.txt.
+Results relative to zero, in points of test accuracy (mean of five seeds ± standard error): on
+digits white -0.33 ± 0.41, plain +0.11, uneven +0.17. An older recipe gave white +0.61 ± 0.19 on
+digits, +1.33 ± 0.77 on flowers12 and -0.14 ± 0.44 on CIFAR-100; plain -0.06, +0.25 and +0.03;
+uneven -0.34, +0.42 and -0.14. None was kept. Log: assets/results/spectrum-start.txt.
 
 Shapes: B images, N tokens, D width, L blocks, r rank.
 """
