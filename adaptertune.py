@@ -74,7 +74,7 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -378,14 +378,20 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     wanted = {name: each for name, each in model.named_parameters() if ".adapter." in name}
     wrong = differences(found, wanted)
     if wrong:
-        kinds = [{re.sub(r"\d+", "", name) for name in names} for names in (found, wanted)]
-        cause = "--method" if kinds[0].isdisjoint(kinds[1]) else "--rank, --blocks or --learn-scale"
+        cause = "--method"
+        if without_numbers(found) & without_numbers(wanted):
+            cause = "--rank, --blocks or --learn-scale"
         raise ValueError(
             f"the model's adapters differ from the file's: {'; '.join(wrong[:3])}; "
             f"was it made with another {cause}?"
         )
     check_values(found, wanted)
     model.load_state_dict(found, strict=False)
+
+
+def without_numbers(names: Iterable[str]) -> set[str]:
+    """Names of tensors without the numbers of their blocks and layers."""
+    return {re.sub(r"\d+", "", name) for name in names}
 
 
 # --------------------------------------------------------------------------------------- prompts
@@ -804,6 +810,20 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if is_added(name) or name in names}
 
 
+def to_write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors writes them: on the CPU, contiguous, and each in memory of its own,
+    unlike those of a module that blocks share."""
+    found = {}
+    stored = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in stored:
+            tensor = tensor.clone()
+        stored.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
+    return found
+
+
 def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None) -> None:
     """Write what was trained, and `meta` as JSON under "adaptertune" in the safetensors header.
 
@@ -821,14 +841,7 @@ def save(path: str | Path | BinaryIO, model: nn.Module, meta: dict | None = None
             differ; no fingerprint, where a part of the backbone was trained.
     """
     check_vit(model)
-    tensors = {}
-    stored = set()
-    for name, tensor in saved_tensors(model).items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in stored:  # of a module that blocks share
-            tensor = tensor.clone()
-        stored.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
+    tensors = to_write(saved_tensors(model))
     meta = {"version": VERSION, **(meta or {})}
     meta |= common_settings(model, meta)
     is_whole = len(tensors) == len(model.state_dict())

@@ -1696,7 +1696,7 @@ def guess_backbone(translated: Translated, heads: int) -> Backbone:
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
     if "open_clip" in translated.layout.name and not config.norm_pre:
         raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
-    if not config.norm_pre and not config.patch_bias:  # of its family only CLIPs lack it
+    if not config.norm_pre and not config.patch_bias:  # only CLIPs lack it
         raise ValueError("not a whole ViT: missing patch_embed.proj.bias")
     whose = "CLIP" if config.norm_pre else translated.layout.norm
     source = dict.fromkeys(("heads", "mean", "std"), "guessed")
@@ -1844,7 +1844,8 @@ def unfit_classifier(translated: Translated, statements: dict[str, dict], config
     if layers - {"head.weight", "head.bias"}:
         return "is more than a linear layer"
     pools = [settings.get("classifier_pool") for settings in statements.values()]
-    if layers and (config.rope or ("avg" in pools and config.pool == "token")):
+    has_head = "head.weight" in translated.tensors  # the file's, or a LoRA's
+    if has_head and (config.rope or ("avg" in pools and config.pool == "token")):
         return "reads the mean of the normalised patches"
     return ""
 

@@ -559,6 +559,14 @@ def test_flexivit(tmp_path):
     assert torch.allclose(loaded(images), model(images), atol=1e-5)
 
 
+def test_a_loras_classifier_for_dinov3():
+    """A classifier that a LoRA brings to a DINOv3 reads the mean of the patches, like its own."""
+    brought = SimpleNamespace(names={}, tensors={"head.weight": torch.ones(5, 32)})
+    rotary = vit.Config(**TINY | DINOV3)
+    assert "mean of the normalised patches" in vit.unfit_classifier(brought, {}, rotary)
+    assert not vit.unfit_classifier(brought, {}, vit.Config(**TINY))
+
+
 def test_what_timms_classifier_reads(tensors, tmp_path):
     """The classifier of timm's `global_pool` "avg" without fc_norm doesn't read ViT.features."""
     path = tmp_path / "w.safetensors"
