@@ -46,6 +46,7 @@ How to add a method, once you have read this file, with LoRA on qkv as the examp
    `write_attention` or `write_head`. An incomplete graph fails the check against PyTorch.
 5. tests: in test_adaptertune.py add a row to TRAINED with the names of the trained parameters, in
    test_methods.py the method to the lists of `test_load_run` and `test_every_method_exports`.
+   Some tests of help and errors list all methods, or those that have a setting: extend their texts.
 6. If a line that begins with "error:" doesn't say where it comes from, run
    `python -X dev train.py …`, which prints the traceback.
 
@@ -64,9 +65,9 @@ since export copies the model; an `adapt` to another method sets `layer.adapter`
     if call_adapter not in layer._forward_hooks.values():
         layer.register_forward_hook(call_adapter)
 
-`merge` must fold it into the layer's weight and bias, of which it may have none. A method that
-trains backbone weights (BitFit) enables their gradients in `adapt`, after `freeze`; they are saved
-too. Take `fingerprint(model)` before training, for `save`.
+`merge` must fold it into the layer's weight and bias; if the layer has no bias, give it one. A
+method that trains backbone weights (BitFit) enables their gradients in `adapt`, after `freeze`;
+they are saved too. Take `fingerprint(model)` before training, for `save`.
 """
 
 import copy
@@ -375,7 +376,7 @@ def start_from(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             found[name] = value
     if not found:
         raise ValueError("the file holds no adapters")
-    wanted = {name: each for name, each in model.named_parameters() if ".adapter." in name}
+    wanted = {name: each for name, each in model.state_dict().items() if ".adapter." in name}
     wrong = differences(found, wanted)
     if wrong:
         cause = "--method"
@@ -665,8 +666,8 @@ def check_placement(model: nn.Module, placement: Sequence[int] | None) -> list[i
     """The adapted blocks. Raises a ValueError if they aren't those that `placement` names."""
     wanted = choose_blocks(len(model.blocks), blocks=placement)
     found = set()
-    for name, _ in model.named_modules(remove_duplicate=False):
-        if name.startswith("blocks.") and name.endswith(".adapter"):
+    for name, _ in model.named_parameters(remove_duplicate=False):  # blocks may share a module
+        if name.startswith("blocks.") and is_added(name):
             found.add(int(name.split(".")[1]))
     if sorted(found) != wanted:
         raise ValueError(f"placement {wanted}, but blocks {sorted(found)} have adapters")
@@ -736,8 +737,9 @@ def parameter_groups(
 ) -> list[dict]:
     """Parameter groups for an optimiser: trained matrices with `weight_decay`, the rest without.
 
-    Matrices are named "weight", or are in an adapter. Biases, norms, scales, tokens and prompts
-    aren't decayed, as is usual for ViTs; the paper's code decays them too (src/train/optim.py).
+    Matrices have two or more dimensions, and are named "weight" or are in an adapter. Biases,
+    norms, scales, the backbone's tokens and prompts aren't decayed, as is usual for ViTs; the
+    paper's code decays them too (src/train/optim.py).
 
     Args:
         lr: the learning rate; each group also has it as "initial_lr", for a schedule to multiply.

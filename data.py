@@ -108,8 +108,8 @@ class Images:
         is_pixels = len(shape) == 4 and shape[1] in (1, 3) and self.table.dtype is torch.uint8
         if len(shape) != 2 and not is_pixels:
             raise ValueError(
-                f"pixels {list(shape)} of {self.table.dtype}: give torch.uint8 [N, 3, H, W], "
-                "from 0 to 255"
+                f"pixels {list(shape)} of {self.table.dtype}: give torch.uint8 [N, 3, H, W], or "
+                "[N, 1, H, W] for grey, from 0 to 255"
             )
         if is_pixels and shape[1] == 1:
             self.table = self.table.expand(-1, 3, -1, -1)  # takes no memory
@@ -119,7 +119,7 @@ class Images:
                     f"labels {list(self.labels.shape)} of {shape[0]} images: give one each"
                 )
             self.rows = torch.arange(len(self.labels), device=self.labels.device)
-        self.names = list(self.names)
+        self.names = [str(name) for name in self.names]
         if self.names and len(self.names) != len(self.labels):
             raise ValueError(f"{len(self.names)} names of {len(self.labels)} images: give one each")
 
@@ -164,7 +164,7 @@ class Images:
         """SHA-256 of the pixels; for photos, of their files' checksums instead."""
         if isinstance(self.table, Photos):
             return self.table.checksum(self.rows)
-        return hashlib.sha256(self.pixels.cpu().numpy()).hexdigest()
+        return hashlib.sha256(self.pixels.cpu().contiguous().numpy()).hexdigest()
 
 
 @dataclass
@@ -188,9 +188,15 @@ class Dataset:
     sums: dict[str, str] = field(default_factory=dict)  # checksum (CRC-32) of each photo, by name
 
     @property
+    def parts(self) -> dict[str, Images]:
+        """The parts that there are, by name: "train", and perhaps "val" and "test"."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: images for name, images in parts.items() if images is not None}
+
+    @property
     def everything(self) -> Images:
-        """The images of all parts, which share a table."""
-        parts = [images for images in (self.train, self.val, self.test) if images is not None]
+        """The images of all parts, which share a table (`share_table`)."""
+        parts = self.parts.values()
         names = [name for images in parts for name in images.names]
         labels = torch.cat([images.labels for images in parts])
         rows = torch.cat([images.rows for images in parts])
@@ -227,19 +233,60 @@ def read(
     dataset = DATASETS[name](name, Path(data_dir), offline, square)
     if squash and not dataset.squash:
         raise ValueError(f"the images of {name} are squares already; --squash is for photos")
+    check_labels(dataset)
     check_names(dataset)
-    return dataset
+    return share_table(dataset)
+
+
+def check_labels(data: Dataset) -> None:
+    """Raise a ValueError for a label that is no index of a class."""
+    labels = torch.cat([images.labels for images in data.parts.values()])
+    wrong = labels[(labels < 0) | (labels >= len(data.classes))]
+    if len(wrong):
+        raise ValueError(
+            f"{data.name} has label {wrong[0]}; labels of its {len(data.classes)} classes are "
+            f"0 to {len(data.classes) - 1}"
+        )
 
 
 def check_names(data: Dataset) -> None:
     """Raise a ValueError unless every image has a name of its own, by which a run's split.json
     finds it again."""
-    images = data.everything
-    if not images.names:
-        raise ValueError(f"the images of {data.name} have no names; give each one, such as train/0")
-    name, times = Counter(images.names).most_common(1)[0]
+    names = []
+    for part, images in data.parts.items():
+        if not images.names:
+            raise ValueError(
+                f"the {part} images of {data.name} have no names; give each one, such as {part}/0"
+            )
+        names += images.names
+    name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{times} images of {data.name} have the name {name}; give each its own")
+
+
+def share_table(data: Dataset) -> Dataset:
+    """The data set with the images of all its parts in one table.
+
+    Raises:
+        ValueError: the parts have tables of different sizes, or of photos.
+    """
+    first = data.train.table
+    if all(images.table is first for images in data.parts.values()):
+        return data
+    for part, images in data.parts.items():
+        table = images.table
+        if isinstance(table, Photos) or table.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"train and {part} of {data.name} can't be put into one table; "
+                "make one of all images, and give parts of it (data.train_and_test)"
+            )
+    table = torch.cat([images.table for images in data.parts.values()])
+    parts = {}
+    start = 0
+    for part, images in data.parts.items():
+        parts[part] = Images(table, images.labels, images.names, images.rows + start)
+        start += len(images.table)
+    return replace(data, **parts)
 
 
 @dataclass(frozen=True)
@@ -351,18 +398,6 @@ def split(
     return replace(data, train=train, val=val, test=test, whole=whole)
 
 
-def check_labels(data: Dataset) -> None:
-    """Raise a ValueError for a label that is no index of a class."""
-    parts = [images for images in (data.train, data.val, data.test) if images is not None]
-    labels = torch.cat([images.labels for images in parts])
-    wrong = labels[(labels < 0) | (labels >= len(data.classes))]
-    if len(wrong):
-        raise ValueError(
-            f"{data.name} has label {wrong[0]}; labels of its {len(data.classes)} classes are "
-            f"0 to {len(data.classes) - 1}"
-        )
-
-
 @dataclass
 class Moved:
     """How a data set differs from what it was when a run split it."""
@@ -433,10 +468,8 @@ def match_classes(data: Dataset, classes: list[str], some: bool = False) -> Data
     label_of = torch.tensor([classes.index(name) for name in data.classes])
 
     parts = {}
-    for part in ("train", "val", "test"):
-        images = getattr(data, part)
-        if images is not None:
-            parts[part] = replace(images, labels=label_of[images.labels])
+    for part, images in data.parts.items():
+        parts[part] = replace(images, labels=label_of[images.labels])
     return replace(data, classes=list(classes), **parts)
 
 
@@ -708,7 +741,7 @@ def read_torchvision(
     place: str,
     train: tuple[str, ...] = ("train",),
 ) -> Dataset:
-    """A data set that a class of torchvision reads, once its files are there (`fetch_files`).
+    """A data set that a class of torchvision reads, once its files are there (`published_files`).
 
     Args:
         kind: the class in torchvision.datasets.
@@ -717,9 +750,12 @@ def read_torchvision(
     """
     reader = getattr(import_torchvision(name), kind)
     try:
-        fetch_files(name, reader, data_dir, offline)
-    except AttributeError as error:
+        files = published_files(name, reader, data_dir)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"torchvision has changed ({error}); install 0.29.1") from error
+    for path, url, md5 in files:
+        fetch = fetch_archive if url.endswith(("gz", ".zip")) else fetch_file
+        fetch(path, url, md5, offline)
     try:
         sources = [reader(data_dir, split=part) for part in (*train, "test")]
     except ImportError as error:
@@ -759,30 +795,29 @@ def import_torchvision(name: str) -> ModuleType:
 AIRCRAFT_MD5 = "d4acdd33327262359767eeaa97a4f732"
 
 
-def fetch_files(name: str, reader: type, data_dir: Path, offline: bool) -> None:
-    """Put a data set's files where a class of torchvision reads them, from the addresses that it
-    has. (Its own downloads aren't resumed, a cut one stays in its place, and Aircraft's archive
-    could write files anywhere.)"""
+def published_files(name: str, reader: type, data_dir: Path) -> list[tuple[Path, str, str]]:
+    """The files that a class of torchvision reads: where it looks for each (for an archive, the
+    folder in it), and its address and MD5, which the class has. (Its own downloads aren't resumed,
+    a cut one stays in its place, and Aircraft's archive could write files anywhere.)"""
+    files = []
     if name == "svhn":
         for part in ("train", "test"):
             url, file, md5 = reader.split_list[part]
-            fetch_file(data_dir / file, url, md5, offline)
+            files.append((data_dir / file, url, md5))
     elif name == "pets":
         for url, md5 in reader._RESOURCES:  # images.tar.gz, annotations.tar.gz
             folder = url.rpartition("/")[2].removesuffix(".tar.gz")
-            fetch_archive(data_dir / "oxford-iiit-pet" / folder, url, md5, offline)
+            files.append((data_dir / "oxford-iiit-pet" / folder, url, md5))
     elif name == "food101":
-        fetch_archive(data_dir / "food-101", reader._URL, reader._MD5, offline)
+        files.append((data_dir / "food-101", reader._URL, reader._MD5))
     elif name == "flowers102":
-        folder = data_dir / "flowers-102"
         for file, md5 in reader._file_dict.values():  # 102flowers.tgz, imagelabels.mat, setid.mat
+            place = "jpg" if file.endswith(".tgz") else file
             url = reader._download_url_prefix + file
-            if file.endswith(".tgz"):
-                fetch_archive(folder / "jpg", url, md5, offline)
-            else:
-                fetch_file(folder / file, url, md5, offline)
+            files.append((data_dir / "flowers-102" / place, url, md5))
     elif name == "aircraft":
-        fetch_archive(data_dir / "fgvc-aircraft-2013b", reader._URL, AIRCRAFT_MD5, offline)
+        files.append((data_dir / "fgvc-aircraft-2013b", reader._URL, AIRCRAFT_MD5))
+    return files
 
 
 def from_lists(name: str, sources: list, trained: int, square: Square, root: Path) -> Dataset:

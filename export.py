@@ -364,7 +364,7 @@ def write_block(
     fc2 = block.mlp.fc2
     adapter = block.adapter
     su = 0.0
-    if isinstance(adapter, adaptertune.Adapter):
+    if type(adapter) is adaptertune.Adapter:  # a subclass may compute something else
         su = adapter.scale * adapter.up.bias
     elif adapter is not None:
         raise ValueError(f"write_block in export.py has no branch for {type(adapter).__name__}")

@@ -909,7 +909,7 @@ def start_head(model: vit.ViT, given: nn.Module, classes: list[str], epochs: int
         ValueError: the classifier can't be used, and with 0 epochs a new one wouldn't be trained.
     """
     K = len(classes)
-    fault = "neither the LoRA nor the weights have a classifier"
+    fault = "neither the LoRA nor the weights have a classifier that can be used"
     classifier = isinstance(given, nn.Linear) and given.bias is not None
     if classifier and model.config.norm_pre:  # CLIP's projection has no bias, or timm's zeros
         classifier = bool(given.bias.any())
@@ -1801,7 +1801,9 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
         raise ValueError("impossible epochs, steps, times or accuracies")
     check_rows(state.rows, state.epoch - 1)
     shapes = {name: each.shape for name, each in adaptertune.saved_tensors(run.model).items()}
-    needed = adaptertune.trained(run.model).keys()  # all that older states have
+    # Older states lack a ClipHead's class embeddings, which are computed before this.
+    needed = {name for name in shapes if not name.startswith("head.")}
+    needed |= adaptertune.trained(run.model).keys()
     for tensors in (weights, state.chosen):
         found = {name: each.shape for name, each in tensors.items()}
         if tensors is state.chosen and not tensors:

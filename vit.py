@@ -536,7 +536,7 @@ class Backbone:
     ViTs were trained on images resized bilinearly.)
     """
 
-    repo: str  # on the Hugging Face hub, with a model.safetensors; empty: load gets another file
+    repo: str  # on the Hugging Face hub, with a model.safetensors; empty if it isn't there
     config: Config
     norm: tuple = IMAGENET  # mean and std per channel, for pixels in 0..1
     license: str = "Apache-2.0"
@@ -593,8 +593,9 @@ _CLIP = _LAION | {"quick_gelu": True}
 _MICRO = {"depth": 6, "heads": 4, "hidden": 256, "pool": "mean"}
 
 # A row of your own needs no other change: `python train.py --backbone NAME`, or, if its repo is
-# empty, with `--weights FILE`. Tensors that don't fit it are errors, but they don't show heads,
-# quick_gelu, eps and the normalisation, so compare logits with the original network's.
+# empty, with `--weights FILE`. State the weights' licence. Tensors that don't fit the row are
+# errors, but they don't show heads, quick_gelu, eps and the normalisation, so compare logits with
+# the original network's.
 #
 # Repository, normalisation and licence as in timm's registry (default_cfgs, timm 1.0); CLIP's as in
 # OpenAI's clip.py and, for LAION's, open_clip's registry. DINOv2 was published for 518 px; most use
@@ -684,8 +685,11 @@ class Layout:
 
 
 # Prefixes of an optimiser's state in JAX's checkpoints, which repeats the network's names, such as
-# opt/0/mu/embedding/kernel. (The network itself is in params/, or in opt/target/.)
-MOMENTS = re.compile(r"(^|[/.])(opt\w*[/.](?!target\b)|(mu|nu|momentum|grad\w*|adam\w*)[/.])")
+# opt/0/mu/Transformer/encoder_norm/scale. (The network itself is in params/, or in opt/target/.)
+MOMENTS = re.compile(
+    r"(^|[/.])(opt(im|_state|imi[sz]er\w*)?[/.](?!(target|params)\b)"
+    r"|(mu|nu|trace|velocity|momentum\w*|slots|grad\w*|adam\w*)[/.])"
+)
 
 LAYOUTS = (  # the first one that matches is taken
     Layout(
@@ -707,7 +711,7 @@ LAYOUTS = (  # the first one that matches is taken
     ),
     Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$"),
     Layout("torchvision", r"\bconv_proj\.weight$"),
-    Layout("Google's .npz", r"\bembedding/kernel$", norm="Inception"),
+    Layout("Google's .npz", r"\bTransformer/encoder_norm/scale$", norm="Inception"),
 )
 TEXT_LAYOUTS = (
     Layout(
@@ -1157,19 +1161,19 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
     if has_text_tower(tensors):
         raise ValueError("CLIP's text tower alone; give a file that has the image tower")
     known = "; ".join(layout.name for layout in layouts)
-    beginning = ", ".join(list(tensors)[:3]) or "nothing (numpy's arrays don't count)"
+    beginning = ", ".join(list(tensors)[:3]) or "nothing: it holds no torch.Tensor"
     raise ValueError(f"not a ViT in a known layout ({known}): its tensors begin with {beginning}")
 
 
 def network_prefix(prefixes: list[str]) -> str:
-    """Which of several prefixes in a JAX checkpoint is the network's."""
+    """Which of the prefixes in a JAX checkpoint is the network's; the others are an optimiser's."""
     networks = [prefix for prefix in prefixes if not MOMENTS.search(prefix)]
-    if len(prefixes) > 1 and len(networks) != 1:
+    if len(networks) != 1:
         raise ValueError(
             f"it holds several networks, or none beside an optimiser's state "
             f"({', '.join(prefixes)}); save one alone"
         )
-    return networks[0] if networks else prefixes[0]
+    return networks[0]
 
 
 def has_text_tower(keys: Iterable[str]) -> bool:
@@ -1840,7 +1844,9 @@ def unfit_classifier(translated: Translated, statements: dict[str, dict], config
     """Why a file's classifier can't be the head, or "": it has several layers, as MoCo's, or reads
     the mean of the patches after the norm, not ViT.features, as that of timm's DINOv3 and as timm's
     config.json may state."""
-    layers = {name for name in translated.names if name.startswith("head.")}  # not a LoRA's
+    # The file's own layers; those that a LoRA replaced are no longer among the tensors.
+    known = translated.names.keys() & translated.tensors.keys()
+    layers = {name for name in known if name.startswith("head.")}
     if layers - {"head.weight", "head.bias"}:
         return "is more than a linear layer"
     pools = [settings.get("classifier_pool") for settings in statements.values()]
@@ -2139,6 +2145,11 @@ def merge_lora(found: dict[str, Tensor], path: Path) -> str:
             alpha = alpha_of(name, settings)
             merged[place] = merge_parts(found.get(place), changes[name], alpha, settings)
             used[name] = changes[name]
+    new_heads = [name for name, parts in used.items() if "whole" in parts]
+    if "head.weight" in [places[name][0] for name in new_heads]:
+        # A whole new head takes the place of all layers of the network's own.
+        for name in [name for name in found if name.startswith("head.")]:
+            del found[name]
     found |= merged
     text = describe_lora(used, settings)
     return text + (f"; left out: {first_few(left_out)}" if left_out else "")

@@ -793,6 +793,22 @@ def test_a_placement_that_is_forgotten(clip, tiny_weights, monkeypatch):
     adapt(clip, tiny_weights, "adaptertune", placement=[0])
 
 
+def test_placements_of_shared_modules_and_prompts(clip, tiny_weights, monkeypatch):
+    """A block counts as adapted if it shares another one's adapter, or has prompts."""
+
+    def shared(model, placement, **settings):
+        model.blocks[0].adapter = adaptertune.Adapter(model.config.width, 4)
+        model.blocks[1].adapter = model.blocks[0].adapter
+
+    monkeypatch.setattr(adaptertune, "add_adapters", shared)
+    model, settings = adapt(clip, tiny_weights, "adaptertune")
+    assert settings["placement"] == [0, 1]
+    assert model.blocks[1].adapter is model.blocks[0].adapter
+    monkeypatch.setattr(adaptertune, "PLACED_METHODS", ("vpt",))
+    model, settings = adapt(clip, tiny_weights, "vpt")
+    assert settings["placement"] == [0, 1]
+
+
 # ------------------------------------------------------------------- methods of one's own
 
 
@@ -1180,6 +1196,21 @@ def test_start_from_takes_all_or_nothing(tiny_weights, name, value, reason):
     with pytest.raises(ValueError, match=reason):
         adaptertune.start_from(model, tensors | {name: value})
     assert not model.blocks[0].adapter.up.weight.any()
+
+
+def test_start_from_with_buffers_and_shared_modules(tiny_weights):
+    """A file that `save` wrote of adapters with buffers, or of one module in several blocks, can be
+    started from."""
+    model = adapted(tiny_weights)
+    model.blocks[0].adapter.register_buffer("calls", torch.tensor(7))
+    model.blocks[1].adapter = model.blocks[0].adapter
+    tensors = adaptertune.saved_tensors(randomise(model))
+    again = copy.deepcopy(model)
+    randomise(again)
+    again.blocks[0].adapter.calls.zero_()
+    adaptertune.start_from(again, tensors)
+    assert again.blocks[1].adapter.calls == 7
+    assert torch.equal(again.blocks[1].adapter.up.weight, model.blocks[0].adapter.up.weight)
 
 
 def test_fingerprint(tiny_weights):

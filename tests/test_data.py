@@ -700,6 +700,10 @@ def test_images_of_ones_own():
         assert some.pixels[:, 0, 0, 0].tolist() == [0, 2]
     grey = data.Images(pixels[:, :1], [2, 1, 0])
     assert torch.equal(grey.pixels, pixels)
+    assert grey.table.stride(1) == 0  # it takes no more memory
+    last = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # of arrays [N, H, W, 3]
+    assert data.Images(last, [2, 1, 0]).checksum() == images.checksum()
+    assert data.Images(pixels, [2, 1, 0], range(3)).names == ["0", "1", "2"]
     for wrong in (pixels / 255, pixels.permute(0, 2, 3, 1), pixels[0], pixels.numpy()):
         with pytest.raises(ValueError, match=r"pixels .*: give torch.uint8 \[N, 3, H, W\]"):
             data.Images(wrong, [2, 1, 0])
@@ -719,26 +723,43 @@ def test_images_of_ones_own():
 
 def test_a_reader_of_ones_own(monkeypatch):
     """A set of one's own is read by a row in DATASETS. Without a name for each image it is refused:
-    a run's split.json couldn't tell them apart."""
+    a run's split.json couldn't tell them apart. So is one with a label of no class. Train and test
+    may have tables of their own."""
     pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
 
-    def read_with(names, test=None):
+    def read_with(names, test=None, labels=(0, 1, 0, 1)):
         def read_mine(name, data_dir, offline, square):
-            return data.Dataset(
-                name, ["a", "b"], data.Images(pixels, [0, 1] * 2, names), None, test
-            )
+            train = data.Images(pixels, list(labels), names)
+            return data.Dataset(name, ["a", "b"], train, None, test)
 
         monkeypatch.setitem(data.DATASETS, "mine", read_mine)
         return data.read("mine")
 
     names = ["0", "1", "2", "3"]
     assert read_with(names).train.names == names
-    with pytest.raises(ValueError, match="the images of mine have no names; give each one"):
+    for wrong in (-1, 2):
+        with pytest.raises(ValueError, match=f"mine has label {wrong}; labels of its 2 classes"):
+            read_with(names, labels=(0, 1, 0, wrong))
+    with pytest.raises(ValueError, match="the train images of mine have no names; give each one"):
         read_with([])
+    with pytest.raises(ValueError, match="the test images of mine have no names; .* as test/0"):
+        read_with(names, test=data.Images(pixels[:1], [0]))
     with pytest.raises(ValueError, match="3 images of mine have the name 1; give each its own"):
         read_with(["1", "0", "1", "1"])
     with pytest.raises(ValueError, match="2 images of mine have the name 2"):
         read_with(names, test=data.Images(pixels[:1], [0], ["2"]))
+
+    others = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 8, 8)
+    test = data.Images(others, [1, 1, 0], ["x", "y", "z"])
+    dataset = read_with(names, test=test[torch.tensor([2, 0])])
+    assert dataset.test.pixels[:, 0, 0, 0].tolist() == [2, 0]
+    everything = dataset.everything
+    assert everything.pixels[:, 0, 0, 0].tolist() == [0, 0, 0, 0, 2, 0]
+    assert everything.names == [*names, "z", "x"]
+    assert everything.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    small = data.Images(others[:, :, :4, :4], [1, 1, 0], ["x", "y", "z"])
+    with pytest.raises(ValueError, match="train and test of mine can't be put into one table"):
+        read_with(names, test=small)
 
 
 def test_a_class_without_training_images_is_named():

@@ -408,7 +408,11 @@ def test_a_list_that_torchvision_cannot_read(pets, tmp_path):
 
 
 def test_a_torchvision_that_has_changed(pets, torchvision, monkeypatch, tmp_path):
-    """A torchvision without the addresses is one line."""
+    """A torchvision whose addresses aren't where they were is one line."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torchvision.OxfordIIITPet, "_RESOURCES", (("https://a/images.tar.gz",),))
+        with pytest.raises(ValueError, match="torchvision has changed .*unpack.*; install 0.29.1"):
+            data.read("pets", str(tmp_path))
     monkeypatch.delattr(torchvision.OxfordIIITPet, "_RESOURCES")
     with pytest.raises(ValueError, match="torchvision has changed .*_RESOURCES.*; install 0.29.1"):
         data.read("pets", str(tmp_path))

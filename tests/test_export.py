@@ -93,7 +93,11 @@ def test_what_has_no_branch_is_refused():
     model.blocks[1].adapter = torch.nn.Identity()
     with pytest.raises(ValueError, match="write_block in export.py has no branch for Identity"):
         to_session(model)
-    model.blocks[1].adapter = None
+    model = network(adapters={"rank": 4})
+    model.blocks[1].adapter.__class__ = type("Mine", (adaptertune.Adapter,), {})
+    with pytest.raises(ValueError, match="write_block in export.py has no branch for Mine"):
+        to_session(model)
+    model = network()
     model.head = torch.nn.Sequential(model.head)
     with pytest.raises(ValueError, match="write_head in export.py has no branch for Sequential"):
         to_session(model)

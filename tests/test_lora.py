@@ -296,6 +296,23 @@ def test_a_text_towers_lora(clip, tmp_path):
             vit.load(clip, lora=lora)
 
 
+def test_a_whole_head_beside_other_layers(tmp_path):
+    """A LoRA's own classifier, saved whole, replaces all layers of the weights' own: timm leaves
+    out the layer before the head of its older in21k files."""
+    model = timm_vit()
+    weights = save_base(model, tmp_path / "base")
+    tensors = load_file(weights)
+    width = tensors["norm.weight"].shape[0]
+    tensors["pre_logits.fc.weight"] = torch.randn(width, width)
+    tensors["pre_logits.fc.bias"] = torch.randn(width)
+    save_file(tensors, weights)
+    tuned = with_lora(model, r=4, target_modules=["qkv"], modules_to_save=["head"])
+    tuned.save_pretrained(tmp_path / "lora")
+    found, text = merged_logits(weights, tmp_path / "lora")
+    assert difference(found, logits_of(tuned, references.images())) < LIMIT
+    assert "left out" not in text
+
+
 def test_patterns_apply_as_in_peft(tmp_path):
     """The note on a LoRA states all ranks that the patterns give to its tensors."""
     model = hf_vit()
@@ -513,7 +530,7 @@ def test_a_projection_is_no_classifier():
     projection = torch.nn.Linear(8, 5, bias=False)
     classes = [str(i) for i in range(10)]
     note = train.start_head(torch.nn.Identity(), projection, classes, epochs=1)
-    assert note == "new, since neither the LoRA nor the weights have a classifier"
+    assert note == "new, since neither the LoRA nor the weights have a classifier that can be used"
 
 
 def test_a_changed_lora_is_noticed(run, exporter, tmp_path):

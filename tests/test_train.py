@@ -1578,6 +1578,16 @@ def test_buffers_of_a_method_of_ones_own(run, tiny_weights, tmp_path, monkeypatc
         assert train.main([str(each) for each in command]) == 143
     train.stop_asked.clear()
     capsys.readouterr()
+    path = tmp_path / "runs/a/state.pt"
+    whole = path.read_bytes()
+    saved = torch.load(path, weights_only=True)
+    for name, part in (("weights", saved["weights"]), ("chosen", saved["chosen"])):
+        kept = {key: each for key, each in part.items() if not key.endswith("calls")}
+        torch.save(saved | {name: kept}, path)
+        assert "weights are missing" in run(*command, "--resume", status=1)
+        torch.save(saved | {name: part | {"blocks.0.adapter.calls": torch.zeros(2)}}, path)
+        assert "or of another shape" in run(*command, "--resume", status=1)
+    path.write_bytes(whole)
     run(*command, "--resume")
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
     assert result["epoch"] < 3
@@ -1590,7 +1600,8 @@ def test_buffers_of_a_method_of_ones_own(run, tiny_weights, tmp_path, monkeypatc
 
 
 def test_a_state_of_an_earlier_version(run, clip, tmp_path, monkeypatch, capsys):
-    """A state without buffers, which earlier versions left out, is resumed like one with them."""
+    """A state without a ClipHead's buffers, which earlier versions left out, is resumed like one
+    with them."""
     command = ["--weights", clip, "--method", "clip-adapter", "--classifier", "prototypes"]
     command += ["--epochs", "3", "--limit", "200", "--batch", "32", "--image-size", "16"]
     results = []
@@ -2236,7 +2247,7 @@ def lacking(folder, tiny):
 
 WRONG_USAGE = [
     (["--backbone", "vit_s17"], "argument --backbone: invalid choice: 'vit_s17' .*vit_s16"),
-    (["--method", "lora"], "argument --method: 'lora': choose adaptertune, .*head.*full"),
+    (["--method", "tuning"], "argument --method: 'tuning': choose adaptertune, .*head.*full"),
     (["--ranks", "1,", ","], "argument --rank/--ranks: '' is not a valid int"),
     (["--method", "head,head"], "argument --method: head is given twice"),
     (["--epoch", "1"], "unrecognized arguments: --epoch 1; do you mean --epochs\\?"),

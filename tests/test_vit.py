@@ -398,7 +398,9 @@ def test_arrays_of_numpy_alone(tensors, tmp_path):
     """A state dict of numpy's arrays, which are skipped, is refused with advice."""
     arrays = {key: value.numpy() for key, value in tensors.items()}
     torch.save({"model": arrays}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="its tensors begin with nothing .numpy's arrays don't"):
+    with pytest.raises(
+        ValueError, match="its tensors begin with nothing: it holds no torch.Tensor"
+    ):
         vit.load(tmp_path / "w.pth")
     arrays["blocks.0.norm1.bias"] = np.array([object()])
     torch.save({"model": arrays}, tmp_path / "w.pth")
@@ -1060,14 +1062,23 @@ def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state", ["opt/0/mu/", "opt_state/1/0/nu/params/", "train/opt.0.mu.", "adam/mu/", "momentum/"]
+    "state",
+    ["opt/0/mu/", "opt_state/1/0/nu/params/", "train/opt.0.mu.", "adam/mu/", "momentum_buffer/"]
+    + ["opt/state/", "grads/", "slots/m/", "state/0/trace/", "velocity/"],
 )
 def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
-    """Moments, which have the network's names and come before it, aren't taken for the network."""
+    """Moments, which have the network's names and come before it, aren't taken for the network,
+    even if there is no other."""
     moments = {f"{state}{name}": np.full_like(value, 7) for name, value in arrays.items()}
     network = {f"params/{name}": value for name, value in arrays.items()}
     np.savez(tmp_path / "w.npz", **moments, **network)
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    target = {f"opt/target/{name}": value for name, value in arrays.items()}
+    np.savez(tmp_path / "w.npz", **moments, **target)
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    np.savez(tmp_path / "w.npz", **moments)
+    with pytest.raises(ValueError, match=rf"none beside an optimiser's state \({state}\)"):
+        vit.load(tmp_path / "w.npz")
     others = {f"params/b/{name}": value for name, value in arrays.items()}
     np.savez(tmp_path / "w.npz", **moments, **network, **others)
     message = rf"several networks.* \({state}, params/, params/b/\); save one alone"
@@ -1081,6 +1092,10 @@ def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     assert vit.load(tmp_path / "w.npz")[1].note == "ema of w.npz; it also holds params"
     alone = {f"optimized/{name}": value for name, value in arrays.items()}
     np.savez(tmp_path / "w.npz", **alone)
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    decoder = {"params/decoder/embedding/kernel": np.zeros((3, 3), "f4")}
+    encoder = {f"params/encoder/{name}": value for name, value in arrays.items()}
+    np.savez(tmp_path / "w.npz", **decoder, **encoder)
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
 
 
