@@ -40,8 +40,8 @@ How to add a method, once you have read this file, with LoRA on qkv as the examp
 3. train.py: add the method's learning rate to RATES (begin with 5e-3), which makes it a choice of
    --method. --rank and --scale exist; any other setting needs an option of its name in
    `add_method_options`, whose default is None. To support --every and --blocks, add the method to
-   PLACED_METHODS (below) and let `add_parts` pass `placement` to `add_lora`, which calls
-   `choose_blocks`. If its start isn't the backbone's function, add it to `check_no_epochs`.
+   PLACED_METHODS (below): its settings then have "placement", the blocks that `add_lora` is to
+   change. If its start isn't the backbone's function, add it to `check_no_epochs`.
 4. export.py: nothing for a method that `merge` removes. Any other needs a branch in `write_block`,
    `write_attention` or `write_head`. An incomplete graph fails the check against PyTorch.
 5. tests: in test_adaptertune.py add a row to TRAINED with the names of the trained parameters, in
@@ -73,11 +73,11 @@ they are saved too. Take `fingerprint(model)` before training, for `save`.
 import copy
 import hashlib
 import json
-import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
@@ -208,7 +208,7 @@ def check_settings(method: str, settings: dict) -> None:
             known = ", ".join(METHODS[method]) or "none"
             raise ValueError(f"{method} has no setting {name!r}; its settings: {known}")
         default = METHODS[method][name]
-        if type(default) in KINDS and not KINDS[type(default)](value):
+        if not KINDS[type(default)](value):
             raise ValueError(
                 f"{name} {value!r} ({type(value).__name__}) isn't allowed; the default of "
                 f"{method} is {default!r} ({type(default).__name__})"
@@ -294,9 +294,9 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         ValueError: an index out of range, or no block selected.
     """
     if blocks is not None:
-        if isinstance(blocks, str) or not hasattr(blocks, "__iter__"):
+        if not isinstance(blocks, Iterable) or not all(map(is_integer, blocks)):
             raise ValueError(f"placement {blocks!r}: give a list of blocks, such as [0, 1]")
-        blocks = [index_of(block) for block in blocks]
+        blocks = [int(block) for block in blocks]
         outside = [block for block in blocks if not -depth <= block < depth]
         if outside or not blocks:
             which = f"block {outside[0]}" if outside else "no block"
@@ -309,14 +309,9 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
     return list(range(0, depth, every))
 
 
-def index_of(block: object) -> int:
-    """An int, or one of numpy's. ValueError for other types."""
-    try:
-        if not isinstance(block, bool):
-            return operator.index(block)
-    except TypeError:
-        pass
-    raise ValueError(f"placement: give a list of ints, not {block!r}")
+def is_integer(value: object) -> bool:
+    """Whether a value is an int, or one of numpy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def add_adapters(
@@ -581,7 +576,6 @@ def add_clip_head(model: nn.Module, classes: int, *, rank: int = 0, **settings) 
 def remove_added(model: nn.Module) -> None:
     """Take all adapters and prompts out of a model, wherever `is_added` would find them."""
     for block in model.blocks:
-        block.adapter = None  # whatever its class
         block.prompts = None
     for module in model.modules():
         if "adapter" in dict(module.named_children()):
@@ -618,29 +612,27 @@ def adapt(
     check_vit(model)
     check_choice("method", method, METHODS)
     check_settings(method, settings)
-    if placement is not None and method not in PLACED_METHODS:
-        raise ValueError(f"{method} has no placement; {', '.join(PLACED_METHODS)} have")
     if type(classes) is not int or classes < 1:
         raise ValueError(f"classes {classes!r}: give their number, an int of at least 1")
     settings = METHODS[method] | settings
+    if method in PLACED_METHODS:
+        settings["placement"] = choose_blocks(len(model.blocks), blocks=placement)
+    elif placement is not None:
+        raise ValueError(f"{method} has no placement; {', '.join(PLACED_METHODS)} have")
     with unchanged_by_errors(model):
         remove_added(model)
-        settings |= add_parts(model, method, classes, placement, settings)
+        settings |= add_parts(model, method, classes, settings)
+        if method in PLACED_METHODS:
+            check_placement(model, settings["placement"])
         freeze(model, everything=method in WHOLE_METHODS)
     return {"method": method} | settings
 
 
-def add_parts(
-    model: nn.Module,
-    method: str,
-    classes: int,
-    placement: Sequence[int] | None,
-    settings: dict,
-) -> dict:
+def add_parts(model: nn.Module, method: str, classes: int, settings: dict) -> dict:
     """Put a method's parts and its head into a plain model; return the settings that depend on the
     model."""
     if method in ADAPTER_METHODS:
-        add_adapters(model, method=method, placement=placement, **settings)
+        add_adapters(model, method=method, **settings)
         add_head(model, classes)
     elif method == "vpt":
         add_prompts(model, **settings)
@@ -657,27 +649,24 @@ def add_parts(
         add_head(model, classes)
     else:
         raise ValueError(f"METHODS has a row for {method}, but add_parts has no branch for it")
-    if method in PLACED_METHODS:
-        return {"placement": check_placement(model, placement)}
     return {}
 
 
-def check_placement(model: nn.Module, placement: Sequence[int] | None) -> list[int]:
-    """The adapted blocks. Raises a ValueError if they aren't those that `placement` names."""
-    wanted = choose_blocks(len(model.blocks), blocks=placement)
+def check_placement(model: nn.Module, wanted: list[int]) -> None:
+    """Raise a ValueError unless the blocks with adapters are those wanted."""
     found = set()
     for name, _ in model.named_parameters(remove_duplicate=False):  # blocks may share a module
         if name.startswith("blocks.") and is_added(name):
             found.add(int(name.split(".")[1]))
     if sorted(found) != wanted:
         raise ValueError(f"placement {wanted}, but blocks {sorted(found)} have adapters")
-    return wanted
 
 
 @contextmanager
 def unchanged_by_errors(model: nn.Module):
     """Inside this context, an error puts back the modules, parameters, hooks and attributes that a
-    model had."""
+    model had. A module has them in its attributes: _modules, _parameters and so on are
+    dictionaries."""
     before = []
     for module in model.modules():
         attributes = dict(vars(module))
@@ -816,13 +805,8 @@ def to_write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors writes them: on the CPU, contiguous, and each in memory of its own,
     unlike those of a module that blocks share."""
     found = {}
-    stored = set()
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in stored:
-            tensor = tensor.clone()
-        stored.add(tensor.untyped_storage().data_ptr())
-        found[name] = tensor
+        found[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return found
 
 
@@ -959,7 +943,8 @@ def unseen_settings(model: nn.Module) -> list[tuple[str, object]]:
 
 def common_settings(model: nn.Module, meta: dict) -> dict:
     """The unseen settings of a model as it is now, where all its adapters agree in them. Their act
-    is "mlp" if it is the MLP's, and `meta` says so or it has no other name.
+    is "mlp", which asks for the MLP's, if it is the MLP's and `meta` says so or it has no name in
+    ACTS.
 
     Raises:
         ValueError: the adapters differ in a setting that `meta` states.
@@ -1165,16 +1150,8 @@ META = {
 }
 # A method's setting has the type of its default. Its limits are checked where it is used.
 KINDS = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
-
-
-def types_of_settings() -> dict[str, Callable]:
-    """Rows of META for the settings of all methods."""
-    found = {}
-    for settings in METHODS.values():
-        for name, default in settings.items():
-            if type(default) in KINDS:
-                found[name] = KINDS[type(default)]
-    return found
-
-
-META |= types_of_settings()
+META |= {
+    name: KINDS[type(default)]
+    for settings in METHODS.values()
+    for name, default in settings.items()
+}

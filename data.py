@@ -46,7 +46,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from operator import attrgetter
@@ -301,9 +301,7 @@ class Square:
         pixels, so that a photo that isn't resized isn't blurred."""
         if self.squash:
             return 0, 0, width, height
-        edge = min(height, width)
-        left = (width - edge) // 2
-        top = (height - edge) // 2
+        top, left, edge = central_box(height, width, 1.0)
         return left, top, left + edge, top + edge
 
 
@@ -417,14 +415,14 @@ def split_by(data: Dataset, names: dict[str, list[str]], sums: dict) -> tuple[Da
     Raises:
         ValueError: an image is in two parts.
     """
-    twice = [name for name, n in Counter(itertools.chain(*names.values())).items() if n > 1]
+    listed = Counter(itertools.chain(*names.values()))
+    twice = [name for name, times in listed.items() if times > 1]
     if twice:
         raise ValueError(f"the run's split.json lists {twice[0]} twice; it was changed by hand")
     everything = data.everything
     places = {name: i for i, name in enumerate(everything.names)}
     changed = {name for name in places if name in sums and sums[name] != data.sums.get(name)}
-    listed = set(itertools.chain(*names.values()))
-    new = len(places.keys() - changed - listed)
+    new = len(places.keys() - changed - listed.keys())
     moved = Moved(missing=[], changed=sorted(changed), new=new)
     parts = {}
     for part, wanted in names.items():
@@ -1099,27 +1097,25 @@ def photos_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(photos, key=attrgetter("parts")), sorted(others)
 
 
-def find_photos(paths: list[str], others: list[Path] | None = None) -> list[Path]:
-    """Files as they are given; for a folder all photos inside, sorted, without hidden ones.
-
-    Args:
-        others: a list to which the other files in those folders are added.
+def find_photos(paths: list[str]) -> tuple[list[Path], list[Path]]:
+    """Files as they are given; for a folder all photos inside, sorted, without hidden ones. And the
+    other files in those folders.
 
     Raises:
         ValueError: a folder without photos.
     """
     found = []
+    others = []
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(path)
             continue
-        inside, odd = photos_and_others(path)
-        if others is not None:
-            others += odd
-        if not inside:
+        photos, more = photos_and_others(path)
+        if not photos:
             raise ValueError(f"no photos in {path}; {', '.join(sorted(PHOTOS))} are read")
-        found += inside
-    return found
+        found += photos
+        others += more
+    return found, others
 
 
 def as_utf8(name: str) -> str:
@@ -1574,16 +1570,15 @@ def template_of(name: str) -> str:
     return TEMPLATES.get(name.lower().rstrip("0123456789"), "a photo of a {}.")
 
 
-def sentences(name: str, classes: list[str], template: str = "") -> list[str]:
-    """A sentence for each class of a data set, for CLIP's text tower to read.
+def sentences(classes: list[str], template: str) -> list[str]:
+    """A sentence for each class, for CLIP's text tower to read.
 
     Args:
-        template: a sentence with {} for the class's name; if empty, `template_of` the data set.
+        template: a sentence with {} for the class's name.
 
     Raises:
         ValueError: the template has no {}.
     """
-    template = template or template_of(name)
     if "{}" not in template:
         raise ValueError(f"--template {template!r} has no {{}} where the class's name goes")
     return [template.replace("{}", each.replace("_", " ")) for each in classes]
@@ -2265,7 +2260,7 @@ def hub_advice(code: int, token: str) -> str:
 
 def why_no_answer(error: OSError) -> str:
     """Why a request failed, with advice if the server's certificate can't be verified."""
-    reason = str(getattr(error, "reason", error) or type(error).__name__)
+    reason = str(getattr(error, "reason", error)) or type(error).__name__
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         reason += "; set SSL_CERT_FILE to a file of certificates, or on macOS run Python's "
         reason += "Install Certificates.command"
@@ -2380,23 +2375,21 @@ def open_in_time(
     Raises:
         TimeoutError: no answer came in time.
     """
-    found = []
+    answer = Future()
 
     def work() -> None:
         opener = urllib.request.build_opener(redirects)
         try:
-            found.append(opener.open(request, timeout=30))
+            answer.set_result(opener.open(request, timeout=30))
         except Exception as error:
-            found.append(error)
+            answer.set_exception(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(2 * PATIENCE)
-    if not found:
+    if not answer.done():
         raise TimeoutError(f"no answer in {2 * PATIENCE:.0f} seconds")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    return answer.result()
 
 
 def to_integer(text: str | None) -> int:

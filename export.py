@@ -770,38 +770,38 @@ class Checked:
     labels: np.ndarray  # [n]; n < B if a fixed batch was filled up with repeated images
 
 
-def in_onnxruntime(opened: onnxruntime.InferenceSession, adapter: Path | None = None) -> Callable:
-    """A function from Checked images to the graph's output, with an adapter active if given."""
-    options = onnxruntime.RunOptions()
-    lora = onnxruntime.LoraAdapter()
-    if adapter:
-        lora.Load(str(adapter))
-        options.add_active_adapter(lora)
-    name = opened.get_inputs()[0].name
+class InOnnxruntime:
+    """Computes a graph's output for Checked images, with an adapter active if one is given."""
 
-    def output(images: Checked) -> np.ndarray:
-        return opened.run(None, {name: images.image}, options)[0]
+    def __init__(self, opened: onnxruntime.InferenceSession, adapter: Path | None = None):
+        self.opened = opened
+        self.options = onnxruntime.RunOptions()
+        self.adapter = onnxruntime.LoraAdapter()  # RunOptions doesn't keep it alive
+        if adapter:
+            self.adapter.Load(str(adapter))
+            self.options.add_active_adapter(self.adapter)
 
-    output.adapter = lora  # keeps it alive: RunOptions doesn't, and runs would crash
-    return output
+    def __call__(self, images: Checked) -> np.ndarray:
+        name = self.opened.get_inputs()[0].name
+        return self.opened.run(None, {name: images.image}, self.options)[0]
 
 
-def in_torch(model: vit.ViT, meta: dict) -> Callable:
-    """A function from Checked images to the same output, computed by torch in the model's
-    precision."""
+@dataclass
+class InTorch:
+    """Computes the same output by torch, in the model's precision."""
+
+    model: vit.ViT
+    meta: dict  # of the graph
 
     @torch.inference_mode()
-    def output(images: Checked) -> np.ndarray:
-        x = images.x.to(model.cls_token.dtype)
-        if meta["output"] == "embedding":
-            return model.features(x).numpy()
-        logits = model(x)
-        if meta["output"] == "probabilities":
+    def __call__(self, images: Checked) -> np.ndarray:
+        x = images.x.to(self.model.cls_token.dtype)
+        if self.meta["output"] == "embedding":
+            return self.model.features(x).numpy()
+        logits = self.model(x)
+        if self.meta["output"] == "probabilities":
             return logits.softmax(dim=-1).numpy()
         return logits.numpy()
-
-    output.model = model
-    return output
 
 
 def choose_images(run: train.Run, options: argparse.Namespace) -> None:
@@ -835,7 +835,7 @@ def read_photos(run: train.Run, folder: Path, count: int) -> data.Dataset:
     A photo's label is that of the nearest enclosing folder named after a class, from this folder
     itself on, else -1.
     """
-    paths = data.find_photos([folder])
+    paths, _ = data.find_photos([folder])
     count = min(count or len(paths), len(paths))
     index = np.linspace(0, len(paths) - 1, count).astype(int)
     paths = [paths[i] for i in index]
@@ -999,13 +999,13 @@ def judge_exact(found: Agreement, meta: dict) -> tuple[str, bool]:
 
 
 def judge_rounding(
-    reference: Callable, candidate: Callable, run: train.Run, count: int
+    reference: InTorch, candidate: InOnnxruntime, run: train.Run, count: int
 ) -> tuple[str, bool]:
     """Whether an fp32 graph that differs from torch by more than the limit does so because both
     round: then it is about as far from torch in float64 as torch in fp32 is. CLIP's tower, for one,
     has activations so large that fp32 is exact to 1e-4 only. Returns more text for the check line,
     and whether the graph passes."""
-    exact = in_torch(copy.deepcopy(reference.model).double(), run.meta)
+    exact = InTorch(copy.deepcopy(reference.model).double(), run.meta)
     ours = measure(exact, candidate, run, count).worst
     theirs = measure(exact, reference, run, count).worst
     text = f"; from float64 the graph differs by {ours:.1e}, torch by {theirs:.1e}"
@@ -1128,7 +1128,7 @@ def save_checked(proto: onnx.ModelProto, part: Path, more: str = "") -> Callable
     nodes = len(proto.graph.node)
     print(f"graph    opset {opset}, {nodes} nodes, {' -> '.join(ends)}{more}")
     print("check    onnx.checker ok", flush=True)
-    return in_onnxruntime(opened)
+    return InOnnxruntime(opened)
 
 
 @contextlib.contextmanager
@@ -1221,7 +1221,7 @@ def export(run: train.Run, options: argparse.Namespace) -> None:
 
 
 def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Callable:
-    """Write and check the fp32 graph, and return it as in_onnxruntime does."""
+    """Write and check the fp32 graph, and return what computes its output."""
     model = copy.deepcopy(run.model)
     merged = adaptertune.merge(model)
     more = f", {merged} adapters merged into the backbone" if merged else ""
@@ -1229,7 +1229,7 @@ def export_fp32(run: train.Run, options: argparse.Namespace, path: Path) -> Call
     meta = run.meta | {"precision": "fp32"}
     proto = to_model(g, model, meta)
     fp32 = save_checked(proto, path, more)
-    verify(in_torch(run.model, run.meta), fp32, run, options, ("torch", "onnxruntime"))
+    verify(InTorch(run.model, run.meta), fp32, run, options, ("torch", "onnxruntime"))
     return fp32
 
 
@@ -1317,12 +1317,6 @@ def backbone_key(meta: dict, kind: dict[str, str]) -> str:
 
 def check_same_backbone(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
     """Raise a ValueError if the metadata of a backbone.onnx that exists aren't those wanted."""
-    missing = sorted(set(wanted) - set(found))
-    if "swappable" in found and missing:
-        raise ValueError(
-            f"{path} is of an earlier export.py (no {missing[0]}); delete it, and export all of "
-            "its adapters again"
-        )
     for name in sorted({*found, *wanted}, key=lambda name: name == "swappable"):  # the key last
         if found.get(name) != wanted.get(name):
             raise ValueError(
@@ -1371,10 +1365,10 @@ def export_swappable(run: train.Run, options: argparse.Namespace) -> None:
         adapter = part / f"{home.name}.onnx_adapter"
         save_adapter(values, adapter)
         names = ("torch's backbone", "without adapter")
-        verify(in_torch(empty, meta), in_onnxruntime(opened), run, options, names)
+        verify(InTorch(empty, meta), InOnnxruntime(opened), run, options, names)
         names = ("torch", "with adapter")
-        with_adapter = in_onnxruntime(opened, adapter)
-        verify(in_torch(run.model, meta), with_adapter, run, options, names)
+        with_adapter = InOnnxruntime(opened, adapter)
+        verify(InTorch(run.model, meta), with_adapter, run, options, names)
 
 
 def save_adapter(values: dict[str, np.ndarray], path: Path) -> None:

@@ -56,7 +56,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -90,10 +90,10 @@ RATES = {
 HEAD_RATE = 1e-2
 # The columns of the table of epochs.
 COLUMNS = ("epoch", "loss", "train%", "val%", "img/s", "elapsed", "left")
-# Further columns of metrics.csv: "seconds" of training and evaluation so far (in result.json, of
+# Those of metrics.csv: also the "seconds" of training and evaluation so far (in result.json, of
 # training only), the learning rate of the epoch's last step, the mean validation loss. Unlike
 # "loss", which is of augmented images, it has neither label smoothing nor class weights.
-FILE_COLUMNS = ("seconds", "lr", "val_loss")
+FILE_COLUMNS = (*COLUMNS, "seconds", "lr", "val_loss")
 # With at most this many classes, tables of predictions have the probability of each.
 EACH = 20
 UNEVEN = 3  # above this ratio of class sizes, accuracy is also given as a mean over classes
@@ -199,7 +199,7 @@ class Predictions:
     probability: Tensor  # [n], of `best`
     loss: Tensor  # [n], cross-entropy with the label, without smoothing
     labels: Tensor  # [n]
-    each: Tensor | None = None  # [n, K], the probability of each class, if K is at most EACH
+    each: Tensor  # [n, K], the probability of each class
 
     @property
     def accuracy(self) -> float:
@@ -269,8 +269,6 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """The training loop, from the epoch and step in run.state to the last epoch."""
     state = run.state
     least = least_accuracy(run)
-    if not run.options.epochs:  # nothing to train, but the evaluation may be interrupted too
-        save_state(run, optimizer)
     while state.epoch <= run.options.epochs:
         train_epoch(run, optimizer)
         predictions = predict(run, run.dataset.val, "validation")
@@ -449,7 +447,7 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
         data.clock_text(left),
         f"{elapsed:.2f}",
         f"{rate:.3g}",
-        f"{val.loss.mean().item():.4f}",
+        f"{val.loss.double().mean().item():.4f}",
     ]
     state.rows.append(row)
     if is_shown(state.epoch, epochs):
@@ -465,30 +463,25 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
 @torch.inference_mode()
 def predict(run: Run, images: data.Images, what: str) -> Predictions:
     """The network's predictions for images. Each process computes a part and gets all of them."""
-    K = len(run.dataset.classes)
-    columns = 4 + K if K <= EACH else 4
-    table = torch.zeros(columns, len(images), dtype=torch.float64, device=run.device)
+    logits = torch.zeros(len(images), len(run.dataset.classes), device=run.device)  # [n, K]
     rows = torch.arange(len(images), device=run.device).split(run.batches.batch)
     seen = 0
     started = time.perf_counter()
     run.model.eval()
-    for part, (x, labels) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
+    for part, (x, _) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
         stop_if_asked()
-        logits = in_parts(run.logits, run.model, x)
-        probabilities = logits.softmax(dim=-1)  # [B, K]
-        highest, classes = probabilities.topk(2)
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        found = [*classes.T, highest[:, 0], loss]
-        if K <= EACH:
-            found += probabilities.T
         here = part[run.batches.rank :: run.batches.world]
-        table[:, here] = torch.stack(found).double()
+        logits[here] = in_parts(run.logits, run.model, x)
         seen = min(seen + run.batches.batch, len(images))
         data.progress(what, seen, len(images), started)
-    best, second, probability, loss, *each = sum_over_processes(table).cpu()
+    logits = sum_over_processes(logits).cpu()
     run.state.eval_time += time.perf_counter() - started
-    each = torch.stack(each, dim=1) if each else None
-    return Predictions(best.long(), second.long(), probability, loss, images.labels.cpu(), each)
+
+    labels = images.labels.cpu()
+    probabilities = logits.softmax(dim=-1)
+    highest, classes = probabilities.topk(2)  # each [n, 2]
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return Predictions(classes[:, 0], classes[:, 1], highest[:, 0], loss, labels, probabilities)
 
 
 def predict_all(run: Run) -> None:
@@ -625,7 +618,7 @@ def train_run(options: argparse.Namespace) -> dict:
         if finished:
             return finished | {"folder": folder, "kept": True}
         check_own(folder)
-        if not rank_and_world()[0]:
+        if is_first():
             check_writable(folder)
         run = prepare(options, folder)
         describe_folder(options, folder)
@@ -654,6 +647,11 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the first one, which prints and writes."""
+    return rank_and_world()[0] == 0
+
+
 def wait_for_all() -> None:
     """Wait until every process gets here: a sum waits for all of them."""
     any_process(False)
@@ -662,11 +660,10 @@ def wait_for_all() -> None:
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
     """Let the first process run the block before all others do."""
-    rank, _ = rank_and_world()
-    if rank:
+    if not is_first():
         wait_for_all()
     yield
-    if not rank:
+    if is_first():
         wait_for_all()
 
 
@@ -787,12 +784,11 @@ def check_compiler(device: torch.device) -> None:
 
 def place_images(dataset: data.Dataset, device: torch.device) -> data.Dataset:
     """Move the images to `device` if it is a GPU and they take at most half of its free memory."""
-    parts = {part: getattr(dataset, part) for part in ("train", "val", "test")}
     torch.cuda.empty_cache()  # an earlier run may have left memory there
-    size = sum(images.nbytes for images in parts.values())
+    size = sum(images.nbytes for images in dataset.parts.values())
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return dataset
-    return replace(dataset, **{part: images.to(device) for part, images in parts.items()})
+    return replace(dataset, **{part: images.to(device) for part, images in dataset.parts.items()})
 
 
 def choose_bf16(device: torch.device) -> bool:
@@ -929,7 +925,8 @@ read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the 
 
 def images_of(options: argparse.Namespace, size: int) -> tuple:
     """The arguments of data.read for a run whose network takes images of this size."""
-    return options.dataset, options.data_dir, size, options.offline, options.squash
+    some = bool(options.eval)  # a folder to evaluate on needn't have photos of all classes
+    return options.dataset, options.data_dir, size, options.offline, options.squash, some
 
 
 @torch.no_grad()
@@ -967,9 +964,9 @@ def fit_to_features(
     if options.head_lr and options.lr:
         return
     model.to(batches.device)
-    spread = spread_of_features(model, dataset, batches)
-    first = torch.tensor(0.0 if batches.rank else spread, dtype=torch.float64)
-    unit = 1 / max(1e-9, sum_over_processes(first).item())
+    spread = 0.0 if batches.rank else spread_of_features(model, dataset, batches)
+    spread = sum_over_processes(torch.tensor(spread, dtype=torch.float64)).item()
+    unit = 1 / max(1e-9, spread)
     highest = RATES["head"] if options.method == "head" else HEAD_RATE
     options.head_lr = options.head_lr or two_digits(min(highest, unit))
     if options.method == "full":
@@ -1004,8 +1001,7 @@ def split_dataset(dataset: data.Dataset, options: argparse.Namespace, folder: Pa
     sums = listed.pop("checksums")
     classes = listed.pop("classes")
     dataset = data.match_classes(dataset, classes, some=bool(options.eval))
-    parts = (dataset.train, dataset.val, dataset.test)
-    in_folder = {name for images in parts if images for name in images.names}
+    in_folder = set(dataset.everything.names)
     in_split = list(itertools.chain(*listed.values()))
     # A folder with fewer than half of the split's names is another one. A few names may be the same
     # by chance (IMG_0001.jpg).
@@ -1123,7 +1119,16 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
     model.to(device)
     bf16 = options.amp == "bf16"
     return Run(
-        options, folder, dataset, model, batches, device, bf16, meta, backbone, head_note=note
+        options=options,
+        folder=folder,
+        dataset=dataset,
+        model=model,
+        batches=batches,
+        device=device,
+        bf16=bf16,
+        meta=meta,
+        backbone=backbone,
+        head_note=note,
     )
 
 
@@ -1152,8 +1157,6 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
         **dict(adaptertune.unseen_settings(model)),
         "interpolation": "bicubic",
     }
-    if options.method in adaptertune.WHOLE_METHODS:
-        meta["config"] = asdict(backbone.config)  # the file then is a backbone of its own
     if options.method in adaptertune.CLIP_METHODS:
         meta["classifier"] = options.classifier
     return meta
@@ -1164,7 +1167,8 @@ def cache_features(run: Run) -> data.Dataset:
 
     Training and validation images share a table of features, whichever part an image is in. So runs
     with other seeds, which draw other parts of the same images, find them on the disk. (Zero-shot
-    by class names computes those of its validation images alone.)
+    by class names computes those of its validation images alone.) For images in rows 3, 7 and 9 of
+    the pixels, the table has rows 0, 1 and 2.
     """
     features = {}
     for group in (("train", "val"), ("test",)):
@@ -1244,7 +1248,7 @@ def embed_class_names(run: Run) -> None:
             f"{vocab} has {tokenizer.size} ids, {weights} {vocabulary}; give its --vocab"
         )
     run.meta["template"] = options.template or data.template_of(run.dataset.name)
-    sentences = data.sentences(run.dataset.name, run.dataset.classes, run.meta["template"])
+    sentences = data.sentences(run.dataset.classes, run.meta["template"])
     check_sentences(sentences, tokenizer, len(tower.pos_embed))
     heads = tower.config.heads
     named = options.backbone and not options.text_weights
@@ -1325,6 +1329,7 @@ def run_name(options: argparse.Namespace) -> str:
 
 def run_folder(options: argparse.Namespace) -> Path:
     """The folder of these options: runs/NAME, or runs/NAME-2 and so on if other runs have the name.
+    With --name it is the first one alone.
 
     Raises:
         ValueError: a run with other options has the --name or, with --resume, is unfinished; or
@@ -1357,7 +1362,8 @@ def run_folder(options: argparse.Namespace) -> Path:
 def find_difference(folder: Path, options: argparse.Namespace) -> str:
     """How the run in a folder differs from these options; "" if it is the same run. With --resume
     it is also the same run if it is finished and the options have more epochs, or if its files have
-    been moved. Where epochs are to be trained, their content is compared later."""
+    been moved. Where epochs are to be trained, `split_dataset` compares the photos' content, and
+    `check_backbone` the weights'."""
     saved = read_config(folder)
     kept = kept_options(options)
     more = (options.epochs or 0) > saved["epochs"]
@@ -1422,7 +1428,7 @@ def find_finished(options: argparse.Namespace, folder: Path) -> dict:
         f"kept     {path}, finished before with test accuracy {result['test_accuracy']:.2f} %; to "
         "train it again, delete that folder or give a --name"
     )
-    if not rank_and_world()[0]:
+    if is_first():
         with contextlib.suppress(ValueError, OSError):  # the folder or split.json can't be used
             describe_new_photos(options, folder)
     return result
@@ -1533,7 +1539,7 @@ def at_work(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process is at work in it, or it can't be made.
     """
-    if rank_and_world()[0]:  # the first process holds the lock for all
+    if not is_first():  # the first process holds the lock for all
         yield
         return
     new = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -1669,7 +1675,7 @@ def check_rows(rows: list[list[str]], epochs: int) -> None:
     if len(rows) != epochs:
         raise ValueError(f"rows of {len(rows)} epochs")
     for number, row in enumerate(rows, start=1):
-        values = dict(zip(COLUMNS + FILE_COLUMNS, row, strict=True))
+        values = dict(zip(FILE_COLUMNS, row, strict=True))
         if values["epoch"] != str(number) or not all(isinstance(cell, str) for cell in row):
             raise ValueError(f"no row for epoch {number}")
         for name, most in (("loss", 1e30), ("train%", 100), ("seconds", 1e9), ("val%", 100)):
@@ -1705,11 +1711,11 @@ def write_records(run: Run) -> None:
     made["environment"] = environment(run)
     config = kept_options(run.options) | {"made": made}
     write_json(run.folder / "config.json", config)
-    write_csv(run.folder / "metrics.csv", COLUMNS + FILE_COLUMNS, run.state.rows)
+    write_csv(run.folder / "metrics.csv", FILE_COLUMNS, run.state.rows)
     listed = {"classes": run.dataset.classes}
-    for part in ("train", "val", "test"):
-        listed[part] = getattr(run.dataset, part).names
-    used = itertools.chain(listed["train"], listed["val"], listed["test"])
+    for part, images in run.dataset.parts.items():
+        listed[part] = images.names
+    used = run.dataset.everything.names
     sums = run.dataset.sums
     listed["checksums"] = {name: sums[name] for name in used if name in sums}
     write_json(run.folder / "split.json", listed)
@@ -1739,9 +1745,9 @@ def load_state(run: Run, optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError("a checksum differs")
         saved = torch.load(path, map_location=run.device, weights_only=True)
         vit.check_size(saved, path)
-        fingerprint = saved.pop("fingerprint")
+        trained_on = saved.pop("fingerprint")
         before = str(saved.pop("environment", ""))
-    check_backbone(path, fingerprint, run.meta["fingerprint"], run.options)
+    check_backbone(path, trained_on, run.meta["fingerprint"], run.options)
     with vit.refusing(path, advice):
         weights = saved.pop("weights")
         load_optimizer(optimizer, saved.pop("optimizer"))
@@ -1801,14 +1807,10 @@ def check_state(saved: dict, weights: dict[str, Tensor], run: Run) -> None:
         raise ValueError("impossible epochs, steps, times or accuracies")
     check_rows(state.rows, state.epoch - 1)
     shapes = {name: each.shape for name, each in adaptertune.saved_tensors(run.model).items()}
-    # Older states lack a ClipHead's class embeddings, which are computed before this.
-    needed = {name for name in shapes if not name.startswith("head.")}
-    needed |= adaptertune.trained(run.model).keys()
     for tensors in (weights, state.chosen):
         found = {name: each.shape for name, each in tensors.items()}
-        if tensors is state.chosen and not tensors:
-            continue
-        if not (needed <= found.keys() and found.items() <= shapes.items()):
+        none_chosen = tensors is state.chosen and not tensors
+        if found != shapes and not none_chosen:
             raise ValueError("weights are missing, or of another shape")
 
 
@@ -1827,7 +1829,7 @@ def add_epochs(run: Run) -> None:
     state.chosen_epoch = result["epoch"]
     state.chosen_val = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
     if state.rows:
-        elapsed = float(state.rows[-1][len(COLUMNS) + FILE_COLUMNS.index("seconds")])
+        elapsed = float(state.rows[-1][FILE_COLUMNS.index("seconds")])
         state.eval_time = max(0.0, elapsed - state.train_time)
     vals = [float(row[COLUMNS.index("val%")]) for row in state.rows]
     state.best_val = max(vals, default=state.chosen_val)  # after 0 epochs: the initial accuracy
@@ -1889,18 +1891,24 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
     model.to(device)
     size = meta["image_size"]
     batches = data.Batches(size, backbone.norm, options.batch or 128, device)
-    run = Run(options, folder, None, model, batches, device, False, meta, backbone)
+    run = Run(
+        options=options,
+        folder=folder,
+        dataset=None,  # read below
+        model=model,
+        batches=batches,
+        device=device,
+        bf16=False,
+        meta=meta,
+        backbone=backbone,
+    )
     try:
         if not Path(options.dataset).is_dir() and options.dataset not in data.DATASETS:
             raise ValueError(
                 f"no folder {options.dataset}; if the run's photos are elsewhere now, give that "
                 "--dataset FOLDER"
             )
-        where = images_of(options, size)
-        if absolute(options.dataset) == read_config(folder)["dataset"]:
-            dataset = read_dataset(*where)
-        else:
-            dataset = data.read(*where, some=True)
+        dataset = read_dataset(*images_of(options, size))
         dataset = split_dataset(dataset, options, folder)
         path = folder / "adapters.safetensors"
         adaptertune.check_same(path, meta, {"classes": dataset.classes})
@@ -2324,7 +2332,7 @@ def write_predictions(run: Run, path: Path) -> None:
         columns = (images.names, found.labels, found.best, found.probability, found.second)
         for i, (name, label, best, probability, second) in enumerate(zip(*columns, strict=True)):
             row = [classes[label], classes[best], f"{probability:.4f}", classes[second]]
-            if found.each is not None:
+            if len(classes) <= EACH:
                 row += as_cells(found.each[i])
             rows.append((name, part, *row))
     header = ("file", "split", "label", "prediction", "probability", "runner-up")
@@ -2498,8 +2506,7 @@ class Summary:
 
     @property
     def rank(self) -> int:
-        """The rank that a label such as "rank 8" names."""
-        return int(self.label.removeprefix("rank "))
+        return self.results[0]["rank"]
 
     @property
     def trained(self) -> int:
@@ -3258,11 +3265,8 @@ def add_run_options(parser: Parser) -> None:
 
 def add_method_options(parser: Parser) -> None:
     """Add the options that belong to methods. None stands for the method's own default."""
+    add = parser.value
     methods = [name for name in RATES if name != "scratch"]
-
-    def add(name: str, metavar: str, kind: Callable, text: str, default=None, **more) -> None:
-        setting = name.split()[0].removeprefix("--").replace("-", "_")
-        parser.value(name, metavar, kind, text + defaults_of(setting), default, **more)
 
     parser.section("method")
     compared = f"{', '.join(methods)}; several are compared (adaptertune)"
@@ -3270,38 +3274,39 @@ def add_method_options(parser: Parser) -> None:
     scratch = {"dest": "method", "action": "store_const", "const": ["scratch"]}
     parser.switch("--scratch", "train all of --backbone from random weights", **scratch)
     width = "width of the bottlenecks; for clip-adapter 0 is a quarter of CLIP's embedding"
-    width += defaults_of("rank")
     parser.several("--rank --ranks", "R", integers(0, 10_000), width, [None])
     nth = "adapters in every K-th block, from the first on (1)"
     parser.several("--every", "K", integers(0), nth, [1])
     where = "adapters in these blocks, counted from 0, or first6, last6 (all)"
     add("--blocks", "I,J,…", placement, where, [None], nargs="+")
     reads = "what adapters read: the block's output (block), the MLP's input before (raw) or after "
-    reads += f"its LayerNorm (ln), or the MLP's output (mlp){defaults_of('reads')}"
+    reads += "its LayerNorm (ln), or the MLP's output (mlp)"
     parser.choice("--adapter-input", adaptertune.READS, reads, None, dest="reads")
     act = "activation of the adapters; mlp: that of the block's MLP, so that an adapter that "
-    act += f"reads ln is merged into the MLP on export{defaults_of('act')}"
+    act += "reads ln is merged into the MLP on export"
     parser.choice("--adapter-act", (*adaptertune.ACTS, "mlp"), act, None, dest="act")
     init = "up-projection: zeros or N(0, 1e-4²); or a file with adapters, ours or AdaptFormer's"
-    init += defaults_of("init")
     parser.several("--init", "zero|small|FILE", parts_of, init, [None])
-    add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output")
+    add("--scale", "S", number(-(10**9), 10**9), "factor of the adapters' output", None)
     parser.switch("--learn-scale", "train this factor, one for each adapter", default=None)
-    add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off")
-    add("--prompts", "N", integer(1, 10_000), "prompt tokens in each block")
+    add("--dropout", "P", number(0, 1), "dropout inside the adapters, 0 for off", None)
+    add("--prompts", "N", integer(1, 10_000), "prompt tokens in each block", None)
     shallow = {"dest": "deep", "action": "store_false", "default": None}
     parser.switch("--shallow", "vpt: prompts enter at the first block only", **shallow)
 
     parser.section("clip-adapter, zero-shot")
     image = "share of the image adapter, 0 for none; 0.6 suits fine-grained classes"
-    add("--ratio", "A", number(0, 1), image)
-    add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none")
+    add("--ratio", "A", number(0, 1), image, None)
+    add("--text-ratio", "B", number(0, 1), "share of the text adapter, 0 for none", None)
     parser.switch("--learn-ratio", "train the ratios that aren't 0", default=None)
     source = "compare images with embeddings of class names or with means of training images (text)"
     parser.choice("--classifier", ("text", "prototypes"), source, "text")
     add("--template", "TEXT", str, 'for class names, such as "a photo of a {}." (by data set)', "")
     add("--text-weights", "FILE", str, "file of CLIP's text tower (in the backbone's file)", "")
     add("--vocab", "FILE", str, f"CLIP's {' or '.join(VOCABULARIES)} (beside the weights)", "")
+    for action in parser._actions:
+        if action.nargs != 0:
+            action.help += defaults_of(action.dest)
 
 
 def defaults_of(setting: str) -> str:
@@ -3469,8 +3474,7 @@ def run_grid(grid: list[argparse.Namespace]) -> None:
         if "kept" not in result:
             times.append(time.perf_counter() - started)
         results.append((options.label, result))
-    rank, _ = rank_and_world()
-    if rank:
+    if not is_first():
         return
     together = Path("runs", grid[0].name or as_file_name(results[0][1]["dataset"]))
     if len(results) > 1:
@@ -3547,8 +3551,7 @@ def predict_photos(options: argparse.Namespace) -> int:
     model = open_classifier(options)
     be_repeatable(model.batches.device)  # fp32, as in evaluation
     data.import_pillow()  # one error, instead of one for each photo
-    others = []
-    photos = data.find_photos(options.predict[1:], others)
+    photos, others = data.find_photos(options.predict[1:])
     if others:
         what = counted(len(others), "file")
         example = data.printable(str(others[0]))
@@ -3696,7 +3699,7 @@ def run_program(work: Callable[[], int], stopped: Callable[[], str]) -> int:
         print_error(error)
         return 1
     except KeyboardInterrupt:
-        if not rank_and_world()[0]:
+        if is_first():
             print(f"\n{stopped()}", file=sys.stderr)
         return 128 + (stop_asked[0] if stop_asked else signal.SIGINT)
     finally:

@@ -679,7 +679,7 @@ class Layout:
 
     name: str  # shown to users
     signature: str  # matches the end of a key that only this family has
-    eps: float = 1e-6  # of the LayerNorms, which tensors don't show; 1e-5 in CLIP and DINOv3
+    eps: float = 1e-6  # of the LayerNorms, which tensors don't show (1e-5 if it is CLIP or DINOv3)
     norm: str = "ImageNet"  # the normalisation assumed if nothing states it; a key of NORMS
     ignored: tuple[str, ...] = IGNORED
 
@@ -691,13 +691,16 @@ MOMENTS = re.compile(
     r"|(mu|nu|trace|velocity|momentum\w*|slots|grad\w*|adam\w*)[/.])"
 )
 
+OPENAI = Layout("OpenAI CLIP, open_clip", r"\bclass_embedding$")
+TIMM = Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$")
+GOOGLE = Layout("Google's .npz", r"\bTransformer/encoder_norm/scale$", norm="Inception")
 LAYOUTS = (  # the first one that matches is taken
     Layout(
         "Hugging Face CLIP",
         r"\bembeddings\.class_embedding$",
         ignored=(*IGNORED, r"\.\./classifier\."),  # reads the mean of patches without the norm
     ),
-    Layout("OpenAI CLIP, open_clip", r"\bclass_embedding$"),
+    OPENAI,
     Layout(
         "Hugging Face Dinov2",
         r"\bencoder\.layer\.0\.layer_scale1\.lambda1$",
@@ -709,9 +712,9 @@ LAYOUTS = (  # the first one that matches is taken
         r"\b(encoder\.layer|layers)\.0\.layernorm_before\.weight$",
         eps=1e-12,
     ),
-    Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$"),
+    TIMM,
     Layout("torchvision", r"\bconv_proj\.weight$"),
-    Layout("Google's .npz", r"\bTransformer/encoder_norm/scale$", norm="Inception"),
+    GOOGLE,
 )
 TEXT_LAYOUTS = (
     Layout(
@@ -1150,7 +1153,7 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
     for layout in layouts:
         found = [(key, re.search(layout.signature, key)) for key in tensors]
         prefixes = [key[: match.start()] for key, match in found if match]
-        if prefixes and "Google" in layout.name:
+        if prefixes and layout is GOOGLE:
             return layout, network_prefix(prefixes)
         if prefixes:
             return layout, prefixes[0]
@@ -1340,7 +1343,7 @@ def arrange_positions(found: dict[str, Tensor], may_lack: bool) -> None:
     found["pos_embed"] = positions
 
 
-def may_lack_position(translated: Translated, statements: dict[str, dict]) -> bool:
+def may_lack_position(translated: Translated, stated: dict) -> bool:
     """Whether the class token may be without a position (timm's `no_embed_class`).
 
     So it may be in big_vision's ViTs, in those of timm that have LayerScale (DeiT III, DINOv2 with
@@ -1348,14 +1351,13 @@ def may_lack_position(translated: Translated, statements: dict[str, dict]) -> bo
     positions are those of a class token and of a grid that isn't square, such as 14 x 16.
     """
     found = translated.tensors
-    if "Google" in translated.layout.name:
+    if translated.layout is GOOGLE:
         return True
-    if "timm" in translated.layout.name and "blocks.0.ls1.gamma" in found:
+    if translated.layout is TIMM and "blocks.0.ls1.gamma" in found:
         return True
     patch = found["patch_embed.proj.weight"].shape[-1]
     rows = found["pos_embed"].numel() // found["cls_token"].numel()
-    sizes = [settings.get("stated_size") for settings in statements.values()]
-    return patch * math.isqrt(rows) in sizes
+    return patch * math.isqrt(rows) == stated.get("stated_size")
 
 
 # ----------------------------------------------------------------- the architecture, from shapes
@@ -1490,32 +1492,35 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 
-def read_beside(path: Path, width: int) -> dict[str, dict]:
-    """The settings that files beside the weights state, by file: heads, eps, quick_gelu, mean, std,
-    classifier_pool (how timm's classifier pools), stated_size (of images), or some of these.
+def read_beside(path: Path, width: int) -> tuple[dict, dict[str, str]]:
+    """The settings that files beside the weights state: heads, eps, quick_gelu, mean, std,
+    classifier_pool (how timm's classifier pools), stated_size (of images), or some of these; and
+    the file that states each.
 
     The files are Hugging Face's config.json and preprocessor_config.json, timm's config.json and
     open_clip's open_clip_config.json. A file that states another width belongs to another network:
     it is left out, and "note" says so.
     """
     stated = {}
+    source = {}
     for name in BESIDE:
         file = path.with_name(name)
         if not file.is_file():
             continue
         with refusing(file, "correct it, or remove it from beside the weights"):
             content = read_json(file)
-            found = read_description(content, width)
-        unsupported = "" if "note" in found else unsupported_statement(content, width)
+            tower = image_tower(content, width)
+            found = read_description(content, tower, width)
+        unsupported = "" if "note" in found else unsupported_statement(content, tower)
         if unsupported:
             raise ValueError(f"{file}, beside the weights, states {unsupported}: it can't be used")
-        stated[name] = found
-    return stated
+        stated |= found
+        source |= dict.fromkeys(found, name)
+    return stated, source
 
 
-def read_description(content: dict, width: int) -> dict:
+def read_description(content: dict, tower: dict, width: int) -> dict:
     """The settings that one such file states (see `read_beside`)."""
-    tower = image_tower(content, width)
     other = tower.get("hidden_size")
     if other is not None and type(other) is not int:
         raise ValueError(f"it states the width {other!r}")
@@ -1579,9 +1584,8 @@ def image_tower(content: dict, width: int) -> dict:
     return tower | content
 
 
-def unsupported_statement(content: dict, width: int) -> str:
+def unsupported_statement(content: dict, tower: dict) -> str:
     """What a description states that vit.py doesn't support and tensors don't show, or ""."""
-    tower = image_tower(content, width)
     act = tower.get("hidden_act") or "gelu"
     if act not in ("gelu", "quick_gelu"):
         return f"the activation {act!r}, not gelu or quick_gelu"
@@ -1650,19 +1654,13 @@ def read_norm(content: dict) -> dict:
 
 
 def choose_backbone(
-    name: str, translated: Translated, meta: dict, statements: dict[str, dict]
+    name: str, translated: Translated, meta: dict, known: dict, source: dict[str, str]
 ) -> Backbone:
     """The named backbone, else the one that the file describes, else a guess from its shapes.
 
     Args:
-        statements: settings by their origin, which override these; later ones override earlier
-            ones.
+        known, source: settings that override these, and where each is stated.
     """
-    known = {}
-    source = {}
-    for where, settings in statements.items():
-        known |= settings
-        source |= dict.fromkeys(settings, where)
     if name:
         backbone = BACKBONES[name]
     elif "config" in meta:  # a whole network that adaptertune.save wrote, as of --method full
@@ -1685,20 +1683,22 @@ def choose_backbone(
     )
 
 
-def read_statements(path: Path, translated: Translated) -> dict[str, dict]:
-    """The heads that a file's kernels show, and the settings in files beside it (`read_beside`)."""
+def read_statements(path: Path, translated: Translated) -> tuple[dict, dict[str, str]]:
+    """The settings in files beside a file (`read_beside`), and the heads that its kernels show."""
     stated = {}
-    if translated.kernel_heads:
-        stated["its kernels' shape"] = {"heads": max(translated.kernel_heads)}
+    source = {}
     if "cls_token" in translated.tensors:  # else guess_backbone says what is missing
-        stated |= read_beside(path, translated.tensors["cls_token"].shape[-1])
-    return stated
+        stated, source = read_beside(path, translated.tensors["cls_token"].shape[-1])
+    if translated.kernel_heads and "heads" not in stated:
+        stated["heads"] = max(translated.kernel_heads)
+        source["heads"] = "its kernels' shape"
+    return stated, source
 
 
 def guess_backbone(translated: Translated, heads: int) -> Backbone:
     """A backbone guessed from a file's shapes; `heads` is the number of heads, 0 to guess it."""
     config = infer_config(translated.tensors, eps=translated.layout.eps, heads=heads)
-    if "open_clip" in translated.layout.name and not config.norm_pre:
+    if translated.layout is OPENAI and not config.norm_pre:
         raise ValueError("it has no ln_pre, as CLIPA, whose head pools all patches: can't be used")
     if not config.norm_pre and not config.patch_bias:  # only CLIPs lack it
         raise ValueError("not a whole ViT: missing patch_embed.proj.bias")
@@ -1765,20 +1765,22 @@ def load(
                 f"train.py --eval or export.py{start}"
             )
         translated = to_timm(tensors, lora=lora)
-        statements = {}
+        stated = {}
+        source = {}
         if not name and "config" not in meta:  # else one of these states everything
-            statements = read_statements(Path(path), translated)
+            stated, source = read_statements(Path(path), translated)
         found = translated.tensors
         if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= found.keys():
-            arrange_positions(found, may_lack_position(translated, statements))
-        backbone = choose_backbone(name, translated, meta, statements | {"given": given})
+            arrange_positions(found, may_lack_position(translated, stated))
+        source |= dict.fromkeys(given, "given")
+        backbone = choose_backbone(name, translated, meta, stated | given, source)
         backbone = replace(backbone.at(image_size), lora=translated.lora)
         config = backbone.config
         others = translated.kernel_heads - {config.heads}
         if others:
             raise ValueError(f"its kernels have {min(others)} heads, not {config.heads}")
         check_shape(translated.tensors, name)
-        unfit = unfit_classifier(translated, statements, config) if head else ""
+        unfit = unfit_classifier(translated, stated, config) if head else ""
         if unfit:
             note = f"left out: its classifier, which {unfit}"
             backbone = replace(backbone, note="; ".join(filter(None, (backbone.note, note))))
@@ -1840,7 +1842,7 @@ def check_shape(found: dict[str, Tensor], name: str) -> None:
         raise ValueError(f"its shape is that of {', '.join(alike)}, not of {name}")
 
 
-def unfit_classifier(translated: Translated, statements: dict[str, dict], config: Config) -> str:
+def unfit_classifier(translated: Translated, stated: dict, config: Config) -> str:
     """Why a file's classifier can't be the head, or "": it has several layers, as MoCo's, or reads
     the mean of the patches after the norm, not ViT.features, as that of timm's DINOv3 and as timm's
     config.json may state."""
@@ -1849,9 +1851,9 @@ def unfit_classifier(translated: Translated, statements: dict[str, dict], config
     layers = {name for name in known if name.startswith("head.")}
     if layers - {"head.weight", "head.bias"}:
         return "is more than a linear layer"
-    pools = [settings.get("classifier_pool") for settings in statements.values()]
+    reads_mean = stated.get("classifier_pool") == "avg" and config.pool == "token"
     has_head = "head.weight" in translated.tensors  # the file's, or a LoRA's
-    if has_head and (config.rope or ("avg" in pools and config.pool == "token")):
+    if has_head and (config.rope or reads_mean):
         return "reads the mean of the normalised patches"
     return ""
 

@@ -130,7 +130,8 @@ def test_pets(pets, tmp_path):
     assert names_by_class(found, "test")["American Bulldog"] == bulldogs
     palette = names_by_class(found, "train")["Siamese"].index("images/Siamese_1.jpg")
     assert palette == 0
-    assert data.sentences("pets", found.classes)[2] == "a photo of a Siamese, a type of pet."
+    sentences = data.sentences(found.classes, data.template_of("pets"))
+    assert sentences[2] == "a photo of a Siamese, a type of pet."
 
 
 def test_a_downloaded_set_is_read_offline(pets, server, tmp_path):
@@ -860,7 +861,7 @@ def test_without_a_place_for_the_cache(photos, counted, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=message):
         data.read(str(photos), image_size=16)
     assert not counted
-    paths = data.find_photos([photos])
+    paths = data.find_photos([photos])[0]
     images, _ = data.decode(paths, [0] * 60, data.Square(18), photos, keep=False)
     assert len(images.pixels) == 60
 

@@ -406,6 +406,19 @@ def test_unknown_certificates(tmp_path, monkeypatch):
         data.download("https://localhost/f", tmp_path / "f")
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TimeoutError(), "TimeoutError"),
+        (TimeoutError("timed out"), "timed out"),
+        (urllib.error.URLError(ConnectionRefusedError(111, "refused")), "[Errno 111] refused"),
+    ],
+)
+def test_why_there_is_no_answer(error, reason):
+    """An error without a text is named by its type."""
+    assert data.why_no_answer(error) == reason
+
+
 def test_a_phrase_of_several_lines(server, tmp_path):
     """A status without a reason, and a redirect loop, whose reason has several lines, each give a
     one-line error."""

@@ -799,12 +799,12 @@ def test_one_session_serves_several_tasks(run, tmp_path):
     x, labels = next(tasks["a"].batches.eval(tasks["a"].dataset.test, 1.0))
     images = export.Checked(x.numpy(), x, labels.numpy())
     for name in ("a", "b", "a", "head", "b"):
-        task = export.in_onnxruntime(session, tmp_path / f"{name}.onnx_adapter")
+        task = export.InOnnxruntime(session, tmp_path / f"{name}.onnx_adapter")
         assert np.abs(task(images) - tasks[name].model(x).numpy()).max() < 1e-4
     model, _ = vit.load(tasks["a"].options.weights)
     with torch.inference_mode():
         features = model(x).numpy()
-    assert np.abs(export.in_onnxruntime(session)(images) - features).max() < 1e-4
+    assert np.abs(export.InOnnxruntime(session)(images) - features).max() < 1e-4
 
 
 def test_rotary_positions_and_swappable_adapters(run, tmp_path):
@@ -845,7 +845,7 @@ def test_another_backbones_adapter_is_refused(run, tmp_path):
     run("runs/other", "--swappable", "-o", tmp_path / "second")
 
     session = export.session(tmp_path / "backbone.onnx")
-    other = export.in_onnxruntime(session, tmp_path / "second/other.onnx_adapter")
+    other = export.InOnnxruntime(session, tmp_path / "second/other.onnx_adapter")
     x = torch.zeros(1, 3, 16, 16)
     with pytest.raises(Exception, match="Invalid input name: for"):
         other(export.Checked(x.numpy(), x, np.zeros(1)))
@@ -878,24 +878,10 @@ def test_an_adapter_of_another_network_is_refused(run, tmp_path, options, differ
     assert re.search(f"backbone.onnx has {difference}: they can't share it", error)
     run(second, "--swappable", "-o", tmp_path / "second/")
     session = export.session(tmp_path / "backbone.onnx")
-    other = export.in_onnxruntime(session, tmp_path / f"second/{tmp_path.name}-2.onnx_adapter")
+    other = export.InOnnxruntime(session, tmp_path / f"second/{tmp_path.name}-2.onnx_adapter")
     x = torch.zeros(1, 3, 16, 16)
     with pytest.raises(Exception, match="Invalid input name: for"):
         other(export.Checked(x.numpy(), x, np.zeros(1)))
-
-
-def test_a_backbone_of_an_earlier_version(run, tmp_path):
-    """A backbone.onnx that lacks metadata of today is to be replaced; the error says so."""
-    run("runs/a", "--swappable", "-o", tmp_path, "--images", 8)
-    proto = onnx.load(tmp_path / "backbone.onnx")
-    kept = [prop for prop in proto.metadata_props if prop.key != "heads"]
-    del proto.metadata_props[:]
-    proto.metadata_props.extend(kept)
-    onnx.save(proto, tmp_path / "backbone.onnx")
-    error = run("runs/b", "--swappable", "-o", tmp_path, status=1)
-    assert (
-        "is of an earlier export.py (no heads); delete it, and export all of its adapters" in error
-    )
 
 
 # --------------------------------------------------------------------- other photos, the hub

@@ -383,9 +383,11 @@ def test_template(run, clip, tmp_path):
 
     error = run(*common, "--template", "digits", "--name", "u", status=1)
     assert "has no {}" in error
-    assert data.sentences("oxford", ["sea_horse"]) == ["a photo of a sea horse."]
-    assert data.sentences("food_trucks", ["taco"]) == ["a photo of a taco."]
-    assert data.sentences("flowers12", ["rose"]) == ["a photo of a rose, a type of flower."]
+    plain = data.template_of("oxford")
+    assert data.sentences(["sea_horse"], plain) == ["a photo of a sea horse."]
+    assert data.template_of("food_trucks") == plain
+    flowers = data.template_of("flowers12")
+    assert data.sentences(["rose"], flowers) == ["a photo of a rose, a type of flower."]
 
 
 @torch.no_grad()

@@ -220,7 +220,7 @@ def test_two_tasks_on_one_deit_tiny(commands):
     runs = {name: train.open_run(train.options_of(f"runs/{name}")) for name in tasks}
     graphs = {}
     for name in tasks:
-        graphs[name] = export.in_onnxruntime(session, Path("runs", f"{name}.onnx_adapter"))
+        graphs[name] = export.InOnnxruntime(session, Path("runs", f"{name}.onnx_adapter"))
     for start in (0, 8, 16):
         for name, opened in runs.items():
             images = opened.dataset.test[torch.arange(start, start + 8)]

@@ -772,6 +772,10 @@ def test_what_timm_states(tmp_path):
     assert backbone.config.heads == 8
     assert backbone.guessed == {"--std": "ImageNet's std"}
     assert backbone.source == {"heads": "config.json", "mean": "config.json", "std": "guessed"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_std": [0.25] * 3}))
+    _, backbone = vit.load(path)
+    assert backbone.source["heads"] == "config.json"
+    assert backbone.source["std"] == "preprocessor_config.json"
 
 
 @pytest.mark.parametrize(
