@@ -73,11 +73,11 @@ they are saved too. Take `fingerprint(model)` before training, for `save`.
 import copy
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
@@ -208,7 +208,7 @@ def check_settings(method: str, settings: dict) -> None:
             known = ", ".join(METHODS[method]) or "none"
             raise ValueError(f"{method} has no setting {name!r}; its settings: {known}")
         default = METHODS[method][name]
-        if not KINDS[type(default)](value):
+        if type(default) in KINDS and not KINDS[type(default)](value):
             raise ValueError(
                 f"{name} {value!r} ({type(value).__name__}) isn't allowed; the default of "
                 f"{method} is {default!r} ({type(default).__name__})"
@@ -294,9 +294,9 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         ValueError: an index out of range, or no block selected.
     """
     if blocks is not None:
-        if not isinstance(blocks, Iterable) or not all(map(is_integer, blocks)):
+        if isinstance(blocks, str) or not hasattr(blocks, "__iter__"):
             raise ValueError(f"placement {blocks!r}: give a list of blocks, such as [0, 1]")
-        blocks = [int(block) for block in blocks]
+        blocks = [index_of(block) for block in blocks]
         outside = [block for block in blocks if not -depth <= block < depth]
         if outside or not blocks:
             which = f"block {outside[0]}" if outside else "no block"
@@ -309,9 +309,14 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
     return list(range(0, depth, every))
 
 
-def is_integer(value: object) -> bool:
-    """Whether a value is an int, or one of numpy's."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def index_of(block: object) -> int:
+    """An int, or one of numpy's or torch's. ValueError for other types."""
+    try:
+        if not isinstance(block, bool):
+            return operator.index(block)
+    except TypeError:
+        pass
+    raise ValueError(f"placement: give a list of ints, not {block!r}")
 
 
 def add_adapters(
@@ -1150,8 +1155,16 @@ META = {
 }
 # A method's setting has the type of its default. Its limits are checked where it is used.
 KINDS = {int: whole(-(10**9)), float: real(), bool: flag, str: text}
-META |= {
-    name: KINDS[type(default)]
-    for settings in METHODS.values()
-    for name, default in settings.items()
-}
+
+
+def types_of_settings() -> dict[str, Callable]:
+    """Rows of META for the settings of all methods."""
+    found = {}
+    for settings in METHODS.values():
+        for name, default in settings.items():
+            if type(default) in KINDS:
+                found[name] = KINDS[type(default)]
+    return found
+
+
+META |= types_of_settings()

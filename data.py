@@ -224,7 +224,8 @@ def read(
 
     Raises:
         ValueError: unknown name, missing or empty folder, corrupt file, a package that isn't
-            installed, squash where the images are no photos; the message says what to do.
+            installed, squash where the images are no photos; of a set of one's own, a label of no
+            class or a missing name. The message says what to do.
     """
     check_name(name)
     square = Square(stored_side(image_size, 1.0 if squash else CENTER), squash)
@@ -254,7 +255,7 @@ def check_names(data: Dataset) -> None:
     finds it again."""
     names = []
     for part, images in data.parts.items():
-        if not images.names:
+        if len(images) and not images.names:
             raise ValueError(
                 f"the {part} images of {data.name} have no names; give each one, such as {part}/0"
             )
@@ -270,17 +271,17 @@ def share_table(data: Dataset) -> Dataset:
     Raises:
         ValueError: the parts have tables of different sizes, or of photos.
     """
-    first = data.train.table
-    if all(images.table is first for images in data.parts.values()):
+    tables = [images.table for images in data.parts.values()]
+    if all(table is tables[0] for table in tables):
         return data
-    for part, images in data.parts.items():
-        table = images.table
-        if isinstance(table, Photos) or table.shape[1:] != first.shape[1:]:
-            raise ValueError(
-                f"train and {part} of {data.name} can't be put into one table; "
-                "make one of all images, and give parts of it (data.train_and_test)"
-            )
-    table = torch.cat([images.table for images in data.parts.values()])
+    if any(isinstance(table, Photos) or table.shape[1:] != tables[0].shape[1:] for table in tables):
+        raise ValueError(
+            f"the parts of {data.name} can't be put into one table: give them one size, or read "
+            "photos by data.from_photos"
+        )
+    if all(table.stride(1) == 0 for table in tables):  # grey, expanded to three channels
+        tables = [table[:, :1] for table in tables]
+    table = torch.cat(tables)
     parts = {}
     start = 0
     for part, images in data.parts.items():
@@ -2260,7 +2261,8 @@ def hub_advice(code: int, token: str) -> str:
 
 def why_no_answer(error: OSError) -> str:
     """Why a request failed, with advice if the server's certificate can't be verified."""
-    reason = str(getattr(error, "reason", error)) or type(error).__name__
+    cause = getattr(error, "reason", error)
+    reason = str(cause) or type(cause).__name__
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         reason += "; set SSL_CERT_FILE to a file of certificates, or on macOS run Python's "
         reason += "Install Certificates.command"

@@ -199,7 +199,7 @@ class Predictions:
     probability: Tensor  # [n], of `best`
     loss: Tensor  # [n], cross-entropy with the label, without smoothing
     labels: Tensor  # [n]
-    each: Tensor  # [n, K], the probability of each class
+    each: Tensor | None = None  # [n, K], the probability of each class, if K is at most EACH
 
     @property
     def accuracy(self) -> float:
@@ -269,6 +269,8 @@ def train_epochs(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """The training loop, from the epoch and step in run.state to the last epoch."""
     state = run.state
     least = least_accuracy(run)
+    if not run.options.epochs:  # nothing to train, but what follows may be interrupted too
+        save_state(run, optimizer)
     while state.epoch <= run.options.epochs:
         train_epoch(run, optimizer)
         predictions = predict(run, run.dataset.val, "validation")
@@ -447,7 +449,7 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
         data.clock_text(left),
         f"{elapsed:.2f}",
         f"{rate:.3g}",
-        f"{val.loss.double().mean().item():.4f}",
+        f"{val.loss.mean().item():.4f}",
     ]
     state.rows.append(row)
     if is_shown(state.epoch, epochs):
@@ -463,25 +465,36 @@ def end_epoch(state: State, val: Predictions, rate: float, epochs: int) -> None:
 @torch.inference_mode()
 def predict(run: Run, images: data.Images, what: str) -> Predictions:
     """The network's predictions for images. Each process computes a part and gets all of them."""
-    logits = torch.zeros(len(images), len(run.dataset.classes), device=run.device)  # [n, K]
+    K = len(run.dataset.classes)
+    columns = 4 + K if K <= EACH else 4  # logits of all images would take much memory
+    table = torch.zeros(columns, len(images), dtype=torch.float64, device=run.device)
     rows = torch.arange(len(images), device=run.device).split(run.batches.batch)
     seen = 0
     started = time.perf_counter()
     run.model.eval()
-    for part, (x, _) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
+    for part, (x, labels) in zip(rows, run.batches.eval(images, run.dataset.center), strict=True):
         stop_if_asked()
+        logits = in_parts(run.logits, run.model, x)
+        probabilities = logits.softmax(dim=-1)  # [B, K]
+        highest, classes = probabilities.topk(2)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        found = [*classes.T, highest[:, 0], loss]
+        if K <= EACH:
+            found += probabilities.T
         here = part[run.batches.rank :: run.batches.world]
-        logits[here] = in_parts(run.logits, run.model, x)
+        table[:, here] = torch.stack(found).double()
         seen = min(seen + run.batches.batch, len(images))
         data.progress(what, seen, len(images), started)
-    logits = sum_over_processes(logits).cpu()
+    table = sum_over_processes(table).cpu()
     run.state.eval_time += time.perf_counter() - started
-
-    labels = images.labels.cpu()
-    probabilities = logits.softmax(dim=-1)
-    highest, classes = probabilities.topk(2)  # each [n, 2]
-    loss = F.cross_entropy(logits, labels, reduction="none")
-    return Predictions(classes[:, 0], classes[:, 1], highest[:, 0], loss, labels, probabilities)
+    return Predictions(
+        best=table[0].long(),
+        second=table[1].long(),
+        probability=table[2],
+        loss=table[3],
+        labels=images.labels.cpu(),
+        each=table[4:].T if K <= EACH else None,
+    )
 
 
 def predict_all(run: Run) -> None:
@@ -925,8 +938,7 @@ read_dataset = functools.lru_cache(maxsize=1)(data.read)  # the seeds split the 
 
 def images_of(options: argparse.Namespace, size: int) -> tuple:
     """The arguments of data.read for a run whose network takes images of this size."""
-    some = bool(options.eval)  # a folder to evaluate on needn't have photos of all classes
-    return options.dataset, options.data_dir, size, options.offline, options.squash, some
+    return options.dataset, options.data_dir, size, options.offline, options.squash
 
 
 @torch.no_grad()
@@ -1908,7 +1920,11 @@ def open_run(options: argparse.Namespace, need_data: bool = True) -> Run:
                 f"no folder {options.dataset}; if the run's photos are elsewhere now, give that "
                 "--dataset FOLDER"
             )
-        dataset = read_dataset(*images_of(options, size))
+        where = images_of(options, size)
+        if absolute(options.dataset) == read_config(folder)["dataset"]:
+            dataset = read_dataset(*where)
+        else:  # it may have changed since it was evaluated, and needn't have all classes
+            dataset = data.read(*where, some=True)
         dataset = split_dataset(dataset, options, folder)
         path = folder / "adapters.safetensors"
         adaptertune.check_same(path, meta, {"classes": dataset.classes})
@@ -2332,7 +2348,7 @@ def write_predictions(run: Run, path: Path) -> None:
         columns = (images.names, found.labels, found.best, found.probability, found.second)
         for i, (name, label, best, probability, second) in enumerate(zip(*columns, strict=True)):
             row = [classes[label], classes[best], f"{probability:.4f}", classes[second]]
-            if len(classes) <= EACH:
+            if found.each is not None:
                 row += as_cells(found.each[i])
             rows.append((name, part, *row))
     header = ("file", "split", "label", "prediction", "probability", "runner-up")
@@ -2506,7 +2522,8 @@ class Summary:
 
     @property
     def rank(self) -> int:
-        return self.results[0]["rank"]
+        """The rank that a label such as "rank 8" names."""
+        return int(self.label.removeprefix("rank "))
 
     @property
     def trained(self) -> int:

@@ -685,15 +685,15 @@ class Layout:
 
 
 # Prefixes of an optimiser's state in JAX's checkpoints, which repeats the network's names, such as
-# opt/0/mu/Transformer/encoder_norm/scale. (The network itself is in params/, or in opt/target/.)
-MOMENTS = re.compile(
-    r"(^|[/.])(opt(im|_state|imi[sz]er\w*)?[/.](?!(target|params)\b)"
-    r"|(mu|nu|trace|velocity|momentum\w*|slots|grad\w*|adam\w*)[/.])"
-)
+# opt/0/mu/embedding/kernel: moments, and other parts of a state. In such a part the network itself
+# may be, as params/ or target/: opt/target/embedding/kernel.
+MOMENTS = re.compile(r"(^|[/.])(mu|nu|trace|velocity|momentum(_buffer)?|slots)[/.]")
+OTHER_STATE = re.compile(r"(^|[/.])(opt(im(i[sz]er)?)?(_?states?)?(_\d+)?|grads?|adam\w?)[/.]")
+NETWORK_PART = re.compile(r"(^|[/.])(params|target|model)[/.]")
 
 OPENAI = Layout("OpenAI CLIP, open_clip", r"\bclass_embedding$")
 TIMM = Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$")
-GOOGLE = Layout("Google's .npz", r"\bTransformer/encoder_norm/scale$", norm="Inception")
+GOOGLE = Layout("Google's .npz", r"\bembedding/kernel$", norm="Inception")
 LAYOUTS = (  # the first one that matches is taken
     Layout(
         "Hugging Face CLIP",
@@ -1154,7 +1154,7 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
         found = [(key, re.search(layout.signature, key)) for key in tensors]
         prefixes = [key[: match.start()] for key, match in found if match]
         if prefixes and layout is GOOGLE:
-            return layout, network_prefix(prefixes)
+            return layout, network_prefix(prefixes, tensors)
         if prefixes:
             return layout, prefixes[0]
     if any(re.search(r"(^|\.)(visual|vision_model|image_encoder)\.", key) for key in tensors):
@@ -1168,9 +1168,17 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
     raise ValueError(f"not a ViT in a known layout ({known}): its tensors begin with {beginning}")
 
 
-def network_prefix(prefixes: list[str]) -> str:
-    """Which of the prefixes in a JAX checkpoint is the network's; the others are an optimiser's."""
-    networks = [prefix for prefix in prefixes if not MOMENTS.search(prefix)]
+def network_prefix(prefixes: list[str], tensors: dict[str, Tensor]) -> str:
+    """Which of the prefixes in a JAX checkpoint is the network's. Others may be an optimiser's, or
+    of a module that has an embedding but no blocks."""
+    networks = []
+    for prefix in prefixes:
+        in_state = OTHER_STATE.search(prefix) and not NETWORK_PART.search(prefix)
+        if not in_state and not MOMENTS.search(prefix):
+            networks.append(prefix)
+    if len(networks) > 1:
+        having_blocks = {key.partition("Transformer/")[0] for key in tensors}
+        networks = [prefix for prefix in networks if prefix in having_blocks]
     if len(networks) != 1:
         raise ValueError(
             f"it holds several networks, or none beside an optimiser's state "
@@ -1758,20 +1766,14 @@ def load(
     given = {name: value for name, value in options.items() if value is not None}
     tensors, meta = read_tensors(path)
     with naming(path):
-        if "method" in meta and "config" not in meta:
-            start = ", or start adapters from it by --init" if "reads" in meta else ""
-            raise ValueError(
-                f"what --method {meta['method']} trained, not a backbone; give its folder to "
-                f"train.py --eval or export.py{start}"
-            )
+        refuse_adapters(meta)
         translated = to_timm(tensors, lora=lora)
         stated = {}
         source = {}
         if not name and "config" not in meta:  # else one of these states everything
             stated, source = read_statements(Path(path), translated)
-        found = translated.tensors
-        if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= found.keys():
-            arrange_positions(found, may_lack_position(translated, stated))
+        if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= translated.tensors.keys():
+            arrange_positions(translated.tensors, may_lack_position(translated, stated))
         source |= dict.fromkeys(given, "given")
         backbone = choose_backbone(name, translated, meta, stated | given, source)
         backbone = replace(backbone.at(image_size), lora=translated.lora)
@@ -1786,6 +1788,16 @@ def load(
             backbone = replace(backbone, note="; ".join(filter(None, (backbone.note, note))))
         model = build(translated, config, head and not unfit)
     return model, backbone
+
+
+def refuse_adapters(meta: dict) -> None:
+    """Raise a ValueError for a file that adaptertune.save wrote without the backbone."""
+    if "method" in meta and "config" not in meta:
+        start = ", or start adapters from it by --init" if "reads" in meta else ""
+        raise ValueError(
+            f"what --method {meta['method']} trained, not a backbone; give its folder to "
+            f"train.py --eval or export.py{start}"
+        )
 
 
 def build(translated: Translated, config: Config, head: bool) -> ViT:

@@ -251,6 +251,8 @@ def test_without_a_rank_it_is_the_methods(tiny_weights):
         ({"every": 4}, [0, 4]),
         ({"blocks": [5, 0, 5]}, [0, 5]),
         ({"blocks": [-1, -6]}, [0, 5]),
+        ({"blocks": torch.tensor([2, 4])}, [2, 4]),
+        ({"blocks": map(int, "31")}, [1, 3]),
     ],
 )
 def test_placement(options, chosen):

@@ -757,9 +757,16 @@ def test_a_reader_of_ones_own(monkeypatch):
     assert everything.pixels[:, 0, 0, 0].tolist() == [0, 0, 0, 0, 2, 0]
     assert everything.names == [*names, "z", "x"]
     assert everything.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    grey = data.Images(others[:, :1], [1, 1, 0], ["x", "y", "z"])
+    assert torch.equal(read_with(names, test=grey).test.pixels, others)
+    assert len(read_with(names, test=grey[:0]).test) == 0  # nothing to name
     small = data.Images(others[:, :, :4, :4], [1, 1, 0], ["x", "y", "z"])
-    with pytest.raises(ValueError, match="train and test of mine can't be put into one table"):
+    with pytest.raises(ValueError, match="the parts of mine can't be put into one table"):
         read_with(names, test=small)
+    pixels = pixels[:, :1]
+    table = read_with(names, test=grey).test.table
+    assert table.shape[1] == 3
+    assert table.stride(1) == 0  # grey still takes no more memory
 
 
 def test_a_class_without_training_images_is_named():

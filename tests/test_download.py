@@ -411,6 +411,7 @@ def test_unknown_certificates(tmp_path, monkeypatch):
     [
         (TimeoutError(), "TimeoutError"),
         (TimeoutError("timed out"), "timed out"),
+        (urllib.error.URLError(TimeoutError()), "TimeoutError"),
         (urllib.error.URLError(ConnectionRefusedError(111, "refused")), "[Errno 111] refused"),
     ],
 )

@@ -1039,6 +1039,9 @@ def test_another_folder_is_tested_whole(run, photos, tiny_weights, tmp_path):
     assert "recipe" not in out
     shutil.copytree(tmp_path / "other", tmp_path / "elsewhere/other")
     run("--eval", "runs/a", "--dataset", "elsewhere/other")
+    (tmp_path / "elsewhere/other/sky/0.png").unlink()  # read anew in the same process
+    again = run("--eval", "runs/a", "--dataset", "elsewhere/other")
+    assert "(another folder, 8 images)" in again
     tables = sorted((tmp_path / "runs/a").glob("predictions-other-*.csv"), key=os.path.getmtime)
     assert len(tables) == 2  # of two folders with one name
     table = tables[0]
@@ -1719,24 +1722,34 @@ def test_resuming_elsewhere_is_stated(run, tiny_weights, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("unstopped")
-def test_a_run_killed_amid_its_pictures_finishes(tiny_weights, tmp_path, monkeypatch, capsys):
-    """A run killed before it was reported still has state.pt and resumes to the same adapters."""
+@pytest.mark.parametrize("place", ["write_predictions", "conclude"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_run_killed_amid_its_report_finishes(
+    place, trains, tiny_weights, clip, tmp_path, monkeypatch, capsys
+):
+    """A run killed before it was reported still has state.pt and resumes to the same adapters,
+    even if it trains nothing."""
     monkeypatch.chdir(tmp_path)
     command = [str(each) for each in quick(tiny_weights, "--name", "a")]
+    if not trains:
+        command = ["--weights", str(clip), "--method", "zero-shot", "--name", "a"]
 
-    def killed(run):
+    def killed(*_):
         raise SystemExit(9)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "conclude", killed)
+        patch.setattr(train, place, killed)
         with pytest.raises(SystemExit):
             train.main(command)
+    assert train.main(command) == 1
+    assert "unfinished run; go on with --resume" in capsys.readouterr().err
     first = (tmp_path / "runs/a/adapters.safetensors").read_bytes()
     assert train.main([*command, "--resume"]) == 0
     out = capsys.readouterr().out
     assert "test     " in out
     assert "resumed  after the last epoch\n" in out
     assert (tmp_path / "runs/a/adapters.safetensors").read_bytes() == first
+    assert (tmp_path / "runs/a/predictions.csv").exists()
     assert not (tmp_path / "runs/a/state.pt").exists()
 
 

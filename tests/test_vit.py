@@ -1068,7 +1068,7 @@ def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
 @pytest.mark.parametrize(
     "state",
     ["opt/0/mu/", "opt_state/1/0/nu/params/", "train/opt.0.mu.", "adam/mu/", "momentum_buffer/"]
-    + ["opt/state/", "grads/", "slots/m/", "state/0/trace/", "velocity/"],
+    + ["opt/state/", "opt_0/m/", "grads/", "slots/m/", "state/0/trace/params/", "velocity/"],
 )
 def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     """Moments, which have the network's names and come before it, aren't taken for the network,
@@ -1097,6 +1097,14 @@ def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     alone = {f"optimized/{name}": value for name, value in arrays.items()}
     np.savez(tmp_path / "w.npz", **alone)
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    for prefix in ("momentum_encoder/", "adamw/params/", "opt/model/", "opt/0/params/", "gradual/"):
+        alone = {f"{prefix}{name}": value for name, value in arrays.items()}
+        np.savez(tmp_path / "w.npz", **alone)
+        assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    del alone["gradual/Transformer/encoder_norm/scale"]
+    np.savez(tmp_path / "w.npz", **alone)
+    with pytest.raises(ValueError, match="1 missing: norm.weight"):
+        vit.load(tmp_path / "w.npz")
     decoder = {"params/decoder/embedding/kernel": np.zeros((3, 3), "f4")}
     encoder = {f"params/encoder/{name}": value for name, value in arrays.items()}
     np.savez(tmp_path / "w.npz", **decoder, **encoder)
