@@ -1727,7 +1727,7 @@ def write_records(run: Run) -> None:
     listed = {"classes": run.dataset.classes}
     for part, images in run.dataset.parts.items():
         listed[part] = images.names
-    used = run.dataset.everything.names
+    used = itertools.chain(listed["train"], listed["val"], listed["test"])
     sums = run.dataset.sums
     listed["checksums"] = {name: sums[name] for name in used if name in sums}
     write_json(run.folder / "split.json", listed)
