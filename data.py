@@ -1787,45 +1787,57 @@ def locked(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[i
         wait: until another process releases its lock; if False, such a lock is an error.
 
     Yields:
-        Its file descriptor; -1 on Windows, where nothing is locked.
+        Its file descriptor, or NO_LOCK on Windows, where nothing is locked.
 
     Raises:
         ValueError: another process holds the lock.
         FileNotFoundError, FileExistsError: it can't be made: the folder around a file is missing,
             or something else, such as a broken link, is in the way.
     """
-    handle = -1
+    handle = None
     tries = 100
-    while handle < 0:
-        # Lock what is there now, then check that it is still there: the previous holder may have
-        # moved or removed it.
+    while handle is None:
         try:
-            if folder:
-                path.mkdir(parents=True, exist_ok=True)
-            else:
-                path.touch()
-            if fcntl is None:
-                break
-            handle = open_to_lock(path)
-            take_lock(handle, path, wait)
-            if not is_same(handle, path):
-                os.close(handle)
-                handle = -1
-        except (FileNotFoundError, FileExistsError):
-            # Removed between two of these steps (mkdir then raises FileExistsError for a folder
-            # that is gone); or it can't be made at all.
+            handle = make_and_lock(path, folder, wait)
+        except (FileNotFoundError, FileExistsError):  # perhaps removed meanwhile
             tries -= 1
             if not tries:
                 raise
-        except BaseException:
-            if handle >= 0:
-                os.close(handle)
-            raise
     try:
         yield handle
     finally:
-        if handle >= 0:
+        if handle != NO_LOCK:
             os.close(handle)
+
+
+NO_LOCK = -1  # in place of a descriptor, on Windows
+
+
+def make_and_lock(path: Path, folder: bool, wait: bool) -> int | None:
+    """Make a file or folder if it is missing, and lock it. Returns its descriptor, or NO_LOCK; None
+    if the previous holder of the lock has moved or removed what was locked here.
+
+    Raises:
+        ValueError: another process holds the lock.
+        FileNotFoundError, FileExistsError: it was removed between two of these steps (for a folder
+            that is gone, mkdir raises FileExistsError), or it can't be made at all.
+    """
+    if folder:
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        path.touch()
+    if fcntl is None:
+        return NO_LOCK
+    handle = open_to_lock(path)
+    try:
+        take_lock(handle, path, wait)
+        if is_same(handle, path):
+            return handle
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
 
 
 def open_to_lock(path: Path) -> int:
@@ -1872,7 +1884,7 @@ def is_same(handle: int, path: Path) -> bool:
             return True
     except FileNotFoundError:
         return False
-    return all(inode(path) != inode(path) for _ in range(10))
+    return all(inode(path) != inode(path) for _ in range(10))  # a new one each time says nothing
 
 
 def inode(path: Path) -> int:
