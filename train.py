@@ -1094,14 +1094,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
     check_prototypes(options, dataset)
     options = copy.copy(options)  # of this run alone
     fit_to_data(options, dataset)
-    begun = (folder / "config.json").exists()
-    if any_process(begun) != begun:
-        raise ValueError(f"{folder} isn't the same for all processes; let them share runs/")
-    if begun:  # a run that continues keeps what it began with
-        saved = read_config(folder)
-        for name in ("amp", "lr", "head_lr"):
-            if getattr(options, name) == AUTO[name]:
-                setattr(options, name, saved.get(name, AUTO[name]))
+    take_up(options, folder)
     if options.amp == "auto":
         bf16 = any_process(choose_bf16(device))  # the same in all processes
         options.amp = "bf16" if bf16 else "off"
@@ -1110,19 +1103,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
     size = backbone.config.image_size
     batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
     fit_to_features(options, model, dataset, batches)
-    meta = describe_network(options, model, backbone)
-    meta |= {
-        "dataset": dataset.name,
-        "classes": dataset.classes,
-        "seed": options.seed,
-        "limit": options.limit,
-        "shots": options.shots,
-        "epochs": options.epochs,
-        "lr": options.lr,
-        "head_lr": options.head_lr,
-    }
-    # A program that doesn't know `squash` misses `center`, and stops instead of cutting photos.
-    meta |= {"squash": True} if dataset.squash else {"center": dataset.center}
+    meta = describe_network(options, model, backbone) | describe_task(options, dataset)
     given = model.head  # before a new one takes its place
     meta |= adapt_backbone(model, options, len(dataset.classes))
     note = ""
@@ -1142,6 +1123,19 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
         backbone=backbone,
         head_note=note,
     )
+
+
+def take_up(options: argparse.Namespace, folder: Path) -> None:
+    """Set what isn't given as it was in the run that the folder holds, if there is one."""
+    begun = (folder / "config.json").exists()
+    if any_process(begun) != begun:
+        raise ValueError(f"{folder} isn't the same for all processes; let them share runs/")
+    if not begun:
+        return
+    saved = read_config(folder)
+    for name in ("amp", "lr", "head_lr"):
+        if getattr(options, name) == AUTO[name]:
+            setattr(options, name, saved.get(name, AUTO[name]))
 
 
 def check_prototypes(options: argparse.Namespace, dataset: data.Dataset) -> None:
@@ -1171,6 +1165,26 @@ def describe_network(options: argparse.Namespace, model: vit.ViT, backbone: vit.
     }
     if options.method in adaptertune.CLIP_METHODS:
         meta["classifier"] = options.classifier
+    return meta
+
+
+def describe_task(options: argparse.Namespace, dataset: data.Dataset) -> dict:
+    """The metadata of what a run is trained on, and how."""
+    meta = {
+        "dataset": dataset.name,
+        "classes": dataset.classes,
+        "seed": options.seed,
+        "limit": options.limit,
+        "shots": options.shots,
+        "epochs": options.epochs,
+        "lr": options.lr,
+        "head_lr": options.head_lr,
+    }
+    # A program that doesn't know `squash` misses `center`, and stops instead of cutting photos.
+    if dataset.squash:
+        meta["squash"] = True
+    else:
+        meta["center"] = dataset.center
     return meta
 
 
