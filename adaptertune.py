@@ -294,7 +294,8 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
         ValueError: an index out of range, or no block selected.
     """
     if blocks is not None:
-        if isinstance(blocks, str) or not hasattr(blocks, "__iter__"):
+        scalar = getattr(blocks, "ndim", 1) == 0  # a tensor's or an array's
+        if isinstance(blocks, str) or not hasattr(blocks, "__iter__") or scalar:
             raise ValueError(f"placement {blocks!r}: give a list of blocks, such as [0, 1]")
         blocks = [index_of(block) for block in blocks]
         outside = [block for block in blocks if not -depth <= block < depth]
@@ -312,7 +313,7 @@ def choose_blocks(depth: int, *, every: int = 1, blocks: Sequence[int] | None = 
 def index_of(block: object) -> int:
     """An int, or one of numpy's or torch's. ValueError for other types."""
     try:
-        if not isinstance(block, bool):
+        if not isinstance(block, bool) and getattr(block, "dtype", None) is not torch.bool:
             return operator.index(block)
     except TypeError:
         pass

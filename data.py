@@ -260,6 +260,8 @@ def check_names(data: Dataset) -> None:
                 f"the {part} images of {data.name} have no names; give each one, such as {part}/0"
             )
         names += images.names
+    if not names:
+        raise ValueError(f"{data.name} has no images")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{times} images of {data.name} have the name {name}; give each its own")

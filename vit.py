@@ -685,11 +685,11 @@ class Layout:
 
 
 # Prefixes of an optimiser's state in JAX's checkpoints, which repeats the network's names, such as
-# opt/0/mu/embedding/kernel: moments, and other parts of a state. In such a part the network itself
-# may be, as params/ or target/: opt/target/embedding/kernel.
-MOMENTS = re.compile(r"(^|[/.])(mu|nu|trace|velocity|momentum(_buffer)?|slots)[/.]")
-OTHER_STATE = re.compile(r"(^|[/.])(opt(im(i[sz]er)?)?(_?states?)?(_\d+)?|grads?|adam\w?)[/.]")
-NETWORK_PART = re.compile(r"(^|[/.])(params|target|model)[/.]")
+# opt/0/mu/embedding/kernel: moments and gradients, or any part of a state. Directly below a state
+# may be the network itself: opt/target/embedding/kernel.
+MOMENTS = re.compile(r"(^|[/.])(mu|nu|trace|velocity|momentum(_buffer)?|slots|(acc_)?grads?)[/.]")
+STATE = r"(^|[/.])(opt(im(i[sz]er)?)?(_?states?)?(_\d+)?|adam\w?)[/.]"
+NETWORK_IN_STATE = STATE + r"(\d+[/.])*(params|target|model)\b"
 
 OPENAI = Layout("OpenAI CLIP, open_clip", r"\bclass_embedding$")
 TIMM = Layout("timm, DeiT, DINO, DINOv2, DINOv3, MAE", r"\bpatch_embed\.proj\.weight$")
@@ -1171,14 +1171,13 @@ def find_layout(tensors: dict[str, Tensor], layouts: tuple[Layout, ...]) -> tupl
 def network_prefix(prefixes: list[str], tensors: dict[str, Tensor]) -> str:
     """Which of the prefixes in a JAX checkpoint is the network's. Others may be an optimiser's, or
     of a module that has an embedding but no blocks."""
-    networks = []
-    for prefix in prefixes:
-        in_state = OTHER_STATE.search(prefix) and not NETWORK_PART.search(prefix)
-        if not in_state and not MOMENTS.search(prefix):
-            networks.append(prefix)
+    others = [prefix for prefix in prefixes if not MOMENTS.search(prefix)]
+    networks = [prefix for prefix in others if not re.search(STATE, prefix)]
+    if not networks:
+        networks = [prefix for prefix in others if re.search(NETWORK_IN_STATE, prefix)]
     if len(networks) > 1:
-        having_blocks = {key.partition("Transformer/")[0] for key in tensors}
-        networks = [prefix for prefix in networks if prefix in having_blocks]
+        beginnings = [key[: key.rfind("Transformer/")] for key in tensors if "Transformer/" in key]
+        networks = [prefix for prefix in networks if prefix in beginnings]
     if len(networks) != 1:
         raise ValueError(
             f"it holds several networks, or none beside an optimiser's state "

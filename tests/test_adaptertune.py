@@ -269,6 +269,13 @@ def test_blocks_that_are_not_there(options):
         adaptertune.choose_blocks(6, **options)
 
 
+@pytest.mark.parametrize("blocks", [torch.tensor([False, True]), [True], torch.tensor(3), "12", 3])
+def test_what_is_no_list_of_blocks(blocks):
+    """A mask, a single number or a text is refused as a placement."""
+    with pytest.raises(ValueError, match="placement.*: give a list of (blocks|ints)"):
+        adaptertune.choose_blocks(6, blocks=blocks)
+
+
 def test_placement_of_add_adapters_is_checked(tiny_weights):
     """add_adapters, too, refuses a block that the model doesn't have."""
     with pytest.raises(ValueError, match="choose from 0 to 1"):

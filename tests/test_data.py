@@ -760,6 +760,12 @@ def test_a_reader_of_ones_own(monkeypatch):
     grey = data.Images(others[:, :1], [1, 1, 0], ["x", "y", "z"])
     assert torch.equal(read_with(names, test=grey).test.pixels, others)
     assert len(read_with(names, test=grey[:0]).test) == 0  # nothing to name
+    with monkeypatch.context() as patch:
+        patch.setitem(
+            data.DATASETS, "mine", lambda name, *_: data.Dataset(name, [], grey[:0], None, None)
+        )
+        with pytest.raises(ValueError, match="mine has no images"):
+            data.read("mine")
     small = data.Images(others[:, :, :4, :4], [1, 1, 0], ["x", "y", "z"])
     with pytest.raises(ValueError, match="the parts of mine can't be put into one table"):
         read_with(names, test=small)

@@ -1068,7 +1068,8 @@ def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
 @pytest.mark.parametrize(
     "state",
     ["opt/0/mu/", "opt_state/1/0/nu/params/", "train/opt.0.mu.", "adam/mu/", "momentum_buffer/"]
-    + ["opt/state/", "opt_0/m/", "grads/", "slots/m/", "state/0/trace/params/", "velocity/"],
+    + ["opt/state/", "opt_0/m/", "grads/", "slots/m/", "state/0/trace/params/", "velocity/"]
+    + ["opt_state/0/acc_grads/params/", "opt_state/0/v/params/", "grads/params/"],
 )
 def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     """Moments, which have the network's names and come before it, aren't taken for the network,
@@ -1106,9 +1107,10 @@ def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     with pytest.raises(ValueError, match="1 missing: norm.weight"):
         vit.load(tmp_path / "w.npz")
     decoder = {"params/decoder/embedding/kernel": np.zeros((3, 3), "f4")}
-    encoder = {f"params/encoder/{name}": value for name, value in arrays.items()}
-    np.savez(tmp_path / "w.npz", **decoder, **encoder)
-    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    for prefix in ("params/encoder/", "params/VisionTransformer/"):
+        encoder = {f"{prefix}{name}": value for name, value in arrays.items()}
+        np.savez(tmp_path / "w.npz", **decoder, **encoder)
+        assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
 
 
 def test_bfloat16_in_an_npz(arrays, tmp_path):
