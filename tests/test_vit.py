@@ -1102,6 +1102,9 @@ def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
         alone = {f"{prefix}{name}": value for name, value in arrays.items()}
         np.savez(tmp_path / "w.npz", **alone)
         assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
+    inside = {f"opt/0/params/{name}": np.full_like(each, 7) for name, each in arrays.items()}
+    np.savez(tmp_path / "w.npz", **inside, **alone)  # the network is the one outside of a state
+    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
     del alone["gradual/Transformer/encoder_norm/scale"]
     np.savez(tmp_path / "w.npz", **alone)
     with pytest.raises(ValueError, match="1 missing: norm.weight"):
