@@ -40,6 +40,9 @@ PAIRS = {
     "flowers12-clip": ("flowers12", "clip", []),
     "cifar5000-deit": ("cifar100", "deit", ["--limit", "5000"]),
     "cifar5000-clip": ("cifar100", "clip", ["--limit", "5000"]),
+    # A CPU takes a quarter of the time for CLIP at 112 px.
+    "pets370-clip112": ("pets370", "clip", ["--image-size", "112"]),
+    "flowers12-clip112": ("flowers12", "clip", ["--image-size", "112"]),
     "cifar5000-clip112": ("cifar100", "clip", ["--limit", "5000", "--image-size", "112"]),
     "cifar100-deit": ("cifar100", "deit", ["--epochs", "10"]),
 }
