@@ -584,7 +584,7 @@ def remove_added(model: nn.Module) -> None:
     for block in model.blocks:
         block.prompts = None
     for module in model.modules():
-        if "adapter" in dict(module.named_children()):
+        if getattr(module, "adapter", None) is not None:
             module.adapter = None
 
 
@@ -660,12 +660,13 @@ def add_parts(model: nn.Module, method: str, classes: int, settings: dict) -> di
 
 def check_placement(model: nn.Module, wanted: list[int]) -> None:
     """Raise a ValueError unless the blocks with adapters are those wanted."""
-    found = set()
-    for name, _ in model.named_parameters(remove_duplicate=False):  # blocks may share a module
-        if name.startswith("blocks.") and is_added(name):
-            found.add(int(name.split(".")[1]))
-    if sorted(found) != wanted:
-        raise ValueError(f"placement {wanted}, but blocks {sorted(found)} have adapters")
+    found = []
+    for index, block in enumerate(model.blocks):
+        adapters = [getattr(module, "adapter", None) for module in block.modules()]
+        if any(each is not None for each in (block.prompts, *adapters)):
+            found.append(index)
+    if found != wanted:
+        raise ValueError(f"placement {wanted}, but blocks {found} have adapters")
 
 
 @contextmanager

@@ -187,6 +187,9 @@ class Dataset:
     folder: Path | None = None  # where the photos are; None for a built-in set
     sums: dict[str, str] = field(default_factory=dict)  # checksum (CRC-32) of each photo, by name
 
+    def __post_init__(self):
+        self.classes = [str(each) for each in self.classes]
+
     @property
     def parts(self) -> dict[str, Images]:
         """The parts that there are, by name: "train", and perhaps "val" and "test"."""
@@ -234,9 +237,19 @@ def read(
     dataset = DATASETS[name](name, Path(data_dir), offline, square)
     if squash and not dataset.squash:
         raise ValueError(f"the images of {name} are squares already; --squash is for photos")
+    check_task(dataset)
     check_labels(dataset)
     check_names(dataset)
     return share_table(dataset)
+
+
+def check_task(data: Dataset) -> None:
+    """Raise a ValueError for a data set without classes to tell apart, or without training
+    images."""
+    if len(data.classes) < 2:
+        raise ValueError(f"{data.name} has classes {data.classes}: give two or more")
+    if data.train is None:
+        raise ValueError(f"{data.name} has no training images")
 
 
 def check_labels(data: Dataset) -> None:
@@ -283,12 +296,20 @@ def share_table(data: Dataset) -> Dataset:
         )
     if all(table.stride(1) == 0 for table in tables):  # grey, expanded to three channels
         tables = [table[:, :1] for table in tables]
-    table = torch.cat(tables)
+    first_row = {}  # of each table in the common one, by its memory: parts may share it
+    distinct = []
+    size = 0
+    for table in tables:
+        memory = (table.data_ptr(), len(table))
+        if memory not in first_row:
+            first_row[memory] = size
+            distinct.append(table)
+            size += len(table)
+    common = torch.cat(distinct)
     parts = {}
-    start = 0
-    for part, images in data.parts.items():
-        parts[part] = Images(table, images.labels, images.names, images.rows + start)
-        start += len(images.table)
+    for (part, images), table in zip(data.parts.items(), tables, strict=True):
+        rows = images.rows + first_row[table.data_ptr(), len(table)]
+        parts[part] = Images(common, images.labels, images.names, rows)
     return replace(data, **parts)
 
 
@@ -2275,7 +2296,7 @@ def hub_advice(code: int, token: str) -> str:
 
 def why_no_answer(error: OSError) -> str:
     """Why a request failed, with advice if the server's certificate can't be verified."""
-    cause = getattr(error, "reason", error)
+    cause = getattr(error, "reason", None) or error
     reason = str(cause) or type(cause).__name__
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         reason += "; set SSL_CERT_FILE to a file of certificates, or on macOS run Python's "

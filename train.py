@@ -945,7 +945,7 @@ def images_of(options: argparse.Namespace, size: int) -> tuple:
 def spread_of_features(model: vit.ViT, dataset: data.Dataset, batches: data.Batches) -> float:
     """The mean of Σ|f - f̄| over 32 training images with features f [D]."""
     index = torch.linspace(0, len(dataset.train) - 1, 32).long().unique()
-    alone = replace(batches, rank=0, world=1)  # all of them in each process
+    alone = replace(batches, rank=0, world=1)  # not a part for each process
     model.eval()
     features = []
     for x, _ in alone.eval(dataset.train[index], dataset.center):

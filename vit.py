@@ -685,10 +685,12 @@ class Layout:
 
 
 # Prefixes of an optimiser's state in JAX's checkpoints, which repeats the network's names, such as
-# opt/0/mu/embedding/kernel: moments and gradients, or any part of a state. Directly below a state
-# may be the network itself: opt/target/embedding/kernel.
-MOMENTS = re.compile(r"(^|[/.])(mu|nu|trace|velocity|momentum(_buffer)?|slots|(acc_)?grads?)[/.]")
-STATE = r"(^|[/.])(opt(im(i[sz]er)?)?(_?states?)?(_\d+)?|adam\w?)[/.]"
+# opt/0/mu/embedding/kernel: moments and gradients, or any part of a state (opt/, optState/ and so
+# on). In a state, perhaps below a number, may be the network itself: opt/target/embedding/kernel.
+MOMENTS = re.compile(
+    r"(^|[/.])(mu|nu|trace|velocity|momentum(_buffer)?|slots|(acc_)?grad(s|ients?)?(_acc\w*)?)[/.]"
+)
+STATE = r"(^|[/.])(opt(im(i[sz]er)?|ax)?|adam\w?)([_A-Z\d]\w*)?[/.]"
 NETWORK_IN_STATE = STATE + r"(\d+[/.])*(params|target|model)\b"
 
 OPENAI = Layout("OpenAI CLIP, open_clip", r"\bclass_embedding$")
@@ -1176,14 +1178,17 @@ def network_prefix(prefixes: list[str], tensors: dict[str, Tensor]) -> str:
     if not networks:
         networks = [prefix for prefix in others if re.search(NETWORK_IN_STATE, prefix)]
     if len(networks) > 1:
-        beginnings = [key[: key.rfind("Transformer/")] for key in tensors if "Transformer/" in key]
-        networks = [prefix for prefix in networks if prefix in beginnings]
+        with_blocks = [each for each in networks if has_prefix(tensors, f"{each}Transformer/")]
+        networks = with_blocks or networks
     if len(networks) != 1:
-        raise ValueError(
-            f"it holds several networks, or none beside an optimiser's state "
-            f"({', '.join(prefixes)}); save one alone"
-        )
+        what = "several networks" if networks else "an optimiser's state, as it seems, alone"
+        raise ValueError(f"it holds {what} ({', '.join(prefixes)}); save one network alone")
     return networks[0]
+
+
+def has_prefix(keys: Iterable[str], prefix: str) -> bool:
+    """Whether any of the keys begins with this."""
+    return any(key.startswith(prefix) for key in keys)
 
 
 def has_text_tower(keys: Iterable[str]) -> bool:

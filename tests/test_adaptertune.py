@@ -802,8 +802,9 @@ def test_a_placement_that_is_forgotten(clip, tiny_weights, monkeypatch):
     adapt(clip, tiny_weights, "adaptertune", placement=[0])
 
 
-def test_placements_of_shared_modules_and_prompts(clip, tiny_weights, monkeypatch):
-    """A block counts as adapted if it shares another one's adapter, or has prompts."""
+def test_which_blocks_are_adapted(clip, tiny_weights, monkeypatch):
+    """A block counts as adapted if it shares another one's adapter, or has prompts, or an adapter
+    without parameters, even if it is only a function. The next `adapt` takes that one out too."""
 
     def shared(model, placement, **settings):
         model.blocks[0].adapter = adaptertune.Adapter(model.config.width, 4)
@@ -815,6 +816,12 @@ def test_placements_of_shared_modules_and_prompts(clip, tiny_weights, monkeypatc
     assert model.blocks[1].adapter is model.blocks[0].adapter
     model, _ = adapt(clip, tiny_weights, "vpt", deep=False)
     adaptertune.check_placement(model, [0])
+    model.blocks[1].mlp.adapter = nn.Identity()
+    adaptertune.check_placement(model, [0, 1])
+    model.blocks[1].attn.adapter = torch.neg
+    adaptertune.check_placement(model, [0, 1])
+    adaptertune.adapt(model, "head", classes=2)
+    adaptertune.check_placement(model, [])
 
 
 # ------------------------------------------------------------------- methods of one's own

@@ -762,7 +762,7 @@ def test_a_reader_of_ones_own(monkeypatch):
     assert len(read_with(names, test=grey[:0]).test) == 0  # nothing to name
     with monkeypatch.context() as patch:
         patch.setitem(
-            data.DATASETS, "mine", lambda name, *_: data.Dataset(name, [], grey[:0], None, None)
+            data.DATASETS, "mine", lambda name, *_: data.Dataset(name, "ab", grey[:0], None, None)
         )
         with pytest.raises(ValueError, match="mine has no images"):
             data.read("mine")
@@ -773,6 +773,33 @@ def test_a_reader_of_ones_own(monkeypatch):
     table = read_with(names, test=grey).test.table
     assert table.shape[1] == 3
     assert table.stride(1) == 0  # grey still takes no more memory
+
+
+def test_parts_of_ones_own(monkeypatch):
+    """A table that parts share, of grey pixels too, is kept once. Names of classes may be numbers.
+    Fewer than two classes, and no training images, are refused."""
+    pixels = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 1, 8, 8)
+    pixels = pixels.contiguous()  # grey
+    other = pixels[:2] + 6
+
+    def read_with(classes, train, val, test):
+        mine = data.Dataset("mine", classes, train, val, test)
+        monkeypatch.setitem(data.DATASETS, "mine", lambda *_: mine)
+        return data.read("mine")
+
+    train = data.Images(pixels, [0, 1, 0], "abc", rows=torch.tensor([5, 0, 1]))
+    val = data.Images(pixels, [0, 1], "de", rows=torch.tensor([2, 3]))
+    test = data.Images(other, [1, 0], "fg")
+    dataset = read_with(range(2), train, val, test)
+    assert dataset.classes == ["0", "1"]
+    assert len(dataset.everything.table) == 8
+    assert dataset.everything.pixels[:, 0, 0, 0].tolist() == [5, 0, 1, 2, 3, 6, 7]
+    dataset = read_with("xy", train, None, test)
+    assert dataset.everything.pixels[:, 0, 0, 0].tolist() == [5, 0, 1, 6, 7]
+    with pytest.raises(ValueError, match=r"mine has classes \['x'\]: give two or more"):
+        read_with("x", train, None, test)
+    with pytest.raises(ValueError, match="mine has no training images"):
+        read_with("xy", None, val, test)
 
 
 def test_a_class_without_training_images_is_named():

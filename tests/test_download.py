@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -406,6 +407,12 @@ def test_unknown_certificates(tmp_path, monkeypatch):
         data.download("https://localhost/f", tmp_path / "f")
 
 
+def without_reason(error):
+    """An error of ssl as Python makes it if OpenSSL states no reason."""
+    error.reason = None
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -413,10 +420,11 @@ def test_unknown_certificates(tmp_path, monkeypatch):
         (TimeoutError("timed out"), "timed out"),
         (urllib.error.URLError(TimeoutError()), "TimeoutError"),
         (urllib.error.URLError(ConnectionRefusedError(111, "refused")), "[Errno 111] refused"),
+        (without_reason(ssl.SSLEOFError(8, "EOF occurred")), "EOF occurred"),
     ],
 )
 def test_why_there_is_no_answer(error, reason):
-    """An error without a text is named by its type."""
+    """An error without a text is named by its type. ssl's errors may have None as reason."""
     assert data.why_no_answer(error) == reason
 
 

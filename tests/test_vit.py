@@ -395,7 +395,7 @@ def test_wrappers(tensors, tiny_weights, tmp_path, wrap):
 
 
 def test_arrays_of_numpy_alone(tensors, tmp_path):
-    """A state dict of numpy's arrays, which are skipped, is refused with advice."""
+    """A state dict of numpy's arrays, which are skipped, is refused."""
     arrays = {key: value.numpy() for key, value in tensors.items()}
     torch.save({"model": arrays}, tmp_path / "w.pth")
     with pytest.raises(
@@ -1069,7 +1069,9 @@ def test_prefixes_in_an_npz(arrays, prefix, tiny_weights, tmp_path):
     "state",
     ["opt/0/mu/", "opt_state/1/0/nu/params/", "train/opt.0.mu.", "adam/mu/", "momentum_buffer/"]
     + ["opt/state/", "opt_0/m/", "grads/", "slots/m/", "state/0/trace/params/", "velocity/"]
-    + ["opt_state/0/acc_grads/params/", "opt_state/0/v/params/", "grads/params/"],
+    + ["opt_state/0/acc_grads/params/", "opt_state/0/v/params/", "grads/params/", "momentum/"]
+    + ["optimizer/m/", "optimiser/m/", "optim/v/", "optim_sgd/m/", "opt_states/v/", "optState/v/"]
+    + ["optax_state/0/m/", "adam_m/", "adamw/m/", "gradients/", "grad_acc/", "opt/params_m/"],
 )
 def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     """Moments, which have the network's names and come before it, aren't taken for the network,
@@ -1082,23 +1084,26 @@ def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     np.savez(tmp_path / "w.npz", **moments, **target)
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
     np.savez(tmp_path / "w.npz", **moments)
-    with pytest.raises(ValueError, match=rf"none beside an optimiser's state \({state}\)"):
+    with pytest.raises(ValueError, match=rf"an optimiser's state, as it seems, alone \({state}\)"):
         vit.load(tmp_path / "w.npz")
     others = {f"params/b/{name}": value for name, value in arrays.items()}
     np.savez(tmp_path / "w.npz", **moments, **network, **others)
-    message = rf"several networks.* \({state}, params/, params/b/\); save one alone"
+    message = rf"several networks \({state}, params/, params/b/\); save one network alone"
     with pytest.raises(ValueError, match=message):
         vit.load(tmp_path / "w.npz")
+
+
+def test_networks_in_an_npz(arrays, tiny_weights, tmp_path):
+    """A network is found by its prefix alone, in a state that has one, beside an average of it, and
+    beside a part that has an embedding but no blocks."""
     averaged = {f"ema/{name}": value for name, value in arrays.items()}
     np.savez(
         tmp_path / "w.npz", **{f"params/{name}": 2 * arrays[name] for name in arrays}, **averaged
     )
     assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
     assert vit.load(tmp_path / "w.npz")[1].note == "ema of w.npz; it also holds params"
-    alone = {f"optimized/{name}": value for name, value in arrays.items()}
-    np.savez(tmp_path / "w.npz", **alone)
-    assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
-    for prefix in ("momentum_encoder/", "adamw/params/", "opt/model/", "opt/0/params/", "gradual/"):
+    found = ["optimized/", "optical/", "momentum_encoder/", "optimizer/target/", "adamw/params/"]
+    for prefix in (*found, "opt/model/", "opt/0/params/", "gradual/"):
         alone = {f"{prefix}{name}": value for name, value in arrays.items()}
         np.savez(tmp_path / "w.npz", **alone)
         assert torch.equal(outputs(tmp_path / "w.npz"), outputs(tiny_weights))
@@ -1110,6 +1115,10 @@ def test_an_optimisers_state_in_an_npz(arrays, state, tiny_weights, tmp_path):
     with pytest.raises(ValueError, match="1 missing: norm.weight"):
         vit.load(tmp_path / "w.npz")
     decoder = {"params/decoder/embedding/kernel": np.zeros((3, 3), "f4")}
+    encoder = {"params/encoder/embedding/kernel": np.zeros((3, 3), "f4")}
+    np.savez(tmp_path / "w.npz", **decoder, **encoder)
+    with pytest.raises(ValueError, match="several networks .params/decoder/, params/encoder/"):
+        vit.load(tmp_path / "w.npz")
     for prefix in ("params/encoder/", "params/VisionTransformer/"):
         encoder = {f"{prefix}{name}": value for name, value in arrays.items()}
         np.savez(tmp_path / "w.npz", **decoder, **encoder)
