@@ -71,11 +71,12 @@ import adaptertune
 import data
 import vit
 
-# Peak learning rates by method, for all backbones and data set sizes. They were chosen on
-# validation over pairs of backbone and data set (assets/results, Learning rates; for clip-adapter,
+# Peak learning rates by method, for data sets of any size. They were chosen on validation over
+# pairs of backbone and data set (assets/results, Learning rates; for clip-adapter,
 # fewshot-rates.txt). zero-shot trains nothing. The paper's 1e-3 for adapters is for 50 epochs on
 # large data sets and too low for a short run. AdaptFormer's rate is the one for rank 64 (see
-# `default_rate`). Those of `head` and `full` are the highest that `fit_to_features` sets.
+# `default_rate`). Those of `head` and `full` are the highest that `fit_to_backbone` sets; those of
+# adapters hold up to the width of DeiT-tiny (`width_factor`).
 RATES = {
     "adaptertune": 5e-3,
     "adaptformer": 1e-2,
@@ -954,24 +955,32 @@ def spread_of_features(model: vit.ViT, dataset: data.Dataset, batches: data.Batc
     return (features - features.mean(dim=0)).abs().sum(dim=1).mean().item()
 
 
-def fit_to_features(
+def width_factor(width: int) -> float:
+    """The factor of the learning rate of what is inside a backbone of this width: 1 up to 192,
+    DeiT-tiny's, for which the rates were chosen, then 192 / width. A step of AdamW changes what a
+    matrix gives in proportion to the number of its inputs (muP, https://arxiv.org/abs/2203.03466,
+    Table 3)."""
+    return min(1.0, 192 / width)
+
+
+def fit_to_backbone(
     options: argparse.Namespace,
     model: vit.ViT,
     dataset: data.Dataset,
     batches: data.Batches,
 ) -> None:
-    """Set the learning rates of a new linear head and of full fine-tuning, unless they are given.
+    """Set the learning rates of a new linear head, of adapters and of full fine-tuning, unless they
+    are given.
 
     An early step of AdamW moves each weight by about the learning rate. Apart from a shift that is
     the same for all images, such a step moves the logit of an image with features f by up to the
     head's learning rate times Σ|f - f̄|. The head's rate is the one at which this bound is 1 on
     average, but at most HEAD_RATE, or RATES["head"] for `head`. Over the backbones and image sizes
     that were tried, Σ|f - f̄| varies from 60 to 380; it is highest at the backbone's own image size.
-    There the best rate of `full` is lower by as much, for which no derivation is known. It also is
-    lower for a wider network: a step of AdamW changes what a matrix gives in proportion to the
-    number of its inputs (muP, https://arxiv.org/abs/2203.03466, Table 3). So it is a fiftieth of
-    1 / mean Σ|f - f̄|, above width 192 times 192 / width, at most RATES["full"] and at least a
-    hundredth of it (assets/results, Learning rates). All processes use the first one's measurement.
+    There the best rate of `full` is lower by as much, for which no derivation is known. So it is a
+    fiftieth of 1 / mean Σ|f - f̄|, times `width_factor`, at most RATES["full"] and at least a
+    hundredth of it (assets/results, Learning rates). The rate of adapters follows the width alone.
+    All processes use the first one's measurement.
     """
     if options.head_lr and options.lr:
         return
@@ -982,8 +991,11 @@ def fit_to_features(
     highest = RATES["head"] if options.method == "head" else HEAD_RATE
     options.head_lr = options.head_lr or two_digits(min(highest, unit))
     if options.method == "full":
-        rate = unit / 50 * min(1, 192 / model.config.width)  # 192: DeiT-tiny's
+        rate = unit / 50 * width_factor(model.config.width)
         rate = max(RATES["full"] / 100, min(RATES["full"], rate))
+        options.lr = options.lr or two_digits(rate)
+    elif options.method in adaptertune.ADAPTER_METHODS:
+        rate = default_rate(options.method, options.rank) * width_factor(model.config.width)
         options.lr = options.lr or two_digits(rate)
     options.lr = options.lr or options.head_lr
 
@@ -1102,7 +1114,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> Run:
     dataset.flip = dataset.flip and not options.no_flip
     size = backbone.config.image_size
     batches = data.Batches(size, backbone.norm, options.batch, device, *rank_and_world())
-    fit_to_features(options, model, dataset, batches)
+    fit_to_backbone(options, model, dataset, batches)
     meta = describe_network(options, model, backbone) | describe_task(options, dataset)
     given = model.head  # before a new one takes its place
     meta |= adapt_backbone(model, options, len(dataset.classes))
@@ -2915,6 +2927,8 @@ def draw_confusion(examined: list[Examined], path: Path) -> None:
 
 # --------------------------------------------------------------------------------------- options
 
+# Methods whose learning rate depends on the backbone (`fit_to_backbone`).
+FITTED_METHODS = ("head", "full", *adaptertune.ADAPTER_METHODS)
 ONE_RATE_METHODS = ("clip-adapter", "zero-shot", "head", "scratch")
 # Options that may have several values; every combination is a run.
 GRID = ("method", "rank", "every", "blocks", "init")
@@ -3246,7 +3260,7 @@ def add_training_options(parser: Parser) -> None:
     parser.switch("--cached", cached)
     add("--batch", "N", integer(1), "images per step (128; 32 for fewer than 5,000 images)", 0)
     rate = "peak learning rate (by method and rank; for full by features and width, at most "
-    rate += f"{RATES['full']:g}; for head as --head-lr)"
+    rate += f"{RATES['full']:g}; for head as --head-lr; for adapters lower above width 192)"
     add("--lr", "LR", number(1e-12, 1000), rate, 0.0)
     head = f"peak learning rate of the head (by its features, at most {HEAD_RATE:g}, for head "
     head += f"{RATES['head']:g}; as --lr for clip-adapter, scratch)"
@@ -3385,7 +3399,8 @@ def label_of(run: dict, runs: list[dict]) -> str:
 
 
 def default_rate(method: str, rank: int | None) -> float:
-    """The peak learning rate of a method, for adapters of this rank.
+    """The peak learning rate of a method, for adapters of this rank in a backbone of DeiT-tiny's
+    width or less.
 
     Measured, not derived. AdaptFormer needs twice the learning rate for an eighth of the units; a
     cube root passes through these two points. For AdapterTune, the learning rate of rank 8 also
@@ -3418,7 +3433,7 @@ def fill_in(options: argparse.Namespace) -> None:
         options.label_smoothing = 0.0 if clip else 0.1
     if options.method in ("head", "clip-adapter"):  # they train nothing but the head
         options.lr = options.head_lr or options.lr
-    if options.method not in ("head", "full"):  # `fit_to_features` sets theirs
+    if options.method not in FITTED_METHODS:
         options.lr = options.lr or default_rate(options.method, options.rank)
     if options.method in ONE_RATE_METHODS:
         options.head_lr = options.head_lr or options.lr

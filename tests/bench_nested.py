@@ -66,7 +66,7 @@ def train_all_ranks(options: argparse.Namespace) -> train.Run:
             set_rank(run.model, RANKS[drawn])
 
     run.model.blocks[0].register_forward_pre_hook(draw_rank)
-    groups = adaptertune.parameter_groups(run.model, options.weight_decay, options.lr)
+    groups = adaptertune.parameter_groups(run.model, options.weight_decay, run.options.lr)
     optimizer = torch.optim.AdamW(groups)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = replace(run, folder=Path(folder))

@@ -9,7 +9,7 @@ The search climbs: it tries three rates of a method, then further ones while the
 Rates and recipe are chosen by validation accuracy alone, so each pair of data and backbone has more
 images for validation than train.py would split off; the test set isn't read. The default rates were
 fixed on HALVES["rule"]; the runs of HALVES["confirm"] came after that. HALVES["sharp"] has images
-of the size that backbones are made for; train.fit_to_features comes from it.
+of the size that backbones are made for; train.fit_to_backbone comes from it.
 
 Until 27 November 2026 the images of pets370 and digits were drawn before their test images were
 split off, so these were among them; pets had 5 and 4, at 224 and 112 px 5 and 5 images per class.

@@ -2551,7 +2551,7 @@ DIGITS = {
     "class_weights": False,
     "predict": [],
     "csv": "",
-    "lr": 5e-3,
+    "lr": 0.0,  # by the backbone's width
     "head_lr": 0.0,  # by the features
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
@@ -2569,7 +2569,7 @@ DIGITS = {
     "learn_scale": False,
     "dropout": 0.0,
 }
-ADAPTFORMER = {"rank": 64, "lr": 1e-2, "reads": "raw", "act": "relu", "init": "zero", "scale": 0.1}
+ADAPTFORMER = {"rank": 64, "reads": "raw", "act": "relu", "init": "zero", "scale": 0.1}
 CLIP = ["--backbone", "clip_b16"]
 CLIP_ADAPTER = {"rank": 0, "ratio": 0.2, "text_ratio": 0.0, "learn_ratio": False, "cached": True}
 CLIP_ADAPTER["label_smoothing"] = 0.0
@@ -2579,12 +2579,11 @@ CLIP_ADAPTER["label_smoothing"] = 0.0
     ("arguments", "expected"),
     [
         ([], DIGITS),
-        (["--dataset", "cifar10"], {"backbone": "vit_s16", "lr": 5e-3}),
+        (["--dataset", "cifar10"], {"backbone": "vit_s16"}),
         (["--method", "head", "--cached"], {"cached": True}),
         (["--method", "adaptformer"], ADAPTFORMER | {"dropout": 0.1, "learn_scale": False}),
-        (["--rank", "64"], {"lr": 5e-3}),
-        (["--rank", "1"], {"lr": 5e-3}),
-        (["--method", "adaptformer", "--rank", "8"], {"lr": 2e-2, "head_lr": 0.0}),
+        (["--method", "adaptformer", "--rank", "8"], {"lr": 0.0, "head_lr": 0.0}),
+        (["--method", "adaptformer", "--lr", "1e-3"], {"lr": 1e-3, "head_lr": 0.0}),
         (["--method", "full"], {"lr": 0.0, "head_lr": 0.0}),
         (["--method", "full", "--lr", "1e-4"], {"lr": 1e-4, "head_lr": 0.0}),
         (["--method", "full", "--head-lr", "1e-3"], {"lr": 0.0, "head_lr": 1e-3}),
@@ -2593,7 +2592,7 @@ CLIP_ADAPTER["label_smoothing"] = 0.0
         (["--method", "head", "--head-lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--method", "head", "--lr", "2e-2", "--head-lr", "1e-3"], {"lr": 1e-3, "head_lr": 1e-3}),
         (["--scratch"], {"lr": 1e-3, "head_lr": 1e-3}),
-        (["--method", "vpt"], {"prompts": 10, "deep": True}),
+        (["--method", "vpt"], {"prompts": 10, "deep": True, "lr": 5e-3, "head_lr": 0.0}),
         (["--method", "clip-adapter", *CLIP], CLIP_ADAPTER | {"classifier": "text"}),
         (["--method", "zero-shot", *CLIP], {"classifier": "text"}),
     ],
@@ -2678,33 +2677,50 @@ def test_the_heads_rate_follows_its_features(factor, tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    ("width", "spread", "rate"),
+    ("method", "width", "spread", "rate"),
     [
-        (128, 250, 8e-5),
-        (192, 250, 8e-5),
-        (384, 250, 4e-5),
-        (768, 250, 2e-5),
-        (768, 1, 2.5e-4),
-        (768, 10**5, 2.5e-6),
+        (["full"], 128, 250, 8e-5),
+        (["full"], 192, 250, 8e-5),
+        (["full"], 384, 250, 4e-5),
+        (["full"], 768, 250, 2e-5),
+        (["full"], 768, 1, 2.5e-4),
+        (["full"], 768, 10**5, 2.5e-6),
+        (["adaptertune"], 128, 250, 5e-3),
+        (["adaptertune", "--rank", "1"], 192, 250, 5e-3),
+        (["adaptertune", "--rank", "64"], 192, 250, 5e-3),
+        (["adaptertune"], 384, 250, 2.5e-3),
+        (["adaptertune"], 768, 250, 1.3e-3),  # 1.25e-3
+        (["adaptertune", "--lr", "1e-2"], 768, 250, 1e-2),
+        (["adaptformer"], 192, 250, 1e-2),
+        (["adaptformer", "--rank", "8"], 192, 250, 2e-2),
+        (["adaptformer"], 768, 250, 2.5e-3),
+        (["adaptformer", "--rank", "8"], 768, 250, 5e-3),
+        (["vpt"], 768, 250, 5e-3),
     ],
 )
-def test_the_rate_of_full_follows_the_width(width, spread, rate, monkeypatch):
-    """Full fine-tuning of a network wider than DeiT-tiny has a rate that is lower by as much,
-    within limits."""
+def test_the_rate_follows_the_width(method, width, spread, rate, monkeypatch):
+    """Adapters and full fine-tuning in a network wider than DeiT-tiny have a rate that is lower by
+    as much; that of full fine-tuning also follows the features, within limits."""
     monkeypatch.setattr(train, "spread_of_features", lambda *_: spread)
     model = types.SimpleNamespace(config=types.SimpleNamespace(width=width), to=lambda device: None)
     batches = types.SimpleNamespace(rank=0, device="cpu")
-    (options,) = train.parse(["--method", "full"])
-    train.fit_to_features(options, model, None, batches)
+    (options,) = train.parse(["--method", *method])
+    train.fit_to_backbone(options, model, None, batches)
     assert options.lr == rate
+    assert options.head_lr == train.two_digits(min(1e-2, 1 / spread))
 
-    measured = []  # of several processes the first one's measurement counts
+
+def test_processes_share_the_first_ones_measurement(monkeypatch):
+    """Of several processes only the first one measures the features."""
+    measured = []
+    monkeypatch.setattr(train, "spread_of_features", lambda *_: 250)
     monkeypatch.setattr(train, "sum_over_processes", lambda x: measured.append(x.item()) or x)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(width=64), to=lambda device: None)
     for rank in (0, 1):
         (options,) = train.parse(["--method", "full"])
-        batches.rank = rank
-        train.fit_to_features(options, model, None, batches)
-    assert measured == [spread, 0]
+        batches = types.SimpleNamespace(rank=rank, device="cpu")
+        train.fit_to_backbone(options, model, None, batches)
+    assert measured == [250, 0]
 
 
 def test_the_recipe_is_printed_and_kept(tiny_weights, run):
