@@ -300,7 +300,7 @@ def share_table(data: Dataset) -> Dataset:
     distinct = []
     size = 0
     for table in tables:
-        memory = (table.data_ptr(), len(table))
+        memory = (table.data_ptr(), table.stride(), len(table))
         if memory not in first_row:
             first_row[memory] = size
             distinct.append(table)
@@ -308,7 +308,7 @@ def share_table(data: Dataset) -> Dataset:
     common = torch.cat(distinct)
     parts = {}
     for (part, images), table in zip(data.parts.items(), tables, strict=True):
-        rows = images.rows + first_row[table.data_ptr(), len(table)]
+        rows = images.rows + first_row[table.data_ptr(), table.stride(), len(table)]
         parts[part] = Images(common, images.labels, images.names, rows)
     return replace(data, **parts)
 

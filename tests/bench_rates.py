@@ -178,8 +178,8 @@ def accuracies(rows: list[dict[str, str]], pair: str, method: str) -> dict[str, 
 
 
 def print_tables(rows: list[dict[str, str]]) -> None:
-    """Print the accuracy of every rate, and what each method's default rate loses to the best on
-    the pairs on which others were tried too."""
+    """Print the accuracy of every rate, and what each method's default rate, that of narrow
+    backbones, loses to the best on the pairs on which others were tried too."""
     summary = []
     for method in METHODS:
         name, _, rank = method.partition("-r")

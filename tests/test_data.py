@@ -796,6 +796,9 @@ def test_parts_of_ones_own(monkeypatch):
     assert dataset.everything.pixels[:, 0, 0, 0].tolist() == [5, 0, 1, 2, 3, 6, 7]
     dataset = read_with("xy", train, None, test)
     assert dataset.everything.pixels[:, 0, 0, 0].tolist() == [5, 0, 1, 6, 7]
+    odd = data.Images(pixels[1::2], [0, 1, 0], "abc")  # views that begin at the same image
+    dataset = read_with("xy", odd, None, data.Images(pixels[1:4], [0, 1, 0], "def"))
+    assert dataset.everything.pixels[:, 0, 0, 0].tolist() == [1, 3, 5, 1, 2, 3]
     with pytest.raises(ValueError, match=r"mine has classes \['x'\]: give two or more"):
         read_with("x", train, None, test)
     with pytest.raises(ValueError, match="mine has no training images"):
