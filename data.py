@@ -299,17 +299,18 @@ def share_table(data: Dataset) -> Dataset:
     first_row = {}  # of each table in the common one, by its memory: parts may share it
     distinct = []
     size = 0
-    for table in tables:
+    rows = []
+    for images, table in zip(data.parts.values(), tables, strict=True):
         memory = (table.data_ptr(), table.stride(), len(table))
         if memory not in first_row:
             first_row[memory] = size
             distinct.append(table)
             size += len(table)
+        rows.append(images.rows + first_row[memory])
     common = torch.cat(distinct)
     parts = {}
-    for (part, images), table in zip(data.parts.items(), tables, strict=True):
-        rows = images.rows + first_row[table.data_ptr(), table.stride(), len(table)]
-        parts[part] = Images(common, images.labels, images.names, rows)
+    for (part, images), own in zip(data.parts.items(), rows, strict=True):
+        parts[part] = Images(common, images.labels, images.names, own)
     return replace(data, **parts)
 
 
